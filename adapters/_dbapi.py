@@ -88,6 +88,14 @@ class DbApiAdapter(SchemaCalls):
             rows += self._recorded("pages", sql, found, columns)
         return [PageRow(*row) for row in rows]
 
+    def page_ids(self, state: str) -> list[int]:
+        """Return the ids of all pages in a state, ascending; their rows are not looked at."""
+        check_state(state)
+        return [
+            page_id
+            for (page_id,) in self._recorded("pages", self._sql.page_ids(state), columns=["id"])
+        ]
+
     def set_page_state(
         self, ids: Sequence[int], state: str, retired_at: float | None = None
     ) -> None:
@@ -102,9 +110,14 @@ class DbApiAdapter(SchemaCalls):
         self._delete_members("distinct_blocks", "page_id", ids)
         self._delete_members("pages", "id", ids)
 
-    def orphan_pages(self) -> list[int]:
-        """Return ids of pages that no row of ``model_pages`` names, whatever their state."""
-        return [row[0] for row in self._query(self._sql.orphan_pages)]
+    def orphan_pages(self, among: Sequence[int] | None = None) -> list[int]:
+        """Return ids, ascending, of pages that no row of ``model_pages`` names, in any state."""
+        pieces: Iterable[Sequence[int]] = [()] if among is None else self._members(among)
+        return [
+            row[0]
+            for piece in pieces
+            for row in self._query(self._sql.orphan_pages(len(piece)), piece)
+        ]
 
     # ---- who reads what -----------------------------------------------------------------------
 

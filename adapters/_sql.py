@@ -152,11 +152,6 @@ class Statements:
         page_columns = ["state", *(["pad"] if dialect.page_pad else []), "checksum", "payload"]
         page_columns += ["payload_bytes"] if dialect.page_length else []
         self.insert_page = self.insert("pages", page_columns, returning=True)
-        states = f"({literal(STAGING)}, {literal(LIVE)}, {literal(RETIRED)})"
-        self.orphan_pages = (  # naming every state leads to the index on states
-            f"SELECT p.id FROM {self._name('pages')} p WHERE p.state IN {states} AND NOT EXISTS "
-            f"(SELECT 1 FROM {self._name('model_pages')} r WHERE r.page_id = p.id) ORDER BY p.id"
-        )
         # Pages that are not live are few, so this inner list is short and read from an index;
         # a join would fetch the row of a page, beside its payload, for every block.
         hidden = (
@@ -264,6 +259,20 @@ class Statements:
             + (f" AND id {self.members(members)}" if members else "")
             + " ORDER BY id"
             + (f" LIMIT {mark}" if limit else "")
+        )
+
+    def page_ids(self, state: str) -> str:
+        """Return the listing of pages in a state, by the index on states alone."""
+        return f"SELECT id FROM {self._name('pages')} WHERE state = {literal(state)} ORDER BY id"
+
+    def orphan_pages(self, members: int) -> str:
+        """Return the listing of pages without a reader, of some or of all."""
+        # Naming every state leads to the index on states.
+        states = f"state IN ({literal(STAGING)}, {literal(LIVE)}, {literal(RETIRED)})"
+        return (
+            f"SELECT id FROM {self._name('pages')} p "
+            f"WHERE {f'id {self.members(members)}' if members else states} AND NOT EXISTS "
+            f"(SELECT 1 FROM {self._name('model_pages')} r WHERE r.page_id = p.id) ORDER BY id"
         )
 
     def read_pages(self, members: int) -> str:

@@ -305,6 +305,9 @@ class Adapter(Protocol):
     ) -> list[PageRow]:
         """Return page rows by ascending id, only those with id > ``after``."""
 
+    def page_ids(self, state: str) -> list[int]:
+        """Return the ids of all pages in a state, ascending; their rows are not looked at."""
+
     def set_page_state(
         self, ids: Sequence[int], state: str, retired_at: float | None = None
     ) -> None:
@@ -313,8 +316,11 @@ class Adapter(Protocol):
     def delete_pages(self, ids: Sequence[int]) -> None:
         """Delete pages and the distinct blocks on them."""
 
-    def orphan_pages(self) -> list[int]:
-        """Return ids of pages that no row of ``model_pages`` names, whatever their state."""
+    def orphan_pages(self, among: Sequence[int] | None = None) -> list[int]:
+        """Return ids, ascending, of pages that no row of ``model_pages`` names, in any state.
+
+        With ``among`` only those of these, without looking at all others.
+        """
 
     # ---- who reads what -----------------------------------------------------------------------
 

@@ -77,15 +77,25 @@ def segment_rows(
     yield first, _COVERAGE, covered.tobytes()
 
 
-def read_segments(adapter: Adapter) -> Iterator[Segment]:
-    """Yield what is in the table; what does not parse is left out, since it can be made anew."""
-    for first, payload in adapter.signatures(_COVERAGE):
-        if len(payload) < 8 or len(payload) % 8:
-            continue
-        numbers = np.frombuffer(payload, "<i8").astype(np.int64)
-        may_be = 0 <= numbers[0] < min(1 << _NUMBER_BITS, (1 << 63) - first)
-        if may_be and (np.diff(numbers[1:]) > 0).all():
-            yield Segment(range(first, first + int(numbers[0]) + 1), numbers[1:])
+def read_segments(adapter: Adapter) -> list[Segment]:
+    """Return what is in the table; what does not parse is left out, since it can be made anew."""
+    rows = [row for row in adapter.signatures(_COVERAGE) if row[1] and len(row[1]) % 8 == 0]
+    # All are looked at together: there may be thousands, of a few pages each.
+    numbers = np.frombuffer(b"".join(payload for _, payload in rows), "<i8").astype(np.int64)
+    sizes = np.array([len(payload) // 8 for _, payload in rows], np.int64)
+    stops = np.cumsum(sizes)
+    starts = stops - sizes
+    falls = np.concatenate([[False], numbers[1:] <= numbers[:-1]])
+    falls[starts] = False  # a count, and the first page behind it, are not compared
+    falls[starts[sizes > 1] + 1] = False
+    wrong = set(np.searchsorted(stops, np.flatnonzero(falls), side="right").tolist())
+    found = []
+    places = zip(rows, numbers[starts].tolist(), starts.tolist(), stops.tolist(), strict=True)
+    for number, ((first, _), count, start, stop) in enumerate(places):
+        may_be = 0 <= count < min(1 << _NUMBER_BITS, (1 << 63) - first)
+        if may_be and number not in wrong:
+            found.append(Segment(range(first, first + count + 1), numbers[start + 1 : stop]))
+    return found
 
 
 def read_pieces(adapter: Adapter, kind: BlockKind) -> Iterator[L2LSH]:
@@ -118,7 +128,7 @@ def drop_segment(adapter: Adapter, number: int) -> None:
 
 def drop_dead_segments(adapter: Adapter) -> int:
     """Delete segments of whose pages none is left; returns how many. Opens a transaction."""
-    segments = list(read_segments(adapter))
+    segments = read_segments(adapter)
     # Only now: the pages of one that an add has written meanwhile are there.
     existing = np.array([row.id for row in adapter.page_rows()], np.int64)
     dead = [segment for segment in segments if not np.isin(segment.page_ids, existing).any()]

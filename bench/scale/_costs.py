@@ -258,7 +258,7 @@ def store_costs(store: pydedup.Store, merge: float) -> dict[str, float]:
     adapter = store._adapter
     rows = adapter.page_rows(state=LIVE)
     costs = {"old_page": median_time(lambda: adapter.page_rows(state=LIVE)) / len(rows)}
-    segments = list(read_segments(adapter))
+    segments = read_segments(adapter)
     kinds = {
         (piece.dtype, piece.block_shape)
         for segment in segments
@@ -268,7 +268,7 @@ def store_costs(store: pydedup.Store, merge: float) -> dict[str, float]:
     }
 
     def indexed() -> None:
-        list(read_segments(adapter))
+        read_segments(adapter)
         for dtype, shape in kinds:
             index = L2LSH(shape, dtype)
             for piece in read_pieces(adapter, (DType.of(dtype), *shape)):

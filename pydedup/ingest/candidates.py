@@ -138,7 +138,7 @@ class Candidates:
         if self._live is not None:
             return self._live
         with only_sound_rows(self._adapter):
-            ids = [row.id for row in self._adapter.page_rows(state=LIVE)]
+            ids = self._adapter.page_ids(LIVE)
         # No block has a place on a page with a damaged id.
         live = np.array([number for number in ids if number <= LARGEST_ID], np.int64)
         live = self._live = np.setdiff1d(live, self._stored.unreadable)

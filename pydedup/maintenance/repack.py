@@ -176,7 +176,7 @@ def repack(
     Gives way (and has done nothing) when another writer publishes meanwhile: the next vacuum tries
     again.
     """
-    plan = plan_repack(adapter, pool, live_pages=len(adapter.page_rows(state=LIVE)))
+    plan = plan_repack(adapter, pool, live_pages=len(adapter.page_ids(LIVE)))
     if plan is None:
         return Repacked()
     places, layout = plan.places, plan.layout
@@ -367,7 +367,7 @@ def _publish(
             adapter.delete_model_pages(move.row.id)
             adapter.insert_model_pages((move.row.id, *read) for read in move.reads)
         kept = set(plan.kept.tolist())
-        old_ids = [row.id for row in adapter.page_rows(state=LIVE) if row.id not in kept]
+        old_ids = [page_id for page_id in adapter.page_ids(LIVE) if page_id not in kept]
         adapter.set_page_state(old_ids, RETIRED, time.time())
         adapter.set_page_state(new_ids, LIVE)
         job.end()

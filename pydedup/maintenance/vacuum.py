@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog, page_readers
 from pydedup.errors import CorruptStoreError, ReadOnlyError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
@@ -31,6 +32,7 @@ __all__ = [
     "ModelReads",
     "VacuumReport",
     "collect_abandoned",
+    "delete_models",
     "plan_vacuum",
     "read_amplification",
     "vacuum_store",
@@ -256,12 +258,21 @@ def _bytes_of(rows: Sequence[PageRow]) -> int:
     return sum(row.payload_bytes for row in rows)
 
 
-def retire_orphans(adapter: Adapter) -> None:
-    """Retire live pages without an owner; inside a transaction of the caller."""
-    live = {row.id for row in adapter.page_rows(state=LIVE)}
-    orphans = [page_id for page_id in adapter.orphan_pages() if page_id in live]
+def retire_orphans(adapter: Adapter, among: Sequence[int] | None = None) -> None:
+    """Retire live pages without an owner, of some or all; inside a transaction of the caller."""
+    found = adapter.orphan_pages(among)
+    orphans = [row.id for row in adapter.page_rows(ids=found, state=LIVE)] if found else []
     if orphans:
         adapter.set_page_state(orphans, RETIRED, time.time())
+
+
+def delete_models(adapter: Adapter, model_ids: Sequence[int]) -> None:
+    """Delete models and retire the pages that none is left to read; in the caller's transaction."""
+    with only_sound_rows(adapter):  # what damaged rows say of pages, a vacuum finds out
+        rows = [row for model_id in model_ids for row in adapter.model_pages(model_id)]
+    for model_id in model_ids:
+        adapter.delete_model(model_id)
+    retire_orphans(adapter, [page_id for _, page_id, _, _ in rows])
 
 
 def collect_abandoned(adapter: Adapter) -> int:
@@ -271,9 +282,9 @@ def collect_abandoned(adapter: Adapter) -> int:
     """
     if not any(job_is_dead(spec, cursor) for _, spec, cursor, _ in staging_jobs(adapter)):
         return 0
-    before = {row.id for row in adapter.page_rows(state=RETIRED)}
+    before = set(adapter.page_ids(RETIRED))
     _collect_and_retire(adapter, LEASE_SECONDS)
-    left = [row.id for row in adapter.page_rows(state=RETIRED) if row.id not in before]
+    left = [page_id for page_id in adapter.page_ids(RETIRED) if page_id not in before]
     _delete_pages(adapter, left)
     return len(left)
 
@@ -289,7 +300,7 @@ def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:
     """
     with adapter.transaction():
         adapter.bump_epoch()
-        staged_pages = {row.id for row in adapter.page_rows(state=STAGING)}
+        staged_pages = set(adapter.page_ids(STAGING))
         abandoned, dead, nothing_runs = _dead_stagings(adapter, lease_seconds)
         for model_id in abandoned:
             drop_segment(adapter, model_id)
@@ -302,7 +313,7 @@ def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:
             orphans = staged_pages.intersection(adapter.orphan_pages())
             adapter.set_page_state(sorted(orphans), RETIRED, time.time())
         retire_orphans(adapter)
-    refuse_pages_in_use(adapter, [row.id for row in adapter.page_rows(state=RETIRED)])
+    refuse_pages_in_use(adapter, adapter.page_ids(RETIRED))
     return len(abandoned)
 
 

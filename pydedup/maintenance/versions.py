@@ -10,7 +10,7 @@ from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog, added_as, known_versions, point_alias, version_of
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
-from pydedup.maintenance.vacuum import retire_orphans
+from pydedup.maintenance.vacuum import delete_models
 from pydedup.names import Address, check_name, parse_address
 from pydedup.text import it_has
 
@@ -42,13 +42,11 @@ def set_alias(
 
 
 def remove(adapter: Adapter, catalog: Catalog, name: str, *, all_versions: bool) -> list[str]:
-    """Remove one version or all; see `pydedup.Store.remove`. Pages without owner are retired."""
+    """Remove one version or all; see `pydedup.Store.remove`."""
     with adapter.transaction():
         adapter.bump_epoch()
         doomed = _doomed(adapter, catalog, name, all_versions)
-        for model_id in doomed:
-            adapter.delete_model(model_id)
-        retire_orphans(adapter)
+        delete_models(adapter, list(doomed))
     for model_id in doomed:
         catalog.forget(model_id)
     adapter.checkpoint()

@@ -190,7 +190,7 @@ class _Copier:
             self._look_again()
             self._survey = self._look()
         if self._index_of != self._survey.epoch:
-            self._index = SourceIndex(list(read_segments(self._source.adapter)))
+            self._index = SourceIndex(read_segments(self._source.adapter))
             self._index_of = self._survey.epoch
 
     def _look_again(self) -> None:

@@ -15,7 +15,7 @@ from pydedup.errors import DuplicateError, NotFoundError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.layout import block_places
-from pydedup.maintenance.vacuum import retire_orphans
+from pydedup.maintenance.vacuum import delete_models
 from pydedup.moving.plan import Item, aliases_of
 from pydedup.moving.source import SourceModel
 
@@ -77,8 +77,7 @@ class MovedModel(StagedModel):
         replaces = self.item.replaces
         if replaces and adapter.model(replaces) is not None:
             moved = pointing.pop(replaces, [])
-            adapter.delete_model(replaces)
-            retire_orphans(adapter)
+            delete_models(adapter, [replaces])
         taken = {alias for aliases in pointing.values() for alias in aliases}
         if self.item.row.version in taken:
             raise DuplicateError(

@@ -169,6 +169,9 @@ class PagesContract(ContractBase):
         assert [(row.id, row.state, row.retired_at) for row in retired] == [
             (page_id, RETIRED, 12.5) for page_id in (ids[3], ids[6], ids[9])
         ]
+        assert adapter.page_ids(RETIRED) == ids[::3]
+        assert adapter.page_ids(LIVE) == [page_id for page_id in ids if page_id not in ids[::3]]
+        assert adapter.page_ids(STAGING) == []
         some = [ids[20], ids[3], ids[20], ids[5], 2**40]
         assert [row.id for row in adapter.page_rows(ids=some)] == [ids[3], ids[5], ids[20]]
         assert [row.id for row in adapter.page_rows(ids=some, state=LIVE)] == [ids[5], ids[20]]
@@ -309,6 +312,8 @@ class PagesContract(ContractBase):
             adapter.set_page_state(ids[:2], RETIRED, 1.0)
             adapter.set_page_state(ids[2:3], STAGING)
         assert adapter.orphan_pages() == [ids[0], ids[2], ids[3], ids[5]]
+        assert adapter.orphan_pages([ids[5], ids[4], ids[2], ids[5], 2**40]) == [ids[2], ids[5]]
+        assert adapter.orphan_pages([]) == []
 
     # ---- upkeep -------------------------------------------------------------------------------
 

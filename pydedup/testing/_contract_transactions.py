@@ -63,6 +63,7 @@ READS: dict[str, Callable[[Adapter], Any]] = {
     "source_hashes": lambda a: a.source_hashes(1, 0, 1),
     "read_pages": lambda a: list(a.read_pages([1])),
     "page_rows": lambda a: a.page_rows(),
+    "page_ids": lambda a: a.page_ids(LIVE),
     "orphan_pages": lambda a: a.orphan_pages(),
     "model_pages": lambda a: a.model_pages(),
     "find_blocks": lambda a: a.find_blocks([bytes(16)]),

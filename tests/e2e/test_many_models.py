@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stores of many models: what is about a few of them asks the database about no others.
+
+Counted are the rows that it answers with, so that no clock is needed; the plans of its own are
+those of SQLite.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.adapter import LIVE
+
+Ask = Callable[[pydedup.Store], object]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return a small and a larger store of unrelated models; ``m`` has as many versions."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((64, 64), np.float32)}
+    folder = tmp_path_factory.mktemp("filled")
+    copies = {7: folder / "small.db", 23: folder / "large.db"}
+    with pydedup.open(folder / "all.db") as store:
+        for number in range(24):
+            store.add(f"m{number}", {"w": rng.standard_normal((64, 64), np.float32)})
+            store.add("m", {**weights, "b": np.float32(number)})
+            if number in copies:
+                store.alias("m", "prod", "3")
+                store.backup(copies[number])
+    return list(copies.values())
+
+
+def rows_read(store: pydedup.Store, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how many rows the database gave for what is asked."""
+    adapter: Any = store._adapter
+    counts: list[int] = []
+    query = adapter._query
+
+    def counting(sql: str, parameters: Any = ()) -> Any:
+        rows = query(sql, parameters)
+        counts.append(len(rows))
+        return rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "_query", counting)
+        ask(store)
+    return sum(counts)
+
+
+ABOUT_ONE: dict[str, Ask] = {
+    "load": lambda store: store.load("m@prod"),
+    "info": lambda store: store.info("m5"),
+    "alias": lambda store: store.alias("m", "prod", "4"),
+    "remove": lambda store: store.remove("m5"),
+    "remove a version": lambda store: store.remove("m@2"),
+    "diff": lambda store: store.diff("m1", "m2"),
+}
+
+
+@pytest.mark.parametrize("ask", ABOUT_ONE.values(), ids=ABOUT_ONE)
+def test_what_is_about_one_model_looks_at_no_others(
+    filled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask
+) -> None:
+    found = []
+    for path in filled:
+        with pydedup.open(shutil.copy(path, tmp_path)) as store:
+            found.append(rows_read(store, ask, monkeypatch))
+    assert found[0] == found[1]
+
+
+def test_pages_are_listed_from_an_index(tmp_path: Path) -> None:
+    """Their rows lie beside their payloads, of 1 MiB each."""
+    with pydedup.open(tmp_path / "a.db") as store:
+        adapter: Any = store._adapter
+        for sql in (adapter._sql.page_ids(LIVE), adapter._sql.orphan_pages(0)):
+            plan = [row[-1] for row in adapter._query(f"EXPLAIN QUERY PLAN {sql}")]
+            assert "USING COVERING INDEX pydedup_pages_state" in plan[0]
