@@ -166,7 +166,11 @@ class Judge:
         return Verdict.CLOSED
 
     def bound(self, measure: Measure) -> float | None:
-        """Return the upper confidence bound of the drop, None without ``confidence``."""
+        """Return the upper confidence bound of the drop, None without ``confidence``.
+
+        As if this state were the only one ever looked at: what holds whatever was searched, and
+        is promised, is ``max_drop``.
+        """
         policy = self._policy
         if policy.confidence is None:
             return None
