@@ -304,17 +304,25 @@ TEST(sixteen_bit_kernels_widen_every_value) {
                                 (std::isnan(want[i]) && std::isnan(got[i])));
             }
             CHECK(same);
-            // Tails: the dot product of one value with 1 is that value.
+            // Tails: the dot product of one value with 1 is that value. Behind the values is
+            // nothing, or what is not a number.
             const auto dot = half ? table->gemm.dot_nt_f16 : table->gemm.dot_nt_bf16;
             for (std::size_t k = 1; k < 40; ++k) {
                 const std::vector<float> x(k, 1.0F);
-                const auto w = tight(
-                    std::vector<std::uint16_t>(codes.begin() + 15000, codes.begin() + 15000 + k));
-                float y = 0.0F;
-                dot(x.data(), k, 1, w.get(), 1, k, k, &y, 1);
+                std::vector<std::uint16_t> some(codes.begin() + 15000, codes.begin() + 15000 + k);
+                const auto w = tight(some);
+                some.resize(k + 40, 0xFFFF);
                 double sum = 0.0;
                 for (std::size_t c = 0; c < k; ++c) sum += want[15000 + c];
-                CHECK(std::abs(y - sum) <= bound<float>(k, std::abs(sum)));
+                for (const std::uint16_t* from : {w.get(), some.data()}) {
+                    float y = 0.0F;
+                    dot(x.data(), k, 1, from, 1, k, k, &y, 1);
+                    CHECK(std::abs(y - sum) <= bound<float>(k, std::abs(sum)));
+                }
+                std::vector<float> wide(k + 1, -7.0F);
+                pick(table->gemm)(w.get(), k, wide.data());
+                CHECK(std::equal(want.begin() + 15000, want.begin() + 15000 + k, wide.begin()));
+                CHECK(wide[k] == -7.0F);
             }
         }
     }

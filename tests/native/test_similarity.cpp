@@ -284,6 +284,7 @@ TEST(an_index_written_by_hand_is_refused_one_beyond_the_format) {
     CHECK(!with(64, std::uint64_t{1} << 61));  // times the size of one it is 0
     for (const std::uint64_t members : {3U, 5U}) CHECK(!with(72, members));
     for (const std::uint64_t others : {1U, 3U}) CHECK(!with(80, others));
+    CHECK(!with(80, std::uint64_t{1} << 40));  // before memory is asked for
     CHECK(!with(92, std::uint16_t{32}));
     CHECK(!with(95, Byte{1}));
     CHECK(with(kRms, 0.5));
@@ -306,14 +307,29 @@ TEST(an_index_written_by_hand_is_refused_one_beyond_the_format) {
         bytes.erase(bytes.begin() + kCounts + 1);
         bytes.insert(bytes.begin() + kCounts + 1, most.begin(), most.end());
     }));
+    const auto with_first_count = [&](std::vector<Byte> count, std::uint64_t members) {
+        return loads([&](std::vector<std::byte>& bytes) {
+            std::memcpy(bytes.data() + 72, &members, sizeof members);
+            bytes[kCounts] = static_cast<std::byte>(count[0]);
+            for (std::size_t i = 1; i < count.size(); ++i) {
+                bytes.insert(bytes.begin() + static_cast<std::ptrdiff_t>(kCounts + i),
+                             static_cast<std::byte>(count[i]));
+            }
+        });
+    };
+    CHECK(with_first_count({2}, 4));
+    // 2^40 blocks, as stated: before memory is asked for.
+    CHECK(!with_first_count({0x80, 0x80, 0x80, 0x80, 0x80, 0x20}, (std::uint64_t{1} << 40) + 2));
+    // 2^64 + 2, of which 64 bits are left.
+    CHECK(!with_first_count({0x82, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 2}, 4));
     CHECK(!loads([](std::vector<std::byte>& bytes) {  // a 1 of two bytes
         bytes[kCounts + 2] = std::byte{0x81};
         bytes.insert(bytes.begin() + kCounts + 3, std::byte{0});
     }));
     CHECK(with(kIds + 5, Byte{4}));
-    CHECK(!with(kIds + 3, Byte{0}));                    // 1 twice
-    CHECK(!with(kIds + 2, Byte{7}));                    // -1
-    CHECK(!with(kIds + 4, std::array<Byte, 2>{6, 1}));  // 5 before 4
+    CHECK(!with(kIds + 3, Byte{0}));                     // 1 twice
+    CHECK(!with(kIds + 3, std::array<Byte, 2>{3, 10}));  // -1 for 2
+    CHECK(!with(kIds + 4, std::array<Byte, 2>{6, 1}));   // 5 before 4
     CHECK(!loads([](std::vector<std::byte>& bytes) { bytes.push_back(std::byte{0}); }));
 }
 

@@ -269,6 +269,10 @@ TEST(every_kernel_selects_like_the_reference) {
                             pivot(~std::uint32_t{0}));
             check_selection(table->similarity.select_u32, narrow, pivot(~std::uint32_t{0}),
                             std::uint32_t{0x7F000000});
+            // Bounds that are keys as well: of small ones, each occurs often.
+            check_selection(table->similarity.select_u32, narrow, std::uint32_t{2},
+                            std::uint32_t{5});
+            check_selection(table->similarity.select_u64, wide, std::uint64_t{2}, std::uint64_t{5});
             check_selection(table->similarity.select_u64, wide, std::uint64_t{7},
                             pivot(~std::uint64_t{0}));
             check_selection(table->similarity.select_u64, wide, pivot(~std::uint64_t{0}),
