@@ -112,6 +112,58 @@ const char* get_coded(Source& source, const BlockView& block, DeltaLayout layout
     return nullptr;
 }
 
+// What stands in front of what is coded.
+struct Header {
+    std::size_t bytes;
+    std::uint8_t form;
+    unsigned shift;
+    std::uint32_t base_check;
+    double step;  // of a quantised delta
+};
+
+// Accepts what such a delta of such a base can say.
+Header read_header(const BlockView& delta, const BlockView& base) {
+    const bool quantised = delta.encoding == Encoding::quantised;
+    if (!quantised && delta.encoding != Encoding::delta) corrupt(delta, "it is not a delta");
+    if (base.encoding != Encoding::raw && base.encoding != Encoding::planes) {
+        corrupt(delta, "its base is a delta itself");
+    }
+    if (base.rows != delta.rows || base.cols != delta.cols) {
+        corrupt(delta, "its base has " + std::to_string(base.rows) + " x " +
+                           std::to_string(base.cols) + " elements");
+    }
+    const std::size_t bytes = detail::kDeltaHeaderBytes + (quantised ? detail::kStepBytes : 0);
+    if (delta.length < bytes) corrupt(delta, "its header is cut off");
+    const std::uint8_t* const head = bytes_at(delta.data);
+    if (head[0] > detail::kDeltaVersion) {
+        throw Error(ErrorCode::unsupported_format,
+                    "a delta has version " + std::to_string(head[0]) +
+                        ", this pydedup reads up to " + std::to_string(detail::kDeltaVersion) +
+                        "; use a newer pydedup");
+    }
+    const std::size_t item = item_bytes(delta.dtype);
+    Header header{bytes, head[1], head[3], load_le<std::uint32_t>(delta.data + 8), 0};
+    if (head[0] == 0 || header.form > 1 ||
+        load_le<std::uint32_t>(delta.data + 4) != std::uint64_t{delta.rows} * delta.cols ||
+        header.shift >= 8 * item || (quantised && header.shift != 0)) {
+        corrupt(delta, "its header is damaged");
+    }
+    if (head[2] != static_cast<std::uint8_t>(base.dtype) ||
+        !detail::converts(base.dtype, delta.dtype)) {
+        corrupt(delta, "its base has another dtype");
+    }
+    if (quantised) {
+        header.step =
+            std::bit_cast<double>(load_le<std::uint64_t>(delta.data + detail::kDeltaHeaderBytes));
+        if (!detail::can_quantise(delta.dtype) || !std::isfinite(header.step) ||
+            !(header.step > 0) ||
+            (item != 8 && static_cast<double>(static_cast<float>(header.step)) != header.step)) {
+            corrupt(delta, "its step is impossible");
+        }
+    }
+    return header;
+}
+
 // The base's elements as those of the delta's dtype; `memory` holds them where they had to be
 // decoded or converted. What the header says of the base is checked on the way.
 const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
@@ -154,45 +206,11 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
         throw Error(ErrorCode::invalid_argument, "a block's rows do not fit the given stride");
     }
     const bool quantised = delta.encoding == Encoding::quantised;
-    if (!quantised && delta.encoding != Encoding::delta) corrupt(delta, "it is not a delta");
-    if (base.encoding != Encoding::raw && base.encoding != Encoding::planes) {
-        corrupt(delta, "its base is a delta itself");
-    }
-    if (base.rows != delta.rows || base.cols != delta.cols) {
-        corrupt(delta, "its base has " + std::to_string(base.rows) + " x " +
-                           std::to_string(base.cols) + " elements");
-    }
-    Source source{{bytes_at(delta.data), delta.length}};
-    const std::size_t header = detail::kDeltaHeaderBytes + (quantised ? detail::kStepBytes : 0);
-    if (delta.length < header) corrupt(delta, "its header is cut off");
-    const std::byte* const head = delta.data;
-    if (bytes_at(head)[0] > detail::kDeltaVersion) {
-        throw Error(ErrorCode::unsupported_format,
-                    "a delta has version " + std::to_string(bytes_at(head)[0]) +
-                        ", this pydedup reads up to " + std::to_string(detail::kDeltaVersion) +
-                        "; use a newer pydedup");
-    }
-    const std::uint8_t form = bytes_at(head)[1];
-    const unsigned shift = bytes_at(head)[3];
-    if (bytes_at(head)[0] == 0 || form > 1 || load_le<std::uint32_t>(head + 4) != count ||
-        shift >= 8 * item || (quantised && shift != 0)) {
-        corrupt(delta, "its header is damaged");
-    }
-    if (bytes_at(head)[2] != static_cast<std::uint8_t>(base.dtype) ||
-        !detail::converts(base.dtype, delta.dtype)) {
-        corrupt(delta, "its base has another dtype");
-    }
-    double step = 0;
-    if (quantised) {
-        step = std::bit_cast<double>(load_le<std::uint64_t>(head + detail::kDeltaHeaderBytes));
-        if (!detail::can_quantise(delta.dtype) || !std::isfinite(step) || !(step > 0) ||
-            (item != 8 && static_cast<double>(static_cast<float>(step)) != step)) {
-            corrupt(delta, "its step is impossible");
-        }
-    }
+    const Header header = read_header(delta, base);
     std::unique_ptr<std::uint8_t[]> memory;
-    const std::uint8_t* from = base_elements(delta, base, load_le<std::uint32_t>(head + 8), memory);
-    static_cast<void>(source.take(header));
+    const std::uint8_t* from = base_elements(delta, base, header.base_check, memory);
+    Source source{{bytes_at(delta.data), delta.length}};
+    static_cast<void>(source.take(header.bytes));
 
     const Room room(static_cast<std::size_t>(count), item);
     const DeltaLayout layout = detail::delta_layout(delta.dtype);
@@ -200,7 +218,7 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
     const unsigned value_bits = quantised ? 32U : static_cast<unsigned>(8 * item);
     const auto n = static_cast<std::size_t>(count);
     const char* wrong = nullptr;
-    if (form == static_cast<std::uint8_t>(DeltaForm::coded)) {
+    if (header.form == static_cast<std::uint8_t>(DeltaForm::coded)) {
         wrong = get_coded(source, delta, layout, value_bits, wide, from,
                           bytes_at(delta.data) + delta.length, room);
     } else if (wide) {
@@ -214,12 +232,13 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
     if (quantised) {
         const detail::Values values(from, from, n, delta.dtype);
         detail::dequantise(values.base(), reinterpret_cast<const std::uint32_t*>(room.z), n,
-                           delta.dtype, step, codec, room.values_of, room.block);
+                           delta.dtype, header.step, codec, room.values_of, room.block);
     } else if (dst_stride_bytes == delta.row_bytes()) {
-        codec.delta.add(from, room.z, n, layout, shift, reinterpret_cast<std::uint8_t*>(dst));
+        codec.delta.add(from, room.z, n, layout, header.shift,
+                        reinterpret_cast<std::uint8_t*>(dst));
         return;
     } else {
-        codec.delta.add(from, room.z, n, layout, shift, room.block);
+        codec.delta.add(from, room.z, n, layout, header.shift, room.block);
     }
     for (std::size_t r = 0; r < delta.rows; ++r) {
         std::memcpy(dst + r * dst_stride_bytes, room.block + r * delta.row_bytes(),
