@@ -52,14 +52,6 @@ inline void hash_start(HashState& state) noexcept {
     }
 }
 
-// The stripe of the last `left` bytes of a row.
-inline void hash_tail(const std::uint8_t* data, std::size_t left, const std::uint64_t* key,
-                      HashState& state) noexcept {
-    alignas(64) std::uint8_t padded[kStripeBytes] = {};
-    __builtin_memcpy(padded, data, left);
-    hash_stripe(padded, key, state);
-}
-
 inline void hash_finish(const HashState& state, std::size_t rows, std::size_t row_bytes,
                         std::uint64_t seed, std::uint64_t* out) noexcept {
     alignas(64) std::uint64_t keyed[2][kLanes];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the vector kernels share: walking rows. Included INSIDE the namespace of an instruction set
-// (no guard on purpose), after HashState and hash_start, hash_stripe, hash_tail, hash_scramble and
-// hash_finish were defined for its registers.
+// (no guard on purpose), after HashState and hash_start, hash_stripe, hash_scramble and
+// hash_finish were defined for its registers; and hash_tail, where loads can be masked.
 
 using Keys = const std::uint64_t (*)[kLanes];
 
@@ -13,6 +13,15 @@ constexpr std::size_t kHashRowsAhead = 2;
 
 inline void ask_for_stripe(const std::uint8_t* data) noexcept {
     for (std::size_t line = 0; line < kStripeBytes; line += 64) __builtin_prefetch(data + line);
+}
+
+// The stripe of the last `left` bytes of a row. A hash_tail that is no template goes before it.
+template <class State>
+inline void hash_tail(const std::uint8_t* data, std::size_t left, const std::uint64_t* key,
+                      State& state) noexcept {
+    alignas(64) std::uint8_t padded[kStripeBytes] = {};
+    __builtin_memcpy(padded, data, left);
+    hash_stripe(padded, key, state);
 }
 
 inline void hash_group(const std::uint8_t* data, Keys keys, HashState& state) noexcept {
