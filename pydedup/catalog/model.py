@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
-from pydedup.catalog.digests import map_digest, tensors_digest
+from pydedup.catalog.digests import ModelDigest, map_digest, tensors_digest
 from pydedup.catalog.pages import tags_in
 from pydedup.catalog.rows import promised, recorded_certificate, tensor_info
 from pydedup.certificates import (
@@ -289,6 +289,13 @@ class SourceHashes:
         self._adapter = adapter
         self._model = model
         self._read: dict[int, bytes] = {}
+
+    def are_as_added(self) -> bool:
+        """Whether all of them, and the tensors, are those that the model was added with."""
+        named = ModelDigest()
+        for ordinal, info in enumerate(self._model.tensors):
+            named.add(info, self.of(ordinal))
+        return named.digest() == self._model.row.digest
 
     def of(self, ordinal: int) -> bytes:
         """Return the hashes of one tensor's blocks, 16 bytes each; none where none are recorded."""

@@ -68,7 +68,7 @@ class Previous:
     ) -> Previous | None:
         """Return the newest version, if there is one and the policy takes what is stored of it.
 
-        ``None``, too, where what is recorded of its tensors is damaged.
+        ``None``, too, where what is recorded of its tensors is damaged, or those of another model.
         """
         rows = adapter.models(name=name, newest=1)
         if not rows:
@@ -81,6 +81,8 @@ class Previous:
         if policy.max_rel_error == 0 and not model.keeps_bits:
             return None
         if all(model.error_of(info.name) > policy.max_rel_error for info in model.tensors):
+            return None
+        if not SourceHashes(adapter, model).are_as_added():
             return None
         return cls(adapter, stored, model, policy.max_rel_error)
 

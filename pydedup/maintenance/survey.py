@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import LIVE, Adapter, BlockRow, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import BlockMap
-from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
+from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import base_places, block_place, block_places, split_places
 
@@ -91,7 +91,7 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
                     _note_blocks(found, hashes, model, ordinal, block_map, pages, recorded)
                 )
                 _note_bases(found, model, ordinal, block_map, pages)
-            if others and _is_as_added(model, hashes):
+            if others and hashes.are_as_added():
                 sources.update(others)
         deltas = {place for places in found.dependents.values() for place in places}
         elsewhere = np.unique(split_places(np.array(sorted(deltas), np.int64))[0])
@@ -196,11 +196,3 @@ def _recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> dict[int, BlockR
         for row in adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist()):
             rows[block_place(row.page_id, row.slot)] = row
     return rows
-
-
-def _is_as_added(model: StoredModel, hashes: SourceHashes) -> bool:
-    """Whether a model's tensors, and what their source hashed to, are those it was added with."""
-    named = ModelDigest()
-    for ordinal, info in enumerate(model.tensors):
-        named.add(info, hashes.of(ordinal))
-    return named.digest() == model.row.digest

@@ -344,6 +344,26 @@ def test_models_whose_names_are_exchanged(store_url: str) -> None:
         is_there(store, "three")
 
 
+@pytest.mark.parametrize("which", ["models", "tensors"])
+def test_source_hashes_of_another(which: str, store_url: str) -> None:
+    """Blocks of a next version that are those of the other were taken for unchanged."""
+    fill(store_url)
+    told = {
+        "models": "UPDATE {source_hashes} SET model_id = ? WHERE model_id = ?",
+        "tensors": "UPDATE {source_hashes} SET ordinal = ? WHERE ordinal = ?",
+    }
+    first, second = (1, 2) if which == "models" else (0, 1)
+    for new, old in ((999, first), (first, second), (second, 999)):
+        change(store_url, told[which], new, old)
+    one = MODELS["one"]
+    other = MODELS["two"] if which == "models" else {"a": one["b"], "b": one["a"]}
+    with pydedup.open(store_url) as store:
+        store.add("one", other)
+        loaded = store.load("one")
+        assert all(np.array_equal(loaded[key], array) for key, array in other.items())
+        assert not [error for error in store.verify().errors if "one@2" in error]
+
+
 @pytest.mark.parametrize(("column", "called"), [("version", "two@x"), ("name", "x@1")])
 def test_a_damaged_address_is_removed_by_what_it_was_added_as(
     column: str, called: str, store_url: str
