@@ -135,12 +135,14 @@ def add(
     kept = parse_metadata(metadata)
     opened = options.trial_store if dry_run else options.writable_store
     with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(Watch("reading", quiet=quiet))
-        # Before the store is opened: what is no model, or part of one, creates none.
-        sources = {
-            name: stack.enter_context(registry.open_source(path)) for name, path in models.items()
-        }
+        with Watch("reading", quiet=quiet):
+            # Before the store is opened: what is no model, or part of one, creates none.
+            sources = {
+                name: stack.enter_context(registry.open_source(path))
+                for name, path in models.items()
+            }
         store = stack.enter_context(opened(url, memory))
+        watch = stack.enter_context(Watch("reading", quiet=quiet))
         reports = store.add_many(
             sources,
             policy=guarantee,

@@ -3,19 +3,12 @@
 
 from __future__ import annotations
 
-import _thread
-import contextlib
 import io
 import os
-import signal
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import click
 
@@ -39,6 +32,7 @@ from pydedup.cli import (
 )
 from pydedup.cli.completing import COMPLETE_VARIABLE, answer_shell
 from pydedup.cli.errors import TRACEBACK_VARIABLE, Exit, report, warn
+from pydedup.cli.signals import Terminated, interruptible
 
 __all__ = ["main", "program"]
 
@@ -142,15 +136,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status: int | None = Exit.OK
     context: click.Context | None = None
     try:
-        with _terminable(), program.make_context("pydedup", words) as context:
+        with (
+            interruptible(lambda: _say_interrupted(context)),
+            program.make_context("pydedup", words) as context,
+        ):
             status = program.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as error:
         status = error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        command = "" if context is None else context.invoked_subcommand or ""
-        warn("interrupted, " + _INTERRUPTED.get(command, "the store is as it was before"))
-        status = Exit.TERMINATED if isinstance(error, _Terminated) else Exit.INTERRUPTED
+        _say_interrupted(context)
+        status = Exit.TERMINATED if isinstance(error, Terminated) else Exit.INTERRUPTED
     except BrokenPipeError:
         status = Exit.BROKEN_PIPE
     except Exception as error:
@@ -176,49 +172,9 @@ _INTERRUPTED = {
 }
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Have SIGTERM end a command as Ctrl-C does: what it wrote beside its output is taken away.
-
-    Neither is lost, nor shown as a traceback, where it comes when Python ignores exceptions.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    before = sys.unraisablehook
-
-    def dropped(told: Any) -> None:
-        if isinstance(told.exc_value, KeyboardInterrupt):
-            _thread.start_new_thread(_strike_again, (type(told.exc_value) is _Terminated,))
-        else:
-            before(told)
-
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = dropped
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _strike_again(terminates: bool) -> None:
-    """Send a signal once more, whose exception Python dropped: it came within a weakref's callback.
-
-    Not by a `threading.Timer`, of whose locks the main thread may hold one just then.
-    """
-    time.sleep(0.01)
-    number = signal.SIGTERM if terminates else signal.SIGINT
-    signal.pthread_kill(threading.main_thread().ident or 0, number)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _say_interrupted(context: click.Context | None) -> None:
+    command = "" if context is None else context.invoked_subcommand or ""
+    warn("interrupted, " + _INTERRUPTED.get(command, "the store is as it was before"))
 
 
 def _prepare_streams() -> None:

@@ -19,9 +19,11 @@ import pydedup
 from pydedup import Store, config
 from pydedup.cli.completing import complete_models, complete_stores
 from pydedup.cli.errors import no_such
+from pydedup.cli.progress import Watch
 from pydedup.errors import ArgumentError, MissingStoreError, NotFoundError, SchemaVersionError
 from pydedup.names import parse_address
 from pydedup.types import ModelInfo
+from pydedup.words import OpenMode
 
 __all__ = [
     "Group",
@@ -158,10 +160,18 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progres
 memory_option = size_option("--memory", DEFAULT_MEMORY, "Memory for pages of the store.")
 
 
+def _opened(url: str, mode: OpenMode, memory: str) -> Store:
+    """Open a store; where its database takes long to answer, that is seen."""
+    context = click.get_current_context(silent=True)
+    quiet = context is not None and context.params.get("quiet", False)
+    with Watch("opening the store", quiet=quiet):
+        return pydedup.open(url, mode=mode, memory=memory)
+
+
 def read_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
     """Open a store for reading; a mistyped URL creates nothing."""
     try:
-        return pydedup.open(url, mode="r", memory=memory)
+        return _opened(url, "r", memory)
     except MissingStoreError:
         context = click.get_current_context(silent=True)
         given = {} if context is None else context.params
@@ -173,7 +183,7 @@ def read_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
 
 def writable_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:
     """Open a store for writing, or create it."""
-    return pydedup.open(url, memory=memory)
+    return _opened(url, "a", memory)
 
 
 def existing_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:

@@ -15,6 +15,7 @@ import click
 from pydedup import config, text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
+from pydedup.cli.progress import Watch
 from pydedup.errors import UnsupportedFormatError
 from pydedup.registry import redact
 from pydedup.replacement import DEFAULT_POLICY, POLICIES, Trace
@@ -174,7 +175,9 @@ def _serve_here(
     from pydedup.http.served import ServedStore
     from pydedup.http.server import serve as run
 
-    with ServedStore.connect(url, memory, replacement) as store:
+    with Watch("opening the store"):
+        store = ServedStore.connect(url, memory, replacement)
+    with store:
         names = [entry.name for entry in store.index() if entry.has_graph]
 
         def started(address: str) -> None:

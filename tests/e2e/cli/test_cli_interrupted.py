@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -26,16 +27,20 @@ from .conftest import path_of
 run_program = run_here
 
 
+#: The program that says how far it is at once, and not after seconds.
+_EAGER = """
+import sys
+from pydedup.cli import main, progress, signals
+progress._DELAY_SECONDS, progress._LINE_SECONDS, signals._PATIENCE_SECONDS = 0, 0.1, 0.1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     blocker = sqlite3.connect(path_of(url), isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")  # the add has to wait for this one, so it is under way
-    code = (
-        "import sys; from pydedup.cli import main, progress\n"
-        "progress._DELAY_SECONDS, progress._LINE_SECONDS = 0, 0.1\n"  # by itself after 5 s
-        "sys.exit(main(sys.argv[1:]))"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, "add", f"{url}?timeout=60", "n@1", str(model)],
+        [sys.executable, "-P", "-c", _EAGER, "add", f"{url}?timeout=60", "n@1", str(model)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -65,6 +70,57 @@ def test_ctrl_c_leaves_the_store_as_it_was(url: str, model: Path) -> None:
     assert run_program("verify", url).returncode == 0
     listed = json.loads(run_program("ls", url, "--json").stdout)["models"]
     assert [found["model"] for found in listed] == ["m@1", "m@2"]
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://ann@HOST/db?connect_timeout=1000", "postgresql://HOST/db"]
+)
+def test_a_database_that_does_not_answer_is_seen_and_can_be_left(url: str) -> None:
+    """Nothing was said for ten seconds, and a driver that waits in C let no Ctrl-C through."""
+    pytest.importorskip("mysql.connector" if url.startswith("mysql") else "psycopg")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = url.replace("HOST", f"127.0.0.1:{silent.getsockname()[1]}")
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _EAGER, "ls", place], stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        try:
+            with silent.accept()[0], process.stderr:
+                assert process.stderr.readline().startswith("pydedup: opening the store")
+                process.send_signal(signal.SIGINT)
+                for line in process.stderr:
+                    if "Ctrl-C once more" in line:
+                        process.send_signal(signal.SIGINT)
+                assert line == "pydedup: interrupted, the store is as it was before\n"
+            assert process.wait() == 130
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_what_notices_ctrl_c_may_take_its_time_to_end() -> None:
+    code = f"""
+import os, signal, threading, time
+from pydedup.cli import app, signals
+
+def work(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.5)  # as a rollback does; nothing is said of it
+        print("tidied up", flush=True)
+        raise
+
+app.looking.kernels.callback = work
+words = ["kernels"]
+{_EAGER.replace("sys.argv[1:]", "words")}
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=50
+    )
+    said = "pydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "tidied up\n", said)
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C and SIGTERM: they end a command in order, or at once where it cannot notice.
+
+Python runs what it does about a signal between two steps of its own, and none comes while a driver
+waits in C for a server that is silent. Deliberately not here: what is said of a command that was
+interrupted (``app.py``).
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from pydedup.cli.errors import Exit, warn
+
+__all__ = ["Terminated", "interruptible"]
+
+#: For so long a command may take to notice Ctrl-C before something is said.
+_PATIENCE_SECONDS = 1.0
+_WAITING = "waiting for what is under way, such as an answer; Ctrl-C once more ends it at once"
+#: Takes away a progress bar, which hides the cursor.
+_NO_BAR = "\r\x1b[K\x1b[?25h"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def interruptible(tell: Callable[[], None]) -> Iterator[None]:
+    """Have SIGTERM end a command as Ctrl-C does: what it wrote beside its output is taken away.
+
+    Neither is lost, nor shown as a traceback, where it comes when Python ignores exceptions. Where
+    a first Ctrl-C is not noticed, a second one ends the process, when ``tell`` has said so.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    before = sys.unraisablehook
+
+    def dropped(told: Any) -> None:
+        if isinstance(told.exc_value, KeyboardInterrupt):
+            _thread.start_new_thread(_strike_again, (type(told.exc_value) is Terminated,))
+        else:
+            before(told)
+
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = dropped
+    try:
+        # Not where the shell has Ctrl-C ignored, as of what runs in the background.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            with _Impatience(tell):
+                yield
+        else:
+            yield
+    finally:
+        sys.unraisablehook = before
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _strike_again(terminates: bool) -> None:
+    """Send a signal once more, whose exception Python dropped: it came within a weakref's callback.
+
+    Not by a `threading.Timer`, of whose locks the main thread may hold one just then.
+    """
+    time.sleep(0.01)
+    number = signal.SIGTERM if terminates else signal.SIGINT
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+class _Impatience:
+    """Ends the process at the second Ctrl-C, while the main thread has not noticed the first.
+
+    A signal writes its number to a pipe, whatever the main thread does; another thread reads it.
+    """
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+        self._noticed = 0
+        self._handler = self._notice  # the same object whenever it is asked for
+        self._ended = threading.Event()
+
+    def __enter__(self) -> None:
+        self._numbers, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        self._thread = threading.Thread(target=self._watch, name="interrupts", daemon=True)
+        self._thread.start()
+        signal.signal(signal.SIGINT, self._handler)
+        self._before = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(self._before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._ended.set()
+        os.close(self._written)
+        self._thread.join()
+        os.close(self._numbers)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._noticed += 1
+        signal.default_int_handler(number, frame)
+
+    def _watch(self) -> None:
+        noticed = 0
+        while self._struck() and not self._ended.wait(_PATIENCE_SECONDS):
+            # A server that is stopped by Ctrl-C sees to it itself meanwhile.
+            is_ours = signal.getsignal(signal.SIGINT) is self._handler
+            if is_ours and self._noticed == noticed:
+                warn(_WAITING)
+                if self._struck() and self._noticed == noticed:
+                    if sys.stderr is not None and sys.stderr.isatty():
+                        sys.stderr.write(_NO_BAR)
+                    self._tell()
+                    os._exit(Exit.INTERRUPTED)
+            noticed = self._noticed
+
+    def _struck(self) -> bool:
+        """Wait for Ctrl-C; False when the command has ended."""
+        while number := os.read(self._numbers, 1):
+            if number[0] == signal.SIGINT:
+                return True
+        return False
