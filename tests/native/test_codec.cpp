@@ -229,6 +229,26 @@ TEST(planes_written_by_hand_are_refused_one_beyond_the_format) {
     unused.push_back(0x01);
     CHECK(!huffman(unused, 1, streams));
     CHECK(!huffman({0, 0, 2, 0x11, 0}, 1, streams));
+    // Codes of 1, 2, 3, ... bits, the last two of them equally long: 11 are the most.
+    const auto longest = [&](unsigned bits) {
+        Buffer payload = {0, 0, static_cast<std::uint8_t>(bits)};
+        for (unsigned s = 0; s <= bits; s += 2) {
+            const unsigned low = std::min(s + 1, bits);
+            const unsigned high = s == bits ? 0 : std::min(s + 2, bits);
+            payload.push_back(static_cast<std::uint8_t>(low | high << 4));
+        }
+        return huffman(payload, 1, {0, 0, 0, 0});
+    };
+    CHECK(longest(10));
+    CHECK(longest(11));
+    for (unsigned bits = 12; bits < 16; ++bits) CHECK(!longest(bits));
+    Buffer stray = by_range;  // of three byte values, half a byte is left
+    stray[2] = 2;
+    stray[3] = 0x21;
+    stray.push_back(0x02);
+    CHECK(huffman(stray, 1, {0, 0, 0, 0}));
+    stray.back() = 0x12;
+    CHECK(!huffman(stray, 1, {0, 0, 0, 0}));
 }
 
 TEST(versions_and_arguments_are_checked) {

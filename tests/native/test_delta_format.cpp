@@ -23,27 +23,37 @@ namespace {
 class ByHand {
   public:
     ByHand(std::size_t rows, std::size_t cols, Dtype dtype)
-        : rows_(rows), cols_(cols), dtype_(dtype), base_(rows * cols * item_bytes(dtype), 0) {}
+        : ByHand(rows, cols, dtype, rows, cols, dtype) {}
+    ByHand(std::size_t rows, std::size_t cols, Dtype dtype, std::size_t base_rows,
+           std::size_t base_cols, Dtype base_dtype)
+        : rows_(rows),
+          cols_(cols),
+          dtype_(dtype),
+          base_rows_(base_rows),
+          base_cols_(base_cols),
+          base_dtype_(base_dtype),
+          base_(base_rows * base_cols * item_bytes(base_dtype), 0) {}
 
     [[nodiscard]] bool decodes(std::uint8_t form, const Buffer& body,
                                std::optional<double> step = std::nullopt,
                                std::uint8_t shift = 0) const {
-        Buffer delta = {1, form, static_cast<std::uint8_t>(dtype_), shift};
+        Buffer delta = {1, form, static_cast<std::uint8_t>(base_dtype_), shift};
         const auto put = [&](auto value) {
             std::array<std::uint8_t, sizeof value> bytes;
             std::memcpy(bytes.data(), &value, sizeof value);
             delta.insert(delta.end(), bytes.begin(), bytes.end());
         };
         put(static_cast<std::uint32_t>(rows_ * cols_));
-        put(detail::check_of(base_.data(), rows_, cols_ * item_bytes(dtype_)));
+        put(detail::check_of(base_.data(), base_rows_, base_cols_ * item_bytes(base_dtype_)));
         if (step) put(std::bit_cast<std::uint64_t>(*step));
         delta.insert(delta.end(), body.begin(), body.end());
         delta.shrink_to_fit();
-        Buffer out(base_.size());
+        Buffer out(rows_ * cols_ * item_bytes(dtype_));
         const Encoding encoding = step ? Encoding::quantised : Encoding::delta;
         try {
             decode_delta(view(delta, rows_, cols_, dtype_, encoding),
-                         view(base_, rows_, cols_, dtype_), at(out), cols_ * item_bytes(dtype_));
+                         view(base_, base_rows_, base_cols_, base_dtype_), at(out),
+                         cols_ * item_bytes(dtype_));
             return true;
         } catch (const Error& error) {
             CHECK(error.code() == ErrorCode::corrupt_page);
@@ -56,6 +66,8 @@ class ByHand {
   private:
     std::size_t rows_, cols_;
     Dtype dtype_;
+    std::size_t base_rows_, base_cols_;
+    Dtype base_dtype_;
     Buffer base_;
 };
 
@@ -130,6 +142,28 @@ TEST(all_groups_have_32_contexts_at_most) {
     CHECK(contexts(16, 16));
     CHECK(!contexts(16, 17));
     CHECK(!contexts(31, 31));
+}
+
+TEST(there_are_two_forms) {
+    const ByHand bytes(1, 4, Dtype::i8);
+    CHECK(bytes.decodes(0, {0}));
+    CHECK(!bytes.decodes(2, {0}));
+    CHECK(!bytes.decodes(0xFF, {0}));
+}
+
+TEST(a_base_has_the_shape_and_the_kind_of_numbers) {
+    const auto on = [](std::size_t rows, std::size_t cols, Dtype dtype) {
+        return ByHand(4, 8, Dtype::f32, rows, cols, dtype).sparse({0});
+    };
+    CHECK(on(4, 8, Dtype::f32));
+    CHECK(on(4, 8, Dtype::bf16));
+    for (const Dtype dtype : {Dtype::u32, Dtype::i32, Dtype::u16, Dtype::f8_e4m3}) {
+        CHECK(!on(4, 8, dtype));
+    }
+    CHECK(!on(4, 4, Dtype::f32));
+    CHECK(!on(4, 9, Dtype::f32));
+    CHECK(!on(2, 8, Dtype::f32));
+    CHECK(!on(8, 4, Dtype::f32));
 }
 
 TEST(unused_bits_are_0) {

@@ -153,6 +153,88 @@ TEST(huffman_planes_come_back_from_every_kernel) {
     }
 }
 
+// A plane whose longest codes have so many bits, and many of these one after another: how many are
+// read between two looks at memory hangs on that.
+Buffer plane_with_codes_of(unsigned bits) {
+    // Half of what is left is one byte each, until 2^8 bytes or fewer share the rest.
+    Buffer plane;
+    std::size_t rest = 16384;
+    unsigned taken = 0;
+    for (; bits - taken > 7; ++taken) {
+        rest /= 2;
+        plane.insert(plane.end(), rest, static_cast<std::uint8_t>(255 - taken));
+    }
+    const std::size_t alike = std::size_t{1} << (bits - taken);
+    for (std::size_t i = 0; i < rest; ++i) plane.push_back(static_cast<std::uint8_t>(i % alike));
+    return plane;
+}
+
+// The symbols of a delta are read by the same loops, each by the code of its context.
+void check_symbols(const Buffer& plane, const std::array<std::uint8_t, 256>& code_bits,
+                   unsigned table_bits) {
+    std::vector<std::uint32_t> codes(2 * 256);
+    std::vector<std::uint16_t> table(std::size_t{2} << table_bits);
+    std::size_t at = 0;
+    for (unsigned bits = 1; bits <= table_bits; ++bits) {
+        for (std::uint32_t s = 0; s < 256; ++s) {
+            if (code_bits[s] != bits) continue;
+            const unsigned unused = table_bits - bits;
+            // Of the second context, the codes have all bits the other way round.
+            const auto code = static_cast<std::uint32_t>(at >> unused);
+            codes[s] = code << 8 | bits;
+            codes[256 + s] = (code ^ ((1U << bits) - 1)) << 8 | bits;
+            for (std::size_t i = 0; i < std::size_t{1} << unused; ++i, ++at) {
+                const auto entry = static_cast<std::uint16_t>(s << 8 | bits);
+                table[at] = table[table.size() - 1 - at] = entry;
+            }
+        }
+    }
+    Buffer contexts(plane.size());
+    for (std::size_t i = 0; i < plane.size(); ++i) contexts[i] = i % 3 == 0 ? 1 : 0;
+    const std::size_t segment = (plane.size() + 3) / 4;
+    Buffer written(2 * plane.size() + 64);
+    for (const KernelTable* table_of : runnable_kernels()) {
+        const DeltaKernels& kernel = table_of->codec.delta;
+        HuffmanStreams streams{};
+        std::uint8_t* to = written.data();
+        for (std::size_t j = 0; j < 4; ++j) {
+            const std::size_t first = std::min(plane.size(), j * segment);
+            const std::size_t count = std::min(segment, plane.size() - first);
+            streams.begin[j] = to;
+            to = kernel.write_symbols(&plane[first], &contexts[first], count, codes.data(), to);
+        }
+        const Buffer tight(written.data(), to);
+        for (const std::uint8_t*& begin : streams.begin) {
+            begin = tight.data() + (begin - written.data());
+        }
+        streams.end = tight.data() + tight.size();
+        streams.table = table.data();
+        streams.table_bits = table_bits;
+        Buffer back(plane.size());
+        std::array<std::uint64_t, 4> consumed{};
+        kernel.read_symbols(streams, contexts.data(), plane.size(), back.data(), consumed.data());
+        CHECK(back == plane);
+    }
+}
+
+TEST(codes_of_every_length_come_back_also_in_a_row) {
+    std::mt19937_64 random(6);
+    for (unsigned bits = 1; bits <= kMaxCodeBits; ++bits) {
+        Buffer plane = plane_with_codes_of(bits);
+        detail::PlaneHistogram histogram;
+        detail::count_bytes(plane, histogram);
+        detail::HuffmanPlan plan;
+        detail::plan_huffman(histogram, plan);
+        CHECK(*std::max_element(plan.code_bits.begin(), plan.code_bits.end()) == bits);
+        for (int order = 0; order < 3; ++order) {
+            check_round_trip(plane);
+            check_symbols(plane, plan.code_bits, bits);
+            if (order == 0) std::reverse(plane.begin(), plane.end());
+            if (order == 1) std::shuffle(plane.begin(), plane.end(), random);
+        }
+    }
+}
+
 TEST(streams_of_very_different_speed_come_back) {
     // One quarter takes 1 bit a symbol, another 11: the pair decoder's streams drift apart.
     std::mt19937_64 random(4);
