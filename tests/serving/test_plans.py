@@ -173,6 +173,19 @@ def test_memory_lives_as_long_as_any_view_of_it() -> None:
     assert planned(turned, (5, 6, 2)).nbytes == 4 * 60  # flattening what is turned copies
 
 
+def test_memory_is_that_of_values_that_are_still_needed() -> None:
+    nodes = [Node("relu", (a,), b) for a, b in ("xa", "ab", "bc", "co")]
+    assert planned(nodes, (5, 6)).nbytes == 4 * 30 * 2
+    assert planned([*nodes[:3], Node("add", ("a", "c"), "o")], (5, 6)).nbytes == 4 * 30 * 3
+
+
+def test_the_smallest_piece_of_a_batch_is_a_row() -> None:
+    plan = planned([Node("relu", ("x",), "o")], (5, 6))  # of 24 bytes each
+    assert [plan.beyond(nbytes) for nbytes in (0, 20, 24, 120)] == [24, 4, 0, 0]
+    whole = planned([Node("softmax", ("x",), "o", attrs={"axis": 0})], (5, 6))
+    assert whole.beyond(100) == 4 * 30 * 3 - 100 - 4 * 30  # its result is counted elsewhere
+
+
 def test_what_does_not_fit_is_planned_up_to_there() -> None:
     assert not planned([Node("transpose", ("x",), "o", attrs={"perm": [2, 0, 1]})], (5, 6)).fits
     before = Node("relu", ("x",), "h")

@@ -69,6 +69,27 @@ def test_mixed_requests_get_their_own_models_answers(store: pydedup.Store) -> No
         assert got.base is None or got.base.nbytes == got.nbytes
 
 
+@pytest.mark.parametrize(
+    ("names", "rows", "calls", "models"),
+    [
+        (["v0", "v1"], 3, {2}, 2),
+        (["v0", "v0", "v0"], 3, {1}, 1),
+        (["v0", "v1", "v2"], 700, {1, 2, 3}, 3),  # more than half of what activations may take
+    ],
+)
+def test_requests_go_together_as_far_as_the_budget_allows(
+    store: pydedup.Store, names: list[str], rows: int, calls: set[int], models: int
+) -> None:
+    x = RNG.standard_normal((rows, 256)).astype(np.float32)
+    wanted = [store.predict(name, x) for name in names]
+    store.record(1 << 16)
+    found = store.predict_many([(name, x) for name in names])
+    trace = store.recorded()
+    assert set(trace.calls.tolist()) == calls  # each use of a page, by the calls begun before
+    assert len(trace.owners) == models
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_bad_request_does_not_disturb_the_others(store: pydedup.Store) -> None:
     good = RNG.standard_normal((2, 256)).astype(np.float32)
     results = store.predict_many(
@@ -134,6 +155,7 @@ def test_a_batch_larger_than_the_budget_is_cut(store: pydedup.Store) -> None:
     tracemalloc.stop()
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     assert peak < 6 << 20
+    assert store.predict("v1", x[:0]).shape == (0, 10)
 
 
 def test_threads_share_a_small_budget(tmp_path: Path) -> None:
