@@ -293,6 +293,27 @@ class BlockMap:
             return None
         return self.base_page_ids, self.base_slots
 
+    def within(self, down: slice, across: slice) -> BlockMap:
+        """Return the map of the blocks in these rows and columns of the grid."""
+        grid = self.grid
+
+        def cut(values: NDArray[Any]) -> NDArray[Any]:
+            return values.reshape(grid.grid_rows, grid.grid_cols)[down, across].reshape(-1)
+
+        top, left = down.start * grid.block_rows, across.start * grid.block_cols
+        return BlockMap(
+            BlockGrid(
+                min(down.stop * grid.block_rows, grid.rows) - top,
+                min(across.stop * grid.block_cols, grid.cols) - left,
+                *grid.block_shape,
+            ),
+            self.dtype,
+            cut(self.page_ids),
+            cut(self.slots),
+            None if self.base_page_ids is None else cut(self.base_page_ids),
+            None if self.base_slots is None else cut(self.base_slots),
+        )
+
     def parts(self) -> Iterator[bytes]:
         """Yield the binary form in parts, each a row of a table; none for an empty tensor."""
         step = _MAP_PART_BLOCKS if self.bases is None else _DELTA_PART_BLOCKS

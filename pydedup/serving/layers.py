@@ -19,7 +19,12 @@ from pydedup.catalog import Catalog
 from pydedup.errors import ArgumentError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.pool import PagePool
-from pydedup.serving.attached import functions, recurrent, views  # noqa: F401  (they register)
+from pydedup.serving.attached import (  # noqa: F401  (they register)
+    experts,
+    functions,
+    recurrent,
+    views,
+)
 from pydedup.serving.attached.modules import attachment_of, enclose, release
 from pydedup.serving.attached.parameter import StoredParameter
 from pydedup.serving.attached.slots import named_modules, tensors

@@ -100,6 +100,11 @@ class StoredTensor:
         """Element type as stored."""
         return self._info.dtype
 
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of a block of the matrix of the first axis by all others."""
+        return self._info.block_shape
+
     def matmul(
         self,
         x: ArrayLike,
@@ -241,6 +246,21 @@ class StoredTensor:
         """Return the whole tensor as an array, bit for bit (bf16 and f8 as ml_dtypes)."""
         array = self._with_map(lambda block_map: matmul.read(block_map, self._pool))
         return array.reshape(self.shape)
+
+    def columns(self, first: int, stop: int) -> NDArray[Any]:
+        """Return columns of the matrix of the first axis by all others, reading only their blocks.
+
+        They are bit for bit those of `numpy`.
+        """
+
+        def read(block_map: BlockMap) -> NDArray[Any]:
+            grid = block_map.grid
+            left, right = first // grid.block_cols, -(-stop // grid.block_cols)
+            part = block_map.within(slice(0, grid.grid_rows), slice(left, right))
+            skipped = left * grid.block_cols
+            return matmul.read(part, self._pool)[:, first - skipped : stop - skipped]
+
+        return self._with_map(read)
 
     def _check_rows(self, what: str) -> None:
         if len(self.shape) < 2:

@@ -6,6 +6,7 @@ weights    one version of a model as a module uses it: streamed tensors, loaded 
 parameter  the tensor that stands in a module where a parameter was
 views      parts of it, transposed or in another dtype, that stay in the store
 functions  what torch's functions do when they are given such a tensor
+experts    matrices of mixtures of experts: loaded, or read piece by piece
 recurrent  layers of many steps: loaded, or streamed step by step
 activations  what torch allocates in a call, counted against the budget
 pieces     how batches that are too large for the budget are cut

@@ -29,17 +29,14 @@ from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 from pydedup.words import BagMode
 
-__all__ = ["rows_of"]
+__all__ = ["as_input", "rows_of"]
 
 _Tensor = torch.Tensor
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def _array(x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False) -> NDArray[Any]:
-    """Return an input as kernels take it, without a copy where it is float32 or float64.
-
-    Products take bfloat16 as it is, which ``keeps_bf16`` asks for.
-    """
+def as_input(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
+    """Return an input that is in memory and asks for no derivative, or raise ArgumentError."""
     if not x.is_cpu:
         raise ArgumentError(f"{weight.label} is streamed on the CPU; the input is on {x.device}")
     if x.requires_grad:
@@ -54,6 +51,15 @@ def _array(x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False
             f"the input of {weight.label} has a tangent, and streamed weights give none; call the "
             "module outside of torch.autograd.forward_ad.dual_level"
         )
+    return x
+
+
+def _array(x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False) -> NDArray[Any]:
+    """Return an input as kernels take it, without a copy where it is float32 or float64.
+
+    Products take bfloat16 as it is, which ``keeps_bf16`` asks for.
+    """
+    x = as_input(x, weight)
     dtype = x.dtype
     if keeps_bf16 and dtype is torch.bfloat16:  # which numpy does not know
         return _numpy(x.view(torch.int16), weight).view(DType.BF16.numpy)
@@ -111,7 +117,8 @@ def _streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
     stored = weight.stored()
     if len(stored.shape) != ndim or not slot.dtype.is_floating_point:
         return None
-    if ndim > 2 and weight.rows is not None:  # kernels of convolutions take all filters
+    # Kernels of convolutions take all filters, as they are.
+    if ndim > 2 and (weight.rows is not None or weight.transposed):
         return None
     # A kernel would round the inputs of such a module to float32.
     if slot.dtype is torch.float64 and stored.dtype.itemsize < 8:

@@ -47,7 +47,8 @@ class StoredParameter(torch.Tensor):
     attachment, number
         Which slot of which attached module it is.
     transposed, rows
-        What view of the matrix it is: first rows, then transposed.
+        What view of the matrix it is: first rows, then transposed. Of three axes, these are rows
+        of the first, and the other two transposed.
     """
 
     attachment: Attachment
@@ -68,10 +69,15 @@ class StoredParameter(torch.Tensor):
         """Make the parameter of a slot, or a view of it."""
         slot = attachment.slots[number]
         shape = slot.shape if rows is None else (rows[1] - rows[0], *slot.shape[1:])
+        strides = None
+        if transposed:
+            *outer, height, width = shape
+            shape = (*outer, width, height)
+            strides = (*(height * width for _ in outer), 1, width)
         made: Self = torch.Tensor._make_wrapper_subclass(
             cls,
-            shape[::-1] if transposed else shape,
-            strides=(1, shape[1]) if transposed else None,
+            shape,
+            strides=strides,
             dtype=slot.dtype,
             device=_CPU,
         )
@@ -118,7 +124,7 @@ class StoredParameter(torch.Tensor):
         whole = self.attachment.weights().loaded(self.number)
         if self.rows is not None:
             whole = whole[self.rows[0] : self.rows[1]]
-        return whole.t() if self.transposed else whole
+        return whole.mT if self.transposed else whole
 
     def stored(self) -> StoredTensor:
         """Return the tensor to stream: all rows, not transposed."""

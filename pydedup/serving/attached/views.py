@@ -24,18 +24,24 @@ _Tensor = torch.Tensor
 # ---- views --------------------------------------------------------------------------------------
 
 
-@handles(_Tensor.t, torch.t, _Tensor.T.__get__, _Tensor.mT.__get__)  # type: ignore[attr-defined]
+@handles(_Tensor.t, torch.t, _Tensor.T.__get__)  # type: ignore[attr-defined]
 def _t(input: StoredParameter) -> Any:
-    if input.ndim != 2:
-        return NotImplemented
-    return input.view_of(rows=input.rows, transposed=not input.transposed)
+    return _transpose(input, 0, 1) if input.ndim == 2 else NotImplemented
+
+
+@handles(_Tensor.mT.__get__)  # type: ignore[attr-defined]
+def _mt(input: StoredParameter) -> Any:
+    return _transpose(input, -2, -1)
 
 
 @handles(_Tensor.transpose, torch.transpose)
 def _transpose(input: StoredParameter, dim0: int, dim1: int) -> Any:
-    if input.ndim != 2 or not {dim0, dim1} <= {-2, -1, 0, 1} or dim0 % 2 == dim1 % 2:
+    rank = input.ndim
+    if rank not in (2, 3) or not all(-rank <= dim < rank for dim in (dim0, dim1)):
         return NotImplemented
-    return _t(input)
+    if {dim0 % rank, dim1 % rank} != {rank - 2, rank - 1}:
+        return NotImplemented
+    return input.view_of(rows=input.rows, transposed=not input.transposed)
 
 
 @handles(_Tensor.split, torch.split)

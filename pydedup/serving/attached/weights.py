@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pydedup.blocks import BlockGrid, BlockMap
+from pydedup.blocks import BlockMap
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.formats.torch_tensors import to_torch
@@ -149,23 +149,11 @@ class _PartOfMap:
         whole = self._model.block_map(self._name)
         made = self._made
         if made is None or made[0] is not whole:
-            made = self._made = whole, _rows_of_map(whole, self._rows)
+            grid = whole.grid
+            first, stop = (-(-row // grid.block_rows) for row in self._rows)
+            part = whole.within(slice(first, stop), slice(0, grid.grid_cols))
+            made = self._made = whole, part
         return made[1]
-
-
-def _rows_of_map(whole: BlockMap, rows: Rows) -> BlockMap:
-    grid = whole.grid
-    first, last = (-(-row // grid.block_rows) * grid.grid_cols for row in rows)
-    part = slice(first, last)
-    bases = whole.bases
-    return BlockMap(
-        BlockGrid(rows[1] - rows[0], grid.cols, grid.block_rows, grid.block_cols),
-        whole.dtype,
-        whole.page_ids[part],
-        whole.slots[part],
-        None if bases is None else bases[0][part],
-        None if bases is None else bases[1][part],
-    )
 
 
 def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> list[str]:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts: all their matrices are one tensor, loaded where that is a small part.
+
+Else it is read once per product, some columns of all experts at a time: blocks of a tensor hold
+rows of several experts, so that reading one expert would read the others too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pydedup.errors import BudgetError
+from pydedup.formats.torch_tensors import to_torch
+from pydedup.serving.attached.activations import made
+from pydedup.serving.attached.functions import as_input
+from pydedup.serving.attached.parameter import StoredParameter, handles
+
+__all__: list[str] = []
+
+#: Experts of a model that take more than this part of the pool, all together, are not loaded. Those
+#: that are loaded are three times as fast (a token, two experts of eight, 2026-11).
+_LOADED_PART = 2
+#: What is read of them at a time takes this part of the budget, or the least that can be read.
+_PIECE_PART = 16
+
+
+def _grouped_mm(
+    input: torch.Tensor,
+    mat2: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """Return the products of groups of rows, which end at ``offs``, with a matrix each."""
+    if type(mat2) is not StoredParameter or type(input) is StoredParameter or mat2.rows is not None:
+        return NotImplemented
+    if offs is None or bias is not None or out_dtype not in (None, input.dtype):
+        return NotImplemented
+    ends = offs.tolist()
+    fits = (
+        (input.ndim, mat2.ndim, input.dtype) == (2, 3, mat2.dtype)
+        and mat2.shape[:2] == (len(ends), input.shape[1])
+        and [0, *ends, len(input)] == sorted([0, *ends, len(input)])
+    )
+    if not fits or _is_loaded(mat2):  # torch says what does not fit
+        return NotImplemented
+    x = as_input(input, mat2)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    x = x.to(dtype)
+    y = x.new_zeros(len(x), mat2.shape[2])
+    groups = [
+        (number, slice(first, end))
+        for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False))
+        if first < end
+    ]
+    for lines, part in _pieces(mat2) if groups else ():
+        for number, rows in groups:
+            matrix = part[number].to(dtype)
+            if mat2.transposed:
+                y[rows, lines] = x[rows] @ matrix.t()
+            else:
+                y[rows] += x[rows, lines] @ matrix
+        del part, matrix  # before the next one is read
+    return y.to(input.dtype)
+
+
+if hasattr(torch, "_grouped_mm"):
+    handles(torch._grouped_mm)(_grouped_mm)
+
+
+def _is_loaded(weight: StoredParameter) -> bool:
+    """Load it if the experts take a small part of the budget, and return whether it is."""
+    slots = weight.attachment.slots
+    nbytes = sum(slot.nbytes for slot in slots if len(slot.shape) == len(weight.slot.shape))
+    if nbytes > weight.attachment.memory_bytes // _LOADED_PART:
+        return False
+    try:
+        weight.loaded()
+    except BudgetError:  # others have loaded too much
+        return False
+    return True
+
+
+def _pieces(weight: StoredParameter) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield lines of all matrices, as they are stored, and which these are."""
+    count, height, width = weight.slot.shape
+    stored = weight.stored()
+    columns = stored.block_shape[1]
+    # As many as make whole blocks, so that none is read twice.
+    unit = columns // math.gcd(columns, width)
+    most = weight.attachment.memory_bytes // _PIECE_PART
+    step = max(most // (count * width * stored.dtype.itemsize * unit), 1) * unit
+    for first in range(0, height, step):
+        stop = min(first + step, height)
+        part = made(to_torch(stored.columns(first * width, stop * width)))
+        yield slice(first, stop), part.view(count, stop - first, width)
+        del part
