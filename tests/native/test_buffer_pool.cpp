@@ -321,6 +321,31 @@ TEST(room_is_waited_for_while_pages_are_read_together) {
     }
 }
 
+// Of whom nobody knows when the pin goes is not waited for, whoever read the page before.
+TEST(pages_that_were_read_together_once_are_pinned_like_any_others) {
+    BufferPool pool(2 * page_size());
+    const std::vector<PageId> both{1, 2};
+    for (const PageId id : both) static_cast<void>(pool.insert(id, make_page(1)));
+    static_cast<void>(pool.pin_all(both));
+    const BufferPool::Pin first = pin_one(pool, 1);
+    const BufferPool::Pin second = pin_one(pool, 2);
+    CHECK_THROWS(ErrorCode::out_of_budget, static_cast<void>(pool.insert(3, make_page(3))));
+    CHECK_THROWS(ErrorCode::out_of_budget, static_cast<void>(pool.reserve(1)));
+}
+
+TEST(what_is_asked_for_ahead_is_no_miss) {
+    BufferPool pool(2 * page_size());
+    const PageId id = 1;
+    BufferPool::Pin pin;
+    pool.pin({&id, 1}, {&pin, 1}, true);
+    CHECK(!pin && pool.stats().misses == 0);
+    static_cast<void>(pool.insert(id, make_page(1), true));
+    pool.pin({&id, 1}, {&pin, 1}, true);
+    CHECK(pin && pool.stats().hits == 0);
+    static_cast<void>(pin_one(pool, id));
+    CHECK(pool.stats().hits == 0 && pool.stats().misses == 1);
+}
+
 TEST(pages_are_pinned_together_or_not_at_all) {
     BufferPool pool(3 * page_size());
     for (const PageId id : {1, 2, 3}) {

@@ -162,6 +162,9 @@ TEST(a_right_checksum_does_not_make_a_page) {
                  static_cast<void>(PageView::parse(with<std::uint16_t>(page, 4, 3))));
     refused(with<std::uint16_t>(page, 4, 2));  // the version of pages with deltas
     refused(with<std::uint16_t>(page, 4, 0));
+    Buffer longer = page;  // what follows the last block is no part of a page
+    longer.push_back(std::byte{0});
+    refused(with<std::uint64_t>(longer, 32, longer.size()));
     const Buffer planes = with<std::uint8_t>(page, slot, 1);
     refused(with<std::uint32_t>(planes, slot + 4, 0x80000000));  // decoded, 4 GiB or more
 }
@@ -233,6 +236,13 @@ TEST(blocks_that_no_page_can_hold_are_refused) {
     block = raw_block(bytes, Dtype::f32, 4, 4);
     block.encoding = static_cast<Encoding>(9);
     refused(block);
+    for (const Encoding encoding : {Encoding::planes, Encoding::delta, Encoding::quantised}) {
+        block = {bytes.data(), 0, encoding, Dtype::f32, 4, 4, is_delta(encoding) ? 1U : 0U};
+        refused(block);
+        block.length = 8;
+        Buffer page(page_bytes({&block, 1}));
+        build_page({&block, 1}, page);  // of eight bytes it can be
+    }
     const std::vector<BlockView> blocks = {raw_block(bytes, Dtype::f32, 4, 4)};
     Buffer short_page(page_bytes(blocks) - 1);
     CHECK_THROWS(ErrorCode::invalid_argument, build_page(blocks, short_page));
