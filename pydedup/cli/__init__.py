@@ -2,10 +2,9 @@
 """The command line program ``pydedup``: options in, tables or JSON out, nothing of its own to know.
 
 ``app.py`` gathers the commands, ``errors.py`` turns exceptions into one line and an exit status,
-``output.py`` and ``tables.py`` print, ``progress.py`` says how far something is, ``signals.py`` lets Ctrl-C
-end it. The commands lie
-in one file per purpose and call `pydedup.Store`. Deliberately not here: any figure that the API
-does not give.
+``output.py`` and ``tables.py`` print, ``progress.py`` says how far something is, ``signals.py``
+lets Ctrl-C end it. The commands lie in one file per purpose and call `pydedup.Store`. Deliberately
+not here: any figure that the API does not give.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ SAFE_SUFFIX = ".safetensors"
 GRAPH_FILE = "pydedup_graph.json"
 
 _MAX_ARTIFACT = 64 << 20
+_MOST_NAMED = 4
 _LARGEST_READ = 256 << 20
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _WEIGHT_SUFFIXES = {
@@ -47,6 +48,8 @@ _WEIGHT_SUFFIXES = {
 }
 _TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 _SKIPPED_FOLDERS = re.compile(r"\.git|\.cache|__pycache__|checkpoint-\d+")
+#: What says that folders hold parts of one model: of diffusers, of sentence-transformers.
+_MANIFESTS = {"model_index.json", "modules.json"}
 _MEDIA_TYPES = {
     ".json": "application/json",
     ".md": "text/markdown",
@@ -84,6 +87,7 @@ class FolderSource(ModelSource):
                 raise FormatError(f"{path} holds no model weights{_hint(names, skipped)}")
             self._layout: list[dict[str, Any]] = []
             self._set_entries(list(self._open_parts()))
+            self._check_that_it_is_one(names, skipped)
             self._artifact_files, left_out = self._choose_artifacts(names)
             self.left_out = tuple(skipped + left_out)
             self._graph = self._read_graph(names)
@@ -141,6 +145,26 @@ class FolderSource(ModelSource):
                     f"{part.weight_map[missing[0]]!r}, which does not have it"
                 )
             self._layout.append({"folder": part.folder, "index": part.index, "files": files})
+
+    def _check_that_it_is_one(self, names: Sequence[str], skipped: Sequence[str]) -> None:
+        """Refuse a folder with a model in each of its folders: checkpoints, nightly builds."""
+        folders = [part.folder for part in self._parts]
+        if "" in folders or _MANIFESTS.intersection(names):
+            return
+        of_folder: dict[str, set[tuple[Any, ...]]] = {folder: set() for folder in folders}
+        for entry in self._entries:
+            folder = max((one for one in folders if entry.name.startswith(one + "/")), key=len)
+            name = entry.name.removeprefix(folder)
+            of_folder[folder].add((name, entry.dtype, entry.shape))
+        kinds = list(of_folder.values())
+        checkpoints = [name for name in skipped if name.startswith("checkpoint-")]
+        if checkpoints or any(kind in kinds[:i] for i, kind in enumerate(kinds)):
+            found = [*(f"{folder}/" for folder in folders), *checkpoints]
+            named = ", ".join(found[:_MOST_NAMED]) + (", ..." if found[_MOST_NAMED:] else "")
+            raise FormatError(
+                f"{self.description} has no weights of its own, and each of several folders in it "
+                f"has a model's; add these one by one, as versions, say: {named}"
+            )
 
     def _check_prefix(self, part: _Part, name: str) -> None:
         full = f"{part.folder}/{name}" if part.folder else name

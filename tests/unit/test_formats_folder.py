@@ -325,6 +325,22 @@ def test_a_folder_of_checkpoints_is_told_to_be_one(folder: Path) -> None:
         open_source(folder)
 
 
+@pytest.mark.parametrize("names", [("2026-11-01", "2026-11-02"), ("best", "checkpoint-500")])
+def test_a_folder_of_several_models_is_told_to_be_one(folder: Path, names: tuple[str, ...]) -> None:
+    """One model with the tensors of all of them was made, or one with those of ``best`` alone."""
+    for i, name in enumerate(names):
+        (folder / name).mkdir()
+        save_safe(folder / name / "model.safetensors", state(i, "x"))
+    (folder / "train.log").write_text("")
+    said = f"has no weights of its own, .* one by one, as versions, say: {'/, '.join(names)}/$"
+    with pytest.raises(FormatError, match=said):
+        open_source(folder)
+    (folder / "modules.json").write_text("[]")  # parts of one model, which may be alike
+    with open_source(folder) as source:
+        found = {entry.name.partition("/")[0] for entry in source.entries}
+    assert found == {name for name in names if not name.startswith("checkpoint-")}
+
+
 def test_names_that_two_folders_could_claim_are_refused(folder: Path) -> None:
     save_safe(folder / "model.safetensors", state(0, "unet/x"))
     (folder / "unet").mkdir()
