@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -17,7 +18,9 @@ import pytest
 
 import pydedup
 from pydedup import policies
+from pydedup.adapters._schema import TABLES
 from pydedup.errors import ArgumentError, CorruptStoreError, ReadOnlyError, SchemaVersionError
+from pydedup.jobs import Job
 
 from .test_store import assert_same, variants
 
@@ -40,6 +43,17 @@ def test_vacuum_repacks_to_low_read_amplification(store: pydedup.Store) -> None:
     assert store.vacuum().repacked_pages == 0, "a second vacuum has nothing to do"
 
 
+def test_pages_of_small_models_become_one(store: pydedup.Store) -> None:
+    """Each reads one page, as few as it can, and there are far too many of them."""
+    rng = np.random.default_rng(0)
+    models = {f"m{n}": {"w": rng.standard_normal((64, 64), np.float32)} for n in range(8)}
+    for name, model in models.items():
+        store.add(name, model)
+    assert (store.stats().pages, store.vacuum().repacked_pages, store.stats().pages) == (8, 1, 1)
+    for name, model in models.items():
+        assert_same(store.load(name), model)
+
+
 def test_removing_everything_gives_the_space_back(store: pydedup.Store, tmp_path: Path) -> None:
     empty = store.stats().stored_bytes
     store.add_many(variants(4, rows=20000))
@@ -49,6 +63,25 @@ def test_removing_everything_gives_the_space_back(store: pydedup.Store, tmp_path
     store.vacuum()
     assert store.stats().pages == 0
     assert store.stats().stored_bytes < empty + 0.1 * full
+
+
+def test_nothing_is_left_of_what_was_removed(url: str) -> None:
+    """Nor of an add that died: rows of the similarity index stayed unseen, and grew for ever."""
+    models = variants(3, rows=2000)
+    with pydedup.open(url) as store:
+        store.add_many(models, metadata={"tenant": "x"})
+        store.add("last", models["tenant-0"])
+        store.alias("last", "prod", "1")
+        with store._adapter.transaction():
+            Job(store._adapter, "add").beat()
+        store.alias("last", "prod", None)
+        for info in store.models():
+            store.remove(info.address)
+        store.vacuum(lease_seconds=0)
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        tables = {table: f"SELECT COUNT(*) FROM pydedup_{table}" for table in TABLES}  # noqa: S608
+        left = {table: connection.execute(sql).fetchone()[0] for table, sql in tables.items()}
+    assert {table for table, count in left.items() if count} == {"meta"}
 
 
 def test_what_waits_for_a_vacuum_is_a_note(store: pydedup.Store) -> None:
