@@ -116,6 +116,39 @@ TEST(pages_of_a_busy_model_survive_a_pass_over_others) {
     CHECK(pool.stats().evictions == 18);
 }
 
+// However many pages there are: those used longest ago are looked at, and those used last.
+TEST(a_page_that_came_last_may_go_first) {
+    constexpr PageId kMany = 1500;  // more than are looked at from either side
+    BufferPool pool(kMany * page_size(), ReplacementPolicy::lru2);
+    for (PageId id = 1; id <= kMany; ++id) static_cast<void>(pool.insert(id, make_page(1)));
+    for (PageId id = 1; id < kMany; ++id) static_cast<void>(pin_one(pool, id));
+    pool.drop(std::vector<PageId>{kMany});
+    static_cast<void>(pool.insert(kMany + 1, make_page(1)));  // the only one that was used once
+    static_cast<void>(pool.insert(kMany + 2, make_page(1)));
+    CHECK(!resident(pool, kMany + 1) && resident(pool, 1));
+    CHECK(pool.stats().evictions == 1);
+}
+
+// Used often, by chance or at even distances, and then no more: others have the room soon.
+TEST(a_page_that_is_overdue_makes_room) {
+    constexpr PageId kPages = 40;
+    for (const bool even : {true, false}) {
+        BufferPool pool(kPages * page_size());
+        const auto use = [&](PageId id) {
+            if (!pin_one(pool, id)) static_cast<void>(pool.insert(id, make_page(1)));
+        };
+        for (std::size_t i = 0; i < 40; ++i) {
+            use(1);
+            const std::size_t gap = even ? 4 : i % 3 == 0 ? 12 : i % 2;
+            for (std::size_t other = 0; other < gap; ++other) use(2);
+        }
+        for (int round = 0; round < 10; ++round) {
+            for (PageId id = 100; id < 100 + kPages; ++id) use(id);
+        }
+        CHECK(!resident(pool, 1));
+    }
+}
+
 TEST(reserved_bytes_count) {
     BufferPool pool(4 * page_size());
     for (PageId id = 1; id <= 4; ++id) static_cast<void>(pool.insert(id, make_page(1)));

@@ -165,6 +165,39 @@ TEST(sizes_never_need_more_pages_than_first_fit) {
     CHECK(new_pages(pack_checked(request)) == 100);
 }
 
+TEST(pages_are_filled_as_they_say) {
+    using Pages = std::vector<std::vector<packing::Index>>;
+    const auto filled = [](const std::vector<std::uint64_t>& sizes, auto fill) {
+        packing::Problem problem;
+        problem.sizes = sizes;
+        problem.capacity = 10;
+        std::vector<packing::Index> order(sizes.size());
+        std::iota(order.begin(), order.end(), packing::Index{0});
+        packing::Rows rows;
+        fill(problem, order, rows);
+        Pages pages;
+        for (std::size_t p = 0; p < rows.size(); ++p) {
+            pages.emplace_back(rows.row(p).begin(), rows.row(p).end());
+        }
+        return pages;
+    };
+    const auto in_order = packing::fill_in_order;
+    CHECK(filled({6, 5, 3, 4, 5}, in_order) == (Pages{{0, 3}, {1, 2}, {4}}));  // the largest
+    CHECK(filled({8, 5, 2, 2, 2}, in_order) == (Pages{{0, 2}, {1, 3, 4}}));  // of equals the first
+    CHECK(filled({6, 5, 4, 5}, packing::fill_first_fit) == (Pages{{0, 2}, {1, 3}}));
+    // A page that is full counts as one, also the last.
+    const auto n_full = [](const std::vector<std::uint64_t>& sizes) {
+        packing::Problem problem;
+        problem.sizes = sizes;
+        problem.capacity = 10;
+        const std::vector<packing::Index> order{0, 1, 2};
+        packing::Rows rows;
+        return packing::fill_anew(problem, order, rows);
+    };
+    CHECK(n_full({10, 4, 6}) == 2);
+    CHECK(n_full({10, 4, 5}) == 1);
+}
+
 TEST(looking_ahead_leaves_little_room) {
     std::mt19937 random(4);
     packing::Problem problem;
