@@ -181,12 +181,18 @@ class DbApiAdapter(SchemaCalls):
             ((segment, grp, self._sized(payload, "signatures")) for segment, grp, payload in rows),
         )
 
-    def signatures(self, grp: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (segment, payload) of one group, by ascending segment."""
+    def segments(self, grp: int) -> list[int]:
+        """Return the segments of one group, ascending."""
         listed = self._signatures(self._sql.signature_segments, [grp], ["segment"])
-        segments = [segment for (segment,) in listed]
+        return [segment for (segment,) in listed]
+
+    def signatures(
+        self, grp: int, segments: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield (segment, payload) of one group, by ascending segment; of these if any."""
+        wanted = self.segments(grp) if segments is None else segments
         most = min(PAYLOADS_PER_READ, self.capabilities.max_parameters - 1)
-        for piece in batches(segments, most):
+        for piece in batches(wanted, most):
             members = [list(piece)] if self._sql.dialect.arrays else piece
             sql, columns = self._sql.signatures(len(piece)), ["segment", "payload"]
             yield from self._signatures(sql, [grp, *members], columns)

@@ -358,8 +358,16 @@ class Adapter(Protocol):
     def insert_signatures(self, rows: Iterable[tuple[int, int, bytes]]) -> None:
         """Insert (segment, grp, payload)."""
 
-    def signatures(self, grp: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (segment, payload) of one group, by ascending segment."""
+    def segments(self, grp: int) -> list[int]:
+        """Return the segments of one group, ascending, without reading payloads."""
+
+    def signatures(
+        self, grp: int, segments: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield (segment, payload) of one group, by ascending segment.
+
+        With ``segments`` only those of these that are there, in ascending order if they are.
+        """
 
     def signatures_of(self, segments: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
         """Yield (segment, grp, payload) of these segments, in any order."""

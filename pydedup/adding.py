@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from pydedup.formats.base import ModelSource
     from pydedup.ingest.plan import Request, Taken
+    from pydedup.ingest.stored_index import KeptIndex
     from pydedup.policies import Policy
 
 __all__ = ["ModelInput", "StoreAdds"]
@@ -40,6 +41,7 @@ class StoreAdds:
 
     _adapter: Adapter
     _pool: PagePool
+    _kept_index: KeptIndex | None = None
 
     def add(
         self,
@@ -127,6 +129,7 @@ class StoreAdds:
             check_writable(self._adapter, "add a model")
         from pydedup.ingest.add import add_models
         from pydedup.ingest.plan import Taken
+        from pydedup.ingest.stored_index import KeptIndex
 
         given_as: object = models
         if not isinstance(given_as, Mapping):
@@ -136,6 +139,8 @@ class StoreAdds:
             )
         if not models:
             return []
+        if self._kept_index is None:
+            self._kept_index = KeptIndex()
         with contextlib.ExitStack() as opened:
             requests: dict[str, Request] = {}  # by address
             taken = functools.cache(functools.partial(Taken.of, self._adapter))
@@ -151,6 +156,7 @@ class StoreAdds:
                 dry_run=dry_run,
                 progress=progress,
                 workers=workers,
+                kept=self._kept_index,
             )
 
 

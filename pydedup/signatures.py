@@ -24,11 +24,14 @@ __all__ = [
     "SIDE_BITS",
     "BlockKind",
     "Segment",
+    "covering_rows",
     "drop_dead_segments",
     "drop_segment",
     "group_of",
+    "new_index",
     "read_pieces",
     "read_segments",
+    "rows_of_kind",
     "segment_rows",
 ]
 
@@ -65,6 +68,12 @@ def group_of(kind: BlockKind) -> int:
     return (dtype.code << 2 * SIDE_BITS) | (rows << SIDE_BITS) | cols
 
 
+def new_index(kind: BlockKind) -> L2LSH:
+    """Return an empty index for one kind of block."""
+    dtype, rows, cols = kind
+    return L2LSH((rows, cols), dtype.numpy)
+
+
 def segment_rows(
     number: int, page_ids: Iterable[int], pieces: Iterable[tuple[BlockKind, L2LSH]]
 ) -> Iterator[tuple[int, int, bytes]]:
@@ -77,12 +86,26 @@ def segment_rows(
     yield first, _COVERAGE, covered.tobytes()
 
 
-def read_segments(adapter: Adapter) -> list[Segment]:
-    """Return what is in the table; what does not parse is left out, since it can be made anew."""
-    rows = [row for row in adapter.signatures(_COVERAGE) if row[1] and len(row[1]) % 8 == 0]
+def covering_rows(adapter: Adapter) -> NDArray[np.int64]:
+    """Return the rows that say what segments cover, one for each; int64, ascending."""
+    return np.array(adapter.segments(_COVERAGE), np.int64)
+
+
+def rows_of_kind(adapter: Adapter, kind: BlockKind) -> NDArray[np.int64]:
+    """Return the rows of the pieces of one kind of block; int64, ascending."""
+    return np.array(adapter.segments(group_of(kind)), np.int64)
+
+
+def read_segments(adapter: Adapter, rows: Sequence[int] | None = None) -> list[Segment]:
+    """Return what is in the table, or in some of `covering_rows`.
+
+    What does not parse is left out, since it can be made anew.
+    """
+    read = adapter.signatures(_COVERAGE, rows)
+    sound = [row for row in read if row[1] and len(row[1]) % 8 == 0]
     # All are looked at together: there may be thousands, of a few pages each.
-    numbers = np.frombuffer(b"".join(payload for _, payload in rows), "<i8").astype(np.int64)
-    sizes = np.array([len(payload) // 8 for _, payload in rows], np.int64)
+    numbers = np.frombuffer(b"".join(payload for _, payload in sound), "<i8").astype(np.int64)
+    sizes = np.array([len(payload) // 8 for _, payload in sound], np.int64)
     stops = np.cumsum(sizes)
     starts = stops - sizes
     falls = np.concatenate([[False], numbers[1:] <= numbers[:-1]])
@@ -90,7 +113,7 @@ def read_segments(adapter: Adapter) -> list[Segment]:
     falls[starts[sizes > 1] + 1] = False
     wrong = set(np.searchsorted(stops, np.flatnonzero(falls), side="right").tolist())
     found = []
-    places = zip(rows, numbers[starts].tolist(), starts.tolist(), stops.tolist(), strict=True)
+    places = zip(sound, numbers[starts].tolist(), starts.tolist(), stops.tolist(), strict=True)
     for number, ((first, _), count, start, stop) in enumerate(places):
         may_be = 0 <= count < min(1 << _NUMBER_BITS, (1 << 63) - first)
         if may_be and number not in wrong:
@@ -98,13 +121,13 @@ def read_segments(adapter: Adapter) -> list[Segment]:
     return found
 
 
-def read_pieces(adapter: Adapter, kind: BlockKind) -> Iterator[L2LSH]:
-    """Yield the pieces of one kind of block, oldest first.
+def read_pieces(adapter: Adapter, kind: BlockKind, rows: Sequence[int]) -> Iterator[L2LSH]:
+    """Yield the pieces of some of `rows_of_kind`, oldest first.
 
     A damaged one is left out: then similar blocks may be missed, which costs space and nothing
     else.
     """
-    for _, payload in adapter.signatures(group_of(kind)):
+    for _, payload in adapter.signatures(group_of(kind), rows):
         try:
             piece = L2LSH.load(payload)
         except CorruptStoreError:

@@ -34,6 +34,7 @@ from pydedup.ingest.replace import Chosen, choose_blocks
 from pydedup.ingest.scan import unreadable_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
+from pydedup.ingest.stored_index import KeptIndex
 from pydedup.ingest.tensors import match_tensors
 from pydedup.ingest.workers import Workers, worker_count
 from pydedup.ingest.write import Stager
@@ -56,11 +57,13 @@ def add_models(
     dry_run: bool = False,
     progress: Progress | None = None,
     workers: int | None = None,
+    kept: KeptIndex | None = None,
 ) -> list[AddReport]:
     """Add models with one joint layout, all of them or none.
 
     Memory: one tensor, the pool, and about 16 bytes and one index entry per block; with more than
     one of ``workers`` up to 200 MiB more, whatever is added (docs/architecture.md, "Workers").
+    ``kept`` is what adds of one open store leave each other of its similarity index.
     Holds no lock while hashing or staging. Pages that turn out to be damaged are nothing to share
     blocks with: what was matched is then matched anew, without them.
 
@@ -74,7 +77,7 @@ def add_models(
     unreadable: set[int] = set()
     attempts = 0
     with config.at_most_threads(workers), Workers(count) as crew:
-        work = _Add(adapter, pool, requests, crew, dry_run, progress, started)
+        work = _Add(adapter, pool, requests, crew, dry_run, progress, started, kept)
         while attempts < _ATTEMPTS:
             epoch = adapter.epoch()
             try:
@@ -108,6 +111,7 @@ class _Add:
     dry_run: bool
     progress: Progress | None
     started: float
+    kept: KeptIndex | None
 
     def attempt(self, epoch: int, unreadable: Collection[int]) -> list[AddReport] | None:
         """Add once; ``None`` when pages that this add shares went away meanwhile.
@@ -116,7 +120,7 @@ class _Add:
         """
         memory = _SHARED_SPOOL_BYTES if self.workers.are_several else _SPOOL_BYTES
         with Spool(memory, workers=self.workers) as spool:
-            matcher = Matcher(self.adapter, self.pool, spool, unreadable)
+            matcher = Matcher(self.adapter, self.pool, spool, unreadable, self.kept)
             try:
                 models = self._match(matcher)
             except CorruptStoreError as exc:
@@ -127,6 +131,7 @@ class _Add:
             allowed = check_quotas(matcher, models, epoch)
             if self.dry_run:
                 layout = plan_layout(matcher, models)
+                matcher.candidates.keep()
                 return self._reports(matcher, models, layout) if allowed else None
             writing = _Writing(spool, self.progress)
             stager = Stager(matcher, models, writing.advance, workers=self.workers)
@@ -136,6 +141,7 @@ class _Add:
             if published is None:
                 return None
             stager.finish()
+            matcher.candidates.keep()
             return self._reports(matcher, models, published)
 
     def _match(self, matcher: Matcher) -> list[MatchedModel]:

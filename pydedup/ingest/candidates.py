@@ -2,9 +2,9 @@
 """Which stored or spooled blocks are nearly equal to a new one: the similarity index of a store.
 
 One `pydedup.similarity.L2LSH` per (dtype, rows, cols), made of the segments that earlier adds left
-(`pydedup.signatures`). Pages that no segment covers, those that a vacuum wrote for instance, are
-read and indexed here, and covered by the segment of this add. Blocks that are deltas are in no
-index: a base is never itself one.
+(`pydedup.ingest.stored_index`). Pages that no segment covers, those that a vacuum wrote for
+instance, are read and indexed here, and covered by the segment of this add. Blocks that are deltas
+are in no index: a base is never itself one.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import MatrixView, as_dtype
 from pydedup.codec import Page, read_blocks
 from pydedup.ingest.places import stacked, values_of
+from pydedup.ingest.stored_index import KeptIndex, StoredIndex
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import are_deltas, block_places, by_kind, split_places
+from pydedup.layout import are_deltas, block_places, by_kind
 from pydedup.pool import PagePool
-from pydedup.signatures import SIDE_BITS, BlockKind, read_pieces, read_segments, segment_rows
+from pydedup.signatures import SIDE_BITS, BlockKind, new_index, segment_rows
 from pydedup.similarity import L2LSH
 from pydedup.types import LARGEST_ID, DType
 
-__all__ = ["FLOATS", "Candidates", "cut_pieces", "index_pages", "new_index"]
+__all__ = ["FLOATS", "Candidates", "cut_pieces", "index_pages"]
 
 #: Smaller blocks are not looked for: what a delta could save, its place on a page takes.
 MIN_ELEMENTS = 1024
 #: Dtypes of blocks that can be bases.
 FLOATS = (DType.F32, DType.BF16, DType.F16, DType.F64)
 _PIECE_BLOCKS = 4096
+# What is kept for the next add takes at most this share of the pool's budget, beside it.
+_KEPT_SHARE = 8
 # Ids of blocks that have no place yet: above all places.
 _SPOOLED = 1 << 62
 
@@ -40,13 +43,19 @@ _SPOOLED = 1 << 62
 class Candidates:
     """The index of one add. Not thread-safe.
 
-    Memory: about 250 bytes for each block of the kinds that were asked for.
+    Memory: about 250 bytes for each block of the kinds that were asked for; `keep` leaves them to
+    the next add of the same open store, unless they are too many.
     """
 
-    def __init__(self, adapter: Adapter, pool: PagePool, stored: StoredTable) -> None:
+    def __init__(
+        self, adapter: Adapter, pool: PagePool, stored: StoredTable, kept: KeptIndex | None = None
+    ) -> None:
         self._adapter = adapter
         self._pool = pool
         self._stored = stored
+        self._kept = KeptIndex() if kept is None else kept
+        self._read = StoredIndex(None)
+        self._own: dict[BlockKind, list[int]] = {}  # places of found blocks that were not read
         self._indexes: dict[BlockKind, L2LSH] = {}
         self._fresh: dict[BlockKind, list[NDArray[np.int64]]] = {}  # spooled ids, by kind
         self._live: NDArray[np.int64] | None = None
@@ -106,6 +115,16 @@ class Candidates:
             return iter(())
         return segment_rows(number, {*page_ids, *self._uncovered}, self._pieces(page_of, slot_of))
 
+    def keep(self) -> None:
+        """Leave what was read of the index to the next add; nothing may be asked for then."""
+        if self._live is None:
+            return
+        for kind, index in self._indexes.items():
+            fresh = [_SPOOLED | numbers for numbers in self._fresh.get(kind, ())]
+            index.remove(np.concatenate([*fresh, np.array(self._own.get(kind, ()), np.int64)]))
+        self._indexes.clear()
+        self._kept.keep(self._read, self._pool.stats()["budget_bytes"] // _KEPT_SHARE)
+
     # ---- inside -------------------------------------------------------------------------------
 
     def _pieces(
@@ -123,13 +142,11 @@ class Candidates:
         index = self._indexes.get(kind)
         if index is None:
             live = self._live_pages()
-            index = new_index(kind)
-            for piece in read_pieces(self._adapter, kind):
-                index.merge(piece)
-            ids = index.ids
-            index.remove(ids[~np.isin(split_places(ids)[0], live)])
+            index = self._read.of_kind(self._adapter, kind, live)
             if kind in self._found:
-                index.merge(self._found[kind])
+                found = self._found[kind]
+                self._own[kind] = [place for place in found.ids.tolist() if place not in index]
+                index.merge(found)
             self._indexes[kind] = index
         return index
 
@@ -139,11 +156,11 @@ class Candidates:
             return self._live
         with only_sound_rows(self._adapter):
             ids = self._adapter.page_ids(LIVE)
+            self._read = self._kept.take(self._adapter.meta().get("store_id"))
         # No block has a place on a page with a damaged id.
         live = np.array([number for number in ids if number <= LARGEST_ID], np.int64)
         live = self._live = np.setdiff1d(live, self._stored.unreadable)
-        covered = [segment.page_ids for segment in read_segments(self._adapter)]
-        self._uncovered = np.setdiff1d(live, np.concatenate([live[:0], *covered])).tolist()
+        self._uncovered = np.setdiff1d(live, self._read.covered(self._adapter)).tolist()
         if self._uncovered:
             self._found = index_pages(self._pool, self._uncovered)
         return live
@@ -172,12 +189,6 @@ def _index_page(found: dict[BlockKind, L2LSH], page_id: int, page: Page) -> None
             values_of(blocks),
             block_places(np.full(len(slots), page_id, np.int64), slots),
         )
-
-
-def new_index(kind: BlockKind) -> L2LSH:
-    """Return an empty index for one kind of block."""
-    dtype, rows, cols = kind
-    return L2LSH((rows, cols), dtype.numpy)
 
 
 def cut_pieces(

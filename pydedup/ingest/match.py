@@ -28,6 +28,7 @@ from pydedup.ingest.places import BlockReader
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.similar import LookedAt, Similar, look_at
 from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.stored_index import KeptIndex
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
 from pydedup.policies import Policy
@@ -103,7 +104,8 @@ _Look = Callable[[MatrixView, Sequence[NDArray[np.int64]], Policy], Iterator[Loo
 class Matcher:
     """Matches the tensors of one batch, in order. Not thread-safe.
 
-    Pages of the store that are ``unreadable`` are nothing that blocks are shared with.
+    Pages of the store that are ``unreadable`` are nothing that blocks are shared with. ``kept`` is
+    what an add before this one left of the similarity index.
 
     Attributes
     ----------
@@ -116,14 +118,19 @@ class Matcher:
     """
 
     def __init__(
-        self, adapter: Adapter, pool: PagePool, spool: Spool, unreadable: Collection[int] = ()
+        self,
+        adapter: Adapter,
+        pool: PagePool,
+        spool: Spool,
+        unreadable: Collection[int] = (),
+        kept: KeptIndex | None = None,
     ) -> None:
         self.adapter = adapter
         self.pool = pool
         self.spool = spool
         self.stored = StoredTable(unreadable)
         self.reader = BlockReader(PageScan(adapter, pool), spool, self.stored)
-        self.candidates = Candidates(adapter, pool, self.stored)
+        self.candidates = Candidates(adapter, pool, self.stored, kept)
         self.similar = Similar(self.reader, self.candidates)
         self.catalog = Catalog(adapter, pool.expect)
         self.met = MetTensors(self.reader)

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.errors import CorruptStoreError
-from pydedup.ingest.candidates import cut_pieces, index_pages, new_index
+from pydedup.ingest.candidates import cut_pieces, index_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import block_places, split_places
 from pydedup.moving.source import End
-from pydedup.signatures import BlockKind, Segment, segment_rows
+from pydedup.signatures import BlockKind, Segment, new_index, segment_rows
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
 

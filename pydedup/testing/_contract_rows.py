@@ -315,6 +315,11 @@ class RowsContract(ContractBase):
         with adapter.transaction():
             adapter.insert_signatures((segment, 9, b"%d" % segment) for segment in reversed(many))
         assert list(adapter.signatures(9)) == [(segment, b"%d" % segment) for segment in many]
+        assert adapter.segments(9) == list(many)
+        assert (adapter.segments(2**61), adapter.segments(5)) == ([1, 7], [])
+        some = [*many[::3], many[-1] + 10**6]
+        assert list(adapter.signatures(9, some)) == [(s, b"%d" % s) for s in some[:-1]]
+        assert list(adapter.signatures(9, [])) == []
         with adapter.transaction():
             adapter.delete_signatures([7, 999])
             adapter.delete_signatures([])

@@ -68,6 +68,8 @@ READS: dict[str, Callable[[Adapter], Any]] = {
     "model_pages": lambda a: a.model_pages(),
     "find_blocks": lambda a: a.find_blocks([bytes(16)]),
     "blocks_on_pages": lambda a: a.blocks_on_pages([1]),
+    "segments": lambda a: a.segments(0),
+    "signatures": lambda a: list(a.signatures(0, [1])),
     "count_blocks": lambda a: a.count_blocks(),
     "jobs": lambda a: a.jobs(),
     "view": lambda a: a.view("sharing"),
