@@ -179,12 +179,12 @@ class Gate:
         return list(self._holders.values())  # in one step: others leave meanwhile
 
     def _has_room(self, amount: int) -> bool:
-        return self._used + min(amount, self._limit) <= self._limit
+        return self.used + min(amount, self._limit) <= self._limit
 
     def try_take(self, amount: int) -> bool:
         """Take room for as long as `give_back` is not called, if there is some; never waits."""
         with self._lock:
-            if self._used + amount > self._limit:
+            if self.used + amount > self._limit:
                 return False
             self.take(amount)
             return True
@@ -218,12 +218,13 @@ class Gate:
                 self._tell()
 
     @property
-    def _used(self) -> int:
+    def used(self) -> int:
+        """What is held and taken now."""
         return self._taken + sum([amount for _, amount in self._held()])
 
     def _tell(self) -> None:
         if self._told is not None:
-            self._told(self._used)
+            self._told(self.used)
 
 
 class Shadow:

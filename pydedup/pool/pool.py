@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pydedup import _core
 from pydedup._core import Page
 from pydedup.blocks import as_unsigned
-from pydedup.errors import ArgumentError, CorruptStoreError, UnavailableError
+from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, UnavailableError
 from pydedup.pool.admission import Reservation, Shares
 from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
 from pydedup.pool.prefetch import Call
@@ -125,7 +125,9 @@ class PagePool(Walks):
             self._copies,
             self._read_into,
             self._expected,
+            self._make_room,
         )
+        self._give_up: Callable[[], bool] | None = None
         self._shares.begin(self._core)
         self._calls = threading.local()
         self._last: dict[tuple[int, ...], list[list[Window]]] = {}  # walks of models' last call
@@ -252,7 +254,19 @@ class PagePool(Walks):
 
     def reserve(self, nbytes: int) -> Reservation:
         """Take bytes off the budget; see `pydedup.pool.admission.Shares.reserve`."""
-        return self._shares.reserve(nbytes)
+        while True:
+            try:
+                return self._shares.reserve(nbytes)
+            except BudgetError:
+                if not self._make_room():
+                    raise
+
+    def keeps(self, give_up: Callable[[], bool]) -> None:
+        """Have something asked for room where there is none, that keeps reservations for later.
+
+        It gives up one and returns whether it had one. It must not refer to this pool.
+        """
+        self._give_up = give_up
 
     @property
     def activation_bytes(self) -> int:
@@ -296,6 +310,9 @@ class PagePool(Walks):
         self._core.clear()
 
     # ---- inside -------------------------------------------------------------------------------
+
+    def _make_room(self) -> bool:
+        return self._give_up is not None and self._give_up()
 
     def _calling(self) -> Call | None:
         call: Call | None = getattr(self._calls, "now", None)

@@ -4,8 +4,8 @@
 The runtime is given the weights as inputs, where they lie in memory, so that nothing is copied and
 sessions are shared: one serves all models that have the same layers, and a tensor that several
 models have is in memory once. Tensors are loaded whole, counted against the memory budget of the
-store, and the ones that were not used for longest make room. Deliberately not here: graphs that we
-run ourselves (:mod:`pydedup.serving.engine`), which stream.
+store, and the ones that were not used for longest make room for others, and for pages. Deliberately
+not here: graphs that we run ourselves (:mod:`pydedup.serving.engine`), which stream.
 """
 
 from __future__ import annotations
@@ -135,10 +135,14 @@ def _run(
             f"{model.row.logical_bytes:,} bytes of weights at once: {exc}"
         ) from exc
     given.update((name, weight.value) for name, weight in held.items())
-    try:
-        found = session.runtime.run_with_ort_values(list(graph.outputs), given)
-    except Exception as exc:  # of many classes, by the runtime's own numbering
-        raise ArgumentError(f"ONNX Runtime cannot run {model.address}: {exc}") from exc
+    with runner.running.hold(1):
+        try:
+            found = session.runtime.run_with_ort_values(list(graph.outputs), given)
+        except Exception as exc:  # of many classes, by the runtime's own numbering
+            raise ArgumentError(f"ONNX Runtime cannot run {model.address}: {exc}") from exc
+        finally:  # who waits for this call wants the room
+            given.clear()
+            held.clear()
     outputs = zip(graph.outputs, found, strict=True)
     return {name: _as_output(value, f"{model.address} gives {name!r}") for name, value in outputs}
 
@@ -171,8 +175,9 @@ class _Runner:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        #: Where calls are under way, each of which keeps its weights.
-        self.calls = Gate(_CALLS)
+        #: Where calls are under way, each of which keeps its weights; and those of them that have
+        #: all and wait for nobody.
+        self.calls, self.running = Gate(_CALLS), Gate(_CALLS)
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._models: OrderedDict[int, tuple[OpenedGraph, _Session]] = OrderedDict()
@@ -208,7 +213,7 @@ class _Runner:
                     self._held.move_to_end(key)
                     return held
             n_bytes = math.prod(stored.shape) * stored.dtype.itemsize
-            array, reservation = self._within(pool, n_bytes, stored.numpy)
+            array, reservation = _within(pool, n_bytes, stored.numpy)
             held = _Held(_as_value(array, kind), array, reservation)
             with self._lock:
                 self._held[key] = held
@@ -222,7 +227,7 @@ class _Runner:
                 self._sessions.move_to_end(key)
                 return known
         # What is inside of the model, the session has in memory.
-        runtime, reservation = self._within(
+        runtime, reservation = _within(
             pool, len(graph.model), lambda: _new_session(graph.model, address)
         )
         session = _Session(runtime, reservation)
@@ -231,22 +236,29 @@ class _Runner:
             _shorten(self._sessions)
         return session
 
-    def _within(
-        self, pool: PagePool, n_bytes: int, make: Callable[[], _T]
-    ) -> tuple[_T, Reservation]:
-        """Make something of so many bytes within the budget, forgetting tensors until it fits."""
-        while True:
-            reservation = None
-            try:
-                reservation = pool.reserve(n_bytes)
-                return make(), reservation
-            except BudgetError:  # also of the pages that are read meanwhile
-                if reservation is not None:
-                    reservation.release()
-                with self._lock:
-                    if not self._held:
-                        raise
-                    self._held.popitem(last=False)  # the one that was not used for longest
+    def give_up(self) -> bool:
+        """Forget the tensor that was not used for longest, or wait for calls that have theirs.
+
+        Returns whether there was one.
+        """
+        with self._lock:
+            forgotten = self._held.popitem(last=False) if self._held else None
+        if forgotten is not None:
+            return True
+        if not self.running.used:
+            return False
+        with self.running.hold(self.running.limit):
+            return True
+
+
+def _within(pool: PagePool, n_bytes: int, make: Callable[[], _T]) -> tuple[_T, Reservation]:
+    """Make something of so many bytes within the budget."""
+    reservation = pool.reserve(n_bytes)
+    try:
+        return make(), reservation
+    except BaseException:
+        reservation.release()
+        raise
 
 
 def _new_session(model: bytes, address: str) -> Any:
@@ -358,4 +370,5 @@ def _runner_of(pool: PagePool) -> _Runner:
         if runner is not None:
             _left.append(runner)
         runner = _runners[pool] = _Runner()
+        pool.keeps(runner.give_up)
     return runner

@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 import pydedup
 from pydedup.errors import ArgumentError, BudgetError, NotFoundError, UnsupportedFormatError
+from pydedup.graph import Graph, Node
 from pydedup.serving import onnx_session
 from pydedup.testing.program import run_here
+from pydedup.testing.serving import until
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -426,6 +428,36 @@ def test_models_that_do_not_fit_at_once_wait_for_each_other(tmp_path: Path) -> N
 
         with ThreadPoolExecutor(3) as threads:
             list(threads.map(predict, range(3)))
+
+
+def test_weights_make_room_for_pages(tmp_path: Path) -> None:
+    """What ONNX Runtime was given is kept for its next call, and no page can be read beside it."""
+    path = three_stacks(tmp_path)[0]
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    base = normal(700, 700)
+    variant = base + normal(700, 700) / 1000  # of blocks that need their bases, on other pages
+    with pydedup.open(tmp_path / "small.db", memory="7MiB") as store:
+        store.add("by-runtime", path)
+        store.add("base", {"w": base}, graph=graph)
+        assert store.add("variant", {"w": variant}, graph=graph).delta_blocks > 100
+        x = normal(3, 700)
+        for _ in range(2):
+            np.testing.assert_allclose(
+                store.predict("by-runtime", X), run(path, x=X), rtol=1e-3, atol=1e-4
+            )
+            assert store.stats().pool["reserved_bytes"] > 2 << 20
+            np.testing.assert_allclose(
+                store.predict("variant", x), x @ variant.T, rtol=1e-3, atol=1e-3
+            )
+        # Of a call that runs, they are waited for.
+        store.predict("by-runtime", X)
+        runner = onnx_session._runner_of(store._pool)
+        with ThreadPoolExecutor(1) as threads, runner.running.hold(1):
+            used = list(runner._held.values())
+            pending = threads.submit(store.predict, "variant", x)
+            until(lambda: bool(runner.running._waiting))
+            used.clear()
+        np.testing.assert_allclose(pending.result(), x @ variant.T, rtol=1e-3, atol=1e-3)
 
 
 def test_weights_make_room_for_those_of_other_models(tmp_path: Path) -> None:

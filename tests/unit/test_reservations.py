@@ -7,6 +7,9 @@ import os
 import threading
 import time
 
+import pytest
+
+from pydedup.errors import BudgetError
 from pydedup.pool import PagePool
 
 from .test_prefetch import SlowPages, ids_of, in_threads, walk
@@ -49,6 +52,27 @@ def test_what_is_reserved_during_a_prediction_leaves_room_for_a_delta_and_its_ba
         with pool.reserve(MIB // 2):
             assert pool.stats()["reserved_bytes"] == 2 * MIB
             assert pool.stats()["budget_bytes"] == 4 * MIB
+
+
+def test_what_is_kept_for_later_makes_room() -> None:
+    pages = SlowPages(4, 0)
+    pool = PagePool(pages.fetch, 4 * MIB)
+    kept = [pool.reserve(MIB) for _ in range(3)]
+
+    def give_up() -> bool:
+        return bool(kept) and kept.pop(0).release() is None
+
+    pool.keeps(give_up)
+    assert len(pool.pages([1])) == 1
+    assert len(kept) == 3
+    held = pool.pages([2, 3])
+    assert len(kept) == 2
+    with pool.reserve(MIB):
+        assert len(kept) == 1
+        with pytest.raises(BudgetError, match="does not fit"):
+            pool.pages([1, 4])
+    assert kept == []
+    assert len(held) == 2
 
 
 def test_scratch_is_there_once_for_all_predictions() -> None:
