@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from pydedup import _core
 from pydedup._core import Page
 from pydedup.codec import check_recorded, page_checksum
-from pydedup.errors import BudgetError, CorruptStoreError, PageNotFoundError, SchemaVersionError
+from pydedup.errors import CorruptStoreError, PageNotFoundError, SchemaVersionError
 
 __all__ = ["Copies", "Damaged", "Fetch", "Fetched", "PageLoader", "ReadInto"]
 
@@ -61,8 +60,6 @@ class PageLoader:
         Reads pages without a copy; called as ``fetch`` is, which is asked for the rest.
     expected
         How the checksums of pages begin, as far as that is known; see `PagePool.expect`.
-    make_room
-        Asked where a page that is wanted now does not fit; says whether another try is worth it.
     """
 
     def __init__(
@@ -74,7 +71,6 @@ class PageLoader:
         copies: Copies | None = None,
         read_into: ReadInto | None = None,
         expected: Mapping[int, bytes] | None = None,
-        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
         self.largest = _USUAL_PAGE_BYTES  # bytes of the largest page seen, or that of a usual one
         self.waits, self.waited = 0, 0.0  # how often walks had to wait for pages, and seconds
@@ -84,7 +80,6 @@ class PageLoader:
         self._copies = copies
         self._read_into = read_into
         self._expected = {} if expected is None else expected
-        self._make_room = make_room
         self._readers = readers
         self._lock = threading.Lock()
         self._loading: dict[int, threading.Lock] = {}  # held by who loads it
@@ -180,8 +175,7 @@ class PageLoader:
                     if not self._is_expected(number, checksum):
                         continue
                     with contextlib.suppress(CorruptStoreError, SchemaVersionError):
-                        add = partial(self._core.adopt, number, _behind(view), checksum, ahead)
-                        pages[number] = self._added(add, ahead)
+                        pages[number] = self._core.adopt(number, _behind(view), checksum, ahead)
             ids = [number for number in ids if number not in pages]
         for number, recorded, payload in self._fetched(ids) if ids else ():
             self.largest = max(self.largest, len(payload))
@@ -198,15 +192,7 @@ class PageLoader:
             check_recorded(payload, recorded)
         if not self._is_expected(number, page_checksum(payload)):
             raise CorruptStoreError("its row is that of another page")
-        return self._added(partial(self._core.insert, number, payload, ahead), ahead)
-
-    def _added(self, add: Callable[[], Page], ahead: bool) -> Page:
-        while True:
-            try:
-                return add()
-            except BudgetError:
-                if ahead or not self._make_room():
-                    raise
+        return self._core.insert(number, payload, ahead)
 
     def _is_expected(self, number: int, checksum: bytes) -> bool:
         return checksum.startswith(self._expected.get(number, b""))

@@ -44,6 +44,8 @@ Explain: TypeAlias = Callable[[int], str]
 _PART: AbstractContextManager[None] = nullcontext()
 # Models whose last walks are remembered.
 _REMEMBERED_CALLS = 256
+# A block may need its page and that of its base. Who gets no more asks again for fewer.
+_FEW_PAGES = 2
 # For so long nothing is read ahead after no connection was to be had for it, which is waited for.
 _PAUSE_SECONDS = 30.0
 
@@ -125,7 +127,6 @@ class PagePool(Walks):
             self._copies,
             self._read_into,
             self._expected,
-            self._make_room,
         )
         self._give_up: Callable[[], bool] | None = None
         self._shares.begin(self._core)
@@ -165,8 +166,7 @@ class PagePool(Walks):
         pages = self._core.pin(wanted)
         missing = {int(wanted[i]) for i, page in enumerate(pages) if page is None}
         if missing:
-            in_call = self._calling() is not None
-            loaded = self._loader.load(sorted(missing), side_by_side=in_call)
+            loaded = self._load(sorted(missing), makes_room=len(wanted) <= _FEW_PAGES)
             pages = [
                 loaded[number] if page is None else page
                 for number, page in zip(wanted.tolist(), pages, strict=True)
@@ -310,6 +310,14 @@ class PagePool(Walks):
         self._core.clear()
 
     # ---- inside -------------------------------------------------------------------------------
+
+    def _load(self, missing: list[int], *, makes_room: bool) -> dict[int, Page]:
+        while True:
+            try:
+                return self._loader.load(missing, side_by_side=self._calling() is not None)
+            except BudgetError:
+                if not makes_room or not self._make_room():
+                    raise
 
     def _make_room(self) -> bool:
         return self._give_up is not None and self._give_up()

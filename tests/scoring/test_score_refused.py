@@ -44,6 +44,20 @@ def test_a_row_that_cannot_be_predicted(tables: Tables, source: Make, new_name: 
         assert (key, value) == (15, None)
 
 
+def test_without_a_prediction_there_is_no_table(
+    tables: Tables, source: Make, new_name: Make
+) -> None:
+    square = Node("reshape", ("x",), "y", attrs={"shape": [-1, 7, 7]})
+    with pydedup.open(tables.url) as store:
+        store.add("m@1", {"w": np.ones(1, np.float32)}, graph=Graph(("x",), ("y",), (square,)))
+        table, into = source(features(3)), new_name()
+        said = f"no row was predicted, and so table .*{into} was not created.*'reshape'"
+        for more in ("", "WHERE 1 = 0"):
+            with pytest.raises(ArgumentError, match=said):
+                store.score(query_of(table, more), "m@1", into=into, on_error="skip")
+    tables.run(f"CREATE TABLE {into} (id INTEGER)")  # there is none
+
+
 @pytest.mark.parametrize("bad", ["'NaN'", "'Infinity'"])
 def test_numbers_that_are_none(tables: Tables, source: Make, new_name: Make, bad: str) -> None:
     if not tables.kind.startswith("postgres"):
