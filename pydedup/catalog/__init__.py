@@ -8,7 +8,7 @@ adding and publishing (`pydedup.ingest`).
 
 from __future__ import annotations
 
-from pydedup.catalog.aliases import point_alias, recorded_aliases
+from pydedup.catalog.aliases import point_alias, recorded_aliases, wrong_aliases
 from pydedup.catalog.catalog import Catalog
 from pydedup.catalog.digests import (
     ModelDigest,
@@ -56,4 +56,5 @@ __all__ = [
     "version_of",
     "with_other_maps",
     "with_recorded",
+    "wrong_aliases",
 ]

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog.rows import recorded_certificate, with_recorded
 from pydedup.certificates import ALIASES
 from pydedup.errors import CorruptStoreError
 
-__all__ = ["point_alias", "recorded_aliases"]
+__all__ = ["point_alias", "recorded_aliases", "wrong_aliases"]
 
 
 def recorded_aliases(row: ModelRow) -> list[str] | None:
@@ -19,6 +21,30 @@ def recorded_aliases(row: ModelRow) -> list[str] | None:
     except CorruptStoreError:
         return None
     return [str(alias) for alias in found] if isinstance(found, list) else None
+
+
+def wrong_aliases(row: ModelRow, pointing: Collection[str]) -> dict[str, str]:
+    """Return what is to be said of each alias that points at a model but was not set to it.
+
+    ``pointing`` are those that do; also of each that should and does not.
+    """
+    recorded = recorded_aliases(row)
+    if recorded is None:
+        return {}
+    advice = "set it again, or restore a backup"
+    moved = {
+        alias: f"the alias {row.name}@{alias} points at version {row.version}, to which it was "
+        f"not set; {advice}"
+        for alias in pointing
+        if alias not in recorded
+    }
+    lost = {
+        alias: f"the alias {row.name}@{alias} is lost, which pointed at version {row.version}; "
+        f"{advice}"
+        for alias in recorded
+        if alias not in pointing
+    }
+    return {**moved, **lost}
 
 
 def point_alias(adapter: Adapter, name: str, alias: str, model_id: int | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows, telling_rows
-from pydedup.catalog.aliases import recorded_aliases
+from pydedup.catalog.aliases import wrong_aliases
 from pydedup.catalog.model import StoredModel
 from pydedup.catalog.rows import SUGGESTED_MODELS, known_versions, model_info
 from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError, UnavailableError
@@ -83,11 +83,9 @@ class Catalog:
                 f"no model {parsed.name!r} in {self._adapter.url}{did_you_mean(parsed.name, names)}"
             )
         for row in rows:
-            if parsed.selector in (recorded_aliases(row) or ()):
-                return CorruptStoreError(
-                    f"the alias {parsed} is lost, which pointed at version {row.version}; set it "
-                    "again, or restore a backup"
-                )
+            said = wrong_aliases(row, ()).get(str(parsed.selector))
+            if said is not None:
+                return CorruptStoreError(said)
         known = known_versions(self._adapter, parsed.name)
         known += [alias for _, alias, _ in self._adapter.aliases(parsed.name)]
         return NotFoundError(
@@ -102,12 +100,9 @@ class Catalog:
         """
         if (row.id, alias) in self._sound_aliases:
             return
-        recorded = recorded_aliases(row)
-        if recorded is not None and alias not in recorded:
-            raise CorruptStoreError(
-                f"the alias {row.name}@{alias} points at version {row.version}, to which it was "
-                "not set; set it again, or restore a backup"
-            )
+        said = wrong_aliases(row, [alias]).get(alias)
+        if said is not None:
+            raise CorruptStoreError(said)
         if len(self._sound_aliases) >= SUGGESTED_MODELS:
             self._sound_aliases.clear()
         self._sound_aliases.add((row.id, alias))

@@ -10,7 +10,7 @@ from typing import get_args
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog, certificate_of
+from pydedup.catalog import Catalog, certificate_of, wrong_aliases
 from pydedup.errors import ArgumentError, CorruptStoreError, DuplicateError
 from pydedup.maintenance.rows import lost_models
 from pydedup.names import parse_address
@@ -90,6 +90,8 @@ def plan_copy(
             pointing = aliases_of(source)
             if names is None:
                 _tell_lost(source, damaged)
+        for row in rows:
+            _refuse_wrong_aliases(row, pointing.get(row.id, []), damaged)
         moves = on_conflict == "replace"
         items = [Item(row, sorted(pointing.get(row.id, ())), moves_aliases=moves) for row in rows]
         if target is not None:
@@ -129,6 +131,20 @@ def aliases_of(adapter: Adapter, name: str | None = None) -> dict[int, list[str]
     for _, alias, model_id in adapter.aliases(name):
         pointing.setdefault(model_id, []).append(alias)
     return pointing
+
+
+def _refuse_wrong_aliases(row: ModelRow, pointing: list[str], damaged: list[str] | None) -> None:
+    """Take away aliases that were not set to a model, and tell of them and of those it has lost.
+
+    Raises CorruptStoreError where nobody is told: at the destination they would be right.
+    """
+    for alias, said in wrong_aliases(row, pointing).items():
+        if damaged is None:
+            raise CorruptStoreError(f"{said}{SKIPPING}")
+        if said not in damaged:  # a plan is made twice
+            damaged.append(said)
+        if alias in pointing:
+            pointing.remove(alias)
 
 
 def _tell_lost(source: Adapter, damaged: list[str] | None) -> None:

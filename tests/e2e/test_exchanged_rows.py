@@ -420,6 +420,13 @@ def test_aliases_that_are_lost_or_moved(store_url: str, tmp_path: Path) -> None:
             for alias, said in (("prod", "points at version three, to which"), ("next", "is lost")):
                 with pytest.raises(CorruptStoreError, match=f"the alias m@{alias} {said}"):
                     store.load(f"m@{alias}")
+            # Whatever is copied gets none that means something else there.
+            with pytest.raises(CorruptStoreError, match=r"the alias m@(prod|next) .*skip_damaged"):
+                store.copy_to(tmp_path / "none.db")
+            report = store.copy_to(tmp_path / f"{url == store_url}.db", skip_damaged=True)
+            assert len(report.damaged) == 3
+            with pydedup.open(tmp_path / f"{url == store_url}.db") as other:
+                assert [model.aliases for model in other.models()] == [()] * 3
             assert store.verify().errors == [
                 "alias m@next is lost, which was set to version two",
                 "alias m@prod points at a version that it was not set to",
