@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the core refuses by itself, whoever calls it: to its kernels an array is a pointer.
+
+The facades make arrays fit, or name them; their tests never come to these checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pydedup import _core
+from pydedup.errors import ArgumentError, CorruptStoreError, PydedupError
+from pydedup.types import DType
+
+F32 = DType.of(np.dtype(np.float32)).code
+
+
+def floats(*shape: int) -> np.ndarray[Any, Any]:
+    return np.ones(shape, np.float32)
+
+
+def u32(*values: int) -> np.ndarray[Any, Any]:
+    return np.array(values, np.uint32)
+
+
+def i64(*values: int) -> np.ndarray[Any, Any]:
+    return np.array(values, np.int64)
+
+
+def misaligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    memory = np.zeros(array.nbytes + 1, np.uint8)[1:]
+    memory[:] = array.reshape(-1).view(np.uint8)
+    return memory.view(array.dtype).reshape(array.shape)
+
+
+def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    array.flags.writeable = False
+    return array
+
+
+def page_of(**changes: Any) -> bytes:
+    """Return a page of six blocks of 2 x 2, ones."""
+    columns = {
+        "arena": floats(24).view(np.uint8),
+        "offsets": np.arange(6) * 16,
+        "lengths": np.full(6, 16),
+        "encodings": np.zeros(6, np.uint8),
+        "dtypes": np.full(6, F32, np.uint8),
+        "rows": np.full(6, 2, np.uint32),
+        "cols": np.full(6, 2, np.uint32),
+        "bases": np.zeros(6, np.uint64),
+    }
+    return _core.build_page(**(columns | changes))
+
+
+PAGE = _core.Page(page_of())
+ALL = np.arange(6, dtype=np.uint32)
+NONE = np.zeros(6, np.uint32)
+
+
+def product(**changes: Any) -> _core.Matmul:
+    """Return ``ones(3, 4) @ W.T`` to be, of a W of 6 x 4."""
+    arguments: dict[str, Any] = {"rows": 6, "cols": 4, "block_rows": 2, "block_cols": 2}
+    arguments |= {"dtype": F32, "x": floats(3, 4), "bias": None, "activation": "none"}
+    arguments |= {"transpose": False, "y": floats(3, 6)}
+    return _core.Matmul(**(arguments | changes))
+
+
+def table() -> _core.RowTable:
+    return _core.RowTable(6, 4, 2, 2, F32, np.zeros(6, np.int64), ALL)
+
+
+def take(out: np.ndarray[Any, Any]) -> None:
+    table().take_from(i64(0), [PAGE], i64(5, 0), out)
+
+
+def bag(edges: np.ndarray[Any, Any], out: np.ndarray[Any, Any], weights: Any = None) -> None:
+    table().bag_from(i64(0), [PAGE], i64(5, 0), edges, weights, "sum", out)
+
+
+def magnitudes(blocks: np.ndarray[Any, Any], *, whole: bool = False) -> np.ndarray[Any, Any]:
+    return _core.block_magnitudes(blocks, F32, 2, 2, whole)
+
+
+def stack(windows: Any) -> np.ndarray[Any, Any] | None:
+    pool = _core.BufferPool(1 << 20)
+    pool.insert(0, page_of())
+    layer = (6, 4, 2, 2, F32, None, "none", False, windows)
+    return _core.Stack([layer], i64(0)).run(pool, floats(3, 4))
+
+
+def adopt(checksum: bytes) -> _core.Page:
+    payload = page_of()
+    memory = _core.PageMemory(len(payload))
+    memoryview(memory)[:] = payload
+    return _core.BufferPool(1 << 20).adopt(0, memory, checksum)
+
+
+def window(*blocks: int) -> _core.BlockWindow:
+    return _core.BlockWindow(i64(0), np.zeros(len(blocks), np.uint32), u32(*blocks))
+
+
+def deltas(limits: np.ndarray[Any, Any]) -> Any:
+    w = floats(6, 4).view(np.uint8)
+    return _core.encode_deltas(w, F32, 2, 2, i64(0), w, F32, 2, 2, i64(1), limits, None)
+
+
+def test_what_fits_is_taken() -> None:
+    y = floats(3, 6)
+    fed = product(y=y)
+    fed.feed([PAGE], NONE, ALL)
+    assert (y == 4).all()
+    out = np.zeros((2, 16), np.uint8)
+    take(out)
+    assert (out.view(np.float32) == 1).all()
+    sums = np.zeros((1, 4), np.float32)
+    bag(i64(0, 2), sums, floats(2))
+    assert (sums == 2).all()
+    assert (magnitudes(floats(3, 2, 2)) == 1).all()
+    assert (magnitudes(floats(4, 6), whole=True) == 1).all()
+    result = stack([window(0, 1, 2), window(3, 4, 5)])
+    assert result is not None
+    assert (result == 4).all()
+    assert adopt(PAGE.checksum).n_slots == 6
+    assert deltas(i64(100))[1].tolist() == [0]
+
+
+_X = "x must be a C-contiguous float32 array of 12 elements"
+_REFUSED: list[tuple[str, Callable[[], object]]] = [
+    (_X, lambda: product(x=floats(3, 8)[:, ::2])),
+    (_X, lambda: product(x=np.ones((3, 4)))),
+    (_X, lambda: product(x=np.ones((3, 4), ">f4"))),
+    ("x is misaligned", lambda: product(x=misaligned(floats(3, 4)))),
+    ("y must be .* of 18 elements", lambda: product(y=floats(3, 5))),
+    ("y is misaligned", lambda: product(y=misaligned(floats(3, 6)))),
+    ("y is read-only", lambda: product(y=read_only(floats(3, 6)))),
+    ("bias must be .* of 6 elements", lambda: product(bias=floats(5))),
+    ("block shape must be", lambda: product(block_rows=0)),
+    ("too large", lambda: product(rows=1 << 40, cols=1 << 40)),
+    ("unknown dtype code", lambda: product(dtype=256 + F32)),
+    ("differ in length", lambda: product().feed([PAGE], NONE, ALL[:5])),
+    ("must be a 1-D array", lambda: product().feed([PAGE], NONE[None], ALL[None])),
+    ("pages holds a str", lambda: product().feed(["page"], NONE, ALL)),
+    (
+        "5 slots of bases",
+        lambda: product().feed([PAGE], NONE, ALL, ([PAGE], np.zeros(6, int), ALL[:5])),
+    ),
+    (
+        "impossible value -2",
+        lambda: product().feed([PAGE], NONE, ALL, ([PAGE], i64(-2, 0, 0, 0, 0, 0), ALL)),
+    ),
+    ("out must be uint8", lambda: take(np.zeros((1, 16), np.uint8))),
+    ("out must be uint8", lambda: take(np.zeros((2, 15), np.uint8))),
+    ("edges must not be empty", lambda: bag(i64(), floats(0, 4))),
+    ("out must be .* of 4 elements", lambda: bag(i64(0, 2), floats(1, 3))),
+    ("weights must be .* of 2 elements", lambda: bag(i64(0, 2), floats(1, 4), floats(1))),
+    ("outside of the arena", lambda: page_of(offsets=np.arange(6) * 16 + 1)),
+    ("outside of the arena", lambda: page_of(offsets=np.arange(6) * 16 - 1)),
+    ("outside of the arena", lambda: page_of(arena=floats(23).view(np.uint8))),
+    ("columns of a new page differ", lambda: page_of(bases=np.zeros(5, np.uint64))),
+    ("columns of a new page differ", lambda: page_of(cols=np.full(5, 2, np.uint32))),
+    ("limits must not be negative", lambda: deltas(i64(-1))),
+    (
+        "a matrix is passed as uint8",
+        lambda: _core.hash_blocks(np.zeros((2, 6), np.uint8), F32, 2, 2),
+    ),
+    ("elements of 8 bytes instead of 4", lambda: magnitudes(np.ones((3, 2, 2)))),
+    ("not dense in its last axis", lambda: magnitudes(floats(3, 2, 4)[..., ::2])),
+    ("not dense in its last axis", lambda: magnitudes(floats(4, 8)[:, ::2], whole=True)),
+    ("negative stride", lambda: magnitudes(floats(3, 2, 2)[:, ::-1])),
+    ("negative stride", lambda: magnitudes(floats(4, 4)[::-1], whole=True)),
+    ("must have the shape", lambda: magnitudes(floats(3, 2, 1))),
+    ("must have the shape", lambda: magnitudes(floats(3, 3))),
+    ("must be a 2-D array", lambda: magnitudes(floats(16), whole=True)),
+    ("a window is None", lambda: stack([None])),
+    ("miss blocks", lambda: stack([window(0, 1, 2)])),
+]
+
+
+@pytest.mark.parametrize(("says", "call"), _REFUSED)
+def test_what_does_not_fit_is_refused(says: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        call()
+
+
+def test_a_page_that_was_read_is_the_one_that_was_asked_for() -> None:
+    for checksum in (b"", PAGE.checksum[:15], b"\0" * 16):
+        with pytest.raises(CorruptStoreError, match="another page"):
+            adopt(checksum)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint64, ">u4", np.float32])
+def test_numbers_of_another_type_are_no_numbers(dtype: Any) -> None:
+    """They are neither converted, which takes a copy, nor read as what they are not."""
+    with pytest.raises((TypeError, PydedupError)):
+        product().feed([PAGE], NONE.astype(dtype), ALL)
