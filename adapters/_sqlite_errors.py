@@ -70,7 +70,10 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     19: (ArgumentError, "a column does not take this value"),  # CONSTRAINT
     19 | 6 << 8: (KeyTakenError, "there is a row of this key"),  # CONSTRAINT_PRIMARYKEY
     19 | 8 << 8: (KeyTakenError, "there is a row of this key"),  # CONSTRAINT_UNIQUE
-    26: (NotAStoreError, "give the store another place; the file was left as it is"),  # NOTADB
+    26: (  # NOTADB
+        NotAStoreError,
+        "name the file of a store, or of one that is to be made; this one was left as it is",
+    ),
 }
 
 

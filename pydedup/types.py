@@ -102,8 +102,7 @@ class DType(enum.Enum):
         for member in cls:
             if member.numpy == native:
                 return member
-        known = ", ".join(member.label for member in cls)
-        raise ArgumentError(f"dtype {dtype} cannot be stored; convert it to one of: {known}")
+        raise ArgumentError(f"dtype {dtype} {cls.refusal()}")
 
     @classmethod
     def of_code(cls, code: int) -> DType:
@@ -121,6 +120,12 @@ class DType(enum.Enum):
                 return member
         known = ", ".join(member.label for member in cls)
         raise ArgumentError(f"unknown dtype {label!r}; choose one of: {known}")
+
+    @classmethod
+    def refusal(cls) -> str:
+        """Say of a dtype that is none of these that it cannot be stored, and what can."""
+        known = ", ".join(member.label for member in cls)
+        return f"cannot be stored; convert it to one of: {known}"
 
     @classmethod
     def of_floats(cls, dtype: object) -> DType:

@@ -345,6 +345,6 @@ def _copy_inline(item: Any, target: Any, path: str, where: str) -> Any:
     _check_layout(item, path, where)
     if item.id.get_storage_size() > _MAX_INLINE:
         raise UnsupportedFormatError(
-            f"{where}: dataset {path!r} has dtype {item.dtype}, which cannot be stored"
+            f"{where}: dataset {path!r} has dtype {item.dtype}, which {DType.refusal()}"
         )
     return target.create_dataset(path, data=item[()], dtype=item.dtype)
