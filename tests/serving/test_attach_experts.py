@@ -18,9 +18,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-if not hasattr(torch, "_grouped_mm"):
-    pytest.skip("this torch has no grouped products", allow_module_level=True)
-
 #: Of five experts; nothing is of the second and the last, nor are the rows behind them of any.
 ENDS = torch.tensor([3, 3, 10, 12, 12], dtype=torch.int32)
 ROWS = 12
@@ -93,7 +90,7 @@ def mixtral(**sizes: Any) -> Any:
 
 def gpt_oss(**sizes: Any) -> Any:
     """Its matrices are the other way round, and have a bias each."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", "4.55")  # the first that has it
     config = transformers.GptOssConfig(**sizes, head_dim=16, num_local_experts=8)
     return transformers.GptOssForCausalLM(config)
 

@@ -199,6 +199,14 @@ def test_a_recording_that_is_full_takes_no_more_memory() -> None:
             pool.record(wrong)  # type: ignore[arg-type]
 
 
+def test_only_what_is_not_there_is_waited_for() -> None:
+    pages, size = pages_of(4)
+    pool = pages.pool(10 * size)
+    for ids, waits in (([1, 2], 1), ([2, 1], 1), ([2, 3], 2)):
+        pool.pages(ids)
+        assert pool.stats()["waits"] == waits
+
+
 def test_warm_takes_what_fits() -> None:
     pages, size = pages_of(40, elements=MIB // 4)
     assert pages.pool(10 * size).warm(range(1, 41)) == 10

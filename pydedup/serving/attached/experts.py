@@ -28,6 +28,7 @@ _LOADED_PART = 2
 _PIECE_PART = 16
 
 
+@handles(torch._grouped_mm)
 def _grouped_mm(
     input: torch.Tensor,
     mat2: torch.Tensor,
@@ -66,10 +67,6 @@ def _grouped_mm(
                 y[rows] += x[rows, lines] @ matrix
         del part, matrix  # before the next one is read
     return y.to(input.dtype)
-
-
-if hasattr(torch, "_grouped_mm"):
-    handles(torch._grouped_mm)(_grouped_mm)
 
 
 def _is_loaded(weight: StoredParameter) -> bool:
