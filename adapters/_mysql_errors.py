@@ -120,6 +120,8 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     1461: (UnavailableError, "raise max_prepared_stmt_count on the server, or try again"),
 }
 
+#: What the driver without its C extension raises where it waited too long.
+_PURE_TIMEOUTS: Final = ("ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError")
 #: Errors that name the one of the operating system.
 _OF_SYSTEM: Final = frozenset({3, 1026, 1030, 1598})
 
@@ -163,8 +165,10 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         kind, advice = (ConnectionLostError, _DOWN) if lost else (ArgumentError, "")
     elif code == 1044 and not connected:
         kind, advice = UnavailableError, _NOTHING
-    elif code == 3024 and not connected:  # the pure driver, of a server that says nothing
+    elif type(error).__name__ in _PURE_TIMEOUTS:
         said, kind, advice = "the server did not answer in time", ConnectionLostError, _DOWN
+        if connected:
+            advice = f"where it is slow, raise read_timeout and write_timeout in the URL; {_DOWN}"
     else:
         kind, advice = _MEANINGS.get(code, (StoreError, ""))
         if code in _LOGIN_CODES and place.options.get("ssl_disabled"):

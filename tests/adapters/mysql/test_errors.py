@@ -32,6 +32,7 @@ from pydedup.errors import (
     UnavailableError,
 )
 from pydedup.testing._contract_base import with_option
+from pydedup.testing.servers import mysql_connection
 
 both_drivers = pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
 PASSWORD = "s3cret%40%2F%3A%26%3F%23%25"
@@ -119,6 +120,25 @@ def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch, pure: bool)
         place = f"mysql://ann@127.0.0.1:{silent.getsockname()[1]}/db?use_pure={pure}"
         with pytest.raises(UnavailableError, match="check that the server runs"):
             registry.connect(place, mode="a")
+
+
+@both_drivers
+def test_a_statement_that_takes_longer_than_read_timeout(
+    url: str, monkeypatch: pytest.MonkeyPatch, pure: bool
+) -> None:
+    """The driver without its C extension gave several lines, and we a limit of the server's."""
+    monkeypatch.setattr("pydedup.adapters._mysql_base.BACK_OFF_SECONDS", (0.0,))
+    pydedup.open(url).close()
+    with pydedup.open(with_option(url, f"use_pure={pure}&read_timeout=1"), mode="r") as store:
+        assert store.models() == []
+        with mysql_connection(url) as other, other.cursor() as cursor:
+            cursor.execute("LOCK TABLES pydedup_models WRITE")
+            with pytest.raises(UnavailableError, match="check that the server runs") as caught:
+                store.models()
+        said = str(caught.value)
+        assert "\n" not in said
+        assert not pure or "did not answer in time; where it is slow, raise read_timeout" in said
+        assert store.models() == []
 
 
 @both_drivers
