@@ -130,8 +130,10 @@ def test_names_with_slashes_and_other_letters(server: Server, encoded: str, x: A
         assert server.ask("GET", f"/v2/models/{encoded}{path}").json["name"] == NAME
         assert server.ask("GET", f"/v2/models/{encoded}{path}/ready").status == 200
         answer = server.infer(f"{encoded}{path}", {"inputs": [tensor(x)]})
-        assert answer.json["model_name"] == NAME
-        assert answer.json["model_version"] == "2026-11"
+        head = {"model_name": NAME, "model_version": "2026-11"}
+        assert {key: answer.json[key] for key in answer.json if key != "outputs"} == head
+        answer = server.infer(f"{encoded}{path}", {"inputs": [tensor(x)], "id": "é-7"})
+        assert answer.json.items() >= {**head, "id": "é-7"}.items()
 
 
 def test_predictions_are_those_of_the_store(server: Server, store_url: str, x: Any) -> None:
@@ -266,6 +268,10 @@ def test_repository(server: Server) -> None:
     assert [entry for entry in every if entry["state"] == "READY"] == ready
     assert [entry["name"] for entry in every if entry not in ready] == ["plain"]
     assert server.ask("POST", "/v2/repository/index", {"ready": "yes"}).status == 400
+    padded = b'{"ready": true}'.ljust(1 << 16)
+    assert server.ask("POST", "/v2/repository/index", padded).json == ready
+    refused = server.ask("POST", "/v2/repository/index", padded + b" ")
+    assert (refused.status, refused.json["error"][:26]) == (413, "body: it has 65537 bytes; ")
 
     name = quote(NAME, safe="")
     answer = server.ask("POST", f"/v2/repository/models/{name}/load", b"{}")
