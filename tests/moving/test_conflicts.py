@@ -157,6 +157,20 @@ def test_another_policy_is_another_model(new_store: New, family: Callable[..., A
         assert (store.verify().errors, store.verify().notes) == ([], [])
 
 
+def test_another_promise_is_another_model(new_store: New, family: Callable[..., Any]) -> None:
+    """Of one policy and the same content, which would keep the one that promised less."""
+    url, other = new_store("sqlite"), new_store("sqlite")
+    for place, error in ((url, 0.001), (other, 0.1)):
+        with pydedup.open(place) as store:
+            store.add("m@1", family(20), policy=pydedup.policies.Bounded(error))
+    with pydedup.open(url) as store:
+        with pytest.raises(DuplicateError, match=r"m@1 \(another model\)"):
+            store.copy_to(other)
+        store.copy_to(other, on_conflict="replace")
+    with pydedup.open(other) as store:
+        assert store.info("m@1").certificate["max_rel_error"] == 0.001
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_graph_is_another_model(
     new_store: New, family: Callable[..., Any], tmp_path: Path, backend: str
