@@ -217,7 +217,8 @@ class AddReport:
     certificate
         The guarantee that holds for what was stored.
     left_out
-        What the source holds beside the model, e.g. optimizer state, and is not stored.
+        What the source holds beside the model, e.g. optimizer state, and is not stored; of one of
+        several files of a model, the others.
     damaged_pages
         Pages of the store that blocks were looked for on and that cannot be read; nothing on them
         was shared.

@@ -253,7 +253,7 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
             output.print_note(f"{report.model}: its source holds no weights", "yellow")
         if report.left_out:
             shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
-            output.print_note(f"{report.model}: not part of the model, left out: {shown}", "yellow")
+            output.print_note(f"{report.model}: left out, not stored: {shown}", "yellow")
         if not keeps_bits(report.certificate["policy"], report.certificate):
             for line in describe(report.certificate):
                 output.print_note(f"{report.model}: {line}", "dim")

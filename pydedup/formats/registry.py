@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,10 @@ _SUFFIXES = {
     ".txt": "glove",
 }
 
+#: How the files are named into which Hugging Face's libraries cut a large model.
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\..+)")
+_MOST_SHARDS = 10_000
+
 _HEAD = 1 << 20
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -127,11 +132,13 @@ def open_source(
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         try:
-            return _READERS[detect(path)](path)
+            opened = _READERS[detect(path)](path)
         except MemoryError as exc:
             if isinstance(exc, BudgetError):
                 raise
             raise BudgetError(f"no memory to open {path}") from exc
+        opened.left_out += _other_shards(path.name)
+        return opened
     if isinstance(source, ModelSource):
         return source
     if is_module(source):
@@ -142,6 +149,16 @@ def open_source(
         f"a model must be a path, a mapping of names to arrays or a torch module, "
         f"not {type(source).__name__}"
     )
+
+
+def _other_shards(name: str) -> tuple[str, ...]:
+    """Return the files that have the rest of a model, by the name of one: ``x-1-of-2.bin``."""
+    found = _SHARD.fullmatch(name)
+    if found is None or int(found[3]) > _MOST_SHARDS:
+        return ()
+    head, own, count, tail = found.groups()
+    numbers = (str(n).zfill(len(own)) for n in range(1, int(count) + 1) if n != int(own))
+    return tuple(f"{head}-{number}-of-{count}{tail}" for number in numbers)
 
 
 def detect(path: Path) -> str:

@@ -341,6 +341,18 @@ def test_a_folder_of_several_models_is_told_to_be_one(folder: Path, names: tuple
     assert found == {name for name in names if not name.startswith("checkpoint-")}
 
 
+def test_one_of_several_files_of_a_model_is_told_to_be_that(folder: Path) -> None:
+    """A half of a model was stored without a word."""
+    for i in range(3):
+        save_safe(folder / f"model-0000{i + 1}-of-00003.safetensors", state(i, f"x{i}"))
+    with open_source(folder / "model-00002-of-00003.safetensors") as source:
+        others = ("model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
+        assert source.left_out == others
+    (folder / "model-00002-of-00003.safetensors").rename(folder / "model-00001-of-00001.pt")
+    with open_source(folder / "model-00001-of-00001.pt") as source:
+        assert source.left_out == ()
+
+
 def test_names_that_two_folders_could_claim_are_refused(folder: Path) -> None:
     save_safe(folder / "model.safetensors", state(0, "unet/x"))
     (folder / "unet").mkdir()
