@@ -82,6 +82,7 @@ def check_layers(dtype: DType, seed: int) -> None:
     for channels, out, kernel, size, stride, pad, groups in (
         (5, 70, (3, 3), (9, 40), (1, 1), 1, 1),
         (4, 6, (1, 1), (5, 7), (1, 1), 0, 1),
+        *((4, 6, (1, 1), (5, 7), (1, 1), tuple(pads), 1) for pads in np.eye(4, dtype=int).tolist()),
         (3, 9, (7, 5), (23, 21), (2, 2), 3, 1),
         (6, 12, (3, 2), (8, 8), (3, 1), 2, 3),
         (8, 8, (3, 3), (6, 11), (1, 2), 1, 8),
@@ -94,7 +95,8 @@ def check_layers(dtype: DType, seed: int) -> None:
             block_map, pool, x, kernel=kernel, stride=stride, padding=pad, groups=groups
         )
         assert y.dtype == compute
-        assert_close(y, x, w, stride, (pad,) * 4, (1, 1), groups)
+        pads = pad if isinstance(pad, tuple) else (pad,) * 4
+        assert_close(y, x, w, stride, pads, (1, 1), groups)
 
 
 @pytest.mark.parametrize("kernel", RUNNABLE)

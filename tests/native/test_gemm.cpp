@@ -41,6 +41,11 @@ void check_frame(const BlockGrid& grid, std::size_t m, bool planes) {
             holds = holds && with_bias[i] == std::max(y[i] + bias[i % n], T{0});
         }
         CHECK(holds);
+        // Once, and at the end, wherever blocks are cut.
+        for (const std::size_t piece : {1, 3, 7}) {
+            CHECK(same_bits(with_bias, multiply(stored, x, m, transpose, Activation::relu,
+                                                bias.data(), 2, piece)));
+        }
     }
 }
 
