@@ -113,7 +113,7 @@ void cut(const float* x, std::size_t count, float* high, float* middle, float* l
     for (std::size_t i = 0; i < count; ++i) {
         if (x[i] != x[i]) {  // its bits may be in the lower half alone
             high[i] = middle[i] = low[i] = value_of((bits_of(x[i]) & 0xFFFF0000U) | 0x00400000U);
-        } else if (x[i] - x[i] != 0.0F || x[i] == 0.0F) {
+        } else if (x[i] - x[i] != 0.0F) {
             high[i] = middle[i] = low[i] = x[i];
         } else {
             high[i] = truncated_to_bf16(x[i]);

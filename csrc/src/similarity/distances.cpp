@@ -93,8 +93,8 @@ void compare_blocks(const BlockBatch& a, const BlockBatch& b, std::span<const st
     similarity::check_count(right.size(), left.size(), "blocks of b", "of a");
     similarity::check_count(out.size(), left.size(), "distances", "pairs");
     for (std::size_t i = 0; i < left.size(); ++i) {
-        if (left[i] < 0 || static_cast<std::size_t>(left[i]) >= a.count || right[i] < 0 ||
-            static_cast<std::size_t>(right[i]) >= b.count) {
+        if (static_cast<std::uint64_t>(left[i]) >= a.count ||
+            static_cast<std::uint64_t>(right[i]) >= b.count) {
             throw Error(ErrorCode::invalid_argument, "a pair names a block that is not there");
         }
     }
