@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, ModelRow, PageRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError
-from pydedup.layout import split_places, used_places
+from pydedup.layout import joined, split_places, used_places
 
 __all__ = ["Survey", "Target", "look_at_target", "survey"]
 
@@ -51,7 +52,7 @@ class Survey:
 def survey(source: Adapter, rows: Sequence[ModelRow], *, blocks: bool) -> Survey:
     """Look at what these models read; with ``blocks`` also at which blocks they need.
 
-    Memory: some 200 bytes per page, and with ``blocks`` meanwhile 16 per distinct block.
+    Memory: some 200 bytes per page, and with ``blocks`` meanwhile 32 per distinct block.
     """
     with only_sound_rows(source):  # those of a model are read strictly when it is copied
         return _survey(source, rows, blocks)
@@ -60,6 +61,8 @@ def survey(source: Adapter, rows: Sequence[ModelRow], *, blocks: bool) -> Survey
 def _survey(source: Adapter, rows: Sequence[ModelRow], blocks: bool) -> Survey:
     found = Survey(source.epoch(), Counter(), {})
     needed = np.empty(0, np.int64)
+    further: list[NDArray[np.int64]] = []
+    count = 0
     for row in rows:
         found.readers.update(page_id for _, page_id, _, _ in source.model_pages(row.id))
         if blocks:
@@ -68,7 +71,11 @@ def _survey(source: Adapter, rows: Sequence[ModelRow], blocks: bool) -> Survey:
                     places = used_places(StoredModel(source, row).block_maps())
             except (NotFoundError, CorruptStoreError):
                 continue  # it was removed meanwhile, or is damaged, which its copy will say
-            needed = np.union1d(needed, places)
+            further.append(places)
+            count += len(places)
+            if count > len(needed):  # so that thousands of models do not sort all of it each
+                needed, further, count = np.unique(joined([needed, *further])), [], 0
+    needed = np.unique(joined([needed, *further]))
     page_ids = list(found.readers)
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
         pages = source.page_rows(ids=page_ids[start : start + _PAGES_AT_ONCE])

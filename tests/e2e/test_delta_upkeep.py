@@ -199,6 +199,12 @@ def base_page_is_gone(path: Path) -> None:
     sql(path, "DELETE FROM pydedup_pages WHERE id = ?", some_delta(path)[3] >> 20)
 
 
+def base_page_was_never_there(path: Path) -> None:
+    page = some_delta(path)[3] >> 20
+    sql(path, "DELETE FROM pydedup_pages WHERE id = ?", page)
+    sql(path, "DELETE FROM pydedup_model_pages WHERE page_id = ?", page)
+
+
 def base_page_is_retired(path: Path) -> None:
     page = some_delta(path)[3] >> 20
     sql(path, "UPDATE pydedup_pages SET state = 'retired' WHERE id = ?", page)
@@ -256,6 +262,7 @@ def map_with_another_base(path: Path) -> None:
         (base_is_a_delta, "its base is another than recorded"),
         (no_such_slot, "its base is another than recorded"),
         (base_page_is_gone, "missing"),
+        (base_page_was_never_there, "bases of blocks on page"),
         (base_page_is_retired, "it is retired"),
         (base_page_is_not_the_models, "what it reads is recorded wrongly for pages"),
         (map_without_a_base, "have other bases than recorded"),
