@@ -166,8 +166,8 @@ def complete_models(
     context: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem[str]]:
     """Offer the names of the models in the store, and the versions and aliases of one."""
-    models = _models(context)
     name, at, _ = incomplete.partition("@")
+    models = _models(context, name if at else None)
     names = {model.name for model in models if model.name.startswith(name)}
     offered = set() if at else names
     if at or len(names) == 1:
@@ -235,15 +235,16 @@ def _word(context: click.Context, name: str, place: int) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _models(context: click.Context) -> list[ModelInfo]:
+def _models(context: click.Context, name: str | None) -> list[ModelInfo]:
+    """Return all models of the store, or the versions of one, which may be one of thousands."""
     found: list[ModelInfo] = []
-    _ask(context, lambda store: found.extend(store.models()))
+    _ask(context, lambda store: found.extend(store.versions(name) if name else store.models()))
     return found
 
 
 def _versions(context: click.Context) -> list[ModelInfo]:
     name = _word(context, "name", 1)
-    return [model for model in _models(context) if model.name == name]
+    return _models(context, name) if name else []
 
 
 def _offer(words: Iterable[str], incomplete: str) -> list[CompletionItem[str]]:

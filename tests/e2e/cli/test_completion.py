@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
 import select
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -90,6 +92,18 @@ def test_what_is_offered(
     wanted = [word if "," in word else f"plain,net@{word}" for word in wanted]
     assert offered(line, monkeypatch, capsysbinary) == wanted
     assert sorted(path.name for path in folder.iterdir() if "missing" in path.name) == []
+
+
+def test_versions_are_those_of_one_model_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """Whatever the store has beside it, damaged or in thousands."""
+    with contextlib.closing(sqlite3.connect("models.db")) as database, database:
+        database.execute("UPDATE pydedup_models SET created_at = 1e300 WHERE name = 'other'")
+    found = offered("pydedup ls models.db net@", monkeypatch, capsysbinary)
+    assert found == ["plain,@1", "plain,@2", "plain,@prod"]
+    found = offered("pydedup alias models.db net prod ", monkeypatch, capsysbinary)
+    assert found == ["plain,1", "plain,2"]
 
 
 def test_a_server_that_does_not_answer_is_not_waited_for(
