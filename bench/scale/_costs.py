@@ -26,7 +26,7 @@ from pydedup.adapter import LIVE, Adapter
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
 from pydedup.ingest.places import stack_blocks
-from pydedup.signatures import read_pieces, read_segments
+from pydedup.signatures import read_pieces, read_segments, rows_of_kind
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
 
@@ -257,7 +257,7 @@ def store_costs(store: pydedup.Store, merge: float) -> dict[str, float]:
     """
     adapter = store._adapter
     rows = adapter.page_rows(state=LIVE)
-    costs = {"old_page": median_time(lambda: adapter.page_rows(state=LIVE)) / len(rows)}
+    costs = {"old_page": median_time(lambda: adapter.page_ids(LIVE)) / len(rows)}
     segments = read_segments(adapter)
     kinds = {
         (piece.dtype, piece.block_shape)
@@ -270,8 +270,8 @@ def store_costs(store: pydedup.Store, merge: float) -> dict[str, float]:
     def indexed() -> None:
         read_segments(adapter)
         for dtype, shape in kinds:
-            index = L2LSH(shape, dtype)
-            for piece in read_pieces(adapter, (DType.of(dtype), *shape)):
+            index, kind = L2LSH(shape, dtype), (DType.of(dtype), *shape)
+            for piece in read_pieces(adapter, kind, rows_of_kind(adapter, kind).tolist()):
                 index.merge(piece)
 
     blocks = index_bytes(store)[1]

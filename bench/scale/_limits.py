@@ -101,7 +101,7 @@ def _calls(adapter: Adapter) -> Iterator[_Call]:
     yield _Call("model_pages(id)", "a model's first request", lambda: adapter.model_pages(model))
     yield _Call("readers_of(its pages)", "info, unload", lambda: adapter.readers_of(pages))
     yield _Call("find_blocks(5600)", "every add", lambda: adapter.find_blocks(hashes))
-    yield _Call("page_rows(live)", "every add", lambda: adapter.page_rows(state=LIVE), "pages")
+    yield _Call("page_ids(live)", "every add", lambda: adapter.page_ids(LIVE), "pages")
     yield _Call("read_segments", "every add", lambda: read_segments(adapter), "models")
     yield _Call("model_pages()", "sizes, vacuum", lambda: adapter.model_pages(), "model_pages")
     yield _Call("orphan_pages()", "vacuum", adapter.orphan_pages, "pages")
