@@ -14,6 +14,7 @@ import pytest
 
 import pydedup
 from pydedup import policies, registry
+from pydedup.adapter_options import StagingAdapter
 from pydedup.errors import ConflictError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.store import Store
@@ -314,6 +315,25 @@ def test_another_writer_is_waited_for_once(tmp_path: Path) -> None:
             store.add("late", {"w": np.ones((3, 3))})
         calls = [control.calls[scope] for scope in ("staging", "publishing", "transaction")]
         assert calls == [1, 0, 0]
+
+
+def test_who_is_overtaken_when_it_is_staged_takes_the_next_number(store_url: str) -> None:
+    first, second = np.random.default_rng(0).standard_normal((2, 64, 64))
+
+    def overtake() -> None:
+        with pydedup.open(store_url) as other:
+            assert other.add("m", {"w": second}).model == "m@1"
+
+    pydedup.open(store_url).close()
+    adapter, control = inject(registry.connect(store_url, mode="a"))
+    scope = "staging" if isinstance(adapter, StagingAdapter) else "transaction"
+    with Store(adapter, 64 << 20) as store:
+        control.add_fault(Fault(scope, overtake, after=True))
+        assert store.add("m", {"w": first}).model == "m@2"
+        assert np.array_equal(store.load("m@1")["w"], second)
+        assert np.array_equal(store.load("m@2")["w"], first)
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
 
 
 @pytest.mark.parametrize("called", ["2", "stable"])
