@@ -265,6 +265,22 @@ def test_what_a_repair_does_not_find_stays_damaged(tmp_path: Path) -> None:
                 store.load(name)
 
 
+def test_a_damaged_page_of_a_model_whose_block_map_is_lost_stays(tmp_path: Path) -> None:
+    """Nobody knows what that model uses of it, and its map may come back."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    fill(url)
+    with pydedup.open(url) as store:
+        store.backup(tmp_path / "before.db")
+    exchange_pages(url, (1, 2), (2, 1))
+    change(url, "DELETE FROM {block_maps} WHERE model_id = 2 AND ordinal = 0")
+    with pydedup.open(url) as store:
+        report = store.verify(repair_from=tmp_path / "before.db")
+        assert report.repair is not None
+        assert [(one.page, one.models) for one in report.repair.missing] == [(2, ("two@1",))]
+        assert {row.id for row in store._adapter.page_rows(ids=[1, 2])} == {2}
+        is_there(store, "one", "three")
+
+
 def test_a_page_that_all_but_its_readers_know_for_what_it_is(
     store_url: str, tmp_path: Path
 ) -> None:
