@@ -85,7 +85,12 @@ def test_logits_and_generated_tokens(
     loaded: Callable[[Any], set[str]],
 ) -> None:
     make, inputs = MODELS[kind]
-    model = make(attn_implementation=attention).eval()
+    try:
+        model = make(attn_implementation=attention).eval()
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        pytest.skip("this release of transformers has no such attention for this model")
     wanted = model(**inputs).logits
     tokens = None if kind == "bert" else sampled(model)
     store.add(kind, model)
