@@ -81,16 +81,17 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``.npz`` file."""
-        with Path(path).open("wb") as file:
-            np.savez_compressed(
-                file,
-                version=np.int64(_TRACE_VERSION),
-                pages=self.pages,
-                nbytes=self.nbytes,
-                calls=self.calls,
-                owners=self.owners,
-                complete=np.bool_(self.complete),
-            )
+        content = io.BytesIO()  # numpy before 2.2 complains of a file that it cannot write
+        np.savez_compressed(
+            content,
+            version=np.int64(_TRACE_VERSION),
+            pages=self.pages,
+            nbytes=self.nbytes,
+            calls=self.calls,
+            owners=self.owners,
+            complete=np.bool_(self.complete),
+        )
+        Path(path).write_bytes(content.getbuffer())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -407,7 +407,6 @@ def test_a_trace_for_which_there_is_no_room_leaves_the_earlier_one(
     with contextlib.suppress(OSError):
         (folder / "ballast").write_bytes(bytes(2 << 20))
     assert server.stop() == 4
-    # Behind it numpy before 2.2 complains of what it could not close.
     assert any(f"no space left while writing {path}" in line for line in server.errors)
     assert path.read_bytes() == b"an earlier one"
     assert sorted(one.name for one in folder.iterdir()) == ["ballast", "trace.npz"]
