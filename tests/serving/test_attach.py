@@ -233,7 +233,6 @@ def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
             store.attach(again, "m")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("how", ["script", "trace", "freeze"])
 def test_torchscript_is_refused_and_left_as_it_was(store: pydedup.Store, how: str) -> None:
     module = net()

@@ -117,7 +117,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("what", REFUSED)
 def test_refusals(store: pydedup.Store, what: str) -> None:
     use, message = REFUSED[what]

@@ -28,7 +28,8 @@ _LOADED_PART = 2
 _PIECE_PART = 16
 
 
-@handles(torch._grouped_mm)
+# It is private, and called by the public one of later releases: a torch without it loads experts.
+@handles(*filter(None, [getattr(torch, "_grouped_mm", None)]))
 def _grouped_mm(
     input: torch.Tensor,
     mat2: torch.Tensor,
