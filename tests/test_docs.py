@@ -73,7 +73,7 @@ def test_commands_and_options_are_those_of_the_program(page: str) -> None:
     for words in commands_of(page):
         command: click.Command = program
         at = 0
-        with click.Context(program) as context:
+        with click.Context(program, **program.context_settings) as context:
             while isinstance(command, click.Group) and at < len(words) and words[at][0] != "-":
                 found = command.get_command(context, words[at])
                 assert found is not None, f"pydedup {' '.join(words)}"
