@@ -123,7 +123,8 @@ def _mean(node: Node, x: _Array) -> _Array:
     axes = _axes(node, x)
     total = real(x).sum(axis=axes, keepdims=bool(node.attr("keepdims")))
     # Of nothing that is NaN, as torch has it; numpy's own mean warns the user of that.
-    return np.asarray(total / math.prod(x.shape[axis] for axis in axes))
+    count = math.prod(x.shape[axis] for axis in axes)
+    return np.asarray(total / total.dtype.type(count))  # numpy before 2 widens by an int
 
 
 def _max(node: Node, x: _Array) -> _Array:
