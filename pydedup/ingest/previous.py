@@ -41,18 +41,23 @@ _UNKNOWN = 1 << 40
 
 
 class Previous:
-    """The newest version of a model that is being added again.
+    """The newest version of a model that is being added again, and the hashes of its source.
 
     ``limit`` is how far what is stored of a tensor may be from its source to be taken again.
     """
 
     def __init__(
-        self, adapter: Adapter, stored: StoredTable, model: StoredModel, limit: float
+        self,
+        adapter: Adapter,
+        stored: StoredTable,
+        model: StoredModel,
+        hashes: SourceHashes,
+        limit: float,
     ) -> None:
         self._stored = stored
         self._model = model
         self._maps = model.block_maps()
-        self._hashes = SourceHashes(adapter, model)
+        self._hashes = hashes
         self._ordinals = {info.name: i for i, info in enumerate(self._model.tensors)}
         #: By the end of a name, behind any of its dots: the one tensor that has it.
         self._ends: dict[str, int | None] | None = None
@@ -82,9 +87,10 @@ class Previous:
             return None
         if all(model.error_of(info.name) > policy.max_rel_error for info in model.tensors):
             return None
-        if not SourceHashes(adapter, model).are_as_added():
+        hashes = SourceHashes(adapter, model)
+        if not hashes.are_as_added():
             return None
-        return cls(adapter, stored, model, policy.max_rel_error)
+        return cls(adapter, stored, model, hashes, policy.max_rel_error)
 
     def unchanged(
         self, entry: TensorEntry, grid: BlockGrid, digests: NDArray[np.uint64]
