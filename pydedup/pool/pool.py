@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ __all__ = ["Called", "Page", "PagePool"]
 #: Says of a damaged page who reads it and what to do.
 Explain: TypeAlias = Callable[[int], str]
 
+_T = TypeVar("_T")
+
 # A call within another one.
 _PART: AbstractContextManager[None] = nullcontext()
 # Models whose last walks are remembered.
@@ -58,6 +60,16 @@ class Called(NamedTuple):
     state: int
     #: Returns its pages; called when the policy does not know them in this state.
     pages: Callable[[], NDArray[np.int64]]
+
+
+class Keeper(Protocol):
+    """What keeps reservations of a pool for later."""
+
+    def give_up(self) -> bool:
+        """Give up a reservation that is not in use, and return whether there was one."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Wait for those that are in use, and let nobody begin with one as long as this lasts."""
 
 
 class PagePool(Walks):
@@ -128,7 +140,7 @@ class PagePool(Walks):
             self._read_into,
             self._expected,
         )
-        self._give_up: Callable[[], bool] | None = None
+        self._keeper: Keeper | None = None
         self._shares.begin(self._core)
         self._calls = threading.local()
         self._last: dict[tuple[int, ...], list[list[Window]]] = {}  # walks of models' last call
@@ -254,19 +266,30 @@ class PagePool(Walks):
 
     def reserve(self, nbytes: int) -> Reservation:
         """Take bytes off the budget; see `pydedup.pool.admission.Shares.reserve`."""
-        while True:
-            try:
-                return self._shares.reserve(nbytes)
-            except BudgetError:
-                if not self._make_room():
-                    raise
+        return self.with_room(lambda: self._reserve(nbytes))
 
-    def keeps(self, give_up: Callable[[], bool]) -> None:
+    def keeps(self, keeper: Keeper) -> None:
         """Have something asked for room where there is none, that keeps reservations for later.
 
-        It gives up one and returns whether it had one. It must not refer to this pool.
+        It must not refer to this pool.
         """
-        self._give_up = give_up
+        self._keeper = keeper
+
+    def with_room(self, use: Callable[[], _T]) -> _T:
+        """Use the budget; where it does not allow that, once more with nobody beside.
+
+        That is, with no walk and no user of the keeper. The thread must hold no page meanwhile:
+        they may wait for it.
+        """
+        try:
+            return use()
+        except BudgetError:
+            if self._keeper is None:
+                raise
+        # Not in the handler: the exception would keep pages pinned.
+        walks = self._shares.walks
+        with self._keeper.alone(), walks.hold(walks.limit):
+            return use()
 
     @property
     def activation_bytes(self) -> int:
@@ -319,8 +342,16 @@ class PagePool(Walks):
                 if not makes_room or not self._make_room():
                     raise
 
+    def _reserve(self, nbytes: int) -> Reservation:
+        while True:
+            try:
+                return self._shares.reserve(nbytes)
+            except BudgetError:
+                if not self._make_room():
+                    raise
+
     def _make_room(self) -> bool:
-        return self._give_up is not None and self._give_up()
+        return self._keeper is not None and self._keeper.give_up()
 
     def _calling(self) -> Call | None:
         call: Call | None = getattr(self._calls, "now", None)

@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -42,6 +43,8 @@ __all__ = ["run_onnx"]
 _KEPT = 64
 #: Calls that may be under way at once: more than there are threads.
 _CALLS = 1 << 20
+#: ONNX's number of the only type of inputs that numpy lacks.
+_BF16 = 16
 #: Types of ONNX as sessions name them -> ours.
 _TYPES = {
     "tensor(float)": DType.F32,
@@ -95,7 +98,7 @@ def run_onnx(
         with runner.calls.hold(1), contextlib.suppress(BudgetError):
             return _run(runner, model, payload, tensor, pool, x)
     # What others keep as long as they run may have left no room: once more, with nobody beside.
-    with runner.calls.hold(runner.calls.limit):
+    with runner.alone():
         return _run(runner, model, payload, tensor, pool, x)
 
 
@@ -135,14 +138,13 @@ def _run(
             f"{model.row.logical_bytes:,} bytes of weights at once: {exc}"
         ) from exc
     given.update((name, weight.value) for name, weight in held.items())
-    with runner.running.hold(1):
-        try:
-            found = session.runtime.run_with_ort_values(list(graph.outputs), given)
-        except Exception as exc:  # of many classes, by the runtime's own numbering
-            raise ArgumentError(f"ONNX Runtime cannot run {model.address}: {exc}") from exc
-        finally:  # who waits for this call wants the room
-            given.clear()
-            held.clear()
+    try:
+        found = session.runtime.run_with_ort_values(list(graph.outputs), given)
+    except Exception as exc:  # of many classes, by the runtime's own numbering
+        raise ArgumentError(f"ONNX Runtime cannot run {model.address}: {exc}") from exc
+    finally:  # who waits for this call wants the room
+        given.clear()
+        held.clear()
     outputs = zip(graph.outputs, found, strict=True)
     return {name: _as_output(value, f"{model.address} gives {name!r}") for name, value in outputs}
 
@@ -175,9 +177,8 @@ class _Runner:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        #: Where calls are under way, each of which keeps its weights; and those of them that have
-        #: all and wait for nobody.
-        self.calls, self.running = Gate(_CALLS), Gate(_CALLS)
+        #: Where calls are under way, each of which keeps its weights.
+        self.calls = Gate(_CALLS)
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._models: OrderedDict[int, tuple[OpenedGraph, _Session]] = OrderedDict()
@@ -237,18 +238,14 @@ class _Runner:
         return session
 
     def give_up(self) -> bool:
-        """Forget the tensor that was not used for longest, or wait for calls that have theirs.
-
-        Returns whether there was one.
-        """
+        """Forget the tensor that was not used for longest; calls under way keep theirs."""
         with self._lock:
             forgotten = self._held.popitem(last=False) if self._held else None
-        if forgotten is not None:
-            return True
-        if not self.running.used:
-            return False
-        with self.running.hold(self.running.limit):
-            return True
+        return forgotten is not None
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Wait for all other calls, and keep those that come waiting."""
+        return self.calls.hold(self.calls.limit)
 
 
 def _within(pool: PagePool, n_bytes: int, make: Callable[[], _T]) -> tuple[_T, Reservation]:
@@ -284,7 +281,7 @@ def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:
         return known[2]
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((shape, block_map.dtype.label, block_map.grid)).encode())
-    for column in (page_ids, block_map.slots, *(block_map.bases or ())):
+    for column in (page_ids, block_map.slots):  # which say what the bases are
         digest.update(column.tobytes())
     key = digest.digest()
     gone = weakref.ref(page_ids, lambda _: _contents.pop(number, None))
@@ -329,7 +326,7 @@ def _as_input(x: ArrayLike, kind: Any) -> Any:
                     f"input {kind.name!r} must be {wanted.label}, from {limits.min} to "
                     f"{limits.max}; it has {number}"
                 )
-    return _as_value(as_dtype(array, wanted.numpy), 16 if wanted is DType.BF16 else 0)
+    return _as_value(as_dtype(array, wanted.numpy), _BF16)
 
 
 def _as_output(value: Any, what: str) -> NDArray[Any]:
@@ -370,5 +367,5 @@ def _runner_of(pool: PagePool) -> _Runner:
         if runner is not None:
             _left.append(runner)
         runner = _runners[pool] = _Runner()
-        pool.keeps(runner.give_up)
+        pool.keeps(runner)
     return runner

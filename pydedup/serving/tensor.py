@@ -271,11 +271,11 @@ class StoredTensor:
     def _with_map(self, use: Callable[[BlockMap], _T]) -> _T:
         with self._call():
             try:
-                return use(self._block_map())
+                return self._pool.with_room(lambda: use(self._block_map()))
             except CorruptStoreError:  # of which PageNotFoundError is one
                 pass  # not retried here: the exception would keep pages pinned meanwhile
             self._refresh()
-            return use(self._block_map())
+            return self._pool.with_room(lambda: use(self._block_map()))
 
 
 def stored_tensor(
@@ -309,24 +309,24 @@ def matmul_together(
         y = tensors[0].matmul(xs[0], bias=biases[0], activation=activation, transpose=transpose)
         return [y]
 
+    pool = tensors[0]._pool
+
     def use() -> list[NDArray[Any]]:
         factors = []
         for tensor, x, bias in zip(tensors, xs, biases, strict=True):
             block_map = tensor._block_map()
             given, offset = matmul.checked_factors(block_map, x, bias, transpose)
             factors.append(Factor(block_map, given.reshape(-1, given.shape[-1]), offset))
-        return joint.matmul_together(
-            factors, tensors[0]._pool, activation=activation, transpose=transpose
-        )
+        return joint.matmul_together(factors, pool, activation=activation, transpose=transpose)
 
     try:
-        results = use()
+        results = pool.with_room(use)
     except CorruptStoreError:  # see StoredTensor
         results = []
     if not results:
         for tensor in tensors:
             tensor._refresh()
-        results = use()
+        results = pool.with_room(use)
     return [
         result.reshape(*x.shape[:-1], result.shape[-1])
         for x, result in zip(xs, results, strict=True)

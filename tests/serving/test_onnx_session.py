@@ -449,13 +449,13 @@ def test_weights_make_room_for_pages(tmp_path: Path) -> None:
             np.testing.assert_allclose(
                 store.predict("variant", x), x @ variant.T, rtol=1e-3, atol=1e-3
             )
-        # Of a call that runs, they are waited for.
+        # Of a call that is under way, they are waited for, also while it loads others.
         store.predict("by-runtime", X)
         runner = onnx_session._runner_of(store._pool)
-        with ThreadPoolExecutor(1) as threads, runner.running.hold(1):
+        with ThreadPoolExecutor(1) as threads, runner.calls.hold(1):
             used = list(runner._held.values())
             pending = threads.submit(store.predict, "variant", x)
-            until(lambda: bool(runner.running._waiting))
+            until(lambda: bool(runner.calls._waiting))
             used.clear()
         np.testing.assert_allclose(pending.result(), x @ variant.T, rtol=1e-3, atol=1e-3)
 

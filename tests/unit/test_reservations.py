@@ -6,11 +6,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
 from pydedup.errors import BudgetError
 from pydedup.pool import PagePool
+from pydedup.testing.serving import until
 
 from .test_prefetch import SlowPages, ids_of, in_threads, walk
 
@@ -59,10 +62,14 @@ def test_what_is_kept_for_later_makes_room() -> None:
     pool = PagePool(pages.fetch, 4 * MIB)
     kept = [pool.reserve(MIB) for _ in range(3)]
 
-    def give_up() -> bool:
-        return bool(kept) and kept.pop(0).release() is None
+    class Keeper:
+        def give_up(self) -> bool:
+            return bool(kept) and kept.pop(0).release() is None
 
-    pool.keeps(give_up)
+        def alone(self) -> AbstractContextManager[None]:
+            return nullcontext()
+
+    pool.keeps(Keeper())
     assert len(pool.pages([1])) == 1
     assert len(kept) == 3
     held = pool.pages([2, 3])
@@ -73,6 +80,14 @@ def test_what_is_kept_for_later_makes_room() -> None:
             pool.pages([1, 4])
     assert kept == []
     assert len(held) == 2
+    # Pages that a walk is in the middle of go as well.
+    walked = [held]
+    del held
+    with ThreadPoolExecutor(1) as threads, pool.hold(2):
+        pending = threads.submit(pool.reserve, 3 * MIB)
+        until(lambda: bool(pool._shares.walks._waiting))
+        walked.clear()
+    pending.result().release()
 
 
 def test_scratch_is_there_once_for_all_predictions() -> None:
