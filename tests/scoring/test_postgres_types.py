@@ -299,6 +299,9 @@ def test_times_of_two_zones_are_two_keys(postgres_url: str) -> None:
 def test_one_value_that_is_beyond_python_is_of_one_row(
     postgres_url: str, store: pydedup.Store, value: str, kind: str, reason: str
 ) -> None:
+    with psycopg.connect(postgres_url) as connection:
+        if value == "Infinity" and connection.info.server_version < 140000:
+            pytest.skip("PostgreSQL 14 has numbers without an end")
     good = "[1]" if kind != "numeric" else "1"
     query = f"SELECT 1 AS id, CAST('{value}' AS {kind}) AS x UNION ALL SELECT 2, '{good}'"
     into = unused_name()
