@@ -56,15 +56,18 @@ def model_info(row: ModelRow, aliases: Sequence[str] = ()) -> ModelInfo:
 
 
 def check_row(row: ModelRow) -> None:
-    """Raise CorruptStoreError where what users see of a model is damaged, its certificate aside."""
+    """Raise CorruptStoreError where what users see of a model is damaged."""
     model_info(row)
-    try:
-        wanted = recorded_certificate(row).get(METADATA)
-    except CorruptStoreError:
-        return
+    recorded = recorded_certificate(row)
+    wanted, certified = recorded.get(METADATA), recorded.get("policy", row.policy)
     if wanted is not None and wanted != artifact_digest(row.metadata.encode()):
         raise CorruptStoreError(
             f"the metadata of {row.address} are not those that it was added with; restore a backup"
+        )
+    if certified != row.policy:
+        raise CorruptStoreError(
+            f"{row.address} has the policy {row.policy!r}, and a certificate of {certified!r}; "
+            "restore a backup"
         )
 
 

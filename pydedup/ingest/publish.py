@@ -108,13 +108,14 @@ def _used(matcher: Matcher, models: Sequence[StagedModel]) -> NDArray[np.int64]:
 
 
 def _lost_pages(matcher: Matcher, models: Sequence[StagedModel]) -> list[int]:
-    """Return the pages that models share, and that are not live (any more)."""
+    """Return the pages that models share, and that are not live (any more), or are others."""
     used = _used(matcher, models)
     shared = np.unique(matcher.stored.pages(used[used < 0])).tolist()
     if not shared:
         return []
     with only_sound_rows(matcher.adapter):
-        live = {row.id for row in matcher.adapter.page_rows(ids=shared, state=LIVE)}
+        rows = matcher.adapter.page_rows(ids=shared, state=LIVE)
+    live = {row.id for row in rows if matcher.pool.is_expected(row.id, row.checksum)}
     return [page_id for page_id in shared if page_id not in live]
 
 

@@ -86,9 +86,8 @@ class PageScan:
         for number, checksum, payload in self._read_recorded(ids) if ids else ():
             with contextlib.suppress(CorruptStoreError):  # there may be another copy
                 codec.check_recorded(payload, checksum)
-                if not checksum.startswith(self._pool.expected(number)):
-                    continue
-                pages[number] = codec.Page(payload)
+                if self._pool.is_expected(number, checksum):
+                    pages[number] = codec.Page(payload)
         absent = [number for number in ids if number not in pages]
         if absent:
             pages.update(zip(absent, self._pool.pages(absent), strict=True))

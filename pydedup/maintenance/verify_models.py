@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, BlockRow, ModelRow
 from pydedup.blocks import BlockMap
 from pydedup.catalog import (
-    ModelDigest,
     SourceHashes,
     StoredModel,
-    certificate_of,
     check_row,
     recorded_aliases,
 )
@@ -47,11 +45,10 @@ class ModelChecks:
 
     def check(self, row: ModelRow) -> None:
         """Check all that is recorded of a model."""
-        for read in (check_row, certificate_of):
-            try:
-                read(row)
-            except CorruptStoreError as exc:
-                self._report.add_error(str(exc))
+        try:
+            check_row(row)
+        except CorruptStoreError as exc:
+            self._report.add_error(str(exc))
         try:
             model = StoredModel(self._adapter, row)
         except CorruptStoreError as exc:
@@ -71,10 +68,9 @@ class ModelChecks:
                     model.graph()
             except CorruptStoreError as exc:
                 report.add_error(str(exc))
-        self._check_policy(model)
         keeps_bits = model.keeps_bits
         hashes = SourceHashes(self._adapter, model)
-        named, known = ModelDigest(), len(report.errors)
+        known = len(report.errors)
         with contextlib.suppress(*DAMAGE, NotFoundError, ArgumentError):
             model.block_maps()  # of all tensors at once; what is wrong with one, is said of it
         for ordinal, info in enumerate(model.tensors):
@@ -91,22 +87,11 @@ class ModelChecks:
                     f"{where}: {len(source)} bytes of source hashes do not fit its blocks"
                 )
                 continue
-            named.add(info, source)
             self._check_blocks(where, block_map, source, keeps_bits)
-        if len(report.errors) == known and named.digest() != model.row.digest:
+        if len(report.errors) == known and not hashes.are_as_added():
             report.add_error(f"{model.address}: its tensors are not those that it was added with")
         if len(maps) == len(model.tensors):
             self._check_reads(model, maps, is_sound=len(report.errors) == known < MAX_ERRORS)
-
-    def _check_policy(self, model: StoredModel) -> None:
-        """Check that the policy of a model is the one of its certificate, which says so, too."""
-        with contextlib.suppress(CorruptStoreError):  # of a damaged one it was told
-            certified = model.certificate.get("policy", model.row.policy)
-            if certified != model.row.policy:
-                self._report.add_error(
-                    f"{model.address} has the policy {model.row.policy!r}, and a certificate of "
-                    f"{certified!r}; restore a backup"
-                )
 
     def _check_blocks(
         self, where: str, block_map: BlockMap, source: bytes, keeps_bits: bool

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -31,10 +31,10 @@ from pydedup.jobs import Job, job_is_dead
 from pydedup.maintenance.rows import lost_models
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.copy import copy_models
-from pydedup.moving.plan import plan_copy, same_model
+from pydedup.moving.plan import SKIPPING, plan_copy, same_model
 from pydedup.moving.source import End
 from pydedup.names import check_path
-from pydedup.quotas import QUOTAS_NAME
+from pydedup.quotas import QUOTAS_NAME, Quotas
 from pydedup.types import CopyReport, Progress
 from pydedup.words import OpenMode
 
@@ -98,9 +98,10 @@ def backup_store(
             on_conflict="error",
             damaged=skipped,
         )
-        report = copy_models(source, end, items, damaged=skipped, progress=told)
         with only_sound_rows(source.adapter) if skip_damaged else nullcontext():
-            _carry_settings(source.adapter, end.adapter)
+            settings = _settings(source.adapter, skipped)
+        report = copy_models(source, end, items, damaged=skipped, progress=told)
+        _carry_settings(settings, end.adapter)
         if replace:
             _check_free(source.adapter, target, url, opened, replace=True)
             if report.damaged and target.exists():
@@ -140,7 +141,7 @@ def restore_store(
             source.adapter, target.adapter, None, all_versions=False, on_conflict="error"
         )
         report = copy_models(source, target, items, progress=progress)
-        _carry_settings(source.adapter, target.adapter, keep=True)
+        _carry_settings(_settings(source.adapter), target.adapter, keep=True)
         return report
 
 
@@ -154,14 +155,29 @@ def _opened_backup(path: str | os.PathLike[str], opened: Opener) -> Iterator[End
         yield source
 
 
-def _carry_settings(source: Adapter, target: Adapter, *, keep: bool = False) -> None:
+def _settings(source: Adapter, damaged: list[str] | None = None) -> dict[str, str]:
+    """Return what was set for a whole store, as its ``meta`` has it.
+
+    Raises CorruptStoreError where that is damaged; with ``damaged`` it is left out, and told there.
+    """
+    try:
+        list(Quotas(source))
+    except CorruptStoreError as error:
+        if damaged is None:
+            raise CorruptStoreError(f"{error}{SKIPPING}") from error
+        damaged.append(str(error))
+        return {}
+    ours = source.meta()
+    return {name: ours[name] for name in _SETTINGS if name in ours}
+
+
+def _carry_settings(settings: Mapping[str, str], target: Adapter, *, keep: bool = False) -> None:
     """Set what was set for the whole store, after its models: quotas hold for what comes next.
 
     With ``keep`` what is set at the destination stays.
     """
-    ours, theirs = source.meta(), target.meta()
-    left = [name for name in _SETTINGS if not (keep and name in theirs)]
-    wanted = {name: ours[name] for name in left if name in ours}
+    theirs = target.meta()
+    wanted = {n: value for n, value in settings.items() if not (keep and n in theirs)}
     if any(theirs.get(name) != value for name, value in wanted.items()):
         with target.transaction():
             target.bump_epoch()

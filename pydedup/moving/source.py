@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import NO_PAGE, BlockMap
-from pydedup.catalog import ModelDigest, SourceHashes, StoredModel
+from pydedup.catalog import SourceHashes, StoredModel, check_row
 from pydedup.errors import CorruptStoreError
 from pydedup.hashing import digests_of
 from pydedup.layout import NO_PLACE, block_places, find_places, split_places, used_places
@@ -90,20 +90,17 @@ def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
 
     Raises NotFoundError when it was removed, CorruptStoreError when it does not fit together.
     """
+    check_row(row)  # else a backup that replaces another would have what is damaged for good
     with adapter.snapshot():
         model = StoredModel(adapter, row)
         maps = model.block_maps()
         hashes = SourceHashes(adapter, model)
-        named, digests = ModelDigest(), []
-        for ordinal, (info, block_map) in enumerate(zip(model.tensors, maps, strict=True)):
-            source = hashes.of(ordinal)
-            digests.append(_digests(source, block_map, model, ordinal))
-            named.add(info, source)
-        if named.digest() != row.digest:
+        if not hashes.are_as_added():
             raise CorruptStoreError(
                 f"{model.address}: its tensors are not those that it was added with; run verify on "
                 "the store"
             )
+        digests = [digests_of(hashes.of(ordinal)) for ordinal in range(len(maps))]
     places = used_places(maps)
     bases = np.full(len(places), NO_PLACE, np.int64)
     for block_map in maps:
@@ -134,14 +131,3 @@ def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
     return Recorded(
         all_places[order], digests_of(b"".join(hashes))[order], np.concatenate(bases)[order]
     )
-
-
-def _digests(
-    payload: bytes, block_map: BlockMap, model: StoredModel, ordinal: int
-) -> NDArray[np.uint64]:
-    if len(payload) != 16 * block_map.grid.count:
-        raise CorruptStoreError(
-            f"{model.address}, tensor {model.tensors[ordinal].name!r}: {len(payload)} bytes of "
-            "source hashes do not fit its blocks; run verify on the store"
-        )
-    return digests_of(payload)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -58,8 +58,8 @@ class PageLoader:
         Where other copies of a page are to be had when the one that was read is damaged.
     read_into
         Reads pages without a copy; called as ``fetch`` is, which is asked for the rest.
-    expected
-        How the checksums of pages begin, as far as that is known; see `PagePool.expect`.
+    is_expected
+        Whether a page may have a checksum; see `PagePool.expect`.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class PageLoader:
         fetch: Fetch,
         damaged: Damaged,
         readers: int,
-        copies: Copies | None = None,
-        read_into: ReadInto | None = None,
-        expected: Mapping[int, bytes] | None = None,
+        copies: Copies | None,
+        read_into: ReadInto | None,
+        is_expected: Callable[[int, bytes], bool],
     ) -> None:
         self.largest = _USUAL_PAGE_BYTES  # bytes of the largest page seen, or that of a usual one
         self.waits, self.waited = 0, 0.0  # how often walks had to wait for pages, and seconds
@@ -79,7 +79,7 @@ class PageLoader:
         self._damaged = damaged
         self._copies = copies
         self._read_into = read_into
-        self._expected = {} if expected is None else expected
+        self._is_expected = is_expected
         self._readers = readers
         self._lock = threading.Lock()
         self._loading: dict[int, threading.Lock] = {}  # held by who loads it
@@ -193,9 +193,6 @@ class PageLoader:
         if not self._is_expected(number, page_checksum(payload)):
             raise CorruptStoreError("its row is that of another page")
         return self._core.insert(number, payload, ahead)
-
-    def _is_expected(self, number: int, checksum: bytes) -> bool:
-        return checksum.startswith(self._expected.get(number, b""))
 
     def _from_copy(self, number: int, recorded: bytes | None, ahead: bool) -> Page | None:
         """Return a page from the first copy that is whole."""

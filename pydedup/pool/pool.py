@@ -138,7 +138,7 @@ class PagePool(Walks):
             self._readers,
             self._copies,
             self._read_into,
-            self._expected,
+            self.is_expected,
         )
         self._keeper: Keeper | None = None
         self._shares.begin(self._core)
@@ -194,12 +194,16 @@ class PagePool(Walks):
         if new:
             self._expected.update((page_id, tags[page_id]) for page_id in new)
             pages = zip(new, self._core.pin(np.array(new, np.int64), True), strict=True)
-            other = [n for n, page in pages if page and not page.checksum.startswith(tags[n])]
+            other = [n for n, page in pages if page and not self.is_expected(n, page.checksum)]
             self.drop(other)
 
     def expected(self, page_id: int) -> bytes:
         """Return how the checksum of a page begins, as far as that is known."""
         return self._expected.get(page_id, b"")
+
+    def is_expected(self, page_id: int, checksum: bytes) -> bool:
+        """Whether a page may have this checksum, as far as that is known."""
+        return checksum.startswith(self.expected(page_id))
 
     def warm(self, ids: Sequence[int] | NDArray[np.int64]) -> int:
         """Bring pages in, in order, as many as the budget holds; return how many are here."""

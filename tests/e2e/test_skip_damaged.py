@@ -33,6 +33,10 @@ DAMAGES = [
     "DELETE FROM {source_hashes} WHERE model_id = 2",
     "UPDATE {artifacts} SET part = 1 WHERE model_id = 2",
     "DELETE FROM {models} WHERE id = 2",
+    "UPDATE {models} SET created_at = -1 WHERE id = 2",
+    'UPDATE {models} SET metadata = \'{"tenant": "b"}\' WHERE id = 2',
+    "UPDATE {models} SET policy = 'exact' WHERE id = 2",
+    "UPDATE {models} SET certificate = substr(certificate, 1, 9) WHERE id = 2",
 ]
 
 
@@ -80,6 +84,29 @@ def test_all_but_a_damaged_model_is_taken(
         report = store.copy_to(target, skip_damaged=True)
         assert len(report.damaged) == 1
         assert report.copied == 2
+
+
+def test_damaged_quotas_are_not_carried(tmp_path: Path) -> None:
+    """They were, into a backup in the place of a sound one: none was left to restore them from."""
+    path, backup = tmp_path / "store.db", tmp_path / "backup.db"
+    fill(f"sqlite:///{path}")
+    with pydedup.open(path) as store:
+        store.backup(backup)
+        before = backup.read_bytes()
+        change(f"sqlite:///{path}", "UPDATE {meta} SET value = '[{' WHERE name = 'quotas'")
+        told = r"quotas that do not parse .*\(--skip-damaged\) leaves out"
+        with pytest.raises(CorruptStoreError, match=told):
+            store.backup(backup, replace=True)
+        assert backup.read_bytes() == before
+        report = store.backup(tmp_path / "other.db", skip_damaged=True)
+        assert ["quotas that do not parse" in said for said in report.damaged] == [True]
+        assert report.copied == 3
+    with pydedup.open(tmp_path / "other.db") as store:
+        assert store.verify().ok
+        assert list(store.quotas) == []
+    with pydedup.open(tmp_path / "new.db") as store:
+        store.restore(backup)
+        assert [quota.value for quota in store.quotas] == ["a"]
 
 
 def test_a_backup_is_not_replaced_by_less(tmp_path: Path) -> None:
@@ -152,11 +179,9 @@ def test_a_tensor_that_is_another_is_no_copy(column: str, tmp_path: Path) -> Non
     values = {"name": "v", "shape": "[64, 128]", "dtype": "int32", "block_shape": "[8, 64]"}
     sql = f"UPDATE {{tensors}} SET {column} = ? WHERE model_id = 2"  # noqa: S608
     change(f"sqlite:///{path}", sql, values[column])
-    change(f"sqlite:///{path}", "UPDATE {models} SET policy = 'bounded' WHERE name = 'one'")
     with pydedup.open(path) as store:
         said = "two@1: its tensors are not those that it was added with"
         assert store.verify().errors == [
-            "one@1 has the policy 'bounded', and a certificate of 'lossless'; restore a backup",
             said,
         ]
         for call in (store.load, lambda name: store.predict(name, np.ones((1, 64), np.float32))):
