@@ -178,9 +178,13 @@ def _say_interrupted(context: click.Context | None) -> None:
 
 
 def _prepare_streams() -> None:
-    """Make printing safe: a closed standard output, names that its encoding lacks, no columns."""
+    """Make printing safe: an output that is closed or raw, names its encoding lacks, no columns."""
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - lives on
+    elif sys.stdout is sys.__stdout__ and isinstance(sys.stdout.buffer, io.RawIOBase):
+        # As PYTHONUNBUFFERED has it: a full disk or a pipe may take a part, and nobody hears of it.
+        whole = io.BufferedWriter(io.FileIO(sys.stdout.fileno(), "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(whole, sys.stdout.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -231,10 +231,8 @@ def _write_to_stdout(array: NDArray[Any]) -> None:
         raise ArgumentError(
             f".npy files cannot name {label}: add --dtype f32, or write .safetensors"
         )
-    # Not sys.stdout.buffer: under PYTHONUNBUFFERED it may write a part and say nothing. And not the
-    # stream itself: numpy would ask it for its position, which a pipe does not have.
-    with open(sys.stdout.fileno(), "wb", closefd=False) as stream:
-        np.save(SimpleNamespace(write=stream.write), array, allow_pickle=False)
+    # Not the stream itself: numpy would ask it for its position, which a pipe does not have.
+    np.save(SimpleNamespace(write=sys.stdout.buffer.write), array, allow_pickle=False)
 
 
 def _say_written(done: dict[str, Any], as_json: bool) -> None:

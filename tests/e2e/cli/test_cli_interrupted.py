@@ -222,7 +222,8 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store of a model whose list of tensors is longer than a pipe holds."""
     url = f"sqlite:///{tmp_path_factory.mktemp('long') / 'long.db'}"
     with pydedup.open(url) as store:
-        store.add("many", {f"layer.{n}.weight": np.zeros(1, np.float32) for n in range(2000)})
+        layers = {f"layer.{n}.weight": np.zeros(1, np.float32) for n in range(2000)}
+        store.add("many", {**layers, "big": np.arange(100_000, dtype=np.float32)})
     return url
 
 
@@ -247,6 +248,27 @@ def test_a_reader_that_goes_away_is_no_error(command: str, long: str) -> None:
     assert done.stdout.count("\n") == 1
     if command in ("info", "info --json", "load"):
         assert done.returncode == 141
+
+
+@pytest.mark.parametrize("words", ["info {} many --tensors --json", "load {} many -t big -o -"])
+def test_what_is_printed_is_whole_or_an_error_where_python_does_not_buffer(
+    words: str, long: str
+) -> None:
+    """Half a document on a full disk, or in a pipe, was status 0 then, as in most containers."""
+    unbuffered = clean_environment({"PYTHONUNBUFFERED": "1"})
+    line = f"{' '.join(PROGRAM)} {words.format(long)}"
+    broken = subprocess.run(
+        ["bash", "-c", f"{line} | head -c 9; exit ${{PIPESTATUS[0]}}"],
+        env=unbuffered,
+        capture_output=True,
+        check=False,
+    )
+    assert (broken.returncode, broken.stderr, len(broken.stdout)) == (141, b"", 9)
+    printed = [
+        subprocess.run(["bash", "-c", line], env=env, capture_output=True, check=True).stdout
+        for env in (unbuffered, clean_environment())
+    ]
+    assert printed[0] == printed[1]
 
 
 def test_standard_error_that_cannot_be_written(kept: str) -> None:
