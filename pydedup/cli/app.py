@@ -179,12 +179,13 @@ def _say_interrupted(context: click.Context | None) -> None:
 
 def _prepare_streams() -> None:
     """Make printing safe: an output that is closed or raw, names its encoding lacks, no columns."""
+    own = sys.__stdout__
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - lives on
-    elif sys.stdout is sys.__stdout__ and isinstance(sys.stdout.buffer, io.RawIOBase):
+    elif own is not None and own is sys.stdout and isinstance(own.buffer, io.RawIOBase):
         # As PYTHONUNBUFFERED has it: a full disk or a pipe may take a part, and nobody hears of it.
-        whole = io.BufferedWriter(io.FileIO(sys.stdout.fileno(), "wb", closefd=False))
-        sys.stdout = io.TextIOWrapper(whole, sys.stdout.encoding, line_buffering=True)
+        whole = io.BufferedWriter(io.FileIO(own.fileno(), "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(whole, own.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
