@@ -69,7 +69,8 @@ Bags bags_of(const RowTable& table, const Array<std::int64_t>& ids,
         }
         bags.weights = data_of(weights, compute, bags.ids.size(), false, "weights");
     }
-    bags.out = data_of(out, compute, (bags.edges.size() - 1) * table.grid().cols, true, "out");
+    bags.out = data_of(
+        out, compute, count_elements(bags.edges.size() - 1, table.grid().cols, "out"), true, "out");
     return bags;
 }
 

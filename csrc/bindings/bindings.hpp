@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -86,16 +87,24 @@ template <class T>
             static_cast<std::size_t>(data.shape(0)), row_bytes / item, row_bytes, dtype};
 }
 
+/// rows x cols, of something whose bytes can be counted.
+[[nodiscard]] inline std::size_t count_elements(std::size_t rows, std::size_t cols,
+                                                const char* name) {
+    std::size_t elements = 0;
+    if (__builtin_mul_overflow(rows, cols, &elements) || elements > PTRDIFF_MAX / 8) {
+        throw Error(ErrorCode::invalid_argument, std::string(name) + " of " + std::to_string(rows) +
+                                                     " x " + std::to_string(cols) +
+                                                     " is too large");
+    }
+    return elements;
+}
+
 [[nodiscard]] inline BlockGrid as_grid(std::size_t rows, std::size_t cols, std::size_t block_rows,
                                        std::size_t block_cols) {
     if (block_rows == 0 || block_cols == 0) {
         throw Error(ErrorCode::invalid_argument, "a block shape must be at least (1, 1)");
     }
-    std::size_t elements = 0;
-    if (__builtin_mul_overflow(rows, cols, &elements)) {
-        throw Error(ErrorCode::invalid_argument, "a matrix of " + std::to_string(rows) + " x " +
-                                                     std::to_string(cols) + " is too large");
-    }
+    static_cast<void>(count_elements(rows, cols, "a matrix"));
     // A block larger than its matrix is the matrix: nothing behind has to fear an overflow.
     return {rows, cols, std::min(block_rows, std::max<std::size_t>(rows, 1)),
             std::min(block_cols, std::max<std::size_t>(cols, 1))};

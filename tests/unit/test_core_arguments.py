@@ -74,6 +74,17 @@ def table() -> _core.RowTable:
     return _core.RowTable(6, 4, 2, 2, F32, np.zeros(6, np.int64), ALL)
 
 
+def huge_product(rows: int, cols: int, *, transpose: bool = False) -> _core.Matmul:
+    none = floats(16, 0)
+    return product(rows=rows, cols=cols, x=none, y=none, transpose=transpose, activation="relu")
+
+
+def huge_table(rows: int, cols: int) -> None:
+    places = np.zeros(rows, np.int64)
+    of = _core.RowTable(rows, cols, 1, cols, F32, places, places.astype(np.uint32))
+    of.bag_from(i64(), [], i64(), np.zeros(17, np.int64), None, "sum", floats(0))
+
+
 def take(out: np.ndarray[Any, Any]) -> None:
     table().take_from(i64(0), [PAGE], i64(5, 0), out)
 
@@ -141,6 +152,12 @@ _REFUSED: list[tuple[str, Callable[[], object]]] = [
     ("bias must be .* of 6 elements", lambda: product(bias=floats(5))),
     ("block shape must be", lambda: product(block_rows=0)),
     ("too large", lambda: product(rows=1 << 40, cols=1 << 40)),
+    # 2**60 times 16 are 0 elements, for who counts them in 64 bits.
+    ("y of 16 x 1152921504606846976 is", lambda: huge_product(1 << 60, 0)),
+    ("y of 16 x 1152921504606846976 is", lambda: huge_product(0, 1 << 60, transpose=True)),
+    ("x of 16 x 1152921504606846976 is", lambda: huge_product(0, 1 << 60)),
+    ("out of 16 x 1152921504606846976 is", lambda: huge_table(0, 1 << 60)),
+    ("a matrix of 1 x 2305843009213693952 is", lambda: huge_table(1, 1 << 61)),
     ("unknown dtype code", lambda: product(dtype=256 + F32)),
     ("differ in length", lambda: product().feed([PAGE], NONE, ALL[:5])),
     ("must be a 1-D array", lambda: product().feed([PAGE], NONE[None], ALL[None])),
