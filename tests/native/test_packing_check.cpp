@@ -87,24 +87,35 @@ TEST(checker_finds_each_kind_of_damage) {
 }
 
 TEST(checker_refuses_row_pointers_that_are_none) {
-    Input owners, reads;
+    Input owners, existing, pages, reads;
     owners.add_row({0, 1, 2});
-    reads.add_row({0});
+    existing.add_row({5, 6, 7});
+    pages.add_row({0, 1, 2});
+    reads.add_row({1});
     const std::vector<std::int64_t> good{0, 3}, late{1, 3}, falling{0, 2, 1, 3}, short_of{0, 2},
         beyond{0, 4}, none;
-    const auto accepted = [&](const std::vector<std::int64_t>& indptr) {
-        const IdRows rows{indptr, owners.ids};
-        const PackRequest request{owners.rows(), 8};
-        try {
-            check_layout(request, {rows, reads.rows()});
-            return true;
-        } catch (const Error& error) {
-            CHECK(std::string(error.what()).find("row pointers of pages") != std::string::npos);
-            return false;
+    PackRequest request{owners.rows(), 8};
+    request.existing = existing.rows();
+    LayoutClaim claim{pages.rows(), reads.rows()};
+    check_layout(request, claim);
+    const auto check = [&](IdRows& rows, const std::string& name) {
+        const IdRows sound = rows;
+        for (const auto* bad : {&late, &falling, &short_of, &beyond, &none}) {
+            rows.indptr = *bad;
+            std::string said = "nothing";
+            try {
+                check_layout(request, claim);
+            } catch (const Error& error) {
+                said = error.what();
+            }
+            CHECK(said.find("row pointers of " + name) != std::string::npos);
         }
+        rows = sound;
     };
-    CHECK(accepted(good));
-    for (const auto* bad : {&late, &falling, &short_of, &beyond, &none}) CHECK(!accepted(*bad));
+    check(request.owners, "owners");
+    check(request.existing, "existing");
+    check(claim.pages, "pages");
+    check(claim.reads, "reads");
 }
 
 TEST(bad_requests_are_refused) {

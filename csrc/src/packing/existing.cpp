@@ -30,7 +30,6 @@ class Chooser {
         : pages_(pages),
           pages_of_(transpose(pages, blocks)),
           chosen_by_(pages.size(), kNone),
-          counted_by_(pages.size(), kNone),
           gain_(pages.size(), 0),
           open_(blocks, false) {}
 
@@ -62,11 +61,7 @@ class Chooser {
             if (std::ranges::any_of(on, [&](Index p) { return chosen_by_[p] == model; })) continue;
             open_[b] = true;
             for (const Index p : on) {
-                if (std::exchange(counted_by_[p], model) != model) {
-                    gain_[p] = 0;
-                    candidates_.push_back(p);
-                }
-                ++gain_[p];
+                if (gain_[p]++ == 0) candidates_.push_back(p);
             }
         }
         using Entry = std::pair<Index, Index>;  // gain, page
@@ -94,9 +89,8 @@ class Chooser {
 
     const Rows& pages_;
     const Rows pages_of_;
-    std::vector<Index> chosen_by_;   // model that reads the page
-    std::vector<Index> counted_by_;  // model that `gain_` speaks of
-    std::vector<Index> gain_;
+    std::vector<Index> chosen_by_;  // model that reads the page
+    std::vector<Index> gain_;       // per page: open blocks on it
     std::vector<bool> open_;
     std::vector<Index> undecided_;
     std::vector<Index> candidates_;
