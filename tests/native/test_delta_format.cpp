@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Deltas written by hand: what docs/format.md allows decodes, and what lies one beyond it is
-// refused before it is decoded with.
+// refused before it is decoded with. And damaged ones: the same cases under ASan and UBSan are the
+// memory-safety test.
 #include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
+#include <random>
 #include <vector>
 
 #include "check.hpp"
 #include "codec/delta_pair.hpp"
 #include "deltas.hpp"
+#include "kernels.hpp"
 #include "pydedup/error.hpp"
 
 using namespace pydedup;
@@ -191,6 +194,90 @@ TEST(a_step_is_a_number_of_its_dtype) {
     CHECK(single.decodes(0, nothing, std::nullopt, 31));
     CHECK(!single.decodes(0, nothing, std::nullopt, 32));
     CHECK(!ByHand(1, 4, Dtype::i8).decodes(0, nothing, 0.5));
+}
+
+TEST(a_delta_is_never_trusted) {
+    std::mt19937_64 random(8);
+    const std::size_t rows = 24;
+    const std::size_t cols = 64;
+    for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64, Dtype::i8}) {
+        const std::size_t item = item_bytes(dtype);
+        const bool is_float = dtype != Dtype::i8;
+        const std::vector<double> values = normal(rows * cols, 0.02, random);
+        std::vector<double> moved = values;
+        for (std::size_t i = 0; i < moved.size(); ++i) {
+            if (i / cols % 5 != 0) moved[i] *= 1.0 + 1e-4 * static_cast<double>(random() % 20);
+        }
+        Buffer base = is_float ? as_dtype(values, dtype) : random_bytes(rows * cols, random);
+        Buffer block = is_float ? as_dtype(moved, dtype) : base;
+        if (!is_float) {
+            for (std::size_t i = 0; i < block.size(); i += 2) block[i] ^= 5;
+        }
+        for (int kind = 0; kind < 3; ++kind) {
+            Buffer source = block;
+            if (kind == 2) {
+                source = base;
+                for (std::size_t i = 0; i < source.size(); i += 97) source[i] ^= 9;
+            }
+            const Encoded delta =
+                encode(matrix(source, rows, cols, dtype), matrix(base, rows, cols, dtype),
+                       kind == 1 && is_float ? std::optional<double>(0.002) : std::nullopt);
+            CHECK(!delta.bytes.empty());
+            const auto decodes = [&](const Buffer& bytes, Encoding encoding) {
+                Buffer exact(bytes);
+                exact.shrink_to_fit();
+                Buffer out(rows * cols * item);
+                try {
+                    decode_delta(view(exact, rows, cols, dtype, encoding),
+                                 view(base, rows, cols, dtype), at(out), cols * item);
+                    return true;
+                } catch (const Error& error) {
+                    CHECK(error.code() == ErrorCode::corrupt_page ||
+                          error.code() == ErrorCode::unsupported_format);
+                    return false;
+                }
+            };
+            CHECK(decodes(delta.bytes, delta.encoding));
+            for (std::size_t n = 0; n < delta.bytes.size(); n += n < 300 ? 1 : 37) {
+                CHECK(!decodes(Buffer(delta.bytes.begin(),
+                                      delta.bytes.begin() + static_cast<std::ptrdiff_t>(n)),
+                               delta.encoding));
+            }
+            Buffer longer = delta.bytes;
+            longer.push_back(0);
+            CHECK(!decodes(longer, delta.encoding));
+            for (int round = 0; round < 3000; ++round) {
+                Buffer damaged = delta.bytes;
+                // Most of the damage where the structure is.
+                const std::size_t reach =
+                    round % 4 == 0 ? damaged.size() : std::min<std::size_t>(damaged.size(), 200);
+                for (std::uint64_t flips = 1 + random() % 3; flips-- > 0;) {
+                    const std::size_t where = random() % reach;
+                    if (where >= 8 && where < 12) continue;  // the base's check: noticed at once
+                    damaged[where] ^= static_cast<std::uint8_t>(1U << random() % 8);
+                }
+                static_cast<void>(
+                    decodes(damaged, round % 8 == 7 ? Encoding::quantised : delta.encoding));
+            }
+            for (int round = 0; round < 1000; ++round) {  // a valid header in front of noise
+                Buffer noise = random_bytes(12 + random() % 600, random);
+                std::memcpy(noise.data(), delta.bytes.data(), 12);
+                noise[1] = static_cast<std::uint8_t>(round % 2);
+                if (delta.encoding == Encoding::quantised && noise.size() >= 20) {
+                    std::memcpy(&noise[12], &delta.bytes[12], 8);
+                }
+                const std::size_t body = delta.encoding == Encoding::quantised ? 20 : 12;
+                if (round % 2 == 1 && noise.size() > body + 8) {
+                    noise[body] = static_cast<std::uint8_t>(1 + random() % 2);
+                    noise[body + 1] = 0;
+                }
+                static_cast<void>(decodes(noise, delta.encoding));
+            }
+            Buffer newer = delta.bytes;
+            newer[0] = 2;
+            CHECK(!decodes(newer, delta.encoding));
+        }
+    }
 }
 
 }  // namespace

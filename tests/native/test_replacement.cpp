@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// The buffer pool: which page goes first, by each policy, and what of uses is recorded.
+#include <cstddef>
+#include <vector>
+
+#include "check.hpp"
+#include "pool_pages.hpp"
+#include "pydedup/error.hpp"
+
+using namespace pydedup;
+using namespace pydedup::testing;
+
+namespace {
+
+TEST(the_least_recently_used_page_goes_first) {
+    BufferPool pool(3 * page_size(), ReplacementPolicy::lru);
+    for (PageId id = 1; id <= 3; ++id) static_cast<void>(pool.insert(id, make_page(1)));
+    static_cast<void>(pin_one(pool, 1));
+    static_cast<void>(pool.insert(4, make_page(1)));
+    CHECK(resident(pool, 1) && !resident(pool, 2) && resident(pool, 3) && resident(pool, 4));
+    static_cast<void>(pool.insert(5, make_page(1)));
+    CHECK(resident(pool, 1) && !resident(pool, 3));
+    CHECK(pool.stats().evictions == 2);
+}
+
+TEST(the_most_recently_used_page_goes_first) {
+    BufferPool pool(3 * page_size(), ReplacementPolicy::mru);
+    for (PageId id = 1; id <= 3; ++id) static_cast<void>(pool.insert(id, make_page(1)));
+    static_cast<void>(pin_one(pool, 1));
+    static_cast<void>(pool.insert(4, make_page(1)));
+    CHECK(!resident(pool, 1) && resident(pool, 2) && resident(pool, 3) && resident(pool, 4));
+}
+
+TEST(pages_of_a_busy_model_survive_a_pass_over_others) {
+    BufferPool pool(4 * page_size());
+    const std::vector<PageId> busy{1, 2};
+    pool.owns(7, busy);
+    for (int round = 0; round < 10; ++round) {
+        pool.call(7);
+        for (const PageId id : busy) {
+            if (!pin_one(pool, id)) static_cast<void>(pool.insert(id, make_page(1)));
+        }
+    }
+    pool.call(8);
+    for (PageId id = 100; id < 120; ++id) static_cast<void>(pool.insert(id, make_page(1)));
+    CHECK(pool.count_resident(busy) == 2);
+    CHECK(pool.stats().evictions == 18);
+}
+
+// However many pages there are: those used longest ago are looked at, and those used last.
+TEST(a_page_that_came_last_may_go_first) {
+    constexpr PageId kMany = 1500;  // more than are looked at from either side
+    BufferPool pool(kMany * page_size(), ReplacementPolicy::lru2);
+    for (PageId id = 1; id <= kMany; ++id) static_cast<void>(pool.insert(id, make_page(1)));
+    for (PageId id = 1; id < kMany; ++id) static_cast<void>(pin_one(pool, id));
+    pool.drop(std::vector<PageId>{kMany});
+    static_cast<void>(pool.insert(kMany + 1, make_page(1)));  // the only one that was used once
+    static_cast<void>(pool.insert(kMany + 2, make_page(1)));
+    CHECK(!resident(pool, kMany + 1) && resident(pool, 1));
+    CHECK(pool.stats().evictions == 1);
+}
+
+// Used often, by chance or at even distances, and then no more: others have the room soon.
+TEST(a_page_that_is_overdue_makes_room) {
+    constexpr PageId kPages = 40;
+    for (const bool even : {true, false}) {
+        BufferPool pool(kPages * page_size());
+        const auto use = [&](PageId id) {
+            if (!pin_one(pool, id)) static_cast<void>(pool.insert(id, make_page(1)));
+        };
+        for (std::size_t i = 0; i < 40; ++i) {
+            use(1);
+            const std::size_t gap = even ? 4 : i % 3 == 0 ? 12 : i % 2;
+            for (std::size_t other = 0; other < gap; ++other) use(2);
+        }
+        for (int round = 0; round < 10; ++round) {
+            for (PageId id = 100; id < 100 + kPages; ++id) use(id);
+        }
+        CHECK(!resident(pool, 1));
+    }
+}
+
+TEST(uses_are_recorded) {
+    BufferPool pool(4 * page_size());
+    static_cast<void>(pool.insert(1, make_page(1)));
+    pool.record(3);
+    pool.call(5);
+    static_cast<void>(pin_one(pool, 1));
+    static_cast<void>(pool.insert(2, make_page(1)));
+    static_cast<void>(pool.insert(3, make_page(1), true));  // ahead of its use
+    CHECK(pool.recorded().complete);
+    pool.call(6);
+    static_cast<void>(pin_one(pool, 3));
+    static_cast<void>(pin_one(pool, 1));
+    CHECK(pool.stats().hits == 2 && pool.stats().misses == 1);  // what came ahead was missed once
+    static_cast<void>(pin_one(pool, 3));
+    CHECK(pool.stats().hits == 3 && pool.stats().misses == 1);
+    const BufferPool::Trace trace = pool.recorded();
+    CHECK(trace.pages == (std::vector<PageId>{1, 2, 3}) && !trace.complete);
+    CHECK(trace.calls == (std::vector<std::uint32_t>{1, 1, 2}));
+    CHECK(trace.owners == (std::vector<std::int64_t>{5, 6}));
+    CHECK(trace.bytes == std::vector<std::uint32_t>(3, static_cast<std::uint32_t>(page_size())));
+}
+
+TEST(pages_come_again_that_are_not_remembered_any_more) {
+    for (const auto policy : {ReplacementPolicy::reuse, ReplacementPolicy::lru2}) {
+        BufferPool pool(3 * page_size(), policy);
+        for (int round = 0; round < 3; ++round) {
+            for (PageId id = 1; id <= 2500; ++id) {  // more than twice what is remembered
+                static_cast<void>(pool.insert(id, make_page(1)));
+            }
+        }
+        CHECK(pool.stats().pages == 3 && pool.stats().evictions == 3 * 2500 - 3);
+    }
+}
+
+}  // namespace
+
+PYDEDUP_TEST_MAIN
