@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.config import parse_bytes
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, QuotaError
 from pydedup.pool import PagePool
@@ -233,6 +234,8 @@ def check(adapter: Adapter, pool: PagePool, newcomers: Newcomers, epoch: int) ->
                 total = sum(itertools.compress(sizes, is_mine))
             else:
                 together = together or _together(adapter, pool, models, new_readers())
+                if _surely_fit(adapter, together, is_mine, quota.bytes):
+                    continue
                 total = marginal_bytes(together, is_mine)
             if total > quota.bytes:
                 raise QuotaError(
@@ -252,6 +255,23 @@ def _concerned(quotas: Sequence[Quota], newcomers: Newcomers) -> Iterator[tuple[
             quota = quota_of(quotas, key, value)
             if quota is not None and value is not None:
                 yield quota, value
+
+
+def _surely_fit(adapter: Adapter, readers: Readers, mine: NDArray[np.bool_], limit: int) -> bool:
+    """Whether all pages that some of the readers use take no more than this, blocks of others too.
+
+    No block map is read for it: there is one for each tensor of each version that they have.
+    """
+    rows = readers.rows[mine[readers.rows[:, 0]]]
+    pages, at = np.unique(rows[:, 1], return_inverse=True)
+    most = np.zeros(len(pages), np.int64)
+    np.add.at(most, at, rows[:, 3])
+    if most.sum() > limit:
+        with only_sound_rows(adapter):
+            stored = adapter.page_rows(ids=pages[pages > 0].tolist())
+        held = np.searchsorted(pages, np.array([row.id for row in stored], np.int64))
+        most[held] = np.minimum(most[held], [row.payload_bytes for row in stored])
+    return int(most.sum()) <= limit
 
 
 def _together(
