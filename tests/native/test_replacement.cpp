@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The buffer pool: which page goes first, by each policy, and what of uses is recorded.
+#include <atomic>
 #include <cstddef>
+#include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "check.hpp"
@@ -9,6 +12,33 @@
 
 using namespace pydedup;
 using namespace pydedup::testing;
+
+namespace {
+
+// How many pieces of memory there are that were not given back.
+std::atomic<long> pieces{0};
+
+void* allocate(std::size_t bytes) {
+    void* const memory = std::malloc(bytes == 0 ? 1 : bytes);
+    if (memory == nullptr) throw std::bad_alloc();
+    ++pieces;
+    return memory;
+}
+
+void give_back(void* memory) noexcept {
+    if (memory == nullptr) return;
+    --pieces;
+    std::free(memory);
+}
+
+}  // namespace
+
+void* operator new(std::size_t bytes) { return allocate(bytes); }
+void* operator new[](std::size_t bytes) { return allocate(bytes); }
+void operator delete(void* memory) noexcept { give_back(memory); }
+void operator delete[](void* memory) noexcept { give_back(memory); }
+void operator delete(void* memory, std::size_t) noexcept { give_back(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { give_back(memory); }
 
 namespace {
 
@@ -78,6 +108,16 @@ TEST(a_page_that_is_overdue_makes_room) {
         }
         CHECK(!resident(pool, 1));
     }
+}
+
+TEST(sets_of_owners_that_no_page_has_any_more_are_forgotten) {
+    constexpr int kOwners = 400;
+    Replacement replacement(ReplacementPolicy::reuse);
+    const std::vector<PageId> pages{1, 2};
+    replacement.owns(0, pages);
+    const long before = pieces;
+    for (int owner = 1; owner <= kOwners; ++owner) replacement.owns(owner, pages);
+    CHECK(pieces - before < 2 * kOwners);  // one for each owner, not one for each set as well
 }
 
 TEST(uses_are_recorded) {
