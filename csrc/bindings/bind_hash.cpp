@@ -42,9 +42,12 @@ class BufferView {
 std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
 std::uint64_t as_seed(PyObject* object) {
-    if (PyIndex_Check(object) == 0) refuse("seed must be an integer, got " + type_name(object));
     const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(object));
-    if (!number) throw py::error_already_set();
+    if (!number) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
+        PyErr_Clear();
+        refuse("seed must be an integer, got " + type_name(object));
+    }
     const unsigned long long seed = PyLong_AsUnsignedLongLong(number.ptr());
     if (seed == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr) {
         PyErr_Clear();

@@ -70,6 +70,7 @@ def test_seed_is_any_integer_in_range() -> None:
         ((b"x",), {"seed": -1}, r"0 to 2\*\*64 - 1"),
         ((b"x",), {"seed": 2**64}, r"0 to 2\*\*64 - 1"),
         ((b"x",), {"seed": 1.0}, "got float"),
+        ((b"x",), {"seed": np.arange(2)}, "seed must be an integer, got numpy.ndarray"),
         ((b"x",), {"salt": 1}, "'salt'"),
     ],
 )

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -108,6 +109,30 @@ TEST(a_page_that_is_overdue_makes_room) {
         }
         CHECK(!resident(pool, 1));
     }
+}
+
+TEST(a_page_that_comes_at_even_distances_is_awaited_and_one_that_comes_by_chance_is_not) {
+    const auto waits = [](std::size_t odd_gap, std::size_t even_gap) {
+        Replacement replacement(ReplacementPolicy::reuse);
+        Replacement::History& page = replacement.take_in(1);
+        Replacement::History& other = replacement.take_in(2);
+        const auto pass = [&](std::size_t ticks) {
+            for (std::size_t i = 0; i < ticks; ++i) replacement.use(other);
+        };
+        for (std::size_t i = 0; i < 12; ++i) {
+            replacement.use(page);
+            pass(i % 2 == 0 ? even_gap : odd_gap);
+        }
+        replacement.use(page);
+        pass(2);
+        const double soon = replacement.wait(page);
+        pass(13);
+        return std::pair(soon, replacement.wait(page));
+    };
+    const auto [even_soon, even_late] = waits(19, 19);
+    CHECK(even_soon > 15 && even_late < 8);
+    const auto [chance_soon, chance_late] = waits(3, 35);
+    CHECK(chance_soon > 15 && chance_late >= chance_soon);
 }
 
 TEST(sets_of_owners_that_no_page_has_any_more_are_forgotten) {
