@@ -209,9 +209,9 @@ def _model_row(size: ModelSize) -> list[str]:
 
 
 def _summary(figures: StoreStats) -> str:
-    what = text.plural(figures.versions, "version")
+    what = text.plural(figures.models, "model")
     if figures.models != figures.versions:
-        what = f"{text.plural(figures.models, 'model')} in {what}"
+        what = f"{what} in {text.plural(figures.versions, 'version')}"
     share = text.percent(figures.saved_share)
     most = "" if figures.stored_bytes_exact else "at most "
     saved = f", {most}{share} saved" if figures.saved_share > 0 else ""

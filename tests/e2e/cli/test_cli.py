@@ -202,6 +202,7 @@ def test_a_plain_path_is_a_store_too(files: Path, tmp_path: Path) -> None:
     succeed("add", "plain.db", "m", files / "base.npz", cwd=tmp_path)
     (model,) = document("ls", "sqlite:///plain.db", cwd=tmp_path)["models"]
     assert model["model"] == "m@1"
+    assert succeed("ls", "plain.db", cwd=tmp_path).splitlines()[-1].startswith("1 model: ")
 
 
 # ---- looking ------------------------------------------------------------------------------------
