@@ -307,8 +307,17 @@ class PagePool(Walks):
         return self._shares.activations(nbytes, waits=waits)
 
     def record(self, max_uses: int) -> None:
-        """Record uses of pages from now on, at 16 bytes each; 0 ends that."""
-        self._core.record(as_unsigned("max_uses", max_uses, 32))
+        """Record uses of pages from now on, at 16 bytes each; 0 ends that.
+
+        Raises BudgetError when there is no memory for so many; what was recorded stays.
+        """
+        uses = as_unsigned("max_uses", max_uses, 32)
+        try:
+            self._core.record(uses)
+        except MemoryError as exc:
+            raise BudgetError(
+                f"no memory to record {uses} uses of pages, at 16 bytes each; lower max_uses"
+            ) from exc
 
     def recorded(self) -> Trace:
         """Return what was recorded so far."""

@@ -23,8 +23,7 @@ from pydedup.errors import (
     PageNotFoundError,
     UnavailableError,
 )
-from pydedup.pool import Called, Fetched, PagePool
-from pydedup.replacement import replay
+from pydedup.pool import Fetched, PagePool
 from pydedup.testing.memory_pages import MemoryPages
 
 MIB = 1 << 20
@@ -177,26 +176,6 @@ def test_drop_and_clear_forget_pages() -> None:
     assert [number_on(page) for page in held] == [1, 2, 3]
     del held
     assert pool.stats()["bytes"] == 0
-
-
-def test_a_recording_that_is_full_takes_no_more_memory() -> None:
-    pages, _ = pages_of(2)
-    pool = pages.pool()
-    for uses_pages in (True, False):  # calls of ONNX Runtime's sessions use none
-        pool.record(4)
-        for _ in range(100):
-            with pool.call(Called(7, 0, lambda: np.array([1, 2]))):
-                if uses_pages:
-                    pool.pages([1, 2])
-        pool.pages([1])
-        trace = pool.recorded()
-        assert not trace.complete
-        assert len(trace) == (4 if uses_pages else 0)
-        assert len(trace.owners) <= 5
-        assert replay(trace, "1MiB", "lru").misses == (2 if uses_pages else 0)
-    for wrong in (-1, 1.5, 1 << 58):
-        with pytest.raises(ArgumentError, match="max_uses"):
-            pool.record(wrong)  # type: ignore[arg-type]
 
 
 def test_only_what_is_not_there_is_waited_for() -> None:
