@@ -37,6 +37,7 @@ from pydedup.types import GRAPH_ARTIFACT, TensorInfo
 __all__ = ["SourceHashes", "StoredModel"]
 
 _HASHES_PER_READ: Final = 16 * 1024
+_MAP_ADVICE: Final = "remove the model and add it again, or restore a backup"
 
 
 class StoredModel:
@@ -85,7 +86,8 @@ class StoredModel:
         wanted = self._recorded_digest(TENSORS)
         if wanted is not None and wanted != tensors_digest(self.tensors):
             raise CorruptStoreError(
-                f"{self.address}: its tensors are not those that it was added with"
+                f"{self.address}: its tensors are not those that it was added with; restore a "
+                "backup"
             )
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
         if expect is not None:
@@ -169,7 +171,9 @@ class StoredModel:
         except CorruptStoreError as exc:
             if not self._adapter.tensors(self.row.id):
                 raise NotFoundError(f"{self.address} was removed from the store") from exc
-            raise CorruptStoreError(f"{self.address}, tensor {info.name!r}: {exc}") from exc
+            raise CorruptStoreError(
+                f"{self.address}, tensor {info.name!r}: {exc}; {_MAP_ADVICE}"
+            ) from exc
 
     def _recorded_parts(self, ordinal: int, parts: Sequence[bytes]) -> Sequence[bytes]:
         """Return the parts of a block map that are recorded, given others.
@@ -188,8 +192,7 @@ class StoredModel:
             if recorded == known:
                 raise CorruptStoreError(
                     f"{self.address}, tensor {self.tensors[ordinal].name!r}: its block map is not "
-                    "the one that was recorded; remove the model and add it again, or restore a "
-                    "backup"
+                    f"the one that was recorded; {_MAP_ADVICE}"
                 )
             known, parts = recorded, self._adapter.block_map(self.row.id, ordinal)
 

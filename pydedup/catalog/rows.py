@@ -112,7 +112,7 @@ def recorded_object(text: str, what: str) -> dict[str, Any]:
 def tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
     """Return what is recorded of tensor number ``ordinal``. Raises CorruptStoreError."""
     if row.ordinal != ordinal:  # block maps are those of ordinals
-        raise CorruptStoreError(f"{address} lacks its tensor number {ordinal}")
+        raise CorruptStoreError(f"{address} lacks its tensor number {ordinal}; restore a backup")
     try:
         block_shape = as_block_shape(json.loads(row.block_shape))
         shape = tuple(int(extent) for extent in json.loads(row.shape))
@@ -122,7 +122,8 @@ def tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
         return TensorInfo(row.name, DType.of_label(row.dtype), shape, block_shape)
     except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         raise CorruptStoreError(
-            f"{address}, tensor {row.name!r}: its shape or dtype cannot be read ({exc})"
+            f"{address}, tensor {row.name!r}: its shape or dtype cannot be read ({exc}); restore a "
+            "backup"
         ) from exc
 
 

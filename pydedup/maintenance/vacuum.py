@@ -364,7 +364,8 @@ def _free_retired(
 
 
 def _is_due(row: PageRow, grace_seconds: float) -> bool:
-    return row.retired_at is None or row.retired_at <= time.time() - grace_seconds
+    # From either side: a clock that was ahead would keep a page until it is then.
+    return row.retired_at is None or abs(time.time() - row.retired_at) >= grace_seconds
 
 
 def _delete_pages(

@@ -89,7 +89,10 @@ class ModelChecks:
                 continue
             self._check_blocks(where, block_map, source, keeps_bits)
         if len(report.errors) == known and not hashes.are_as_added():
-            report.add_error(f"{model.address}: its tensors are not those that it was added with")
+            report.add_error(
+                f"{model.address}: its tensors are not those that it was added with; restore a "
+                "backup"
+            )
         if len(maps) == len(model.tensors):
             self._check_reads(model, maps, is_sound=len(report.errors) == known < MAX_ERRORS)
 

@@ -204,7 +204,7 @@ def test_a_state_a_graph_and_names_that_cannot_be(change: str, said: str, tmp_pa
             if "was added as two@1" not in error and not error.startswith("alias one@prod")
         ]
         assert [error for error in errors if not error.startswith(said)] == [
-            "three@1: its tensors are not those that it was added with"
+            "three@1: its tensors are not those that it was added with; restore a backup"
         ]
         assert len(errors) == 2
         assert np.array_equal(store.load("one")["w"], np.ones((9, 9)))

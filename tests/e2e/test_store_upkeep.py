@@ -176,7 +176,7 @@ def test_verify_compares_tensors_and_aliases_with_what_was_added(url: str, tmp_p
         assert store.verify().errors == [
             "short@1 has tensors of 72 bytes where 104 are recorded: rows of them are missing; "
             "restore a backup",
-            "renamed@1: its tensors are not those that it was added with",
+            "renamed@1: its tensors are not those that it was added with; restore a backup",
             "alias whole@prod points at a model of another name",
         ]
 

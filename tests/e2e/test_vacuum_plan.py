@@ -21,6 +21,8 @@ from pydedup.maintenance.repack import plan_repack
 from pydedup.maintenance.vacuum import VacuumReport
 from pydedup.testing.program import run_here
 
+from .damage import change
+
 
 def add_family(store: pydedup.Store, count: int, *, rows: int = 24000) -> None:
     """Tables that differ in a tenth of their rows, added one by one: their pages fill badly."""
@@ -161,6 +163,16 @@ def test_pages_in_grace_wait_in_the_plan_too(store: pydedup.Store) -> None:
     assert dry.freed_pages > 0
     assert dry.repacked_pages == 0
     same_but_for_the_file(dry, store.vacuum())
+
+
+def test_a_clock_that_was_ahead_keeps_no_page(store: pydedup.Store) -> None:
+    """What was retired then waited until it was that late."""
+    add_family(store, 4)
+    store.remove("tenant-1")
+    change(store.url, "UPDATE {pages} SET retired_at = retired_at + 1e7 WHERE state = 'retired'")
+    dry = store.vacuum(dry_run=True, grace_seconds=60)
+    assert dry.freed_pages > 0
+    assert store.vacuum(grace_seconds=60).freed_pages == dry.freed_pages
 
 
 def test_pages_of_nobody_are_foreseen(store: pydedup.Store) -> None:
