@@ -223,10 +223,12 @@ def test_as_torch_does(
     assert np.array_equal(alone, y[1])
 
 
-def test_result_depends_on_neither_threads_nor_memory() -> None:
+# Threads share positions, or, where an image has few of them, output channels.
+@pytest.mark.parametrize(("out", "size"), [(150, (3, 40, 30, 30)), (300, (1, 40, 6, 7))])
+def test_result_depends_on_neither_threads_nor_memory(out: int, size: tuple[int, ...]) -> None:
     rng = np.random.default_rng(3)
-    w = rng.standard_normal((150, 40, 3, 3)).astype(np.float32)
-    x = rng.standard_normal((3, 40, 30, 30)).astype(np.float32)
+    w = rng.standard_normal((out, 40, 3, 3)).astype(np.float32)
+    x = rng.standard_normal(size).astype(np.float32)
     pages = MemoryPages()
     block_map = pages.add(w, (32, 50), per_page=2)
     options: dict[str, Any] = {"kernel": 3, "padding": 1, "activation": "silu"}
