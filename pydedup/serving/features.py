@@ -43,6 +43,8 @@ _MOST_COLUMNS: Final = 32
 _INT64: Final = (-(2**63), 2**63 - 1)
 #: What numpy of any version takes, less the one of the rows.
 _MOST_AXES: Final = 31
+#: Of a number, a message has so many digits.
+_MOST_DIGITS: Final = 25
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _IN_SQL: Final = (
     ", which functions of SQL need (ONNX Runtime is not used for them, but by `pydedup score`)"
@@ -263,13 +265,19 @@ def _checked(numbers: Sequence[int | float], kind: InputKind, names: Sequence[st
             raise ArgumentError(f"{name} is {number}")
         if kind.ids:
             if number != int(number) or not _INT64[0] <= number <= _INT64[1]:
-                raise ArgumentError(f"{name} is {number}, and the model takes integer ids")
+                raise ArgumentError(f"{name} is {_shown(number)}, and the model takes integer ids")
         elif abs(number) > _FLOAT32_MAX:
-            raise ArgumentError(f"{name} is {number}, beyond what float32 holds")
+            raise ArgumentError(f"{name} is {_shown(number)}, beyond what float32 holds")
     whole = kind.as_given and all(isinstance(number, int) for number in numbers)
     if kind.ids or (whole and all(_INT64[0] <= number <= _INT64[1] for number in numbers)):
         return np.array([int(number) for number in numbers], dtype=np.int64)
     return np.array(numbers, dtype=np.float32)
+
+
+def _shown(number: float) -> str:
+    """Return a number for a message; an integer of JSON may have thousands of digits."""
+    text = str(number)
+    return text if len(text) <= _MOST_DIGITS else f"{text[:_MOST_DIGITS]}... ({len(text)} digits)"
 
 
 def _refuse_infinite(array: Array, name: str) -> None:

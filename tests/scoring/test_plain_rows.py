@@ -103,3 +103,19 @@ def test_what_is_plain_is_seen(rows: list[tuple[Any, ...]], kind: InputKind, dty
 )
 def test_what_may_be_wrong_is_left(rows: list[tuple[Any, ...]]) -> None:
     assert plain_rows(rows, InputKind(ids=False, width=None)) is None
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_number_of_many_digits_is_told_in_short(ids: bool) -> None:
+    with pytest.raises(ArgumentError, match=r"^f is 10{24}\.\.\. \(4001 digits\), ") as told:
+        features_of([f"[{10**4000}]"], ["f"], InputKind(ids, width=None))
+    assert len(str(told.value)) < 100
+
+
+def test_ids_go_as_far_as_64_bits_do() -> None:
+    kind = InputKind(ids=True, width=None)
+    for end in (-(2**63), 2**63 - 1):
+        assert features_of([end], ["f"], kind).tolist() == [end]
+    for beyond in (-(2**63) - 1, 2**63):
+        with pytest.raises(ArgumentError, match=f"f is {beyond}, and the model takes integer ids"):
+            features_of([beyond], ["f"], kind)

@@ -297,6 +297,9 @@ def test_what_onnx_runtime_runs(
         store.add("ids@1", save("ids.onnx", gather, table_of_ids, 7, 1))
         assert store.graph("sine@1") is None
         assert store.graph("ids@1") is None
+        store.add(
+            "known@1", save("known.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], w, 1, 3)
+        )
     x = features(20)
     x[3] = [1, 2, 3]  # a row of whole numbers is one of numbers all the same
     table, sines, cosines = source(x), new_name(), new_name()
@@ -305,6 +308,11 @@ def test_what_onnx_runtime_runs(
         store.score(f"SELECT id, id - 1 AS n FROM {table}", "ids@1", into=cosines)
         with pytest.raises(ArgumentError):
             store.score(f"SELECT id, f0, f1 FROM {table}", "sine@1", into=new_name())
+        # Of layers that pydedup knows, before any row.
+        with pytest.raises(
+            ArgumentError, match="known@1 takes 3 features, and there are 2 columns"
+        ):
+            store.score(f"SELECT id, f0, f1 FROM {table}", "known@1", into=new_name())
     found = predictions(tables, sines)
     np.testing.assert_allclose(
         [found[i + 1] for i in range(20)], np.sin(x @ w)[:, 0], rtol=1e-4, atol=1e-5

@@ -196,6 +196,16 @@ def test_arrays_of_weights_are_read_only(store: pydedup.Store) -> None:
     torch.testing.assert_close(module(X), wanted)
 
 
+def test_another_dtype_is_told_by_that_of_the_results(store: pydedup.Store) -> None:
+    """A norm counts its batches in int64, and that is what the module was said to return."""
+    module = nn.BatchNorm1d(4).eval()
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.bool):
+        module.register_buffer(f"buffer {dtype}".replace(".", " "), torch.zeros(1, dtype=dtype))
+    store.add("m", module)
+    with pytest.raises(ArgumentError, match=r"torch.float32 on meta: .* returns torch.float32"):
+        store.attach(module, "m").to("meta")
+
+
 def test_who_reads_memory_without_asking_gets_an_error(store: pydedup.Store) -> None:
     """There is none behind a stored tensor: reading at its address ended the process."""
     module = net()

@@ -99,7 +99,9 @@ class _Attached(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Apply what ``to``, ``half``, ``cuda`` and the like do, where that changes nothing."""
-        for dtype in {tensor.dtype for *_, tensor in tensors(self, recurse=recurse)}:
+        dtypes = {tensor.dtype for *_, tensor in tensors(self, recurse=recurse)}
+        # That of its results first: counters are integers, and of no interest.
+        for dtype in sorted(dtypes, key=lambda dtype: not dtype.is_floating_point):
             before = torch.zeros(1, dtype=dtype)
             after = fn(before)
             if after.device != before.device or after.dtype != dtype:
