@@ -27,7 +27,8 @@ Ints = NDArray[np.int64]
 _SCRATCH = 48 << 20
 
 ROUTINGS = ("random", "model", "family")
-#: Models whose block maps a store remembers (`pydedup.catalog`), first in, first out.
+#: Models whose block maps a store remembers at least (`pydedup.catalog`), those asked for last;
+#: of small ones it remembers more.
 CATALOG_MODELS = 256
 
 
@@ -137,6 +138,7 @@ def catalog_hits(models: Ints) -> float:
     for number, model in enumerate(models.tolist()):
         if model in known:
             hits += number >= half
+            known.move_to_end(model)
         else:
             known[model] = None
             if len(known) > CATALOG_MODELS:

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows, telling_rows
+from pydedup.blocks import BlockGrid, matrix_shape
 from pydedup.catalog.aliases import wrong_aliases
 from pydedup.catalog.model import StoredModel
 from pydedup.catalog.rows import SUGGESTED_MODELS, known_versions, model_info
@@ -19,20 +22,35 @@ from pydedup.types import ModelInfo
 
 __all__ = ["Catalog"]
 
-# Models whose tensors and block maps are kept in memory: about 6 bytes per block each.
+# Of so many models, those asked for last, tensors and block maps are kept in memory, whatever they
+# take; of more, as far as all that is kept fits the room.
 _CACHED_MODELS: Final = 256
+# The room: this share of the budget for pages, beside it, and at least so many bytes.
+_ROOM_SHARE: Final = 16
+_ROOM_BYTES: Final = 16 << 20
+# What is kept of a model, about: of itself, of a tensor, and of a block that is a delta.
+_MODEL_BYTES, _TENSOR_BYTES, _BLOCK_BYTES = 6144, 1024, 24
 
 
 class Catalog:
-    """Finds models by address. ``expect`` is told the tags of pages, as by `StoredModel`."""
+    """Finds models by address.
+
+    ``expect`` is told the tags of pages, as by `StoredModel`. The larger the budget for pages, the
+    more small models are remembered.
+    """
 
     def __init__(
-        self, adapter: Adapter, expect: Callable[[Mapping[int, bytes]], None] | None = None
+        self,
+        adapter: Adapter,
+        expect: Callable[[Mapping[int, bytes]], None] | None = None,
+        budget_bytes: int = 0,
     ) -> None:
         self._adapter = adapter
         self._expect = expect
+        self._room = max(budget_bytes // _ROOM_SHARE, _ROOM_BYTES)
         # No lock, which a fork could leave held: each use is one operation on the dict.
-        self._models: dict[int, StoredModel] = {}
+        self._models: OrderedDict[int, StoredModel] = OrderedDict()  # asked for last comes last
+        self._unmeasured = 0
         self._store_id: str | None = None
         self._sound_aliases: set[tuple[int, str]] = set()
 
@@ -118,9 +136,19 @@ class Catalog:
             self._refuse_another_store()
             model = StoredModel(self._adapter, row, self._expect)
             self._models[row.id] = model
-            for oldest in list(self._models)[:-_CACHED_MODELS]:
-                self._models.pop(oldest, None)
+            self._unmeasured += _size_of(model)
+            if self._unmeasured > self._room // 8:
+                self._make_room()
         return model
+
+    def _make_room(self) -> None:
+        """Forget models that were not asked for lately, if too many are remembered."""
+        self._unmeasured = held = 0
+        for number, model_id in enumerate(reversed(list(self._models))):
+            model = self._models.get(model_id)
+            held += 0 if model is None else _size_of(model)
+            if number >= _CACHED_MODELS and held > self._room:
+                self._models.pop(model_id, None)
 
     def _cached(self, row: ModelRow) -> StoredModel | None:
         """Return the model of a row, if it is cached.
@@ -131,6 +159,8 @@ class Catalog:
         model = self._models.get(row.id)
         if model is not None and _is_other(model.row, row):
             raise self._another_store()
+        with suppress(KeyError):  # which was forgotten meanwhile, or never there
+            self._models.move_to_end(row.id)
         return model
 
     def _refuse_another_store(self) -> None:
@@ -183,6 +213,14 @@ class Catalog:
         """Forget all block maps."""
         for model in list(self._models.values()):
             model.refresh()
+
+
+def _size_of(model: StoredModel) -> int:
+    """Return about how many bytes are remembered of a model once it was read whole."""
+    blocks = sum(BlockGrid(*matrix_shape(t.shape), *t.block_shape).count for t in model.tensors)
+    texts = len(model.row.certificate) + len(model.row.metadata)
+    tensors = _TENSOR_BYTES * len(model.tensors)
+    return _MODEL_BYTES + 2 * texts + tensors + _BLOCK_BYTES * blocks
 
 
 def _is_other(one: ModelRow, other: ModelRow) -> bool:

@@ -17,6 +17,7 @@ import pytest
 
 import pydedup
 from pydedup.adapter import LIVE
+from pydedup.catalog import catalog
 
 Ask = Callable[[pydedup.Store], object]
 
@@ -83,3 +84,37 @@ def test_pages_are_listed_from_an_index(tmp_path: Path) -> None:
         for sql in (adapter._sql.page_ids(LIVE), adapter._sql.orphan_pages(0)):
             plan = [row[-1] for row in adapter._query(f"EXPLAIN QUERY PLAN {sql}")]
             assert "USING COVERING INDEX pydedup_pages_state" in plan[0]
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_block_maps_of_models_asked_for_last_are_remembered(
+    filled: list[Path], monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    """Of small models many, of large ones some: those of the first of 256 were read for each."""
+    monkeypatch.setattr(catalog, "_CACHED_MODELS", 4)
+    if not small:
+        monkeypatch.setattr(catalog, "_ROOM_SHARE", 1 << 40)
+        monkeypatch.setattr(catalog, "_ROOM_BYTES", 1)
+    with pydedup.open(filled[-1], mode="r", memory="2MiB") as store:
+        adapter, read = store._adapter, list[int]()
+        block_maps = adapter.block_map
+
+        def counting(model_id: int, ordinal: int) -> Any:
+            read.append(model_id)
+            return block_maps(model_id, ordinal)
+
+        monkeypatch.setattr(adapter, "block_map", counting)
+
+        def ask(*numbers: int) -> int:
+            read.clear()
+            for number in numbers:
+                store.tensor(f"m{number}", "w").take([0])
+            return len(read)
+
+        assert ask(*range(20)) == 20
+        assert ask(*range(20)) == (0 if small else 20)
+        ask(0, 1, 2, 3)
+        assert ask(0, 1, 2, 3) == 0
+        ask(0, 5, 0, 6, 0, 7, 0, 8)  # the first of them is asked for again and again
+        assert ask(0) == 0
+        assert ask(1) == (0 if small else 1)
