@@ -64,6 +64,25 @@ TEST(any_shape_any_cut_any_number_of_threads) {
     }
 }
 
+std::vector<float> multiply_bf16(const Stored& w, const std::vector<std::uint16_t>& x,
+                                 std::size_t m, bool transpose) {
+    std::vector<float> y(m * (transpose ? w.grid.cols : w.grid.rows));
+    Matmul matmul({w.grid,
+                   w.dtype,
+                   reinterpret_cast<const std::byte*>(x.data()),
+                   m,
+                   nullptr,
+                   Activation::none,
+                   transpose,
+                   reinterpret_cast<std::byte*>(y.data()),
+                   2,
+                   nullptr,
+                   {},
+                   true});
+    matmul.feed(w.blocks);
+    return y;
+}
+
 TEST(x_in_bf16_counts_as_the_same_numbers_in_f32) {
     const BlockGrid grid{37, 135, 16, 32};
     const Dtype dtypes[] = {Dtype::bf16, Dtype::f16, Dtype::i16};
@@ -80,26 +99,25 @@ TEST(x_in_bf16_counts_as_the_same_numbers_in_f32) {
                 }
                 for (const Dtype dtype : dtypes) {
                     const Stored stored = store(w, grid, dtype, false);
-                    const auto want = multiply(stored, x, m, transpose);
-                    std::vector<float> y(want.size());
-                    Matmul matmul({grid,
-                                   dtype,
-                                   reinterpret_cast<const std::byte*>(halves.data()),
-                                   m,
-                                   nullptr,
-                                   Activation::none,
-                                   transpose,
-                                   reinterpret_cast<std::byte*>(y.data()),
-                                   2,
-                                   nullptr,
-                                   {},
-                                   true});
-                    matmul.feed(stored.blocks);
-                    CHECK(same_bits(y, want));
+                    CHECK(same_bits(multiply_bf16(stored, halves, m, transpose),
+                                    multiply(stored, x, m, transpose)));
                 }
             }
         }
     }
+}
+
+TEST(threads_widen_many_numbers_in_bf16) {
+    const BlockGrid grid{32, 4, 32, 4};
+    const std::size_t m = 33'000;  // 2^20 numbers and more: for two threads
+    const Stored stored = store(normal<float>(grid.rows * grid.cols), grid, Dtype::f32, false);
+    std::vector<std::uint16_t> halves;
+    std::vector<float> x;
+    for (std::size_t i = 0; i < m * grid.rows; ++i) {
+        halves.push_back(upper_half(static_cast<float>(i % 509)));
+        x.push_back(widened(halves.back()));
+    }
+    CHECK(same_bits(multiply_bf16(stored, halves, m, true), multiply(stored, x, m, true)));
 }
 
 // Large enough that threads are made and rows of x are dealt out in chunks.
