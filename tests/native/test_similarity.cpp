@@ -134,6 +134,25 @@ TEST(what_was_removed_is_not_merged) {
     CHECK(index.save() == other.save());
 }
 
+TEST(zero_blocks_are_near_to_each_other_alone) {
+    // Buckets so wide that all other blocks are in one.
+    L2Index index({Dtype::f32, 4, 4, 16, 8, 1, 3});
+    std::vector<float> values = normals(6 * 16, 14);
+    std::fill_n(values.begin() + 16, 16, 0.0F);
+    std::fill_n(values.begin() + 4 * 16, 16, 0.0F);
+    const BlockBatch blocks = batch_of(values, 4, 4);
+    index.add(blocks, numbers(6));
+    const Found found = query(index, blocks, 6);
+    for (std::size_t b = 0; b < 6; ++b) {
+        std::vector<std::int64_t> ids(found.ids.begin() + static_cast<std::ptrdiff_t>(6 * b),
+                                      found.ids.begin() + static_cast<std::ptrdiff_t>(6 * b + 6));
+        std::sort(ids.begin(), ids.end());
+        const bool zero = b == 1 || b == 4;
+        CHECK(ids == (zero ? std::vector<std::int64_t>{-1, -1, -1, -1, 1, 4}
+                           : std::vector<std::int64_t>{-1, -1, 0, 2, 3, 5}));
+    }
+}
+
 TEST(wrong_calls_change_nothing) {
     const std::vector<float> values = normals(4 * 12, 10);
     const BlockBatch blocks = batch_of(values, 3, 4);
