@@ -50,34 +50,44 @@ def alias(
         output.print_note(f"{name}@{alias} is version {version}{moved}")
 
 
-@click.command(short_help="Remove a version, or all versions of a model.")
+@click.command(short_help="Remove a version, old versions, or all versions of a model.")
 @options.store_argument
 @options.model_argument
 @click.option("--all-versions", is_flag=True, help="All versions of NAME, and its aliases.")
+@click.option(
+    "--keep",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="All versions of NAME but the newest N, and but those that an alias points at.",
+)
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @options.json_option
-def rm(url: str, name: str, all_versions: bool, yes: bool, as_json: bool) -> int:
-    """Remove a version, or all versions of a model. `pydedup vacuum` then gives the space back.
+def rm(url: str, name: str, all_versions: bool, keep: int | None, yes: bool, as_json: bool) -> int:
+    """Remove a version, old versions, or all versions of a model.
+
+    `pydedup vacuum` then gives the space back.
 
     Less than a quarter of a page that others still use is not given back. Asks first when it is run
     on a terminal.
     """
     with options.existing_store(url) as store:
         asks = not yes and sys.stdin is not None and sys.stdin.isatty()
-        if asks and not _agreed(store, name, all_versions):
+        if asks and not _agreed(store, name, all_versions, keep):
             warn("nothing was removed")
             return Exit.DIFFERENT
         with Watch(WAITING):
-            removed = store.remove(name, all_versions=all_versions)
+            removed = store.remove(name, all_versions=all_versions, keep=keep)
     if as_json:
         output.emit_json({"removed": removed})
     else:
         for address in removed:
             output.print_note(f"removed {address}")
+        if not removed:
+            output.print_note(f"{name} has no older versions; nothing was removed")
     return Exit.OK
 
 
-def _agreed(store: Store, name: str, all_versions: bool) -> bool:
+def _agreed(store: Store, name: str, all_versions: bool, keep: int | None) -> bool:
     """Ask on standard error whether the versions that an address means may go."""
     try:
         meant = options.meant_by(store, name)
@@ -85,7 +95,12 @@ def _agreed(store: Store, name: str, all_versions: bool) -> bool:
         warn(str(error))
         return click.confirm(text.clean(f"Remove {name} from {store.url}?"), err=True)
     names_one = parse_address(name).selector is not None
-    if names_one if all_versions else len(meant) > 1:
+    if keep is not None:
+        older = [] if names_one or all_versions else meant[:-keep]
+        meant = [info for info in older if not info.aliases]
+        if not meant:
+            return True  # there is nothing to ask
+    elif names_one if all_versions else len(meant) > 1:
         return True  # which the store refuses, and says why
     size = text.size(sum(info.logical_bytes for info in meant))
     what = text.listed([info.address for info in meant])

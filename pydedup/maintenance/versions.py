@@ -12,7 +12,7 @@ from pydedup.catalog import Catalog, added_as, known_versions, point_alias, vers
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.maintenance.vacuum import delete_models
 from pydedup.names import Address, check_name, parse_address
-from pydedup.text import it_has
+from pydedup.text import it_has, plural
 
 __all__ = ["remove", "set_alias"]
 
@@ -41,16 +41,41 @@ def set_alias(
         point_alias(adapter, name, alias, row.id)
 
 
-def remove(adapter: Adapter, catalog: Catalog, name: str, *, all_versions: bool) -> list[str]:
-    """Remove one version or all; see `pydedup.Store.remove`."""
+def remove(
+    adapter: Adapter, catalog: Catalog, name: str, *, all_versions: bool, keep: int | None
+) -> list[str]:
+    """Remove one version or several; see `pydedup.Store.remove`."""
     with adapter.transaction():
         adapter.bump_epoch()
-        doomed = _doomed(adapter, catalog, name, all_versions)
+        if keep is None:
+            doomed = _doomed(adapter, catalog, name, all_versions)
+        else:
+            doomed = _older(adapter, catalog, name, all_versions, keep)
         delete_models(adapter, list(doomed))
     for model_id in doomed:
         catalog.forget(model_id)
     adapter.checkpoint()
     return list(doomed.values())
+
+
+def _older(
+    adapter: Adapter, catalog: Catalog, name: str, all_versions: bool, keep: int
+) -> dict[int, str]:
+    """Return the addresses of versions that are not among the newest, nor aliased, by id."""
+    if type(keep) is not int or keep < 1:
+        raise ArgumentError(
+            f"keep must be a whole number of versions, 1 or more, not {keep!r:.100}; to remove all, "
+            "use all_versions=True, --all-versions"
+        )
+    if all_versions or parse_address(name).selector is not None:
+        raise ArgumentError(
+            f"to keep {plural(keep, 'version')} (keep={keep}, --keep) give the name of a model "
+            f"alone, not {'all versions too' if all_versions else repr(name)}"
+        )
+    catalog.resolve(name)
+    aliased = {model_id for _, _, model_id in adapter.aliases(name)}
+    rows = adapter.models(name=name)[:-keep]
+    return {row.id: row.address for row in rows if row.id not in aliased}
 
 
 def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -> dict[int, str]:

@@ -232,6 +232,35 @@ def test_versions_and_aliases(store: pydedup.Store) -> None:
     assert store.models() == []
 
 
+def test_the_newest_versions_are_kept(store_url: str) -> None:
+    """And those that an alias points at, whatever their age."""
+    with pydedup.open(store_url) as store:
+        for number in range(6):
+            store.add("m", {"w": np.full(3, number, np.float32)})
+            store.add("other", {"w": np.full(5, number, np.float32)})
+        store.alias("m", "prod", "2")
+        for bad in (0, -1, 1.0, True, "3"):
+            with pytest.raises(ArgumentError, match="keep must be a whole number"):
+                store.remove("m", keep=bad)  # type: ignore[arg-type]
+        for name, options in (("m@1", {}), ("m@prod", {}), ("m", {"all_versions": True})):
+            with pytest.raises(ArgumentError, match="name of a model alone"):
+                store.remove(name, keep=2, **options)
+        with pytest.raises(NotFoundError):
+            store.remove("n", keep=2)
+        assert store.remove("m", keep=1 << 70) == store.remove("m", keep=6) == []
+        assert store.remove("m", keep=3) == ["m@1", "m@3"]
+        assert [info.version for info in store.versions("m")] == ["2", "4", "5", "6"]
+        assert store.remove("m", keep=3) == []
+        assert store.remove("m", keep=1) == ["m@4", "m@5"]
+        assert store.load("m@prod")["w"][0] == 1
+        store.alias("m", "prod", None)
+        assert store.remove("m", keep=1) == ["m@2"]
+        assert len(store.versions("other")) == 6
+        assert store.load("m")["w"][0] == 5
+        store.vacuum()
+        assert store.verify().ok
+
+
 @pytest.mark.parametrize(
     "name",
     [

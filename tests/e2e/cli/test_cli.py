@@ -422,6 +422,15 @@ def test_alias_rm_vacuum_verify(files: Path, tmp_path: Path) -> None:
     assert "is gone" in succeed("alias", url, "m", "prod", "--delete")
     assert "--all-versions" in fail("rm", url, "m", status=2)
     assert "removed m@1" in succeed("rm", url, "m@1")
+    assert "nothing was removed" in succeed("rm", url, "m", "--keep", "1")
+    succeed("add", url, "m@3", files / "tuned.safetensors")
+    assert document("rm", url, "m", "--keep", "2") == {"removed": []}
+    assert "alone" in fail("rm", url, "m@2", "--keep", "1", status=2)
+    assert "alone" in fail("rm", url, "m", "--keep", "1", "--all-versions", status=2)
+    assert "--keep" in fail("rm", url, "m", "--keep", "0", status=2)
+    assert document("rm", url, "m", "--keep", "1") == {"removed": ["m@2"]}
+    succeed("add", url, "m@2", files / "base.safetensors")
+    assert document("rm", url, "m@3") == {"removed": ["m@3"]}
     assert document("rm", url, "m", "--all-versions", "--yes") == {"removed": ["m@2"]}
     report = document("vacuum", url)
     assert report["amplification_after"] <= 1.1

@@ -204,6 +204,17 @@ def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
     assert status == 0
     assert "removed n@1" in shown  # below a bar, where the machine is slow
     assert "Remove" not in shown
+    with pydedup.open(url) as store:
+        for version in ("1", "2", "3", "4"):
+            store.add("m", {"w": np.ones(3)}, version=version)
+        store.alias("m", "prod", "2")
+    status, shown = on_terminal("rm", url, "m", "--keep", "1", answer="n\n")
+    assert status == 1
+    assert "Remove m@1, m@3 (48 B) from" in shown
+    status, shown = on_terminal("rm", url, "m", "--keep", "3", answer="y\n")
+    assert (status, "removed m@1" in shown) == (0, True)
+    status, shown = on_terminal("rm", url, "m", "--keep", "4")
+    assert (status, "Remove" in shown) == (0, False)
 
 
 @pytest.mark.parametrize(
