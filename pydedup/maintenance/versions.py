@@ -64,8 +64,8 @@ def _older(
     """Return the addresses of versions that are not among the newest, nor aliased, by id."""
     if type(keep) is not int or keep < 1:
         raise ArgumentError(
-            f"keep must be a whole number of versions, 1 or more, not {keep!r:.100}; to remove all, "
-            "use all_versions=True, --all-versions"
+            f"keep must be a whole number of versions, 1 or more, not {keep!r:.100}; to remove "
+            "all of them, use all_versions=True, --all-versions"
         )
     if all_versions or parse_address(name).selector is not None:
         raise ArgumentError(
