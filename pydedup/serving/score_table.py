@@ -75,8 +75,8 @@ class PredictionTable:
         return set(map(comparable, self._rows.present_keys(self._name, self._key.name, keys)))
 
     def takes(self, outputs: Outputs) -> bool:
-        """Whether it has the columns of such predictions, or gets them when it is created."""
-        return self._columns is None or not self._missing(outputs)
+        """Whether it is there and has the columns of such predictions."""
+        return not self._missing(outputs)
 
     def prepare(self, outputs: Outputs) -> None:
         """See that it fits predictions; create it when it is missing."""

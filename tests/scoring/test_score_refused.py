@@ -208,11 +208,12 @@ def test_a_unique_index_of_another_column_is_told(tables: Tables, new_name: Make
         "model VARCHAR(9) UNIQUE)"
     )
     query = "SELECT 7 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 8, 1, 2, 3"
-    with (
-        pydedup.open(tables.url) as store,
-        pytest.raises(ConflictError, match="breaks a unique index of another column: drop that"),
-    ):
-        store.score(query, "m@1", into=into)
+    with pydedup.open(tables.url) as store:
+        with pytest.raises(
+            ConflictError, match="breaks a unique index of another column: drop that"
+        ):
+            store.score(query, "m", into=into)
+        assert store._adapter.jobs() == []  # of which version nothing was written
 
 
 def test_wrong_columns_are_told_before_any_row(
@@ -256,6 +257,17 @@ REFUSED = (
     "SELECT 1\0",
     "SELECT '\ud800' AS id, f0, f1, f2 FROM {t}",
 )
+
+
+def test_a_table_that_has_too_few_columns_is_told(tables: Tables, new_name: Make) -> None:
+    add(tables.url, "m@1", outputs=3)
+    into = new_name()
+    tables.run(f"CREATE TABLE {into} (id INT PRIMARY KEY, prediction_0 FLOAT)")
+    message = (
+        "has no column 'prediction_1', which predictions of m@1 need; it has: id, prediction_0$"
+    )
+    with pydedup.open(tables.url) as store, pytest.raises(ArgumentError, match=message):
+        store.score("SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c", "m@1", into=into)
 
 
 def test_what_is_no_single_select_is_refused(tables: Tables, source: Make, new_name: Make) -> None:
@@ -308,6 +320,10 @@ def test_a_key_called_as_a_column_of_predictions_but_for_case(
                 continue
             with pytest.raises(ArgumentError, match=f"cannot be called '{name}': to this database"):
                 store.score(query, "m@1", into=new_name())
+        into = new_name()
+        tables.run(f"CREATE TABLE {into} (model INT PRIMARY KEY, prediction FLOAT)")
+        with pytest.raises(ArgumentError, match="'model', as a column of the predictions is"):
+            store.score("SELECT 1 AS model, 1 AS a, 2 AS b, 3 AS c", "m@1", into=into)
         into = new_name()
         tables.run(f"CREATE TABLE {into} ({quote}MODEL{quote} INT PRIMARY KEY, prediction FLOAT)")
         query = f"SELECT 1 AS {quote}MODEL{quote}, 1 AS a, 2 AS b, 3 AS c"
