@@ -83,8 +83,7 @@ class StoredModel:
             )
         #: What its block maps were recorded to be; None where that is not known.
         self._map_digests = self._recorded_digest(MAPS)
-        wanted = self._recorded_digest(TENSORS)
-        if wanted is not None and wanted != tensors_digest(self.tensors):
+        if not self._has_its_tensors():
             raise CorruptStoreError(
                 f"{self.address}: its tensors are not those that it was added with; restore a "
                 "backup"
@@ -92,6 +91,14 @@ class StoredModel:
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
         if expect is not None:
             expect(self.page_tags())
+
+    def _has_its_tensors(self) -> bool:
+        """Whether its tensors are those that it was added with, as far as that is known."""
+        try:
+            wanted = self._recorded.get(TENSORS)
+        except CorruptStoreError:  # the digest in its row names them, too, and all of its source
+            return SourceHashes(self._adapter, self).are_as_added()
+        return wanted is None or wanted == tensors_digest(self.tensors)
 
     @property
     def address(self) -> str:

@@ -96,12 +96,9 @@ def with_recorded(certificate: str, what: Mapping[str, object]) -> str:
 
 
 def recorded_object(text: str, what: str) -> dict[str, Any]:
-    """Return a JSON object that was recorded, an empty one for no text.
-
-    Raises CorruptStoreError.
-    """
+    """Return a JSON object that was recorded. Raises CorruptStoreError."""
     try:
-        found = json.loads(text or "{}")
+        found = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise CorruptStoreError(f"{what} cannot be read ({exc}); restore a backup") from exc
     if not isinstance(found, dict):

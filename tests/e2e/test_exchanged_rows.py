@@ -96,6 +96,26 @@ def test_a_block_map_of_another_tensor(
         is_there(store, "two", "three")
 
 
+@pytest.mark.parametrize("certificate", ["''", "substr(certificate, 1, 40)"])
+def test_tensors_exchanged_where_the_certificate_is_damaged(
+    certificate: str, store_url: str
+) -> None:
+    """Nothing was left to hold them against; an empty certificate was taken for one of before."""
+    fill(store_url)
+    change(store_url, f"UPDATE {{models}} SET certificate = {certificate} WHERE id = 2")  # noqa: S608
+    with pydedup.open(store_url) as store:
+        assert "the certificate of two@1 cannot be read" in store.verify().errors[0]
+        is_there(store, *MODELS)  # its tensors are sound
+    named = "UPDATE {tensors} SET name = ? WHERE model_id = 2 AND ordinal = ?"
+    for ordinal, name in enumerate("ba"):
+        change(store_url, named, name, ordinal)
+    with pydedup.open(store_url) as store:
+        for work in (store.load, lambda name: store.predict(name, X)):
+            with pytest.raises(CorruptStoreError, match="two@1: its tensors are not those"):
+                work("two")
+        is_there(store, "one", "three")
+
+
 def exchange_pages(url: str, *rows: tuple[int, int]) -> None:
     """Give pages the payloads of others."""
     with pydedup.open(url) as store:
