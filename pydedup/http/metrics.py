@@ -13,7 +13,6 @@ from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     Gauge,
     Histogram,
     PlatformCollector,
@@ -29,7 +28,7 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-#: Models that are told apart at most: 1.5 MB for Prometheus to read.
+#: Models that are told apart at most: 0.6 MB for Prometheus to read.
 MOST_MODELS = 10_000
 #: What the pool counts up, apart from what it has now.
 _COUNTED = ("hits", "misses", "inserts", "evictions", "waits", "wait_us")
@@ -44,25 +43,22 @@ class Metrics:
         gauges: Mapping[str, tuple[str, Callable[[], float]]],
     ) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "pydedup_requests",
-            "Inference requests by model and outcome; the model is empty where there is none.",
-            ["model", "outcome"],
-            registry=self._registry,
-        )
-        self._outcomes: OrderedDict[str, set[str]] = OrderedDict()  # by model, last asked last
+        # By model and outcome, last asked last. A Counter would tell of each when it began, too.
+        self._requests: OrderedDict[str, dict[str, int]] = OrderedDict()
         what = "From the first byte of an inference request to the last of its answer."
         self._seconds = _histogram("request_seconds", what, _SECONDS)
         self._batch_requests = _histogram("batch_requests", "Requests that went together.", _SIZES)
         what = "Rows of requests that went together."
         self._batch_rows = _histogram("batch_rows", what, _SIZES)
         self._lock = threading.Lock()
-        histograms = (self._seconds, self._batch_requests, self._batch_rows)
-        self._registry.register(_Whole(histograms, self._lock))
+        self._registry.register(_Asked(self._told))
         for name, (text, value) in gauges.items():
             Gauge(f"pydedup_{name}", text, registry=self._registry).set_function(value)
         if pool is not None:
-            self._registry.register(_Pool(pool))
+            stats = pool
+            self._registry.register(
+                _Asked(lambda: [pool_family(name, value=n) for name, n in stats().items()])
+            )
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
@@ -74,13 +70,11 @@ class Metrics:
         """Count one inference request."""
         with self._lock:
             self._seconds.observe(seconds)
-            self._requests.labels(model, outcome).inc()
-            self._outcomes.setdefault(model, set()).add(outcome)
-            self._outcomes.move_to_end(model)
-            if len(self._outcomes) > MOST_MODELS:
-                oldest, outcomes = self._outcomes.popitem(last=False)
-                for gone in outcomes:
-                    self._requests.remove(oldest, gone)
+            counts = self._requests.setdefault(model, {})
+            counts[outcome] = counts.get(outcome, 0) + 1
+            self._requests.move_to_end(model)
+            if len(self._requests) > MOST_MODELS:
+                self._requests.popitem(last=False)
 
     def batch(self, requests: int, rows: int) -> None:
         """Count one batch."""
@@ -92,33 +86,39 @@ class Metrics:
         """Return all of it, as Prometheus reads it."""
         return generate_latest(self._registry)
 
+    def _told(self) -> Iterator[Metric]:
+        """Yield what is counted here, of one moment.
+
+        Counts and sum of a histogram are two numbers to its package.
+        """
+        with self._lock:
+            counts = [(model, *one) for model, of in self._requests.items() for one in of.items()]
+            histograms = (self._seconds, self._batch_requests, self._batch_rows)
+            found = [metric for one in histograms for metric in one.collect()]
+        requests = CounterMetricFamily(
+            "pydedup_requests",
+            "Inference requests by model and outcome; the model is empty where there is none.",
+            labels=["model", "outcome"],
+        )
+        for model, outcome, count in counts:
+            requests.add_metric([model, outcome], count)
+        yield requests
+        yield from found
+
 
 def _histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
-    """Return a histogram that `_Whole` tells of."""
+    """Return a histogram that `Metrics` tells of."""
     return Histogram(f"pydedup_{name}", what, buckets=buckets, registry=None)
 
 
-class _Whole(Collector):
-    """Histograms of one moment: the counts and the sum of one are two numbers to its package."""
+class _Asked(Collector):
+    """What is asked for its metrics when somebody looks."""
 
-    def __init__(self, histograms: Sequence[Histogram], lock: threading.Lock) -> None:
-        self._histograms = histograms
-        self._lock = lock
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
 
     def collect(self) -> Iterable[Metric]:
-        with self._lock:
-            return [found for one in self._histograms for found in one.collect()]
-
-
-class _Pool(Collector):
-    """The buffer pool, asked when somebody looks."""
-
-    def __init__(self, stats: Callable[[], Mapping[str, int]]) -> None:
-        self._stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        for name, value in self._stats().items():
-            yield pool_family(name, value=value)
+        return self._collect()
 
 
 def pool_family(name: str, **values: Any) -> CounterMetricFamily | GaugeMetricFamily:
