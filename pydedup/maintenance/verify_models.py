@@ -126,9 +126,7 @@ class ModelChecks:
                 report.add_error(f"{where}: {wrong} blocks on page {page_id} are not the source's")
             needed = content.bases_of(slots)
             if content.doubts:
-                is_right = np.where(
-                    content.readable[slots], keeps_bits & is_source, needed != bases[blocks]
-                )
+                is_right = np.where(content.readable[slots], is_source, needed != bases[blocks])
                 self._settle(page_id, content.doubts, slots[is_right])
             if (needed != bases[blocks]).any():
                 report.add_error(

@@ -100,6 +100,20 @@ def test_a_damaged_row_beside_models(
         assert document.get("store", document)["versions"] == 3
 
 
+def test_a_model_whose_pages_are_recorded_wrongly_is_removed(tmp_path: Path) -> None:
+    """It is the way out that errors name."""
+    path = tmp_path / "store.db"
+    fill(f"sqlite:///{path}")
+    assert put(path, "pydedup_model_pages", "blocks", "NULL", "model_id = 2")
+    with pydedup.open(path) as store:
+        assert store.remove("two") == ["two@1"]
+        assert store.vacuum().pages_after == 1
+        assert store.verify().ok
+        assert [np.array_equal(store.load(a)["w"], MODELS[a[:-2]]["w"]) for a in OTHERS] == [
+            True
+        ] * 2
+
+
 @pytest.mark.parametrize("said", DAMAGES)
 def test_a_report_is_made_of_all_else(
     said: str, store_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
