@@ -8,7 +8,14 @@ from collections.abc import Mapping
 
 from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.adapter_options import only_sound_rows
-from pydedup.catalog import Catalog, added_as, known_versions, point_alias, version_of
+from pydedup.catalog import (
+    Catalog,
+    added_as,
+    known_versions,
+    point_alias,
+    recorded_aliases,
+    version_of,
+)
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.maintenance.vacuum import delete_models
 from pydedup.names import Address, check_name, parse_address
@@ -75,7 +82,9 @@ def _older(
     catalog.resolve(name)
     aliased = {model_id for _, _, model_id in adapter.aliases(name)}
     rows = adapter.models(name=name)[:-keep]
-    return {row.id: row.address for row in rows if row.id not in aliased}
+    # An alias that is lost, or points elsewhere for damage, is recorded with its model.
+    spared = {row.id for row in rows if row.id in aliased or recorded_aliases(row)}
+    return {row.id: row.address for row in rows if row.id not in spared}
 
 
 def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -> dict[int, str]:

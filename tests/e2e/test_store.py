@@ -16,6 +16,8 @@ import pydedup
 from pydedup import policies
 from pydedup.errors import ArgumentError, DuplicateError, NotFoundError, PydedupError
 
+from .damage import change
+
 
 def variants(count: int, rows: int = 4000, cols: int = 50) -> dict[str, dict[str, np.ndarray]]:
     """A base table and copies of it with some rows changed, as sparse fine-tunes have it."""
@@ -259,6 +261,16 @@ def test_the_newest_versions_are_kept(store_url: str) -> None:
         assert store.load("m")["w"][0] == 5
         store.vacuum()
         assert store.verify().ok
+
+
+def test_a_version_whose_alias_is_lost_is_kept(store_url: str) -> None:
+    with pydedup.open(store_url) as store:
+        for number in range(3):
+            store.add("m", {"w": np.full(3, number, np.float32)})
+        store.alias("m", "prod", "2")
+    change(store_url, "DELETE FROM {aliases}")
+    with pydedup.open(store_url) as store:
+        assert store.remove("m", keep=1) == ["m@1"]
 
 
 @pytest.mark.parametrize(
