@@ -212,6 +212,44 @@ TEST(deltas_are_as_small_as_promised) {
     CHECK(share(Dtype::f32, 2e-4, 1e-3, random) < 0.13);
 }
 
+TEST(of_exact_and_quantised_the_smaller_one_is_taken) {
+    std::mt19937_64 random(6);
+    const auto encodings = [&](Dtype dtype, double spread, double bound) {
+        std::vector<double> values = normal(64 * 64, 0.02, random);
+        const Buffer base = as_dtype(values, dtype);
+        const std::vector<double> noise = normal(64 * 64, spread, random);
+        for (std::size_t i = 0; i < values.size(); ++i) values[i] += noise[i];
+        const Buffer block = as_dtype(values, dtype);
+        const MatrixRef a = matrix(block, 64, 64, dtype);
+        const MatrixRef b = matrix(base, 64, 64, dtype);
+        return std::pair(encode(a, b, bound), encode(a, b));
+    };
+    // Both take more than a quarter of what is raw.
+    const auto [loose, all_bits] = encodings(Dtype::f32, 0.1, 1e-4);
+    CHECK(loose.encoding == Encoding::quantised);
+    CHECK(4 * loose.bytes.size() > 64 * 64 * 4 && loose.bytes.size() < all_bits.bytes.size());
+    const auto [narrow, exact] = encodings(Dtype::bf16, 2e-4, 2e-4);
+    CHECK(narrow.encoding == Encoding::delta && narrow.bytes == exact.bytes);
+}
+
+TEST(what_all_differences_are_multiples_of_costs_nothing) {
+    std::mt19937_64 random(7);
+    const auto bytes_of = [&](std::uint32_t factor) {
+        std::vector<std::uint32_t> base(64 * 64);
+        std::vector<std::uint32_t> block(64 * 64);
+        for (std::size_t i = 0; i < base.size(); ++i) {
+            base[i] = static_cast<std::uint32_t>(random());
+            block[i] = base[i] + factor * static_cast<std::uint32_t>(random() % 100'000);
+        }
+        const auto as_i32 = [](const std::vector<std::uint32_t>& values) {
+            return MatrixRef{reinterpret_cast<const std::byte*>(values.data()), 64, 64, 64 * 4,
+                             Dtype::i32};
+        };
+        return static_cast<double>(encode(as_i32(block), as_i32(base)).bytes.size());
+    };
+    CHECK(bytes_of(1 << 12) < 1.05 * bytes_of(1));
+}
+
 TEST(few_changes_cost_few_bytes) {
     std::mt19937_64 random(6);
     const Buffer base = as_dtype(normal(4096, 0.02, random), Dtype::f32);

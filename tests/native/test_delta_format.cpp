@@ -38,9 +38,9 @@ class ByHand {
           base_(base_rows * base_cols * item_bytes(base_dtype), 0) {}
 
     [[nodiscard]] bool decodes(std::uint8_t form, const Buffer& body,
-                               std::optional<double> step = std::nullopt,
-                               std::uint8_t shift = 0) const {
-        Buffer delta = {1, form, static_cast<std::uint8_t>(base_dtype_), shift};
+                               std::optional<double> step = std::nullopt, std::uint8_t shift = 0,
+                               std::uint8_t version = 1) const {
+        Buffer delta = {version, form, static_cast<std::uint8_t>(base_dtype_), shift};
         const auto put = [&](auto value) {
             std::array<std::uint8_t, sizeof value> bytes;
             std::memcpy(bytes.data(), &value, sizeof value);
@@ -96,6 +96,9 @@ TEST(a_sparse_delta_changes_its_own_elements) {
     CHECK(!bytes.sparse({1, 3, 0x80, 2}));  // 256
     CHECK(!bytes.sparse({1, 3, 0}));
     CHECK(!bytes.sparse({1, 3, 7, 0}));
+    Buffer more_than_64_bits(9, 0x80);
+    more_than_64_bits.push_back(2);
+    CHECK(!bytes.sparse(more_than_64_bits));
 }
 
 TEST(classes_and_dictionaries_end_with_the_values_of_the_dtype) {
@@ -113,6 +116,32 @@ TEST(classes_and_dictionaries_end_with_the_values_of_the_dtype) {
     CHECK(alphabet({1, 0xFF, 1, 0, 0, 0}, 0));
     CHECK(!alphabet({1, 0xFF, 1, 1, 0, 0}, 0));
     CHECK(!alphabet({2, 0xFF, 1, 0, 1, 0, 0, 0}, 0));
+    // Two runs with a value between them, which would else be one.
+    CHECK(alphabet({2, 5, 0, 1, 0, 0, 0}, 0));
+    CHECK(!alphabet({2, 5, 0, 0, 0, 0, 0}, 0));
+    // No class has no number.
+    CHECK(alphabet({1, 5, 0, 0, 0}, 0));
+    CHECK(!alphabet({1, 5, 0, 3, 0}, 0));
+}
+
+TEST(a_code_ends_with_symbols_that_have_one) {
+    const ByHand bytes(1, 8, Dtype::i8);
+    const auto code = [&](std::uint8_t last, const char* lengths) {
+        Buffer bits(8, 0);  // a code, from symbol 0 to `last`
+        std::size_t at = 0;
+        const auto put = [&](unsigned bit) {
+            bits[at / 8] = static_cast<std::uint8_t>(bits[at / 8] | bit << (at % 8));
+            ++at;
+        };
+        for (const unsigned bit : {0U, 1U, 0U, 0U, 0U, 0U, 0U, 0U, 0U, 0U}) put(bit);
+        for (unsigned i = 0; i < 8; ++i) put(last >> i & 1U);
+        for (const char* bit = lengths; *bit != 0; ++bit) put(*bit == '1' ? 1 : 0);
+        bits.resize((at + 7) / 8);
+        return bytes.coded(joined({kOneContext, {1, 5, 2, 0, 0}, bits, {1, 1, 1, 1}, zeros(4)}));
+    };
+    // Of 6 bits, 1 is the 12th guess; after it, 1 is the first, and 0, for no code, the third.
+    CHECK(code(1, "1111111111100"));
+    CHECK(!code(2, "1111111111100110"));
 }
 
 TEST(a_row_has_a_group_that_there_is) {
@@ -152,6 +181,7 @@ TEST(there_are_two_forms) {
     CHECK(bytes.decodes(0, {0}));
     CHECK(!bytes.decodes(2, {0}));
     CHECK(!bytes.decodes(0xFF, {0}));
+    CHECK(!bytes.decodes(0, {0}, std::nullopt, 0, 0));  // and no version 0
 }
 
 TEST(a_base_has_the_shape_and_the_kind_of_numbers) {
@@ -177,6 +207,7 @@ TEST(unused_bits_are_0) {
     CHECK(with(0, 0x0F));
     CHECK(!with(0, 0x1F));
     CHECK(!with(4, 0x0F));
+    CHECK(!bytes.coded(joined({kOneContext, {0, 4, 1}, {1, 0}, kNoStreams})));  // no raw bits
 }
 
 TEST(a_step_is_a_number_of_its_dtype) {

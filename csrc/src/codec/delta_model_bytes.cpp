@@ -218,7 +218,6 @@ void put_alphabet(Sink& sink, const Alphabet& alphabet) {
 
 const char* get_alphabet(Source& source, unsigned value_bits, Alphabet& alphabet) {
     const std::uint64_t n_runs = source.varint();
-    if (n_runs > 256) return "a delta's dictionary has too many runs";
     const std::uint64_t most = value_bits == 64 ? UINT64_MAX : (std::uint64_t{1} << value_bits) - 1;
     std::uint64_t next = 0;
     bool full = false;  // the last run ended with the largest value
