@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 
 from pydedup.adapter import Adapter, ModelRow
@@ -65,7 +66,9 @@ def point_alias(adapter: Adapter, name: str, alias: str, model_id: int | None) -
             after = None if model_id in (None, before[0].id) else adapter.model(model_id)
             rows = [row for row in (before[0], after) if row is not None]
         else:  # a new one; or it was lost, and any version may have a record of it
+            said = json.dumps(alias)  # there may be thousands of certificates
             rows = adapter.models(name=name)
+            rows = [row for row in rows if row.id == model_id or said in row.certificate]
     for row in rows:
         recorded = recorded_aliases(row)
         if row.id == model_id:

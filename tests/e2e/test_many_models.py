@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.adapter import LIVE
-from pydedup.catalog import catalog
+from pydedup.adapter import LIVE, ModelRow
+from pydedup.catalog import aliases, catalog
 
 Ask = Callable[[pydedup.Store], object]
 
@@ -75,6 +75,26 @@ def test_what_is_about_one_model_looks_at_no_others(
         with pydedup.open(shutil.copy(path, tmp_path)) as store:
             found.append(rows_read(store, ask, monkeypatch))
     assert found[0] == found[1]
+
+
+def test_a_new_alias_parses_no_certificates_of_other_versions(
+    filled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of large models are large: of each page and tensor there is something in them."""
+    parsed: list[str] = []
+    recorded = aliases.recorded_certificate
+
+    def counting(row: ModelRow) -> dict[str, Any]:
+        parsed.append(row.version)
+        return recorded(row)
+
+    monkeypatch.setattr(aliases, "recorded_certificate", counting)
+    path = shutil.copy(filled[-1], tmp_path / "own.db")
+    with pydedup.open(path) as store:
+        store.alias("m", "new", "5")
+        assert set(parsed) == {"5"}
+        assert store.verify().ok
+        assert np.array_equal(store.load("m@new")["b"], store.load("m@5")["b"])
 
 
 def test_pages_are_listed_from_an_index(tmp_path: Path) -> None:
