@@ -15,8 +15,9 @@ import pytest
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter_options import StagingAdapter
-from pydedup.errors import ConflictError, NotFoundError
+from pydedup.errors import ConflictError, NotFoundError, StoreError
 from pydedup.graph import Graph, Node
+from pydedup.signatures import read_segments
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
 from pydedup.types import AddReport
@@ -334,6 +335,20 @@ def test_who_is_overtaken_when_it_is_staged_takes_the_next_number(store_url: str
         assert np.array_equal(store.load("m@2")["w"], first)
         report = store.verify()
         assert (report.errors, report.notes) == ([], [])
+
+
+def test_an_add_that_fails_late_leaves_nothing_in_the_index(store_url: str) -> None:
+    """Later adds would read it each time."""
+    model = {"w": np.random.default_rng(0).standard_normal((64, 64))}
+    pydedup.open(store_url).close()
+    adapter, control = inject(registry.connect(store_url, mode="a"))
+    with Store(adapter, 64 << 20) as store:
+        control.add_fault(Fault("update_model", StoreError("no room")))
+        with pytest.raises(StoreError, match="no room"):
+            store.add("m", model)
+        assert read_segments(adapter) == []
+        store.add("m", model)
+        assert len(read_segments(adapter)) == 1
 
 
 @pytest.mark.parametrize("called", ["2", "stable"])

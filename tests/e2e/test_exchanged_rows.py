@@ -208,6 +208,24 @@ def test_whole_rows_of_pages_exchanged(store_url: str, tmp_path: Path) -> None:
         assert np.array_equal(store.load("again")["b"], MODELS["one"]["b"])
 
 
+def test_whole_rows_of_pages_exchanged_in_a_store_of_before(tmp_path: Path) -> None:
+    """No certificate knows, but all blocks are others than recorded: the pages are wrong."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    fill(url)
+    with pydedup.open(url) as store:
+        store.backup(tmp_path / "before.db")
+    forget_maps(url)
+    exchange_rows(url, 1, 2)
+    with pydedup.open(url) as store:
+        report = store.verify()
+        assert report.damaged_pages.keys() == {1, 2}
+        assert report.surplus_blocks == []
+        store.verify(repair_from=tmp_path / "before.db")
+    with pydedup.open(url) as store:
+        assert store.verify().ok
+        is_there(store, *MODELS)
+
+
 def add_by_workers(url: str, tmp_path: Path) -> str:
     """Add on two threads, more pages than are written at once."""
     large = {f"{n}": RNG.standard_normal((512, 512), np.float32) for n in range(24)}

@@ -11,6 +11,7 @@ import pytest
 
 import pydedup
 from pydedup.errors import QuotaError
+from pydedup.words import Measure
 
 New = Callable[[str], str]
 
@@ -71,3 +72,18 @@ def test_a_copy_beside_others_is_refused_before_what_is_known_then(
         source.copy_to(url, ["other"])
         store.quotas.set("tenant", "acme", "1100KiB")
         assert source.copy_to(url).copied == 2
+
+
+@pytest.mark.parametrize("measure", ["logical", "marginal"])
+def test_what_a_copy_replaces_is_not_counted(
+    backup: Path, new_store: New, measure: Measure
+) -> None:
+    url = new_store("sqlite")
+    weights = np.random.default_rng(9).standard_normal((2, 256, 256)).astype(np.float32)
+    with pydedup.open(url) as store, pydedup.open(f"sqlite:///{backup}", mode="r") as source:
+        store.add("a", {"w": weights}, metadata={"tenant": "acme"})
+        store.quotas.set("tenant", "acme", "600KiB", measure=measure)
+        with pytest.raises(QuotaError, match=r"with a copy of (1 models|b@1)"):
+            source.copy_to(url, ["b"])
+        assert source.copy_to(url, ["a"], on_conflict="replace").copied == 1
+        assert store.load("a").keys() == {"own", "shared"}

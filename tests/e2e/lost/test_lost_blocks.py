@@ -264,3 +264,26 @@ def test_the_hash_of_another_block_is_recorded(
             info.address: store.load(info.address)["w"].tobytes() for info in store.models()
         } == before
         is_sound(store)
+
+
+def test_rows_of_a_page_that_is_another_are_not_taken_for_wrong(
+    store_url: str, tmp_path: Path
+) -> None:
+    """Where one block of the other is the same: what was recorded of the rest is what is right."""
+    rng = np.random.default_rng(0)
+    model, other = ({"w": rng.standard_normal((128, 64), np.float32)} for _ in range(2))
+    other["w"][:64] = model["w"][:64]
+    with pydedup.open(tmp_path / "other.db") as store:
+        store.add("one", other, block_shape=(64, 64))
+        ((_, payload),) = store._adapter.read_pages([1])
+    with pydedup.open(store_url) as store:
+        store.add("one", model, block_shape=(64, 64))
+        store.backup(tmp_path / "backup.db")
+    change(store_url, "UPDATE {pages} SET payload = ? WHERE id = 1", payload)
+    with pydedup.open(store_url) as store:
+        report = store.verify()
+        assert report.damaged_pages.keys() == {1}
+        assert report.surplus_blocks == []
+        assert store.verify(repair_from=tmp_path / "backup.db").repair.missing == ()
+        assert store.verify().ok
+        assert np.array_equal(store.load("one")["w"], model["w"])
