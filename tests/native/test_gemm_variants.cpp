@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of several variants of a matrix at once, which have some of their blocks in common.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -61,16 +62,28 @@ void check_variants(const BlockGrid& grid, std::size_t rows_each, unsigned n_var
         const std::size_t k = transpose ? grid.rows : grid.cols;
         const std::size_t n = transpose ? grid.cols : grid.rows;
         const auto x = normal<T>(m * k);
-        for (const std::size_t piece : {std::size_t{1}, std::size_t{5}, blocks.size()}) {
+        const auto product = [&](std::size_t piece, const T* bias, Activation activation) {
             std::vector<T> y(m * n, std::numeric_limits<T>::quiet_NaN());
-            Matmul matmul({grid, dtype, reinterpret_cast<const std::byte*>(x.data()), m, nullptr,
-                           Activation::none, transpose, reinterpret_cast<std::byte*>(y.data()), 2,
-                           variants.data(), places});
+            Matmul matmul({grid, dtype, reinterpret_cast<const std::byte*>(x.data()), m,
+                           reinterpret_cast<const std::byte*>(bias), activation, transpose,
+                           reinterpret_cast<std::byte*>(y.data()), 2, variants.data(), places});
             for (std::size_t at = 0; at < blocks.size(); at += piece) {
                 const std::size_t count = std::min(piece, blocks.size() - at);
                 matmul.feed(std::span(blocks).subspan(at, count),
                             std::span(members).subspan(at, count));
             }
+            return y;
+        };
+        const auto bias = normal<T>(n);
+        for (const std::size_t piece : {std::size_t{1}, std::size_t{5}, blocks.size()}) {
+            const auto y = product(piece, nullptr, Activation::none);
+            // Once, and at the end, however many blocks a place has.
+            const auto with_bias = product(piece, bias.data(), Activation::relu);
+            bool holds = true;
+            for (std::size_t i = 0; i < y.size(); ++i) {
+                holds = holds && with_bias[i] == std::max(y[i] + bias[i % n], T{0});
+            }
+            CHECK(holds);
             for (unsigned v = 0; v < n_variants; ++v) {
                 const auto first = static_cast<std::ptrdiff_t>(v * rows_each);
                 const auto last = first + static_cast<std::ptrdiff_t>(rows_each);
