@@ -312,10 +312,14 @@ class StoreUpkeep(abc.ABC):
         connect = functools.partial(connect_store, mode="r")
         with block_source(place, connect, pool.memory_bytes) as source:
             report = verify_store(adapter, progress=progress)
-            models = record_reads(adapter, pool, report.wrong_readers)
-            blocks = forget_blocks(adapter, report.surplus_blocks)
-            blocks += record_blocks(adapter, pool, report.unrecorded_blocks)
-            if report.wrong_readers or blocks:  # models may have been removed meanwhile
+            models = blocks = 0
+            for _ in range(2):  # wrong rows of blocks hide that a model's reads are wrong, too
+                models += record_reads(adapter, pool, report.wrong_readers)
+                renewed = forget_blocks(adapter, report.surplus_blocks)
+                renewed += record_blocks(adapter, pool, report.unrecorded_blocks)
+                if not (report.wrong_readers or renewed):  # models may have been removed meanwhile
+                    break
+                blocks += renewed
                 report = verify_store(adapter, progress=progress)
             damaged = report.damaged_pages
             done = repair(adapter, pool, damaged, source, progress=progress)
