@@ -90,7 +90,8 @@ std::vector<std::int64_t> random_ids(std::size_t count, std::size_t rows) {
 
 TEST(rows_and_bags_come_from_the_pages_at_hand) {
     const BlockGrid grid{50, 30, 8, 7};
-    const auto w = normal<float>(grid.rows * grid.cols);
+    auto w = normal<float>(grid.rows * grid.cols);
+    for (float& value : w) value = std::round(value * 4);  // small blocks that can be encoded
     const auto ids = random_ids(700, grid.rows);
     const auto weights = normal<float>(ids.size());
     std::vector<std::int64_t> edges{0, 0};  // begins with an empty bag
@@ -119,6 +120,21 @@ TEST(rows_and_bags_come_from_the_pages_at_hand) {
                                bytes(scaled), threads);
                     table->bag(some, held, ids, edges, nullptr, BagMode::max, bytes(tops), threads);
                 }
+                // Blocks at hand, of which every other one may have to be decoded.
+                std::vector<float> of_blocks(n_bags * grid.cols, 0.0F);
+                std::vector<std::int64_t> numbers;
+                std::vector<BlockView> views;
+                for (std::size_t b = 0; b < grid.count(); ++b) {
+                    numbers.push_back(static_cast<std::int64_t>(b));
+                    views.push_back(pages[b % pages.size()]->block(stored.slots[b]));
+                }
+                CHECK((views[0].encoding == Encoding::planes) == planes);
+                for (const auto& [at, n] :
+                     {std::pair{std::size_t{0}, std::size_t{9}}, {9, grid.count() - 9}}) {
+                    table->bag(std::span(numbers).subspan(at, n),
+                               std::span<const BlockView>(views).subspan(at, n), ids, edges,
+                               nullptr, BagMode::sum, bytes(of_blocks), threads);
+                }
                 bool rows_hold = true;
                 std::vector<double> want(sums.size(), 0.0), want_scaled(sums.size(), 0.0);
                 std::vector<float> want_tops(tops.size(), -INFINITY);
@@ -139,7 +155,8 @@ TEST(rows_and_bags_come_from_the_pages_at_hand) {
                 bool sums_hold = true;
                 for (std::size_t i = 0; i < sums.size(); ++i) {
                     sums_hold = sums_hold && std::abs(sums[i] - want[i]) < 1e-4 &&
-                                std::abs(scaled[i] - want_scaled[i]) < 1e-4;
+                                std::abs(scaled[i] - want_scaled[i]) < 1e-4 &&
+                                std::abs(of_blocks[i] - want[i]) < 1e-4;
                 }
                 CHECK(sums_hold);
             }
