@@ -42,7 +42,7 @@ class Work:
 
 
 def batcher(work: Any, **changes: Any) -> Batcher[int, int]:
-    options = {"max_rows": 8, "max_wait": 30.0, "max_queue": 100, "threads": 2}
+    options = {"max_rows": 8, "max_wait": 3600.0, "max_queue": 100, "threads": 2}
     return Batcher(work, observe=lambda requests, rows: None, **{**options, **changes})
 
 
@@ -58,7 +58,7 @@ def test_one_alone_does_not_wait() -> None:
         one = batcher(work)
         started = time.monotonic()
         assert [await one.submit(n, 1) for n in range(20)] == [n * n for n in range(20)]
-        assert time.monotonic() - started < 25  # not 20 x 30 s
+        assert time.monotonic() - started < 25  # not 20 x 3600 s
         assert work.batches == [[n] for n in range(20)]
         one.close()
 
@@ -98,6 +98,28 @@ def test_enough_rows_go_into_another_thread_at_once() -> None:
     asyncio.run(main())
 
 
+def test_one_row_less_than_enough_waits() -> None:
+    async def main() -> None:
+        work = Work()
+        work.go_on.clear()
+        one = batcher(work)
+        tasks = [asyncio.create_task(one.submit(0, 1))]
+        left = asyncio.create_task(one.submit(9, 7))
+        await until(lambda: one.waiting == 1)
+        left.cancel()  # its rows are none that wait
+        await until(lambda: one.waiting == 0)
+        tasks += [asyncio.create_task(one.submit(n, 1)) for n in range(1, 8)]
+        await until(lambda: one.waiting == 7)
+        tasks.append(asyncio.create_task(one.submit(8, 1)))
+        await until(lambda: len(work.batches) == 2)
+        assert work.batches == [[0], list(range(1, 9))]
+        work.go_on.set()
+        assert await asyncio.gather(*tasks) == [n * n for n in range(9)]
+        one.close()
+
+    asyncio.run(main())
+
+
 def test_nobody_waits_longer_than_he_must() -> None:
     async def main() -> None:
         work = Work()
@@ -109,6 +131,25 @@ def test_nobody_waits_longer_than_he_must() -> None:
         work.go_on.set()
         assert await asyncio.gather(*tasks) == [0, 1, 4]
         one.close()
+
+    asyncio.run(main())
+
+
+def test_closing_ends_threads_once_they_are_done() -> None:
+    def threads() -> list[str]:
+        return [one.name for one in threading.enumerate() if one.name.startswith("predict")]
+
+    async def main() -> None:
+        work = Work()
+        work.go_on.clear()
+        one = batcher(work)
+        task = asyncio.create_task(one.submit(3, 1))
+        await until(lambda: work.batches)
+        one.close()
+        assert threads()
+        work.go_on.set()
+        assert await task == 9
+        await until(lambda: not threads())
 
     asyncio.run(main())
 

@@ -99,6 +99,7 @@ def test_what_is_plain_is_seen(rows: list[tuple[Any, ...]], kind: InputKind, dty
         [(b"abc",)],
         [(struct.pack("<f", 1),), (struct.pack("<2f", 1, 2),)],
         [(struct.pack("<f", float("inf")),)],
+        [(struct.pack("<f", 1), struct.pack("<f", 2))],
     ],
 )
 def test_what_may_be_wrong_is_left(rows: list[tuple[Any, ...]]) -> None:
@@ -119,3 +120,16 @@ def test_ids_go_as_far_as_64_bits_do() -> None:
     for beyond in (-(2**63) - 1, 2**63):
         with pytest.raises(ArgumentError, match=f"f is {beyond}, and the model takes integer ids"):
             features_of([beyond], ["f"], kind)
+
+
+def test_a_list_may_be_as_deep_as_arrays_are() -> None:
+    kind = InputKind(ids=False, width=None)
+    assert features_of(["[" * 31 + "1" + "]" * 31], ["f"], kind).shape == (1,) * 31
+    with pytest.raises(ArgumentError, match="f is nested 32 deep; 31 is the most"):
+        features_of(["[" * 32 + "1" + "]" * 32], ["f"], kind)
+
+
+@pytest.mark.parametrize("text", ["[[1, 2], [3]]", "[[1], [2, 3]]", "[[1], 2]", "[1, [2]]"])
+def test_lists_that_differ_in_length_are_told(text: str) -> None:
+    with pytest.raises(ArgumentError, match="the lists in f differ in length"):
+        features_of([text], ["f"], InputKind(ids=False, width=None))

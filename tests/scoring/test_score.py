@@ -63,7 +63,7 @@ def test_several_outputs_are_columns_and_many_one_value(
     tables: Tables, source: Make, new_name: Make
 ) -> None:
     x, few, many = features(4), new_name(), new_name()
-    w5, w40 = add(tables.url, "few@1", outputs=5), add(tables.url, "many@1", outputs=40)
+    w32, w33 = add(tables.url, "few@1", outputs=32), add(tables.url, "many@1", outputs=33)
     table = source(x)
     with pydedup.open(tables.url) as store:
         store.score(query_of(table), "few@1", into=few)
@@ -71,18 +71,18 @@ def test_several_outputs_are_columns_and_many_one_value(
         # What was written is itself what a query may read.
         back = new_name()
         _, graph = linear()
-        store.add("narrow@1", {"w": np.ones((1, 40), np.float32)}, graph=graph)
+        store.add("narrow@1", {"w": np.ones((1, 33), np.float32)}, graph=graph)
         store.score(f"SELECT id, prediction FROM {many}", "narrow@1", into=back)
-    columns = ", ".join(f"prediction_{i}" for i in range(5))
+    columns = ", ".join(f"prediction_{i}" for i in range(32))
     rows = tables.run(f"SELECT {columns} FROM {few} ORDER BY id")
-    np.testing.assert_allclose(np.array(rows), x @ w5.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.array(rows), x @ w32.T, rtol=1e-5, atol=1e-6)
     found = predictions(tables, many)
-    for i, row in enumerate(x @ w40.T):
+    for i, row in enumerate(x @ w33.T):
         value = found[i + 1]
         vector = value if isinstance(value, list) else np.frombuffer(value, "<f4")
         np.testing.assert_allclose(vector, row, rtol=1e-5, atol=1e-6)
     sums = predictions(tables, back)
-    wanted = (x @ w40.T).sum(axis=1)
+    wanted = (x @ w33.T).sum(axis=1)
     np.testing.assert_allclose([sums[i + 1] for i in range(4)], wanted, rtol=1e-4, atol=1e-5)
 
 
