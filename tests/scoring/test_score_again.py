@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pydedup
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError, UnavailableError
 from pydedup.jobs import SCORING
+from pydedup.serving.pin import Pin
 
 from .conftest import Tables, add, assert_right, features, predictions, query_of
 
@@ -268,3 +270,23 @@ def test_a_version_that_is_removed_under_the_work_is_told(
         assert len(predictions(tables, into)) == 10
         report = store.score(query_of(table), "m@2", into=into)
         assert (report.rows, report.skipped) == (20, 10)
+
+
+def test_what_is_noted_of_a_named_version_is_not_of_one_that_was_added_anew(tmp_path: Path) -> None:
+    """As a scoring on Ray notes how far it is: the table may have rows of the version before."""
+    with pydedup.open(tmp_path / "store.db") as store:
+
+        def begin() -> tuple[int, Pin]:
+            pin = Pin(store._adapter, store._catalog, store._adapter, "t", "SELECT 1", "m@1")
+            return pin.take(always=True).row.id, pin
+
+        store.add("m@1", {"w": np.ones((4, 4))})
+        first, pin = begin()
+        pin.noted(lambda spec: spec.update(done=7))
+        again, pin = begin()
+        assert (again, pin.resumed, pin.noted(dict)["done"]) == (first, True, 7)
+        store.remove("m@1")
+        store.add("m@1", {"w": np.zeros((4, 4))})
+        other, pin = begin()
+        assert (other != first, pin.resumed) == (True, False)
+        assert "done" not in pin.noted(dict)
