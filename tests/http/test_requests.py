@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydedup.http.datatypes import DATATYPES
+from pydedup.http.numbers import PIECE_BYTES
 from pydedup.http.problems import HttpError
 from pydedup.http.requests import Wanted, header_length, parse_infer, parse_object
 
@@ -187,7 +188,7 @@ def test_bool_bytes_are_0_or_1() -> None:
         parse_infer(*binary([entry_of(np.array([0, 2], np.uint8), "BOOL")]))
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1.0", "a", "٣", "11", "9" * 30, "1e1", "+1"])
+@pytest.mark.parametrize("text", ["", "-1", "1.0", "a", "٣", "11", "9" * 5000, "1e1", "+1"])
 def test_header_lengths_that_are_none(text: str) -> None:
     with pytest.raises(HttpError, match="Inference-Header-Content-Length") as caught:
         header_length(text, 10)
@@ -197,6 +198,14 @@ def test_header_lengths_that_are_none(text: str) -> None:
 def test_header_length() -> None:
     assert header_length("10", 10) == 10
     assert header_length(None, 10) is None
+
+
+def test_an_object_of_more_than_a_piece_is_refused() -> None:
+    """Where no inputs are, nothing long is needed."""
+    assert parse_object(b"{}".ljust(PIECE_BYTES)) == {}
+    with pytest.raises(HttpError, match=f"{PIECE_BYTES + 1} bytes; at most {PIECE_BYTES}") as told:
+        parse_object(b"{}".ljust(PIECE_BYTES + 1))
+    assert told.value.status == 413
 
 
 @pytest.mark.parametrize(
