@@ -131,8 +131,8 @@ def _note_blocks(
 ) -> dict[int, bytes]:
     """Note the blocks of a tensor that are lost.
 
-    Returns, by place, what those hashed to at the source of which another hash is recorded: that
-    may be the one of another block.
+    Returns, by place, what those hashed to at the source of which another hash is recorded, which
+    may be the one of another block, or none.
     """
     others: dict[int, bytes] = {}
     hits = np.flatnonzero(np.isin(block_map.page_ids, pages))
@@ -149,10 +149,7 @@ def _note_blocks(
         if not model.keeps_bits:
             continue
         digest = hashes.of(ordinal)[16 * number : 16 * number + 16]
-        if place not in recorded:
-            # What the page held is forgotten, but not what the source's block was.
-            block.digest = block.digest or digest or None
-        elif digest and digest != recorded[place].hash128:
+        if digest and (place not in recorded or digest != recorded[place].hash128):
             others[place] = digest
     return others
 

@@ -122,10 +122,15 @@ class PageChecks:
 
     def note_others(self, tags: Mapping[int, bytes]) -> None:
         """Say which pages are others than these tags tell, where nothing else of them is wrong."""
-        for row in self._rows:
-            is_same = row.checksum.startswith(tags.get(row.id, b""))
-            if not is_same and row.id not in self._report.damaged_pages:
-                self.damage.note(row.id, ": its row is that of another page")
+        report, rows = self._report, self._rows
+        others = [row.id for row in rows if not row.checksum.startswith(tags.get(row.id, b""))]
+        for page_id in others:
+            if page_id not in report.damaged_pages:
+                self.damage.note(page_id, ": its row is that of another page")
+            report.unrecorded_blocks.pop(page_id, None)
+        # What is recorded of their blocks is right, and what a repair finds them by.
+        known = {row.id for row in self._adapter.blocks_on_pages(others)} if others else set()
+        report.surplus_blocks[:] = [n for n in report.surplus_blocks if n not in known]
 
     def _check_group(self, some: Sequence[PageRow], blocks: Sequence[BlockRow]) -> None:
         report, damage = self._report, self.damage

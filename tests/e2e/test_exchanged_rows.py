@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup import policies
 from pydedup.catalog import page_tags, tags_in
 from pydedup.errors import CorruptStoreError, DuplicateError, NotFoundError
 from pydedup.graph import Graph, Node
@@ -224,6 +225,32 @@ def test_whole_rows_of_pages_exchanged_in_a_store_of_before(tmp_path: Path) -> N
     with pydedup.open(url) as store:
         assert store.verify().ok
         is_there(store, *MODELS)
+
+
+def test_what_is_recorded_of_exchanged_pages_stays(store_url: str, tmp_path: Path) -> None:
+    """Of deltas and others, it was made anew of the wrong page, and a repair found that by it."""
+    base = RNG.standard_normal((128, 64), np.float32)
+    near = (base * (1 + 1e-3 * RNG.standard_normal(base.shape))).astype(np.float32)
+    with pydedup.open(store_url) as store:
+        for name, weights, policy in (
+            ("base", base, policies.Lossless()),
+            ("near", near, policies.Bounded(0.0005)),
+            ("far", MODELS["one"]["a"], policies.Lossless()),
+        ):
+            store.add(name, {"w": weights}, policy=policy, block_shape=(64, 64))
+        before = {name: store.load(name)["w"] for name in ("base", "near", "far")}
+        assert not np.array_equal(before["near"], near)
+        store.backup(tmp_path / "before.db")
+        first, second = (store._adapter.model_pages(number)[-1][1] for number in (2, 3))
+    exchange_rows(store_url, first, second)
+    with pydedup.open(store_url) as store:
+        report = store.verify()
+        assert report.damaged_pages.keys() == {first, second}
+        assert (report.surplus_blocks, report.unrecorded_blocks) == ([], {})
+        assert store.verify(repair_from=tmp_path / "before.db").errors == []
+    with pydedup.open(store_url) as store:
+        for name, weights in before.items():
+            assert np.array_equal(store.load(name)["w"], weights)
 
 
 def add_by_workers(url: str, tmp_path: Path) -> str:
