@@ -11,9 +11,8 @@ from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows, telling_rows
-from pydedup.blocks import BlockGrid, matrix_shape
 from pydedup.catalog.aliases import wrong_aliases
-from pydedup.catalog.model import StoredModel
+from pydedup.catalog.model import StoredModel, grid_of
 from pydedup.catalog.rows import SUGGESTED_MODELS, known_versions, model_info
 from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError, UnavailableError
 from pydedup.names import Address, parse_address
@@ -139,6 +138,9 @@ class Catalog:
             self._unmeasured += _size_of(model)
             if self._unmeasured > self._room // 8:
                 self._make_room()
+        else:
+            with suppress(KeyError):  # which was forgotten meanwhile
+                self._models.move_to_end(row.id)
         return model
 
     def _make_room(self) -> None:
@@ -159,8 +161,6 @@ class Catalog:
         model = self._models.get(row.id)
         if model is not None and _is_other(model.row, row):
             raise self._another_store()
-        with suppress(KeyError):  # which was forgotten meanwhile, or never there
-            self._models.move_to_end(row.id)
         return model
 
     def _refuse_another_store(self) -> None:
@@ -217,7 +217,7 @@ class Catalog:
 
 def _size_of(model: StoredModel) -> int:
     """Return about how many bytes are remembered of a model once it was read whole."""
-    blocks = sum(BlockGrid(*matrix_shape(t.shape), *t.block_shape).count for t in model.tensors)
+    blocks = sum(grid_of(info).count for info in model.tensors)
     texts = len(model.row.certificate) + len(model.row.metadata)
     tensors = _TENSOR_BYTES * len(model.tensors)
     return _MODEL_BYTES + 2 * texts + tensors + _BLOCK_BYTES * blocks

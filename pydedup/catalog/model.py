@@ -34,10 +34,15 @@ from pydedup.graph import Graph
 from pydedup.text import did_you_mean
 from pydedup.types import GRAPH_ARTIFACT, TensorInfo
 
-__all__ = ["SourceHashes", "StoredModel"]
+__all__ = ["SourceHashes", "StoredModel", "grid_of"]
 
 _HASHES_PER_READ: Final = 16 * 1024
 _MAP_ADVICE: Final = "remove the model and add it again, or restore a backup"
+
+
+def grid_of(info: TensorInfo) -> BlockGrid:
+    """Return how the matrix of a tensor is cut into blocks."""
+    return BlockGrid(*matrix_shape(info.shape), *info.block_shape)
 
 
 class StoredModel:
@@ -172,9 +177,8 @@ class StoredModel:
 
     def _parsed(self, ordinal: int, parts: Sequence[bytes]) -> BlockMap:
         info = self.tensors[ordinal]
-        grid = BlockGrid(*matrix_shape(info.shape), *info.block_shape)
         try:
-            return BlockMap.from_parts(parts, grid, info.dtype)
+            return BlockMap.from_parts(parts, grid_of(info), info.dtype)
         except CorruptStoreError as exc:
             if not self._adapter.tensors(self.row.id):
                 raise NotFoundError(f"{self.address} was removed from the store") from exc
@@ -312,7 +316,7 @@ class SourceHashes:
         if ordinal not in self._read:
             blocks, stop = 0, ordinal
             for info in self._model.tensors[ordinal:]:
-                blocks += BlockGrid(*matrix_shape(info.shape), *info.block_shape).count
+                blocks += grid_of(info).count
                 if stop > ordinal and blocks > _HASHES_PER_READ:
                     break
                 stop += 1
