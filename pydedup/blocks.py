@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import operator
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.types import LARGEST_ID, DType
@@ -28,10 +29,12 @@ __all__ = [
     "BlockGrid",
     "BlockMap",
     "MatrixView",
+    "as_array",
     "as_block_shape",
     "as_dtype",
     "as_integers",
     "as_unsigned",
+    "check_array",
     "default_block_shape",
     "matrix_shape",
     "named_pages",
@@ -62,6 +65,23 @@ _MAP_PART_BLOCKS, _DELTA_PART_BLOCKS = 3840, 1920
 #: Bytes of a part that is a row of a table without rowids: of more, SQLite, with pages of 64 KiB,
 #: keeps the rest on a page of its own.
 PART_BYTES = 16000
+
+
+def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
+    """Return values as an array. Raises ArgumentError when they make none, or some are masked."""
+    if "numpy.ma" in sys.modules and np.ma.is_masked(values):  # it is large: not imported for this
+        raise ArgumentError(f"{name} has masked elements, which are lost; fill them first")
+    try:
+        return np.asarray(values)
+    except Exception as error:  # rows of different lengths, or whatever __array__ of others raises
+        raise ArgumentError(f"{name} does not make an array: {error}") from error
+
+
+def check_array(array: object, name: str) -> None:
+    """Raise ArgumentError for what is no array of numpy, or has masked elements."""
+    if not isinstance(array, np.ndarray):
+        raise ArgumentError(f"{name} must be a numpy array, not {type(array).__name__}")
+    as_array(array, name)
 
 
 def as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -122,18 +142,15 @@ def as_unsigned(name: str, value: object, bits: int) -> int:
     return number
 
 
-def as_integers(name: str, values: object) -> NDArray[np.int64]:
+def as_integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     """Return integers that a caller gave as ``name``, such as ids: contiguous and aligned, 1-D.
 
     Raises
     ------
     ArgumentError
-        When they are not integers of 64 bits in one dimension.
+        When they are not integers of 64 bits in one dimension, or some are masked.
     """
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{name} must hold integers in one dimension") from error
+    array = as_array(values, name)
     if array.ndim != 1:
         raise ArgumentError(f"{name} must hold integers in one dimension, not {array.ndim}")
     if array.size == 0:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup.blocks import MatrixView, as_block_shape, as_unsigned
+from pydedup.blocks import MatrixView, as_block_shape, as_unsigned, check_array
 from pydedup.errors import ArgumentError
 
 __all__ = [
@@ -53,11 +53,10 @@ def hash_blocks(
     Raises
     ------
     ArgumentError
-        When it is no array or not 2-D, its dtype cannot be stored, the block shape is not positive,
-        or seed or threads is out of range.
+        When it is no array, not 2-D or has masked elements, its dtype cannot be stored, the block
+        shape is not positive, or seed or threads is out of range.
     """
-    if not isinstance(matrix, np.ndarray):
-        raise ArgumentError(f"hash_blocks takes a numpy array, not a {type(matrix).__name__}")
+    check_array(matrix, "matrix")
     if matrix.ndim != 2:
         raise ArgumentError(f"hash_blocks takes a 2-D array, got {matrix.ndim}-D")
     return hash_view(MatrixView.of(matrix, as_block_shape(block_shape)), seed=seed, threads=threads)

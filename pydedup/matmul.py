@@ -16,7 +16,6 @@ Deliberately not here: rows and bags of them (:mod:`pydedup.lookup`), names of t
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.blocks import BlockMap, MatrixView, as_dtype, as_unsigned
+from pydedup.blocks import BlockMap, MatrixView, as_array, as_dtype, as_unsigned
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.pool import PagePool
 from pydedup.types import DType
@@ -37,7 +36,6 @@ __all__ = [
     "Shape",
     "activate",
     "activate_in_place",
-    "as_array",
     "blocks_in",
     "check_activation",
     "checked_bias",
@@ -124,7 +122,7 @@ def matmul(
     Raises
     ------
     ArgumentError
-        When shapes do not fit or an input does not hold real numbers.
+        When shapes do not fit, an input does not hold real numbers, or ``transpose`` is no bool.
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had; see `PagePool.windows`. Or no memory for the result.
     """
@@ -162,6 +160,8 @@ def checked_factors(
 
     Raises ArgumentError as `matmul` does.
     """
+    if not isinstance(transpose, (int, np.bool_)):  # an array is neither true nor false
+        raise ArgumentError(f"transpose must be True or False, not {transpose!r:.100}")
     grid = block_map.grid
     dtype = compute_dtype(block_map.dtype)
     inner, outer = (grid.rows, grid.cols) if transpose else (grid.cols, grid.rows)
@@ -281,16 +281,6 @@ def shape_of(block_map: BlockMap) -> Shape:
     """Return rows, columns, those of a block, and the dtype's code, as the core takes them."""
     grid = block_map.grid
     return grid.rows, grid.cols, grid.block_rows, grid.block_cols, block_map.dtype.code
-
-
-def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
-    """Return values as an array. Raises ArgumentError when they make none, or some are masked."""
-    if "numpy.ma" in sys.modules and np.ma.is_masked(values):  # it is large: not imported for this
-        raise ArgumentError(f"{name} has masked elements, which are lost; fill them first")
-    try:
-        return np.asarray(values)
-    except Exception as error:  # rows of different lengths, or whatever __array__ of others raises
-        raise ArgumentError(f"{name} does not make an array: {error}") from error
 
 
 def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:

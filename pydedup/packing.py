@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.blocks import as_integers
+from pydedup.blocks import as_array, as_integers
 from pydedup.errors import ArgumentError
 from pydedup.words import Algorithm, check_word
 
@@ -303,8 +303,9 @@ def _as_sizes(sizes: Sizes, owner_ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _as_weights(weights: ArrayLike, models: int) -> NDArray[np.float64]:
+    given = as_array(weights, "weights")
     try:
-        array = np.require(weights, np.float64, ["C", "A"])
+        array = np.require(given, np.float64, ["C", "A"])
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"weights must be numbers, one per model, not {weights!r}") from error
     if array.shape != (models,):

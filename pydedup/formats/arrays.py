@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pydedup.blocks import as_array
 from pydedup.errors import ArgumentError
 from pydedup.formats.base import Array, ModelSource, TensorEntry, name_problem
 from pydedup.formats.torch_tensors import is_tensor, to_numpy, torch_entry
@@ -57,15 +58,8 @@ class MappingSource(ModelSource):
         return array if array.flags.c_contiguous else array.copy("C")
 
 
-def _as_array(name: str, value: object) -> Array:
-    try:
-        array = np.asarray(value)
-    except Exception as exc:  # __array__ of foreign classes may raise anything
-        raise ArgumentError(
-            f"tensor {name!r} is a {type(value).__name__}, which numpy cannot read: {exc}"
-        ) from exc
-    if np.ma.is_masked(value):
-        raise ArgumentError(f"tensor {name!r} has masked elements, which are lost; fill them first")
+def _as_array(name: str, value: Any) -> Array:
+    array = as_array(value, f"tensor {name!r}")
     if array.dtype.hasobject:
         raise ArgumentError(
             f"tensor {name!r} is a {type(value).__name__}, which is no array of numbers"

@@ -30,12 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
-from pydedup.blocks import matrix_shape
+from pydedup.blocks import as_array, matrix_shape
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.ingest.judging import read_only
 from pydedup.ingest.searches import SEARCHES
 from pydedup.ingest.trial import KEPT, Replacement, RoundOver, Trial
-from pydedup.matmul import as_array
 
 __all__ = ["GENTLE", "Choice", "Replacement", "choose"]
 
@@ -246,10 +245,9 @@ def _finetune(
     for name, value in result.items():
         old = weights[name]
         try:
-            array = as_array(value, name)
+            array = as_array(value, f"what finetune returned for {name!r}")
         except ArgumentError as error:
-            reason = error.__cause__
-            raise EvaluationError(f"finetune returned no array for {name!r}: {reason}") from error
+            raise EvaluationError(str(error)) from error
         if array.shape != old.shape or array.dtype != old.dtype:
             raise EvaluationError(
                 f"finetune returned {array.dtype} {array.shape} for {name!r}, "

@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pydedup.blocks import as_array
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, PydedupError, UnsupportedFormatError
 from pydedup.graph import Graph
-from pydedup.matmul import as_array
 from pydedup.pool import PagePool
 from pydedup.serving.engine import Tensors, run_graph, run_together
 from pydedup.serving.plan import Plan, is_planned_by_shapes, plan_run

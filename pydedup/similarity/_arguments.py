@@ -34,11 +34,6 @@ def blocks_of(array: NDArray[Any], name: str) -> tuple[NDArray[Any], tuple[int, 
     return flat, (1, flat.shape[1])
 
 
-def check_array(array: object, name: str) -> None:
-    if not isinstance(array, np.ndarray):
-        raise ArgumentError(f"{name} must be a numpy array, not {type(array).__name__}")
-
-
 def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     if dtype is None:  # to numpy that is float64
         raise ArgumentError("dtype must be given: the one that all blocks have")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup.blocks import as_integers
+from pydedup.blocks import as_integers, check_array
 from pydedup.errors import ArgumentError
 from pydedup.similarity._arguments import (
     as_count,
@@ -22,7 +22,6 @@ from pydedup.similarity._arguments import (
     as_number,
     as_shape,
     blocks_of,
-    check_array,
 )
 
 __all__ = ["Distances", "distances", "magnitude", "upper_bounds"]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydedup import codec, conv, lookup, matmul
+from pydedup import codec, conv, lookup, matmul, packing
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 from pydedup.hashing import hash_blocks
+from pydedup.similarity import L2LSH, distances, magnitude
 from pydedup.testing.memory_pages import MemoryPages
 
 
@@ -55,6 +56,43 @@ def test_what_is_no_array_of_numbers_is_named(wrong: Any, says: str) -> None:
     ):
         with pytest.raises(ArgumentError, match=f"^{name} {says}"):
             call()
+
+
+def test_masked_elements_are_not_read_below_their_mask() -> None:
+    """Blocks were hashed and compared by what lies under the mask."""
+    plain, index = np.arange(8, dtype=np.float32).reshape(2, 4), L2LSH((1, 4), np.float32)
+    index.add(plain, [0, 1])
+    masked, unmasked = np.ma.masked_greater(plain, 6), np.ma.masked_greater(plain, 7)
+    ids: Any = np.ma.array([0, 1], mask=[False, True])
+    for call, name in (
+        (lambda: hash_blocks(masked, (1, 4)), "matrix"),
+        (lambda: index.add(masked, [2, 3]), "blocks"),
+        (lambda: index.add(plain, ids), "ids"),
+        (lambda: index.add_matrix(masked, [2, 3]), "matrix"),
+        (lambda: index.query(masked), "blocks"),
+        (lambda: index.query(plain, fetch=lambda ids: masked), "what fetch returned"),
+        (lambda: index.remove(ids), "ids"),
+        (lambda: distances(plain, masked), "b"),
+        (lambda: magnitude(masked), "blocks"),
+        (lambda: packing.pack([[1], ids], 2), r"owners\[1\]"),
+        (lambda: packing.pack([[1], [2]], 2, weights=ids), "weights"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{name} has masked elements"):
+            call()
+    assert np.array_equal(hash_blocks(unmasked, (1, 4)), hash_blocks(plain, (1, 4)))
+    assert index.ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("transpose", [np.array([True, False]), np.ones((2, 2)), "yes", None])
+def test_what_does_not_say_whether_to_transpose_is_named(transpose: Any) -> None:
+    """Of an array numpy's own error came through."""
+    pages = MemoryPages()
+    block_map = pages.add(np.ones((4, 4), np.float32), (2, 2), per_page=2)
+    x = np.ones((1, 4), np.float32)
+    with pytest.raises(ArgumentError, match=r"^transpose must be True or False, not "):
+        matmul.matmul(block_map, pages.pool(), x, transpose=transpose)
+    for plain in (True, 1, np.True_):
+        assert matmul.matmul(block_map, pages.pool(), x, transpose=plain).tolist() == [[4.0] * 4]
 
 
 @pytest.mark.parametrize("threads", [-1, 1.5, None, 1 << 31, 1 << 40])

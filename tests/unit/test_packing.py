@@ -285,7 +285,7 @@ def test_layouts_are_read_only() -> None:
         ({"owners": [[2**63]]}, "must hold 64-bit integers"),
         ({"owners": [[True]]}, "must hold 64-bit integers, not bool"),
         ({"owners": [[[1]]]}, "one dimension"),
-        ({"owners": [[[1], [2, 3]]]}, "one dimension"),
+        ({"owners": [[[1], [2, 3]]]}, "does not make an array"),
         ({"owners": {"a": [1]}}, "not a dict"),
         ({"owners": "12"}, "not a str"),
         ({"owners": 3}, "not a int"),
