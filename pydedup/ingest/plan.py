@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -79,10 +80,10 @@ class Request:
         """Take the next version if it is one that nobody asked for, and others took it."""
         if not self.is_numbered:
             return False
-        taken = taken_versions(adapter, self.name)
-        if self.version not in taken:
+        taken = Taken.of(adapter, self.name)
+        if self.version not in taken.versions | taken.aliases:
             return False
-        self.version = _next(taken)
+        self.version = taken.next_number()
         return True
 
     @property
@@ -116,10 +117,6 @@ class Request:
             raise ArgumentError(f"metadata of {self.address} is not JSON: {exc}") from exc
 
 
-def _next(taken: Iterable[str]) -> str:
-    return str(max((int(v) for v in taken if v.isascii() and v.isdigit()), default=0) + 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Taken:
     """The versions and aliases that a model has."""
@@ -133,6 +130,11 @@ class Taken:
         aliases = frozenset(alias for _, alias, _ in adapter.aliases(name))
         return cls(frozenset(taken_versions(adapter, name)), aliases)
 
+    def next_number(self) -> str:
+        """Return the first whole number after all versions that no alias is."""
+        highest = max((int(v) for v in self.versions if v.isascii() and v.isdigit()), default=0)
+        return next(v for v in map(str, itertools.count(highest + 1)) if v not in self.aliases)
+
 
 def plan_address(
     taken: Callable[[str], Taken], text: str, version: str | None
@@ -141,8 +143,8 @@ def plan_address(
 
     ``taken`` is asked for each address; who adds many versions of one model remembers its answers.
 
-    Without a version it is the next whole number after the highest one in use, and the third value
-    is true.
+    Without a version it is the next whole number after the highest one in use that no alias is, and
+    the third value is true.
 
     Raises
     ------
@@ -162,7 +164,7 @@ def plan_address(
     is_numbered = wanted is None
     used = taken(address.name)
     if wanted is None:
-        wanted = _next(used.versions)
+        wanted = used.next_number()
     if wanted in used.versions:
         raise DuplicateError(
             f"{address.name}@{wanted} is in the store already; "
@@ -170,7 +172,8 @@ def plan_address(
         )
     if wanted in used.aliases:
         raise ArgumentError(
-            f"{wanted!r} is an alias of {address.name}; a version cannot have the same name"
+            f"{wanted!r} is an alias of {address.name}, and a version cannot have the same name; "
+            "choose another version, or remove the alias first"
         )
     return address.name, wanted, is_numbered
 

@@ -17,7 +17,7 @@ from pydedup.adapter import STAGING, Adapter, ModelRow
 from pydedup.blocks import BlockGrid
 from pydedup.catalog import ModelDigest, tensors_digest
 from pydedup.certificates import ADDRESS, ARTIFACTS, METADATA, TENSORS, artifact_digest
-from pydedup.errors import FormatError
+from pydedup.errors import DuplicateError, FormatError
 from pydedup.formats import ties
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import digest_bytes
@@ -96,8 +96,17 @@ class StagedModel(abc.ABC):
         """Return when it was added, as it is being published."""
         return time.time()
 
-    def settle(self, adapter: Adapter) -> None:  # noqa: B027 - most models have nothing to settle
+    def settle(self, adapter: Adapter) -> None:
         """Do what must be done in the transaction that publishes it, before it is live."""
+        self.refuse_alias(adapter)
+
+    def refuse_alias(self, adapter: Adapter) -> None:
+        """Raise DuplicateError when its version became an alias since it was found to be free."""
+        name, _, version = self.address.partition("@")
+        if any(alias == version for _, alias, _ in adapter.aliases(name)):
+            raise DuplicateError(
+                f"{adapter.url} has an alias {self.address} since a moment ago; run it again"
+            )
 
     def aliases(self, adapter: Adapter) -> list[str]:
         """Return the aliases that point at it once it was settled."""

@@ -72,17 +72,12 @@ class MovedModel(StagedModel):
     def settle(self, adapter: Adapter) -> None:
         """Take the place of another model where that was asked for, and take the aliases."""
         name = self.item.row.name
-        pointing = aliases_of(adapter, name)
         moved: list[str] = []
         replaces = self.item.replaces
         if replaces and adapter.model(replaces) is not None:
-            moved = pointing.pop(replaces, [])
+            moved = aliases_of(adapter, name).get(replaces, [])
             delete_models(adapter, [replaces])
-        taken = {alias for aliases in pointing.values() for alias in aliases}
-        if self.item.row.version in taken:
-            raise DuplicateError(
-                f"{adapter.url} has an alias {self.address} since a moment ago; run it again"
-            )
+        self.refuse_alias(adapter)
         _point(adapter, self.item, self.model_id, list(dict.fromkeys([*moved, *self.item.aliases])))
 
     def aliases(self, adapter: Adapter) -> list[str]:

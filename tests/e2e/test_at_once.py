@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,13 @@ import pytest
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter_options import StagingAdapter
-from pydedup.errors import ConflictError, NotFoundError, StoreError
+from pydedup.errors import (
+    ArgumentError,
+    ConflictError,
+    DuplicateError,
+    NotFoundError,
+    StoreError,
+)
 from pydedup.graph import Graph, Node
 from pydedup.signatures import read_segments
 from pydedup.store import Store
@@ -333,6 +340,32 @@ def test_who_is_overtaken_when_it_is_staged_takes_the_next_number(store_url: str
         assert store.add("m", {"w": first}).model == "m@2"
         assert np.array_equal(store.load("m@1")["w"], second)
         assert np.array_equal(store.load("m@2")["w"], first)
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+
+
+def test_a_version_that_becomes_an_alias_meanwhile_is_not_published(store_url: str) -> None:
+    """The alias would have meant the new version from then on."""
+    first, second = np.random.default_rng(0).standard_normal((2, 64, 64))
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as other:
+        store.add("m@1", {"w": first})
+        store.alias("m", "2", "1")
+        with pytest.raises(ArgumentError, match="'2' is an alias of m"):
+            store.add("m@2", {"w": second})
+        assert store.add("m", {"w": second}).model == "m@3", "the next number that is free"
+
+        def overtake(alias: str) -> Callable[[str, int, int], None]:
+            def point(stage: str, done: int, total: int) -> None:
+                if stage == "writing":
+                    other.alias("m", alias, "1")
+
+            return point
+
+        with pytest.raises(DuplicateError, match="has an alias m@stable since a moment ago"):
+            store.add("m@stable", {"w": second + 1}, progress=overtake("stable"))
+        assert store.add("m", {"w": second + 1}, progress=overtake("4")).model == "m@5"
+        for alias in ("2", "4", "stable"):
+            assert np.array_equal(other.load(f"m@{alias}")["w"], first)
         report = store.verify()
         assert (report.errors, report.notes) == ([], [])
 
