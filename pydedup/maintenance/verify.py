@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
+from pydedup.adapter_options import only_sound_rows
 from pydedup.errors import CorruptStoreError, StoreError
 from pydedup.maintenance.damage import VerifyReport, sound_rows, unreadable_pages
 from pydedup.maintenance.rows import lost_models
@@ -27,8 +28,8 @@ __all__ = ["VerifyReport", "verify_store"]
 def verify_store(adapter: Adapter, *, progress: Progress | None = None) -> VerifyReport:
     """Verify everything that is live.
 
-    Memory: a few pages, 64 MiB of pages with bases, and 31 bytes per distinct block (39 on pages
-    with deltas).
+    Memory: a few pages, 64 MiB of pages with bases, 31 bytes per distinct block (39 on pages with
+    deltas), and the block maps and hashes of one model.
     """
     try:
         return _verified(adapter, {}, progress)
@@ -37,7 +38,7 @@ def verify_store(adapter: Adapter, *, progress: Progress | None = None) -> Verif
         # and the error may be only about that.
         if type(exc) not in (StoreError, CorruptStoreError):
             raise
-        with sound_rows(adapter, VerifyReport()):
+        with only_sound_rows(adapter):
             unreadable = unreadable_pages(adapter)
         if not unreadable:
             raise

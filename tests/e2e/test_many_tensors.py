@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -114,3 +117,28 @@ def test_each_tensor_keeps_its_own_error(store: pydedup.Store) -> None:
 
 def _explained(store: pydedup.Store, name: str) -> dict[str, pydedup.report.compare.TensorSharing]:
     return {sharing.tensor.name: sharing for sharing in store.explain(name).tensors}
+
+
+def test_source_hashes_are_read_once(
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of more blocks than are asked for at once were read twice: for the digest of all."""
+    monkeypatch.setattr("pydedup.catalog.model._HASHES_PER_READ", 32)
+    with pydedup.open(store_url) as store:
+        store.add("m", model())
+        adapter, read = store._adapter, list[int]()
+        source_hashes = adapter.source_hashes
+
+        def noting(model_id: int, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
+            read.extend(range(first, stop))
+            return source_hashes(model_id, first, stop)
+
+        monkeypatch.setattr(adapter, "source_hashes", noting)
+        for use in (
+            store.verify,
+            lambda: store.copy_to(tmp_path / "copy.db"),
+            lambda: store.add("m", model()),
+        ):
+            read.clear()
+            use()
+            assert read == list(range(len(model())))
