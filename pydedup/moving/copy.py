@@ -42,7 +42,7 @@ from pydedup.moving.resolve import NotWholeError, Resolved, Resolver
 from pydedup.moving.signatures import CarriedSegments, SourceIndex
 from pydedup.moving.source import End, SourceModel, read_model
 from pydedup.moving.staged import MovedModel, matched_tensors, set_aliases
-from pydedup.moving.survey import Survey, look_at_target, survey
+from pydedup.moving.survey import look_at_target, survey
 from pydedup.signatures import read_segments
 from pydedup.types import CopiedModel, CopyReport, Progress
 
@@ -130,14 +130,26 @@ class _Copier:
         self._left = [item for item in items if item.is_wanted]
         self._known = Known()
         self._there = look_at_target(target.adapter, source.adapter)
-        self._survey = self._look()
-        self._index = SourceIndex([])
-        self._index_of = -1
+        self._look()
         self._progress = CopyProgress(progress, sum(self._survey.sizes.values()))
 
-    def _look(self) -> Survey:
-        rows = [item.row for item in self._left]
-        return survey(self._source.adapter, rows, blocks=self._there.is_bare)
+    def _look(self) -> None:
+        """Look at the source."""
+        adapter, epoch, left = self._source.adapter, self._epoch(), self._left
+        rows = [item.row for item in left]
+        self._survey = survey(adapter, rows, epoch, blocks=self._there.is_bare)
+        self._index = SourceIndex(read_segments(adapter) if left else [])
+
+    def _epoch(self) -> int:
+        """Return the epoch of the source, or 0 where it is damaged: nobody can publish then."""
+        try:
+            return self._source.adapter.epoch()
+        except CorruptStoreError as error:
+            if self._damaged is None:
+                raise CorruptStoreError(f"{error}{SKIPPING}") from error
+            if str(error) not in self._damaged:
+                self._damaged.append(str(error))
+            return 0
 
     def copy(self, item: Item) -> CopiedModel:
         """Copy one model, if that is to be done, and say what became of it."""
@@ -147,14 +159,14 @@ class _Copier:
         not_whole: set[int] = set()
         for _ in range(_ATTEMPTS):
             self._catch_up()
-            epochs = self._source.adapter.epoch(), self._there.epoch
+            epochs = self._epoch(), self._there.epoch
             try:
                 copied = self._attempt(item, not_whole)
             except NotWholeError as error:
                 not_whole.update(error.page_ids)
                 continue
             except CorruptStoreError as error:
-                if epochs != (self._source.adapter.epoch(), self._target.adapter.epoch()):
+                if epochs != (self._epoch(), self._target.adapter.epoch()):
                     continue
                 # Nobody moved or removed pages meanwhile: a store is damaged.
                 if self._damaged is None:
@@ -186,12 +198,9 @@ class _Copier:
         """Look again at an end where somebody else published meanwhile."""
         if self._target.adapter.epoch() != self._there.epoch:
             self._look_again()
-        if self._source.adapter.epoch() != self._survey.epoch:
+        if self._epoch() != self._survey.epoch:
             self._look_again()
-            self._survey = self._look()
-        if self._index_of != self._survey.epoch:
-            self._index = SourceIndex(read_segments(self._source.adapter))
-            self._index_of = self._survey.epoch
+            self._look()
 
     def _look_again(self) -> None:
         """Rely on nothing but what is seen now."""
@@ -224,7 +233,7 @@ class _Copier:
             )
             resolved = resolver.run()
             spool.freeze()
-            copy = MovedModel(item, source.adapter, matched_tensors(model, resolved.references))
+            copy = MovedModel(item, model.stored, matched_tensors(model, resolved.references))
             places = joined(resolved.places)
             stager = Stager(
                 matcher,

@@ -14,13 +14,19 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
-from pydedup.blocks import NO_PAGE, BlockMap
+from pydedup.blocks import BlockMap
 from pydedup.catalog import SourceHashes, StoredModel, check_row
 from pydedup.errors import CorruptStoreError
 from pydedup.hashing import digests_of
-from pydedup.layout import NO_PLACE, block_places, find_places, split_places, used_places
+from pydedup.layout import (
+    NO_PLACE,
+    base_places,
+    block_places,
+    find_places,
+    split_places,
+    used_places,
+)
 from pydedup.pool import PagePool
-from pydedup.types import TensorInfo
 
 __all__ = ["End", "Recorded", "SourceModel", "read_model", "recorded"]
 
@@ -49,8 +55,7 @@ class SourceModel:
         The place of each one's base, `NO_PLACE` for blocks that are no deltas.
     """
 
-    row: ModelRow
-    tensors: Sequence[TensorInfo]
+    stored: StoredModel
     maps: Sequence[BlockMap]
     digests: Sequence[NDArray[np.uint64]]
     places: NDArray[np.int64]
@@ -104,13 +109,11 @@ def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
     places = used_places(maps)
     bases = np.full(len(places), NO_PLACE, np.int64)
     for block_map in maps:
-        if block_map.bases is not None:
-            base_page_ids, base_slots = block_map.bases
-            is_delta = base_page_ids != NO_PAGE
-            own = block_places(block_map.page_ids[is_delta], block_map.slots[is_delta])
-            needed = block_places(base_page_ids[is_delta], base_slots[is_delta])
-            bases[np.searchsorted(places, own)] = needed
-    return SourceModel(row, model.tensors, maps, digests, places, bases)
+        needed = base_places(block_map)
+        is_delta = needed != NO_PLACE
+        own = block_places(block_map.page_ids[is_delta], block_map.slots[is_delta])
+        bases[np.searchsorted(places, own)] = needed[is_delta]
+    return SourceModel(model, maps, digests, places, bases)
 
 
 def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
 from pydedup.catalog import StoredModel, point_alias, version_of
-from pydedup.errors import DuplicateError, NotFoundError
+from pydedup.errors import DuplicateError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.layout import block_places
@@ -27,7 +27,7 @@ class MovedModel(StagedModel):
     """A model on its way to the destination."""
 
     item: Item
-    source: Adapter
+    source: StoredModel
     tensors: list[MatchedTensor]
     model_id: int = 0
 
@@ -55,10 +55,8 @@ class MovedModel(StagedModel):
 
         Raises NotFoundError when it was removed: then some of that may be gone already.
         """
-        model_id = self.item.row.id
-        yield from StoredModel(self.source, self.item.row).artifacts()
-        if self.source.model(model_id) is None:
-            raise NotFoundError(f"{self.address} was removed from the store")
+        yield from self.source.artifacts()
+        self.source.check_live()
 
     @property
     def replaces(self) -> int:
@@ -88,7 +86,9 @@ class MovedModel(StagedModel):
 def matched_tensors(model: SourceModel, references: NDArray[np.int64]) -> list[MatchedTensor]:
     """Return the tensors of a model, by the references of its places."""
     tensors = []
-    for info, block_map, digests in zip(model.tensors, model.maps, model.digests, strict=True):
+    for info, block_map, digests in zip(
+        model.stored.tensors, model.maps, model.digests, strict=True
+    ):
         at = np.searchsorted(model.places, block_places(block_map.page_ids, block_map.slots))
         entry = TensorEntry(info.name, info.dtype, info.shape, info.name)
         tensors.append(MatchedTensor(entry, block_map.grid, references[at], digests))

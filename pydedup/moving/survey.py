@@ -49,17 +49,19 @@ class Survey:
         return last
 
 
-def survey(source: Adapter, rows: Sequence[ModelRow], *, blocks: bool) -> Survey:
+def survey(source: Adapter, rows: Sequence[ModelRow], epoch: int, *, blocks: bool) -> Survey:
     """Look at what these models read; with ``blocks`` also at which blocks they need.
+
+    ``epoch`` is that of the source, as it was read before.
 
     Memory: some 200 bytes per page, and with ``blocks`` meanwhile 32 per distinct block.
     """
     with only_sound_rows(source):  # those of a model are read strictly when it is copied
-        return _survey(source, rows, blocks)
+        return _survey(source, rows, epoch, blocks)
 
 
-def _survey(source: Adapter, rows: Sequence[ModelRow], blocks: bool) -> Survey:
-    found = Survey(source.epoch(), Counter(), {})
+def _survey(source: Adapter, rows: Sequence[ModelRow], epoch: int, blocks: bool) -> Survey:
+    found = Survey(epoch, Counter(), {})
     needed = np.empty(0, np.int64)
     further: list[NDArray[np.int64]] = []
     count = 0

@@ -109,6 +109,32 @@ def test_damaged_quotas_are_not_carried(tmp_path: Path) -> None:
         assert [quota.value for quota in store.quotas] == ["a"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM {meta} WHERE name = 'epoch'",
+        "UPDATE {meta} SET value = 'x' WHERE name = 'epoch'",
+    ],
+)
+def test_a_store_without_its_epoch_is_taken(damage: str, store_url: str, tmp_path: Path) -> None:
+    """Nothing can be added to it: it ended in an error, and no copy could be had."""
+    fill(store_url)
+    change(store_url, damage)
+    with pydedup.open(store_url, mode="r") as store:
+        with pytest.raises(CorruptStoreError, match=r"its epoch .*\(--skip-damaged\) leaves out"):
+            store.copy_to(tmp_path / "strict.db")
+        for report in (
+            store.copy_to(tmp_path / "copy.db", skip_damaged=True),
+            store.backup(tmp_path / "backup.db", skip_damaged=True),
+        ):
+            (said,) = report.damaged
+            assert "its epoch" in said
+            assert report.copied == 3
+            with pydedup.open(report.target) as other:
+                assert other.verify().ok
+                other.add("four", MODELS["one"])
+
+
 def test_a_backup_is_not_replaced_by_less(tmp_path: Path) -> None:
     path, backup = tmp_path / "store.db", tmp_path / "backup.db"
     fill(f"sqlite:///{path}")
