@@ -249,20 +249,31 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         versions.set_alias(self._adapter, self._catalog, name, alias, version)
 
     def remove(
-        self, name: str, *, all_versions: bool = False, keep: int | None = None
+        self,
+        name: str,
+        *,
+        all_versions: bool = False,
+        keep: int | None = None,
+        dry_run: bool = False,
     ) -> list[str]:
         """Remove a version, or several versions of a model together; returns their addresses.
 
         ``all_versions`` removes all, and aliases; ``keep`` all but so many of the newest, and but
-        those that an alias points at. Space is given back by `vacuum`. Raises NotFoundError;
-        ArgumentError when a bare name has several versions and neither is given, or when an alias
-        still points there; ReadOnlyError, ConflictError.
+        those that an alias points at; with ``dry_run`` nothing is removed. Space is given back by
+        `vacuum`. Raises NotFoundError; ArgumentError when a bare name has several versions and
+        neither is given, or when an alias still points there; ReadOnlyError, ConflictError.
         """
-        check_writable(self._adapter, "remove a model")
+        if not dry_run:
+            check_writable(self._adapter, "remove a model")
         from pydedup.maintenance import versions
 
         return versions.remove(
-            self._adapter, self._catalog, name, all_versions=all_versions, keep=keep
+            self._adapter,
+            self._catalog,
+            name,
+            all_versions=all_versions,
+            keep=keep,
+            dry_run=dry_run,
         )
 
     # ---- looking ------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from pydedup.cli import completing, options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import WAITING, Watch
 from pydedup.errors import CorruptStoreError
-from pydedup.names import parse_address
 
 __all__ = ["alias", "rm"]
 
@@ -88,20 +87,15 @@ def rm(url: str, name: str, all_versions: bool, keep: int | None, yes: bool, as_
 
 
 def _agreed(store: Store, name: str, all_versions: bool, keep: int | None) -> bool:
-    """Ask on standard error whether the versions that an address means may go."""
+    """Ask on standard error whether the versions that are to be removed, if any, may go."""
+    doomed = store.remove(name, all_versions=all_versions, keep=keep, dry_run=True)
+    if not doomed:
+        return True
+    what = text.listed(doomed)
     try:
         meant = options.meant_by(store, name)
     except CorruptStoreError as error:
         warn(str(error))
-        return click.confirm(text.clean(f"Remove {name} from {store.url}?"), err=True)
-    names_one = parse_address(name).selector is not None
-    if keep is not None:
-        older = [] if names_one or all_versions else meant[:-keep]
-        meant = [info for info in older if not info.aliases]
-        if not meant:
-            return True  # there is nothing to ask
-    elif names_one if all_versions else len(meant) > 1:
-        return True  # which the store refuses, and says why
-    size = text.size(sum(info.logical_bytes for info in meant))
-    what = text.listed([info.address for info in meant])
-    return click.confirm(text.clean(f"Remove {what} ({size}) from {store.url}?"), err=True)
+    else:
+        what += f" ({text.size(sum(i.logical_bytes for i in meant if i.address in doomed))})"
+    return click.confirm(text.clean(f"Remove {what} from {store.url}?"), err=True)

@@ -49,15 +49,24 @@ def set_alias(
 
 
 def remove(
-    adapter: Adapter, catalog: Catalog, name: str, *, all_versions: bool, keep: int | None
+    adapter: Adapter,
+    catalog: Catalog,
+    name: str,
+    *,
+    all_versions: bool,
+    keep: int | None,
+    dry_run: bool,
 ) -> list[str]:
     """Remove one version or several; see `pydedup.Store.remove`."""
-    with adapter.transaction():
-        adapter.bump_epoch()
+    with adapter.snapshot() if dry_run else adapter.transaction():
+        if not dry_run:
+            adapter.bump_epoch()
         if keep is None:
             doomed = _doomed(adapter, catalog, name, all_versions)
         else:
             doomed = _older(adapter, catalog, name, all_versions, keep)
+        if dry_run:
+            return list(doomed.values())
         delete_models(adapter, list(doomed))
     for model_id in doomed:
         catalog.forget(model_id)

@@ -250,6 +250,8 @@ def test_the_newest_versions_are_kept(store_url: str) -> None:
         with pytest.raises(NotFoundError):
             store.remove("n", keep=2)
         assert store.remove("m", keep=1 << 70) == store.remove("m", keep=6) == []
+        with pydedup.open(store_url, mode="r") as reader:
+            assert reader.remove("m", keep=3, dry_run=True) == ["m@1", "m@3"]
         assert store.remove("m", keep=3) == ["m@1", "m@3"]
         assert [info.version for info in store.versions("m")] == ["2", "4", "5", "6"]
         assert store.remove("m", keep=3) == []
@@ -270,6 +272,7 @@ def test_a_version_whose_alias_is_lost_is_kept(store_url: str) -> None:
         store.alias("m", "prod", "2")
     change(store_url, "DELETE FROM {aliases}")
     with pydedup.open(store_url) as store:
+        assert store.remove("m", keep=1, dry_run=True) == ["m@1"]
         assert store.remove("m", keep=1) == ["m@1"]
 
 

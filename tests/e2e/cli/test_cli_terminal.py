@@ -215,6 +215,15 @@ def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
     assert (status, "removed m@1" in shown) == (0, True)
     status, shown = on_terminal("rm", url, "m", "--keep", "4")
     assert (status, "Remove" in shown) == (0, False)
+    # What is refused is not asked about.
+    status, shown = on_terminal("rm", url, "m@2")
+    said = " ".join(plain(shown))
+    assert (status, "Remove" in said, "'prod' points at m@2" in said) == (2, False, True)
+    # A version whose alias is lost is kept.
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as connection, connection:
+        connection.execute("DELETE FROM pydedup_aliases")
+    status, shown = on_terminal("rm", url, "m", "--keep", "1", answer="y\n")
+    assert (status, "Remove m@3 (24 B) from" in shown, "removed m@3" in shown) == (0, True, True)
 
 
 @pytest.mark.parametrize(
