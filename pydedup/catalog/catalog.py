@@ -13,7 +13,7 @@ from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows, telling_rows
 from pydedup.catalog.aliases import wrong_aliases
 from pydedup.catalog.model import StoredModel, grid_of
-from pydedup.catalog.rows import SUGGESTED_MODELS, known_versions, model_info
+from pydedup.catalog.rows import SUGGESTED_MODELS, model_info
 from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError, UnavailableError
 from pydedup.names import Address, parse_address
 from pydedup.text import did_you_mean, it_has
@@ -103,7 +103,7 @@ class Catalog:
             said = wrong_aliases(row, ()).get(str(parsed.selector))
             if said is not None:
                 return CorruptStoreError(said)
-        known = known_versions(self._adapter, parsed.name)
+        known = [row.version for row in rows]
         known += [alias for _, alias, _ in self._adapter.aliases(parsed.name)]
         return NotFoundError(
             f"{parsed.name!r} has no version or alias {parsed.selector!r}"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, BlockRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import named_pages
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError, PageNotFoundError, UnavailableError
@@ -144,7 +145,7 @@ def record_reads(adapter: Adapter, pool: PagePool, addresses: Collection[str]) -
 
 def _reads(adapter: Adapter, pool: PagePool, model: StoredModel) -> list[tuple[int, int, int, int]]:
     """Return the rows of ``model_pages`` that a model must have."""
-    with sound_rows(adapter, VerifyReport()):
+    with only_sound_rows(adapter):
         recorded = {page_id: size for _, page_id, _, size in adapter.model_pages(model.row.id)}
     places = used_places(model.block_maps())
     rows = []
@@ -243,7 +244,7 @@ def _bases_on(adapter: Adapter, page_ids: Collection[int]) -> dict[int, int]:
     """Return by place the base of each block that a model uses on some pages, or `NO_PLACE`."""
     bases: dict[int, int] = {}
     pages = np.array(list(page_ids), np.int64)
-    with adapter.snapshot(), sound_rows(adapter, VerifyReport()):
+    with adapter.snapshot(), only_sound_rows(adapter):
         for row in adapter.models():
             model = stored_model(adapter, row)
             for block_map in () if model is None else model.block_maps():

@@ -258,12 +258,11 @@ def _bytes_of(rows: Sequence[PageRow]) -> int:
     return sum(row.payload_bytes for row in rows)
 
 
-def retire_orphans(adapter: Adapter, among: Sequence[int] | None = None) -> None:
-    """Retire live pages without an owner, of some or all; inside a transaction of the caller."""
-    found = adapter.orphan_pages(among)
-    orphans = [row.id for row in adapter.page_rows(ids=found, state=LIVE)] if found else []
-    if orphans:
-        adapter.set_page_state(orphans, RETIRED, time.time())
+def _retire_live(adapter: Adapter, orphans: Sequence[int]) -> None:
+    """Retire those of pages without an owner that are live; in the caller's transaction."""
+    live = [row.id for row in adapter.page_rows(ids=orphans, state=LIVE)] if orphans else []
+    if live:
+        adapter.set_page_state(live, RETIRED, time.time())
 
 
 def delete_models(adapter: Adapter, model_ids: Sequence[int]) -> None:
@@ -272,7 +271,7 @@ def delete_models(adapter: Adapter, model_ids: Sequence[int]) -> None:
         rows = [row for model_id in model_ids for row in adapter.model_pages(model_id)]
     for model_id in model_ids:
         adapter.delete_model(model_id)
-    retire_orphans(adapter, [page_id for _, page_id, _, _ in rows])
+    _retire_live(adapter, adapter.orphan_pages([page_id for _, page_id, _, _ in rows]))
 
 
 def collect_abandoned(adapter: Adapter) -> int:
@@ -307,12 +306,13 @@ def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:
             adapter.delete_model(model_id)
         for job_id in dead:
             adapter.delete_job(job_id)
+        orphans = adapter.orphan_pages()
         if nothing_runs:
             # Staged pages have no owner until late: only when nothing runs are they left over,
             # those whose owner was deleted above included.
-            orphans = staged_pages.intersection(adapter.orphan_pages())
-            adapter.set_page_state(sorted(orphans), RETIRED, time.time())
-        retire_orphans(adapter)
+            left = sorted(staged_pages.intersection(orphans))
+            adapter.set_page_state(left, RETIRED, time.time())
+        _retire_live(adapter, orphans)
     refuse_pages_in_use(adapter, adapter.page_ids(RETIRED))
     return len(abandoned)
 
