@@ -126,7 +126,7 @@ class Catalog:
 
     def model(self, address: str) -> StoredModel:
         """Return the model of an address, with what is cached of it."""
-        return self.of_row(self.resolve(address))
+        return self.of_row(self._find(address))
 
     def of_row(self, row: ModelRow) -> StoredModel:
         """Return the model of a row, with what is cached of it. Raises as `resolve` does."""

@@ -29,7 +29,7 @@ from pydedup.blocks import as_unsigned
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, UnavailableError
 from pydedup.pool.admission import Reservation, Shares
 from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
-from pydedup.pool.prefetch import Call
+from pydedup.pool.prefetch import Call, Room
 from pydedup.pool.walks import Walks
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
 from pydedup.windows import Plans, Window
@@ -242,19 +242,8 @@ class PagePool(Walks):
                 self._told[model.owner] = model.state
             self._core.call(model.owner)
         owner = tuple(sorted(model.owner for model in models))
-        # However small the pool, a window may be two pages, a block's and its base's. Those of a
-        # walk and those ahead of it fit beside activations from eight pages on; in less there is
-        # no room to read ahead.
-        most = max(2, self._ahead_pages)
-        room = most * self._loader.largest
-        core, ahead = self._core, self._shares.ahead
-        call = Call(
-            self._last.get(owner, []),
-            self._load_ahead,
-            most,
-            lambda: ahead.try_take(room),
-            lambda: ahead.give_back(room),
-        )
+        core = self._core
+        call = Call(self._last.get(owner, []), self._load_ahead, self._room_ahead)
         self._calls.now = call
         try:
             yield
@@ -265,8 +254,8 @@ class PagePool(Walks):
                 if call.walks:  # else all was there
                     self._last.pop(owner, None)
                     self._last[owner] = call.walks
-                for oldest in list(self._last)[:-_REMEMBERED_CALLS]:
-                    self._last.pop(oldest, None)
+                    for oldest in list(self._last)[:-_REMEMBERED_CALLS]:
+                        self._last.pop(oldest, None)
 
     def reserve(self, nbytes: int) -> Reservation:
         """Take bytes off the budget; see `pydedup.pool.admission.Shares.reserve`."""
@@ -369,6 +358,15 @@ class PagePool(Walks):
     def _calling(self) -> Call | None:
         call: Call | None = getattr(self._calls, "now", None)
         return call
+
+    def _room_ahead(self) -> Room | None:
+        """Take room for pages that a call reads ahead, if there is some."""
+        # However small the pool, a window may be two pages, a block's and its base's. Those of a
+        # walk and those ahead of it fit beside activations from eight pages on; in less there is
+        # no room to read ahead.
+        pages = max(2, self._ahead_pages)
+        nbytes, gate = pages * self._loader.largest, self._shares.ahead
+        return Room(pages, lambda: gate.give_back(nbytes)) if gate.try_take(nbytes) else None
 
     def _load_ahead(self, ids: NDArray[np.int64]) -> list[Page]:
         """Return pages, pinned, read before their use; on a thread that reads for a call.

@@ -12,12 +12,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydedup._core import Page
 from pydedup.windows import Window
 
-__all__ = ["Call", "Lane"]
+__all__ = ["Call", "Lane", "Room"]
 
 #: Windows of a course that are read at once, where two may be held: readers go on with the next one
 #: while the last pages of one are on their way.
@@ -25,6 +25,13 @@ _THREADS = 2
 
 #: Returns pages of a window, pinned, after reading those that miss; on a thread of its own.
 LoadAhead = Callable[[Any], list[Page]]
+
+
+class Room(NamedTuple):
+    """Room that a call has for what it reads ahead."""
+
+    pages: int
+    give_back: Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -179,9 +186,7 @@ class Call:
         self,
         past: list[list[Window]],
         load: LoadAhead,
-        limit: int,
-        take_room: Callable[[], bool],
-        give_room: Callable[[], None],
+        take_room: Callable[[], Room | None],
     ) -> None:
         self.course: _Course | None = None
         self.walks: list[list[Window]] = []  # of this call, in order
@@ -189,10 +194,8 @@ class Call:
         self._at = 0  # of the next walk in `past`, if it is as last time
         self._places: dict[int, int] = {}  # walk in `past` -> its first window on the course
         self._load = load
-        self._limit = limit
         self._take_room = take_room
-        self._give_room = give_room
-        self._has_room = False
+        self._room: Room | None = None
 
     def enter(self, windows: list[Window]) -> Lane:
         """Note that a walk begins."""
@@ -211,15 +214,16 @@ class Call:
         as_last_time = self._at > 0 and self._past[self._at - 1] is walk
         later = self._past[self._at :] if as_last_time else []
         windows = walk[first:] + [window for walk in later for window in walk]
-        self._has_room = self._has_room or (bool(windows) and self._take_room())
-        if not windows or not self._has_room:
+        if windows and self._room is None:
+            self._room = self._take_room()
+        if not windows or self._room is None:
             return False
         place = len(walk) - first
         for number, after in enumerate(later, self._at):
             self._places[number] = place
             place += len(after)
         # Known before it starts: an interrupt may come when a thread of it has begun.
-        self.course = _Course(windows, self._load, self._limit)
+        self.course = _Course(windows, self._load, self._room.pages)
         try:
             self.course.start()
         except RuntimeError:  # no thread is to be had: then without
@@ -230,9 +234,9 @@ class Call:
     def end(self) -> None:
         """Let everything go: the prediction is done, or has failed."""
         self._leave_course()
-        if self._has_room:
-            self._has_room = False
-            self._give_room()
+        if self._room is not None:
+            room, self._room = self._room, None
+            room.give_back()
 
     def _leave_course(self) -> None:
         self._places = {}
