@@ -14,13 +14,13 @@ from numpy.typing import ArrayLike
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import ArgumentError, NotFoundError, PydedupError
+from pydedup.errors import ArgumentError, PydedupError
 from pydedup.graph import Graph
 from pydedup.opening import open_rows
 from pydedup.pool import PagePool
 from pydedup.registry import place_of
 from pydedup.replacement import Trace
-from pydedup.serving.predict import Prediction, predict, predict_together
+from pydedup.serving.predict import Prediction, no_graph, predict, predict_together
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
 from pydedup.types import Progress, ScoreReport, check_progress
 from pydedup.words import OnError
@@ -263,12 +263,7 @@ class StorePredictions:
 
         payload = model.artifact(GRAPH)
         if payload is None:
-            model.check_live()
-            raise NotFoundError(
-                f"{model.address} has no graph to predict with; add it from an ONNX or Keras "
-                "file, as `pydedup add` does, or a torch.nn.Sequential, or give add(graph=...). "
-                "Or give store.attach() a torch module of its architecture"
-            )
+            raise no_graph(model)
         outputs = run_onnx(
             model, payload, lambda tensor: self._stored_tensor(model, tensor), self._pool, x
         )

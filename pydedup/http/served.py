@@ -16,7 +16,6 @@ from pydedup import config
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import StoredModel
-from pydedup.errors import NotFoundError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.http.onnx_signature import onnx_signature
@@ -24,7 +23,7 @@ from pydedup.http.shapes import Signature, signature_of
 from pydedup.opening import connect_store
 from pydedup.registry import place_of
 from pydedup.replacement import DEFAULT_POLICY, check_policy
-from pydedup.serving.predict import Prediction, as_predicted
+from pydedup.serving.predict import Prediction, as_predicted, no_graph
 from pydedup.store import Store
 from pydedup.types import GRAPH_ARTIFACT
 from pydedup.words import Replacement
@@ -66,7 +65,7 @@ class Served:
     @property
     def address(self) -> str:
         """``name@version``."""
-        return f"{self.name}@{self.version}"
+        return self.row.address
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +125,7 @@ class ServedStore(Store):
             return Served(row, graph, signature_of(graph, weights))
         payload = model.artifact(ONNX_GRAPH)
         if payload is None:
-            model.check_live()
-            raise NotFoundError(
-                f"{model.address} has no graph to predict with; add it with graph=..., or from "
-                "a torch.nn.Sequential, Keras or ONNX model"
-            )
+            raise no_graph(model)
         return Served(row, None, onnx_signature(payload))
 
     def predict_served(

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import StoredModel
-from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.errors import ArgumentError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph, Node
 from pydedup.operations import KEEPING_SHAPE
+from pydedup.serving.predict import no_graph
 from pydedup.text import plural
 
 __all__ = [
@@ -68,11 +69,7 @@ def graph_of(model: StoredModel, needed: str = _IN_SQL) -> Graph:
     """Return a model's graph. Raises NotFoundError when the store knows none."""
     graph = model.graph()
     if graph is None:
-        raise NotFoundError(
-            f"{model.address} has no graph to predict with{needed}; add it from an ONNX or Keras "
-            "file, as `pydedup add` does, or a torch.nn.Sequential, of layers that pydedup knows, "
-            "or give add(..., graph=...)"
-        )
+        raise no_graph(model, needed)
     return graph
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup.blocks import as_array
 from pydedup.catalog import StoredModel
-from pydedup.errors import ArgumentError, PydedupError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, NotFoundError, PydedupError, UnsupportedFormatError
 from pydedup.graph import Graph
 from pydedup.pool import PagePool
 from pydedup.serving.engine import Tensors, run_graph, run_together
@@ -31,6 +31,7 @@ __all__ = [
     "as_predicted",
     "by_name",
     "let_go",
+    "no_graph",
     "predict",
     "predict_together",
 ]
@@ -120,6 +121,16 @@ def as_input(x: ArrayLike, name: str) -> _Array:
             return torch_tensors.to_numpy(tensor)
         except UnsupportedFormatError as error:
             raise ArgumentError(str(error)) from error
+
+
+def no_graph(model: StoredModel, needed: str = "") -> NotFoundError:
+    """Return the error of a model that has no graph, or raise that it was removed."""
+    model.check_live()
+    return NotFoundError(
+        f"{model.address} has no graph to predict with{needed}; add it from an ONNX or Keras file, "
+        "as `pydedup add` does, or a torch.nn.Sequential, of layers that pydedup knows, or give "
+        "add(graph=...). Or give store.attach() a torch module of its architecture"
+    )
 
 
 def predict(request: Prediction, tensor_of: TensorOf, pool: PagePool, *, ahead: bool = True) -> Any:
