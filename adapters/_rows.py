@@ -406,7 +406,8 @@ def plain_key(value: Any) -> Any:
 
 
 def words_of(error: BaseException) -> str:
-    """Return what a driver's error says, in one line."""
+    """Return what a driver's error says, in one line, with the advice that PostgreSQL may have."""
     diagnosis = getattr(error, "diag", None)
     said = getattr(diagnosis, "message_primary", None) or getattr(error, "msg", None) or str(error)
-    return " ".join(str(said).split()) or type(error).__name__
+    hint = getattr(diagnosis, "message_hint", None)
+    return " ".join(f"{said}{f' ({hint})' if hint else ''}".split()) or type(error).__name__

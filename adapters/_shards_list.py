@@ -10,7 +10,7 @@ that got no further is read like a shard that lacks all of its pages, and not wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
@@ -133,7 +133,7 @@ class ShardedList(ShardedReads):
                 f"{found.empty[0].shown} holds no pages of any store; {self._listed(ring)}{advice}"
             )
         if len(left) != len(found.silent):
-            raise ArgumentError(f"the list has {len(self._shards)} shards; {self._listed(ring)}")
+            raise ArgumentError(f"the list has {_count(self._shards)}; {self._listed(ring)}")
         matched = dict(found.shards)
         # Where they were tells who is who of several; if they moved meanwhile, connecting says so.
         same = {
@@ -152,7 +152,7 @@ class ShardedList(ShardedReads):
 
     def _listed(self, ring: Ring) -> str:
         places = ", ".join(sorted(ring.shards.values()))
-        return f"the store {self._url} has {len(ring.shards)} shards: {places}"
+        return f"the store {self._url} has {_count(ring.shards)}: {places}"
 
     # ---- while it is open ---------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class ShardedList(ShardedReads):
                 f"{listed}. A store is brought onto other shards with pydedup copy"
             )
         if len(self._shards) != len(ring.shards):
-            raise ArgumentError(f"the list has {len(self._shards)} shards; {listed}")
+            raise ArgumentError(f"the list has {_count(self._shards)}; {listed}")
         if ring.replicas == 1:
             raise ArgumentError(
                 f"{new} cannot be filled: the store was created with replicas=1, so what was on "
@@ -310,6 +310,10 @@ def _refuse_replaced(ring: Ring, shard: Shard, shard_id: str, name: str) -> None
             f"{shard.shown} was lost, and {ring.shards[shard_id]} has taken its place: list that "
             "one, and drop the schema of the lost one before it is used for anything"
         )
+
+
+def _count(shards: Sized) -> str:
+    return "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
 
 
 def _list_lock(ring: Ring) -> int:

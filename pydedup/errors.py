@@ -59,6 +59,17 @@ __all__ = [
 ]
 
 
+def not_installed(what: str, error: ImportError, extra: str) -> str:
+    """Return the message for where an extra is missing: what needs it, and how to get it.
+
+    A package that is there and cannot be imported, for a library that it lacks, says so itself.
+    """
+    return (
+        f"{what} needs something that is not installed ({error}); install it with: "
+        f"pip install 'pydedup[{extra}]'"
+    )
+
+
 class PydedupError(Exception):
     """Root of all exceptions raised by pydedup.
 

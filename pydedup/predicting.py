@@ -152,7 +152,7 @@ class StorePredictions:
         """
         from pydedup.formats.torch_tensors import require_torch
 
-        require_torch("attach needs")
+        require_torch("attach")
         from pydedup.serving import layers
 
         layers.attach(module, name, self._catalog, self._pool, self._adapter.epoch, prefix)
@@ -166,7 +166,7 @@ class StorePredictions:
         """
         from pydedup.formats.torch_tensors import require_torch
 
-        require_torch("detach needs")
+        require_torch("detach")
         from pydedup.serving import layers
 
         layers.detach(module, self._catalog)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, SupportsIndex, cast, get
 
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, not_installed
 from pydedup.text import is_cut
 from pydedup.words import OpenMode, check_word
 
@@ -67,34 +67,30 @@ class Connect(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _BuiltIn:
-    """An adapter of ours: where it is, and how to get what it needs."""
+    """An adapter of ours: where it is, and the extra that has its driver, where Python has none."""
 
     target: str
-    install: str
+    extra: str = ""
 
 
-_POSTGRES = _BuiltIn("pydedup.adapters.postgres:connect", "pip install -U 'pydedup[postgres]'")
-_MYSQL = _BuiltIn("pydedup.adapters.mysql:connect", "pip install -U 'pydedup[mysql]'")
+_POSTGRES = _BuiltIn("pydedup.adapters.postgres:connect", "postgres")
+_MYSQL = _BuiltIn("pydedup.adapters.mysql:connect", "mysql")
 _BUILT_IN: Final = {
-    "sqlite": _BuiltIn("pydedup.adapters.sqlite:connect", "pip install -U pydedup"),
+    "sqlite": _BuiltIn("pydedup.adapters.sqlite:connect"),
     "postgresql": _POSTGRES,
     "postgres": _POSTGRES,
-    "postgresql+shards": _BuiltIn("pydedup.adapters.postgres_shards:connect", _POSTGRES.install),
+    "postgresql+shards": _BuiltIn("pydedup.adapters.postgres_shards:connect", _POSTGRES.extra),
     "mysql": _MYSQL,
     "mariadb": _MYSQL,
 }
 
 #: What replaces a part of a store that is lost, where stores have parts.
 _REPLACING: Final = {
-    "postgresql+shards": _BuiltIn(
-        "pydedup.adapters.postgres_shards:replace_lost", _POSTGRES.install
-    ),
+    "postgresql+shards": _BuiltIn("pydedup.adapters.postgres_shards:replace_lost", _POSTGRES.extra),
 }
 
 #: A SQLite file that need be no store.
-_USER_FILE: Final = _BuiltIn(
-    "pydedup.adapters._sqlite_user_file:connect", _BUILT_IN["sqlite"].install
-)
+_USER_FILE: Final = _BuiltIn("pydedup.adapters._sqlite_user_file:connect")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 # A URL without its colon, or what libpq and others take for a connection: never a file to create.
@@ -336,10 +332,11 @@ def _load(scheme: str, built_in: _BuiltIn) -> Connect:
     try:
         return cast(Connect, getattr(importlib.import_module(module), name))
     except ImportError as error:
-        raise ArgumentError(
-            f"{scheme}:// needs something that is not installed ({error}); install it with: "
-            f"{built_in.install}"
-        ) from error
+        if not built_in.extra:
+            raise ArgumentError(
+                f"{scheme}:// needs a Python that has sqlite3, and this one lacks it ({error})"
+            ) from error
+        raise ArgumentError(not_installed(f"{scheme}://", error, built_in.extra)) from error
 
 
 def _load_point(point: EntryPoint) -> Connect:

@@ -164,7 +164,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """
         from pydedup.formats.torch_tensors import require_torch, to_torch
 
-        require_torch("load_torch needs")
+        require_torch("load_torch")
         model = self._catalog.model(name)
         wanted = None if dtype is None else DType.of_floats(dtype)
         firsts = _first_names(model)
@@ -380,7 +380,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
 
     @property
     def quotas(self) -> Quotas:
-        """Limits on what models with a value of a metadata key may take: set, remove, list."""
+        """What models with a value of a metadata key may take: `set`, `remove`, iterate."""
         from pydedup.quotas import Quotas
 
         return Quotas(self._adapter)

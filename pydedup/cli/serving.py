@@ -16,7 +16,7 @@ from pydedup import config, text
 from pydedup.cli import options, output
 from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import Watch
-from pydedup.errors import UnsupportedFormatError
+from pydedup.errors import UnsupportedFormatError, not_installed
 from pydedup.registry import redact
 from pydedup.replacement import DEFAULT_POLICY, POLICIES, Trace
 from pydedup.words import Replacement
@@ -145,9 +145,7 @@ def serve(
         from pydedup.http.access import read_token
         from pydedup.http.options import ServeOptions as Chosen
     except ModuleNotFoundError as error:
-        raise UnsupportedFormatError(
-            f"serving needs the package {error.name!r}: pip install 'pydedup[serve]'"
-        ) from None
+        raise UnsupportedFormatError(not_installed("serving", error, "serve")) from None
     # ``limits`` are what a server here and replicas on a cluster call as the options are called.
     limits["max_body"] = config.parse_bytes(max_body)
     limits["max_answer"] = config.parse_bytes(max_answer)

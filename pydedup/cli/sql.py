@@ -46,7 +46,7 @@ def install(url: str, python_path: str | None, as_json: bool) -> None:
 
     Needs a superuser, since what is written in PL/Python runs with the rights of the server's own
     account. The Python of the server must find pydedup: install it for that Python into a folder
-    (python3 -m pip install --target FOLDER pydedup) and name the folder with --python-path.
+    (python3 -m pip install --target FOLDER . in a checkout) and name the folder with --python-path.
     """
     options.read_store(url).close()
     with registry.opened(url, mode="a") as adapter:

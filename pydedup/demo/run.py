@@ -24,7 +24,7 @@ from pydedup.demo import show
 from pydedup.demo.checks import Comparison, accuracy, compare_outputs, differing_tensors
 from pydedup.demo.data import Task, WordVectors, load_tasks, load_vectors, predict_all
 from pydedup.demo.packages import default_cache, ensure_packages, unpack
-from pydedup.errors import ArgumentError, PydedupError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, PydedupError, UnsupportedFormatError, not_installed
 from pydedup.types import AddReport
 
 if TYPE_CHECKING:
@@ -165,10 +165,7 @@ def _require_torch() -> None:
     try:
         import torch  # noqa: F401 - asked for now, so that nobody waits for a download first
     except ImportError as error:
-        raise UnsupportedFormatError(
-            "the demo trains its models with torch, which is not installed; "
-            "install it with: pip install 'pydedup[demo]'"
-        ) from error
+        raise UnsupportedFormatError(not_installed("the demo", error, "demo")) from error
 
 
 def _clear(store: pydedup.Store, console: Console) -> None:

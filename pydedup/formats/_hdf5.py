@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError, not_installed
 from pydedup.formats._files import RawFile
 from pydedup.formats._hdf5_probe import Window, survives
 from pydedup.formats.base import Array
@@ -79,10 +79,7 @@ def import_h5py() -> Any:
     try:
         import h5py  # type: ignore[import-untyped]
     except ImportError as exc:
-        raise UnsupportedFormatError(
-            "Keras and HDF5 files need h5py, which is not installed; "
-            "run: pip install 'pydedup[keras]'"
-        ) from exc
+        raise UnsupportedFormatError(not_installed("a Keras or HDF5 file", exc, "keras")) from exc
     return h5py
 
 

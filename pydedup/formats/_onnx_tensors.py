@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pydedup.errors import FormatError, UnsupportedFormatError
+from pydedup.errors import FormatError, UnsupportedFormatError, not_installed
 from pydedup.formats.base import Array, TensorEntry
 from pydedup.types import DType
 
@@ -64,10 +64,7 @@ def import_onnx() -> Any:
     try:
         import onnx
     except ImportError as exc:
-        raise UnsupportedFormatError(
-            "ONNX models need the package onnx, which is not installed; "
-            "run: pip install 'pydedup[onnx]'"
-        ) from exc
+        raise UnsupportedFormatError(not_installed("an ONNX file", exc, "onnx")) from exc
     return onnx
 
 

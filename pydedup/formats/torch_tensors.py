@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pydedup.errors import ArgumentError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, UnsupportedFormatError, not_installed
 from pydedup.formats.base import Array, TensorEntry
 from pydedup.types import DType
 from pydedup.words import Device
@@ -129,14 +129,12 @@ def is_module(value: object) -> bool:
     return isinstance(value, torch.nn.Module)
 
 
-def require_torch(what: str = "torch files need") -> None:
-    """Raise UnsupportedFormatError where torch is not installed."""
+def require_torch(what: str = "a torch file") -> None:
+    """Raise UnsupportedFormatError, which says what needs it, where torch is not installed."""
     try:
         import torch  # noqa: F401
     except ImportError as exc:
-        raise UnsupportedFormatError(
-            f"{what} torch, which is not installed; run: pip install 'pydedup[torch]'"
-        ) from exc
+        raise UnsupportedFormatError(not_installed(what, exc, "torch")) from exc
 
 
 def dtypes() -> dict[torch.dtype, DType]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydedup.errors import FormatError, UnsupportedFormatError
+from pydedup.errors import FormatError, UnsupportedFormatError, not_installed
 from pydedup.http.shapes import Signature, TensorSpec
 
 __all__ = ["onnx_signature"]
@@ -38,10 +38,7 @@ def onnx_signature(payload: bytes) -> Signature:
     try:
         import onnx
     except ImportError as error:
-        raise UnsupportedFormatError(
-            "this ONNX model is served by packages that are not installed; run: "
-            "pip install 'pydedup[onnx]'"
-        ) from error
+        raise UnsupportedFormatError(not_installed("this ONNX model", error, "onnx")) from error
     try:
         graph = onnx.ModelProto.FromString(payload).graph
     except Exception as error:  # DecodeError lives in the protobuf package

@@ -40,7 +40,10 @@ def set_alias(
         if version_of(adapter, name, alias) is not None:
             raise ArgumentError(f"{alias!r} is a version of {name}; choose another alias")
         if version is None:
-            raise NotFoundError(f"{name!r} has no alias {alias!r}")
+            with only_sound_rows(adapter):
+                known = [other for _, other, _ in adapter.aliases(name)]
+            others = it_has(alias, known) if known else ", nor any other"
+            raise NotFoundError(f"{name!r} has no alias {alias!r}{others}")
         row = version_of(adapter, name, version)
         if row is None:
             known = known_versions(adapter, name)
@@ -119,7 +122,8 @@ def _doomed(adapter: Adapter, catalog: Catalog, name: str, all_versions: bool) -
             if len(rows) > 1:
                 raise ArgumentError(
                     f"{name!r} has {len(rows)} versions; name one, e.g. {name}@{rows[0].version}, "
-                    "or remove all of them (all_versions=True, --all-versions)"
+                    "or remove all (all_versions=True, --all-versions) or all but the newest "
+                    "(keep=1, --keep 1)"
                 )
         elif row.version != address.selector:
             raise ArgumentError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydedup.ray.cluster import INSTALL, attached
+from pydedup.ray.cluster import attached
 from pydedup.ray.score import score
 
 if TYPE_CHECKING:
@@ -28,10 +28,8 @@ if not TYPE_CHECKING:  # to a type checker, names that there are not stay unknow
             try:
                 from pydedup.ray.serving import application
             except ModuleNotFoundError as error:
-                from pydedup.errors import ArgumentError
+                from pydedup.errors import ArgumentError, not_installed
 
-                raise ArgumentError(
-                    f"serving needs the package {error.name!r}: {INSTALL}"
-                ) from error
+                raise ArgumentError(not_installed("serving", error, "ray")) from error
             return getattr(application, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,13 +28,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from pydedup.errors import ArgumentError, ClusterError
+from pydedup.errors import ArgumentError, ClusterError, not_installed
 from pydedup.ray.probe import probe
 from pydedup.registry import redact
 from pydedup.text import without_secrets
 
 __all__ = [
-    "INSTALL",
     "LOST",
     "Secret",
     "attached",
@@ -45,7 +44,6 @@ __all__ = [
     "use_threads",
 ]
 
-INSTALL: Final = "pip install 'pydedup[ray]'"
 LOST: Final = "the connection to the Ray cluster was lost"
 #: The oldest that tests were run with (of 2.31, datasets and dying replicas fail), and the first
 #: that may lack what is called here.
@@ -88,14 +86,12 @@ def import_ray(module: str = "ray") -> Any:
             if module == "ray.data":
                 found.DataContext.get_current()  # made at first use
     except ImportError as error:
-        raise ArgumentError(
-            f"Ray is not installed, or not all of it ({error}); install it with: {INSTALL}"
-        ) from error
+        raise ArgumentError(not_installed("pydedup.ray", error, "ray")) from error
     numbers = tuple(int(part) for part in re.findall(r"\d+", str(ray.__version__))[:2])
     if not _OLDEST <= numbers < _TOO_NEW:
         raise ArgumentError(
             f"Ray {ray.__version__} is installed, and pydedup needs {_OLDEST[0]}.{_OLDEST[1]} or "
-            f"newer, below {_TOO_NEW[0]}; install one that fits with: pip install -U "
+            f"newer, below {_TOO_NEW[0]}; install one that fits with: pip install "
             "'pydedup[ray]'"
         )
     return found

@@ -19,8 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from pydedup.adapter_options import RowColumn, RowStream
-from pydedup.errors import ArgumentError, FormatError, NotFoundError
-from pydedup.ray.cluster import INSTALL
+from pydedup.errors import ArgumentError, FormatError, NotFoundError, not_installed
 from pydedup.ray.score_plan import FilePart, part_file
 
 __all__ = [
@@ -45,9 +44,7 @@ def _arrow() -> Any:
     try:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ArgumentError(
-            f"Parquet needs pyarrow, which is not installed ({error}); install it with: {INSTALL}"
-        ) from error
+        raise ArgumentError(not_installed("Parquet", error, "ray")) from error
     return pyarrow
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog
-from pydedup.errors import UnsupportedFormatError
+from pydedup.errors import UnsupportedFormatError, not_installed
 from pydedup.names import check_path
 from pydedup.pool import PagePool
 from pydedup.replacement import Trace
@@ -37,9 +37,7 @@ def report(
     try:
         from pydedup.report.html import render
     except ModuleNotFoundError as error:
-        raise UnsupportedFormatError(
-            f"reports need the package {error.name!r}: pip install 'pydedup[report]'"
-        ) from None
+        raise UnsupportedFormatError(not_installed("a report", error, "report")) from None
     target = None if path is None else Path(check_path(path, "path"))
     found = gather(adapter, catalog, pool, models, trace)
     page = ReportPage(render(found))

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import config
 from pydedup.blocks import BlockMap, as_dtype
 from pydedup.catalog import StoredModel
-from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError, not_installed
 from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
 from pydedup.pool import PagePool, Reservation
 from pydedup.pool.admission import Gate
@@ -349,10 +349,7 @@ def _import_onnxruntime() -> Any:
         import onnx  # noqa: F401
         import onnxruntime  # type: ignore[import-untyped]
     except ImportError as exc:
-        raise UnsupportedFormatError(
-            f"predictions of this ONNX model need the package {exc.name}, which is not installed; "
-            "run: pip install 'pydedup[onnx]'"
-        ) from exc
+        raise UnsupportedFormatError(not_installed("this ONNX model", exc, "onnx")) from exc
     return onnxruntime
 
 

@@ -96,8 +96,15 @@ def test_what_is_missing_comes_with_how_to_get_it(
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ArgumentError) as caught:
         registry.connect(url, mode="a")
-    assert f"pip install -U 'pydedup[{extra}]'" in str(caught.value)
+    assert f"pip install 'pydedup[{extra}]'" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_python_without_sqlite_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advice was to install pydedup again."""
+    monkeypatch.setitem(sys.modules, "pydedup.adapters.sqlite", None)
+    with pytest.raises(ArgumentError, match="needs a Python that has sqlite3, and this one lacks"):
+        registry.connect("sqlite:///x.db", mode="r")
 
 
 class Points:

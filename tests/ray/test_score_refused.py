@@ -161,7 +161,7 @@ def test_a_machine_without_the_driver_or_the_model_says_so(
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     said = str(hindrance(settings("postgresql://me:pa55word@db/x"), version))
-    assert "pip install -U 'pydedup[postgres]'" in said
+    assert "pip install 'pydedup[postgres]'" in said
     assert "pa55word" not in said
 
 

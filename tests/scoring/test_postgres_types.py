@@ -387,6 +387,15 @@ def test_a_query_that_does_not_only_read_is_no_fault_of_the_server(
         assert [row for found in stream for row in found] == [(1, 2)]
 
 
+def test_what_the_server_advises_is_passed_on(rows: RowAdapter) -> None:
+    query = "SELECT oid AS id, relpage AS f FROM pg_class"
+    with (
+        pytest.raises(ArgumentError, match=r'"relpage" does not exist \(.*"pg_class.relpages"'),
+        rows.read_rows(query, 1),
+    ):
+        pass
+
+
 def test_a_schema_may_be_called_otherwise_than_tables(postgres_url: str) -> None:
     """Where it is the first of the search path, a name of a table alone means one of it."""
     model, graph = linear()

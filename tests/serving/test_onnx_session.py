@@ -374,7 +374,7 @@ def test_without_the_runtime(
     store.add("m", path.rename(tmp_path / "m.onnx"))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
-        UnsupportedFormatError, match=r"package onnxruntime, which is not installed"
+        UnsupportedFormatError, match=r"this ONNX model .* not installed \(import of onnxruntime"
     ):
         store.predict("m", X)
 

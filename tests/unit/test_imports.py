@@ -146,7 +146,8 @@ with pydedup.open(sys.argv[1]) as store:
 """
     said = in_child(code, str(tmp_path / "m.db")).splitlines()
     for call, line in zip(("attach", "detach", "load_torch"), said, strict=True):
-        assert line.startswith(f"{call} needs torch, which is not installed; run: pip install")
+        assert line.startswith(f"{call} needs something that is not installed (import of torch")
+        assert line.endswith("install it with: pip install 'pydedup[torch]'")
 
 
 def test_star_import_gives_the_public_names() -> None:

@@ -28,6 +28,7 @@ def test_the_order_of_shards_means_nothing(store: Adapter, place: ShardedPlace) 
 def test_a_list_that_is_not_the_stores_is_refused(place: ShardedPlace) -> None:
     for mode in "ar":
         refused(place.url(shards=[0, 2]), "the list has 2 shards", "has 3 shards", mode=mode)
+        refused(place.url(shards=[0]), "the list has 1 shard;", mode=mode)
         refused(place.url(shards=[0, 1, 1]), "listed twice", mode=mode)
         refused(place.url(replicas=2), "replicas=1, not 2", mode=mode)
     again = place.servers[1].replace("postgres@/", "postgres@localhost/")  # the same by other words
