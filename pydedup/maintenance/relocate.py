@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
 from pydedup.blocks import BlockMap
+from pydedup.catalog import tags_of
 from pydedup.errors import ConflictError
 from pydedup.jobs import LEASE_SECONDS, Job
 from pydedup.layout import (
@@ -148,7 +149,8 @@ def relocate(
                 pages_of_deltas.update(_pages_of_deltas(old_maps[ordinal], table))
             before, after = used_places(old_maps), used_places(maps)
             used = np.unique(split_places(after)[0]).tolist()
-            replace_maps(adapter, row, changed, used)
+            parts = {ordinal: list(new.parts()) for ordinal, new in changed.items()}
+            replace_maps(adapter, row, parts, tags_of(adapter, used))
             _change_reads(mine, before, after, moves, damaged, pool)
             adapter.delete_model_pages(row.id)
             adapter.insert_model_pages((row.id, page, *figures) for page, figures in mine.items())

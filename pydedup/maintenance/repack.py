@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, Adapter, ModelRow
-from pydedup.blocks import BlockMap
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.catalog import Catalog, StoredModel, tags_of
 from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
@@ -131,10 +130,10 @@ class Repacked(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """What a new layout changes for one model: its block maps, and what it reads."""
+    """What a new layout changes for one model: parts of its block maps, and what it reads."""
 
     row: ModelRow
-    maps: list[BlockMap]
+    maps: dict[int, list[bytes]]
     reads: list[tuple[int, int, int]]
 
 
@@ -192,7 +191,7 @@ def repack(
                 progress("repacking", len(new_ids), len(layout.pages))
         _stage_deltas(adapter, places, new_places, moved, job)
         moves = [
-            _move(model, places, new_places)
+            _move(model, places, new_places, moved)
             for model, owned in zip(plan.models, places.owners, strict=True)
             if moved[owned].any()
         ]
@@ -340,15 +339,22 @@ def _stage_deltas(
             job.beat()
 
 
-def _move(model: StoredModel, places: _Places, new_places: NDArray[np.int64]) -> _Move:
-    maps, used = [], []
-    for old in model.block_maps():
-        count, bases = old.grid.count, base_places(old)
+def _move(
+    model: StoredModel,
+    places: _Places,
+    new_places: NDArray[np.int64],
+    moved: NDArray[np.bool_],
+) -> _Move:
+    maps, used = {}, []
+    for ordinal, old in enumerate(model.block_maps()):
         # Behind the blocks come the bases of those that have one, in their order.
         numbers = places.numbers(map_places(old))
-        bases[bases != NO_PLACE] = new_places[numbers[count:]]
-        maps.append(map_at(old.grid, old.dtype, new_places[numbers[:count]], bases))
         used.append(numbers)
+        if moved[numbers].any():
+            count, bases = old.grid.count, base_places(old)
+            bases[bases != NO_PLACE] = new_places[numbers[count:]]
+            new = map_at(old.grid, old.dtype, new_places[numbers[:count]], bases)
+            maps[ordinal] = list(new.parts())  # not while others wait for the transaction
     every = joined(used)
     reads = pages_read(new_places[every], codec.page_cost(places.lengths[every]))
     return _Move(model.row, maps, list(reads))
@@ -361,9 +367,10 @@ def _publish(
     with adapter.transaction():
         if not adapter.bump_epoch(plan.epoch):
             return None
+        tags = tags_of(adapter, [*plan.kept.tolist(), *new_ids])
         for move in moves:
-            pages = [page_id for page_id, _, _ in move.reads]
-            replace_maps(adapter, move.row, dict(enumerate(move.maps)), pages)
+            known = {page_id: tags[page_id] for page_id, _, _ in move.reads if page_id in tags}
+            replace_maps(adapter, move.row, move.maps, known)
             adapter.delete_model_pages(move.row.id)
             adapter.insert_model_pages((move.row.id, *read) for read in move.reads)
         kept = set(plan.kept.tolist())

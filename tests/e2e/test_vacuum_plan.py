@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,32 @@ def test_what_a_removed_model_leaves_on_a_page_of_others_is_freed(
     np.testing.assert_array_equal(store.load("a")["w"], models["a"]["w"])
     assert store.verify().ok
     assert store.vacuum(dry_run=True).repacked_pages == 0
+
+
+def test_block_maps_of_what_stays_are_not_written_anew(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else can publish meanwhile."""
+    rng = np.random.default_rng(0)
+    large = rng.random((4000, 512), np.float32)
+    own = {name: rng.random((320, 320), np.float32) for name in "ab"}
+    store.add("large", {"w": large}, policy=policies.Exact())
+    models = {"a": {"w": large, "own": own["a"]}, "b": {"w": own["b"]}}
+    store.add_many(models, policy=policies.Exact())
+    store.remove("b")
+    adapter, written = store._adapter, list[tuple[int, int]]()
+    replace = adapter.replace_block_map
+
+    def noting(model_id: int, ordinal: int, parts: Sequence[bytes]) -> None:
+        written.append((model_id, ordinal))
+        replace(model_id, ordinal, parts)
+
+    monkeypatch.setattr(adapter, "replace_block_map", noting)
+    assert store.vacuum().rewritten_pages == 1
+    assert written == [(store.info("a").info.id, 1)]
+    for tensor, array in store.load("a").items():
+        np.testing.assert_array_equal(array, models["a"][tensor])
+    assert store.verify().ok
 
 
 def test_pages_published_before_the_plan_count(
