@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
-from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog, page_readers
 from pydedup.errors import CorruptStoreError, ReadOnlyError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
 from pydedup.maintenance.repack import UNUSED_PART, Repacked, RepackPlan, plan_repack, repack
 from pydedup.maintenance.rows import refuse_pages_in_use
+from pydedup.maintenance.versions import retire_pages
 from pydedup.pool import PagePool
 from pydedup.signatures import drop_dead_segments, drop_segment
 from pydedup.text import listed, plural
@@ -32,7 +32,6 @@ __all__ = [
     "ModelReads",
     "VacuumReport",
     "collect_abandoned",
-    "delete_models",
     "plan_vacuum",
     "read_amplification",
     "vacuum_store",
@@ -258,22 +257,6 @@ def _bytes_of(rows: Sequence[PageRow]) -> int:
     return sum(row.payload_bytes for row in rows)
 
 
-def _retire_live(adapter: Adapter, orphans: Sequence[int]) -> None:
-    """Retire those of pages without an owner that are live; in the caller's transaction."""
-    live = [row.id for row in adapter.page_rows(ids=orphans, state=LIVE)] if orphans else []
-    if live:
-        adapter.set_page_state(live, RETIRED, time.time())
-
-
-def delete_models(adapter: Adapter, model_ids: Sequence[int]) -> None:
-    """Delete models and retire the pages that none is left to read; in the caller's transaction."""
-    with only_sound_rows(adapter):  # what damaged rows say of pages, a vacuum finds out
-        rows = [row for model_id in model_ids for row in adapter.model_pages(model_id)]
-    for model_id in model_ids:
-        adapter.delete_model(model_id)
-    _retire_live(adapter, adapter.orphan_pages([page_id for _, page_id, _, _ in rows]))
-
-
 def collect_abandoned(adapter: Adapter) -> int:
     """Delete what dead adds and copies left; returns how many pages that were.
 
@@ -312,7 +295,7 @@ def _collect_and_retire(adapter: Adapter, lease_seconds: float) -> int:
             # those whose owner was deleted above included.
             left = sorted(staged_pages.intersection(orphans))
             adapter.set_page_state(left, RETIRED, time.time())
-        _retire_live(adapter, orphans)
+        retire_pages(adapter, orphans)
     refuse_pages_in_use(adapter, adapter.page_ids(RETIRED))
     return len(abandoned)
 

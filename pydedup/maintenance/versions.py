@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changing what names mean: moving aliases, removing versions. Adding one is `pydedup.ingest`."""
+"""Changing what names mean: moving aliases, removing versions. Adding one is `pydedup.ingest`.
+
+What a vacuum needs is not imported here: moving an alias takes less time than that.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 
-from pydedup.adapter import LIVE, STAGING, Adapter
+from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import (
     Catalog,
@@ -17,11 +21,10 @@ from pydedup.catalog import (
     version_of,
 )
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
-from pydedup.maintenance.vacuum import delete_models
 from pydedup.names import Address, check_name, parse_address
 from pydedup.text import it_has, plural
 
-__all__ = ["remove", "set_alias"]
+__all__ = ["delete_models", "remove", "retire_pages", "set_alias"]
 
 
 def set_alias(
@@ -75,6 +78,22 @@ def remove(
         catalog.forget(model_id)
     adapter.checkpoint()
     return list(doomed.values())
+
+
+def retire_pages(adapter: Adapter, orphans: Sequence[int]) -> None:
+    """Retire those of pages without an owner that are live; in the caller's transaction."""
+    live = [row.id for row in adapter.page_rows(ids=orphans, state=LIVE)] if orphans else []
+    if live:
+        adapter.set_page_state(live, RETIRED, time.time())
+
+
+def delete_models(adapter: Adapter, model_ids: Sequence[int]) -> None:
+    """Delete models and retire the pages that none is left to read; in the caller's transaction."""
+    with only_sound_rows(adapter):  # what damaged rows say of pages, a vacuum finds out
+        rows = [row for model_id in model_ids for row in adapter.model_pages(model_id)]
+    for model_id in model_ids:
+        adapter.delete_model(model_id)
+    retire_pages(adapter, adapter.orphan_pages([page_id for _, page_id, _, _ in rows]))
 
 
 def _older(

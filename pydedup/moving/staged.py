@@ -15,7 +15,7 @@ from pydedup.errors import DuplicateError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.layout import block_places
-from pydedup.maintenance.vacuum import delete_models
+from pydedup.maintenance.versions import delete_models
 from pydedup.moving.plan import Item, aliases_of
 from pydedup.moving.source import SourceModel
 

@@ -72,6 +72,26 @@ print(json.dumps([result.tolist(), sorted(set(sys.modules) - before)]))
     assert sorted(set(loaded) & set(NEEDLESS)) == []
 
 
+def test_an_alias_and_a_removal_load_no_vacuum(tmp_path: Path) -> None:
+    """Which took longer to load than they take."""
+    url = f"sqlite:///{tmp_path / 'models.db'}"
+    with pydedup.open(url) as store:
+        for _ in range(2):
+            store.add("m", {"w": np.ones(3)})
+    code = """
+import json, sys
+import pydedup
+with pydedup.open(sys.argv[1]) as store:
+    store.alias("m", "prod", "2")
+    removed = store.remove("m@1")
+print(json.dumps([removed, sorted(sys.modules)]))
+"""
+    removed, loaded = json.loads(in_child(code, url))
+    assert removed == ["m@1"]
+    assert "pydedup.maintenance.versions" in loaded
+    assert not {"pydedup.maintenance.vacuum", "pydedup.ingest", "pydedup.formats"} & set(loaded)
+
+
 def test_names_are_there_after_import_pydedup_alone() -> None:
     """Each is asked for in a child of a process that has imported nothing else."""
     expressions = [
