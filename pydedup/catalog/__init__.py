@@ -8,7 +8,7 @@ adding and publishing (`pydedup.ingest`).
 
 from __future__ import annotations
 
-from pydedup.catalog.aliases import point_alias, recorded_aliases, wrong_aliases
+from pydedup.catalog.aliases import aliases_of, point_alias, recorded_aliases, wrong_aliases
 from pydedup.catalog.catalog import Catalog
 from pydedup.catalog.digests import (
     ModelDigest,
@@ -38,6 +38,7 @@ __all__ = [
     "SourceHashes",
     "StoredModel",
     "added_as",
+    "aliases_of",
     "certificate_of",
     "check_row",
     "known_versions",

@@ -12,7 +12,15 @@ from pydedup.catalog.rows import recorded_certificate, with_recorded
 from pydedup.certificates import ALIASES
 from pydedup.errors import CorruptStoreError
 
-__all__ = ["point_alias", "recorded_aliases", "wrong_aliases"]
+__all__ = ["aliases_of", "point_alias", "recorded_aliases", "wrong_aliases"]
+
+
+def aliases_of(adapter: Adapter, name: str | None = None) -> dict[int, list[str]]:
+    """Return the aliases of models, by model id."""
+    pointing: dict[int, list[str]] = {}
+    for _, alias, model_id in adapter.aliases(name):
+        pointing.setdefault(model_id, []).append(alias)
+    return pointing
 
 
 def recorded_aliases(row: ModelRow) -> list[str] | None:

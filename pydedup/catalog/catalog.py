@@ -11,7 +11,7 @@ from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows, telling_rows
-from pydedup.catalog.aliases import wrong_aliases
+from pydedup.catalog.aliases import aliases_of, wrong_aliases
 from pydedup.catalog.model import StoredModel, grid_of
 from pydedup.catalog.rows import SUGGESTED_MODELS, model_info
 from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError, UnavailableError
@@ -194,9 +194,7 @@ class Catalog:
             return list(self._infos(None, said))
 
     def _infos(self, name: str | None, said: list[str] | None) -> Iterator[ModelInfo]:
-        aliases: dict[int, list[str]] = {}
-        for _, alias, model_id in self._adapter.aliases(name):
-            aliases.setdefault(model_id, []).append(alias)
+        aliases = aliases_of(self._adapter, name)
         for row in sorted(self._adapter.models(name=name), key=lambda row: (row.name, row.id)):
             try:
                 yield model_info(row, aliases.get(row.id, ()))

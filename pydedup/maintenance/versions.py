@@ -15,6 +15,7 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import (
     Catalog,
     added_as,
+    aliases_of,
     known_versions,
     point_alias,
     recorded_aliases,
@@ -111,7 +112,7 @@ def _older(
             f"alone, not {'all versions too' if all_versions else repr(name)}"
         )
     catalog.resolve(name)
-    aliased = {model_id for _, _, model_id in adapter.aliases(name)}
+    aliased = aliases_of(adapter, name)
     rows = adapter.models(name=name)[:-keep]
     # An alias that is lost, or points elsewhere for damage, is recorded with its model.
     spared = {row.id for row in rows if row.id in aliased or recorded_aliases(row)}

@@ -10,13 +10,13 @@ from typing import get_args
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog, certificate_of, wrong_aliases
+from pydedup.catalog import Catalog, aliases_of, certificate_of, wrong_aliases
 from pydedup.errors import ArgumentError, CorruptStoreError, DuplicateError
 from pydedup.maintenance.rows import lost_models
 from pydedup.names import parse_address
 from pydedup.words import OnConflict, check_word
 
-__all__ = ["ON_CONFLICT", "SKIPPING", "Item", "aliases_of", "plan_copy", "same_model"]
+__all__ = ["ON_CONFLICT", "SKIPPING", "Item", "plan_copy", "same_model"]
 
 #: What may be done about a name that means something else at the destination.
 ON_CONFLICT = get_args(OnConflict)
@@ -123,14 +123,6 @@ def _same_promise(a: ModelRow, b: ModelRow) -> bool:
         return a.certificate == b.certificate or certificate_of(a) == certificate_of(b)
     except CorruptStoreError:
         return False
-
-
-def aliases_of(adapter: Adapter, name: str | None = None) -> dict[int, list[str]]:
-    """Return the aliases of models, by model id."""
-    pointing: dict[int, list[str]] = {}
-    for _, alias, model_id in adapter.aliases(name):
-        pointing.setdefault(model_id, []).append(alias)
-    return pointing
 
 
 def _refuse_wrong_aliases(row: ModelRow, pointing: list[str], damaged: list[str] | None) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
-from pydedup.catalog import StoredModel, point_alias, version_of
+from pydedup.catalog import StoredModel, aliases_of, point_alias, version_of
 from pydedup.errors import DuplicateError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.layout import block_places
 from pydedup.maintenance.versions import delete_models
-from pydedup.moving.plan import Item, aliases_of
+from pydedup.moving.plan import Item
 from pydedup.moving.source import SourceModel
 
 __all__ = ["MovedModel", "matched_tensors", "set_aliases"]

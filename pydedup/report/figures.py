@@ -9,7 +9,7 @@ from typing import Any
 
 from pydedup.adapter import LIVE, Adapter
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog, StoredModel, model_info
+from pydedup.catalog import Catalog, StoredModel, aliases_of, model_info
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.layout import least_pages
 from pydedup.types import GRAPH_ARTIFACT, ModelInfo, TensorInfo
@@ -92,7 +92,7 @@ def model_figures(adapter: Adapter, catalog: Catalog, address: str) -> ModelFigu
     with adapter.snapshot():
         model: StoredModel = catalog.model(address)
         row = model.row
-        aliases = [alias for _, alias, model_id in adapter.aliases(row.name) if model_id == row.id]
+        aliases = aliases_of(adapter, row.name).get(row.id, ())
         mine = {page: size for _, page, _, size in adapter.model_pages(row.id)}
         others = {page for owner, page in adapter.readers_of(list(mine)) if owner != row.id}
         artifacts = tuple(name for name, _ in adapter.artifacts(row.id))
