@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 from pydedup.adapter import STAGING, Adapter, ModelRow, TensorRow
@@ -111,17 +112,23 @@ def tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
     if row.ordinal != ordinal:  # block maps are those of ordinals
         raise CorruptStoreError(f"{address} lacks its tensor number {ordinal}; restore a backup")
     try:
-        block_shape = as_block_shape(json.loads(row.block_shape))
-        shape = tuple(int(extent) for extent in json.loads(row.shape))
-        problem = shape_problem(shape)
-        if problem is not None:
-            raise ValueError(f"it {problem}")
+        shape, block_shape = _shapes(row.shape, row.block_shape)
         return TensorInfo(row.name, DType.of_label(row.dtype), shape, block_shape)
     except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         raise CorruptStoreError(
             f"{address}, tensor {row.name!r}: its shape or dtype cannot be read ({exc}); restore a "
             "backup"
         ) from exc
+
+
+@lru_cache(maxsize=4096)  # the tensors of a family have few different ones
+def _shapes(shape: str, block_shape: str) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Return the recorded shape of a tensor and of its blocks. Raises as JSON does, ValueError."""
+    extents = tuple(int(extent) for extent in json.loads(shape))
+    problem = shape_problem(extents)
+    if problem is not None:
+        raise ValueError(f"it {problem}")
+    return extents, as_block_shape(json.loads(block_shape))
 
 
 def known_versions(adapter: Adapter, name: str) -> list[str]:

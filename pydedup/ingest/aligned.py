@@ -26,6 +26,7 @@ from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
+from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
@@ -140,9 +141,9 @@ class Aligned:
         """Return what gives candidates for the blocks of a tensor, per model that has such a one.
 
         Models of the same add come first, then older versions of the model that is asked for. None
-        where the policy takes no deltas.
+        where the policy takes no deltas, or such blocks can be none.
         """
-        if not request.policy.uses_deltas:
+        if not request.policy.uses_deltas or not Candidates.takes(entry.dtype, grid.block_shape):
             return []
         if request.address != self._asker:
             self._relations.clear()

@@ -19,6 +19,7 @@ class CountedGrid:
     """A grid that counts how often it is compared."""
 
     compared = 0
+    block_shape = 64, 64
 
     def __eq__(self, other: object) -> bool:
         CountedGrid.compared += 1
@@ -34,7 +35,7 @@ def test_of_many_models_in_one_add_the_newest_are_looked_at(
     nobody: Any = None
     aligned, grid = Aligned(nobody, nobody, nobody, nobody), CountedGrid()
     monkeypatch.setattr(aligned, "_newest", list)  # the store has none
-    entry = TensorEntry("w", DType.F32, (4, 4), "w")
+    entry = TensorEntry("w", DType.F32, (64, 64), "w")
     for number in range(500):
         other = SimpleNamespace(name=f"m{number}", address=f"m{number}@v1")
         aligned.note(other, entry, grid, np.array([number]))  # type: ignore[arg-type]
