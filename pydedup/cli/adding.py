@@ -20,7 +20,6 @@ from pydedup.cli.errors import warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import NotFoundError
-from pydedup.formats import registry
 from pydedup.names import parse_address
 from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
 from pydedup.types import AddReport
@@ -130,6 +129,8 @@ def add(
     next whole number as its version. SOURCE is a file of a known format (safetensors, torch, npz,
     npy, ONNX, Keras, word2vec, GloVe) or a Hugging Face folder. Several pairs get one joint layout.
     """
+    from pydedup.formats.registry import open_source  # all formats, which no other command needs
+
     models = _named_sources(pairs)
     guarantee = parse_policy(policy, max_rel_error, evaluate, max_drop, confidence)
     kept = parse_metadata(metadata)
@@ -138,8 +139,7 @@ def add(
         with Watch("reading", quiet=quiet):
             # Before the store is opened: what is no model, or part of one, creates none.
             sources = {
-                name: stack.enter_context(registry.open_source(path))
-                for name, path in models.items()
+                name: stack.enter_context(open_source(path)) for name, path in models.items()
             }
         store = stack.enter_context(opened(url, memory))
         watch = stack.enter_context(Watch("reading", quiet=quiet))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -15,7 +15,6 @@ from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import MissingStoreError, NotAStoreError
-from pydedup.moving.plan import ON_CONFLICT
 from pydedup.types import CopiedModel, CopyReport
 from pydedup.words import OnConflict
 
@@ -60,7 +59,7 @@ _skip_damaged_option = click.option(
 )
 @click.option(
     "--on-conflict",
-    type=click.Choice(ON_CONFLICT),
+    type=click.Choice(get_args(OnConflict)),
     default="error",
     show_default=True,
     help="What to do when TARGET has another model as NAME@VERSION, or another version as "

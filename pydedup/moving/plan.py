@@ -16,10 +16,8 @@ from pydedup.maintenance.rows import lost_models
 from pydedup.names import parse_address
 from pydedup.words import OnConflict, check_word
 
-__all__ = ["ON_CONFLICT", "SKIPPING", "Item", "plan_copy", "same_model"]
+__all__ = ["SKIPPING", "Item", "plan_copy", "same_model"]
 
-#: What may be done about a name that means something else at the destination.
-ON_CONFLICT = get_args(OnConflict)
 #: What may be done about damage.
 SKIPPING = "; copying with skip_damaged (--skip-damaged) leaves out what is damaged"
 _SHOWN = 5
@@ -83,7 +81,7 @@ def plan_copy(
         When names are taken at the destination and ``on_conflict`` is ``"error"``, or one is
         taken that can be neither skipped nor replaced.
     """
-    check_word("on_conflict", on_conflict, ON_CONFLICT)
+    check_word("on_conflict", on_conflict, get_args(OnConflict))
     with source.snapshot():
         with nullcontext() if damaged is None else telling_rows(source, damaged):
             rows = _chosen(source, names, all_versions)
