@@ -23,7 +23,7 @@ _path_option = click.option(
     cls=options.Group,
     short_help="Functions inside of PostgreSQL that predict.",
     invoke_without_command=True,
-    subcommand_metavar="COMMAND [ARGS]...",
+    subcommand_metavar="COMMAND [ARGUMENTS]...",
 )
 @click.pass_context
 def sql(context: click.Context) -> None:

@@ -62,7 +62,7 @@ def _as_array(name: str, value: Any) -> Array:
     array = as_array(value, f"tensor {name!r}")
     if array.dtype.hasobject:
         raise ArgumentError(
-            f"tensor {name!r} is a {type(value).__name__}, which is no array of numbers"
+            f"tensor {name!r} is of type {type(value).__name__}, which is no array of numbers"
         )
     return array
 

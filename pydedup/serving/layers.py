@@ -64,7 +64,7 @@ def attach(
         When there is no such model.
     """
     if not isinstance(module, nn.Module):
-        raise ArgumentError(f"attach takes a torch.nn.Module, not a {type(module).__name__}")
+        raise ArgumentError(f"attach takes a torch.nn.Module, not {type(module).__name__}")
     if not isinstance(prefix, str):
         raise ArgumentError(f"prefix must be a text, such as 'bert.', not {prefix!r}")
     for path, inner in named_modules(module):

@@ -211,7 +211,7 @@ def test_modules_that_cannot_be_attached(store: pydedup.Store) -> None:
     module[1].train()
     with pytest.raises(ArgumentError, match=r"in training mode \(1\): call module.eval\(\) first"):
         store.attach(module, "m")
-    with pytest.raises(ArgumentError, match=r"takes a torch.nn.Module, not a dict"):
+    with pytest.raises(ArgumentError, match=r"takes a torch.nn.Module, not dict"):
         store.attach({}, "m")  # type: ignore[type-var]
     with pytest.raises(ArgumentError, match="prefix must be a text"):
         store.attach(net(), "m", prefix=b"body.")  # type: ignore[arg-type]
