@@ -129,7 +129,7 @@ class PageChecks:
                 self.damage.note(page_id, ": its row is that of another page")
             report.unrecorded_blocks.pop(page_id, None)
         # What is recorded of their blocks is right, and what a repair finds them by.
-        known = {row.id for row in self._adapter.blocks_on_pages(others)} if others else set()
+        known = {row.id for row in self._adapter.blocks_on_pages(others)}
         report.surplus_blocks[:] = [n for n in report.surplus_blocks if n not in known]
 
     def _check_group(self, some: Sequence[PageRow], blocks: Sequence[BlockRow]) -> None:
@@ -347,9 +347,8 @@ def content_digests(
             other_bases += wrong
             readable[wrong] = False
             some, index, slots = some[is_own], index[is_own], slots[is_own]
-        if len(some):
-            here = codec.StoredBases(pages, index, slots)
-            digests[some] = codec.block_digests([page], np.zeros_like(some), some, bases=here)
+        here = codec.StoredBases(pages, index, slots)
+        digests[some] = codec.block_digests([page], np.zeros_like(some), some, bases=here)
     return digests
 
 
@@ -366,7 +365,6 @@ def _are_tagged(
     entries = slot_entries(pages, page_index[at].astype(np.uint32), slots[at])
     is_own[at] = ~are_deltas(entries["encoding"])
     there = np.flatnonzero(is_own)
-    if len(there):
-        digests = codec.block_digests(pages, page_index[there], slots[there])
-        is_own[there] = page.slots["base"][deltas[there]] == codec.base_tags(digests)
+    digests = codec.block_digests(pages, page_index[there], slots[there])
+    is_own[there] = page.slots["base"][deltas[there]] == codec.base_tags(digests)
     return is_own

@@ -170,8 +170,6 @@ class Scoring:
         self._check_model()
         try:
             return self._answer(self._model, x)
-        except ArgumentError:
-            raise
         except PydedupError:
             self._check_model()  # its pages may have gone
             raise
@@ -207,8 +205,7 @@ class Scoring:
         self._failures += failures[: MOST_FAILURES - len(self._failures)]
         if made.outputs is not None:
             self.target.prepare(made.outputs)
-        if made.lines:
-            self._write(made.lines)
+        self._write(made.lines)
 
     def _at_once(self, wanted: Mapping[object, Sequence[object]]) -> _Made | None:
         """Return predictions of a batch of numbers, ``None`` where rows need a look by themselves.
@@ -225,7 +222,7 @@ class Scoring:
         if not isinstance(found, np.ndarray) or found.shape[:1] != (len(wanted),):
             self._is_plain = False  # several outputs: another try would predict all twice again
             return None
-        if not found.size or not np.isfinite(found).all():
+        if not np.isfinite(found).all():
             return None
         outputs = Outputs.of(found[0])
         if outputs != (self.target.outputs or outputs):
@@ -233,7 +230,7 @@ class Scoring:
         if outputs.kind == "vector":
             lines: Sequence[Line] = [self.target.line(row) for row in found]
         else:
-            lines = found.reshape(len(wanted), -1).astype(np.float64).tolist()
+            lines = found.reshape(len(wanted), outputs.width).astype(np.float64).tolist()
         return _Made(dict(zip(wanted, lines, strict=True)), outputs)
 
     def _one_by_one(
@@ -335,7 +332,7 @@ class Scoring:
                 failures.append(RowFailure(key, f"the key {self._key.name!r} is no UTF-8"))
             else:
                 wanted[key] = (*row[:place], *row[place + 1 :])
-        if self.target.is_there and wanted:
+        if self.target.is_there:
             for key in self.target.present(list(wanted)):
                 if wanted.pop(key, None) is not None:
                     self._skipped += 1
