@@ -69,7 +69,8 @@ _NOTHING: Final = (
     "role's privileges hold when it is the user's default (SET DEFAULT ROLE)"
 )
 _PLAIN: Final = (
-    "; who was created with REQUIRE SSL is refused like this without TLS: leave out ssl_disabled"
+    "; without TLS, who was created with REQUIRE SSL is refused like this, and on MariaDB 10.11 "
+    "everybody where require_secure_transport is on: leave out ssl_disabled"
 )
 _TLS: Final = "check the options of the URL that begin with ssl_ (ssl_ca, ssl_disabled, ...)"
 _SLOW: Final = (

@@ -7,7 +7,7 @@ Here: all that needs the driver, mysql-connector-python, which is connecting and
 from __future__ import annotations
 
 import contextlib
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import mysql.connector
 from mysql.connector.constants import ClientFlag
@@ -112,7 +112,7 @@ class MysqlAdapter(MysqlBase):
     def _connect(self) -> Connection:
         connection = None
         try:
-            connection = mysql.connector.connect(**self._place.options, **ALWAYS)
+            connection = _connected_to(self._place)
             cursor = connection.cursor()  # closing one before its result is read hides a Ctrl-C
             # A limit of its own, which one of the server's does not cut.
             cursor.execute("SELECT VERSION(), @@SESSION.max_allowed_packet LIMIT 1")
@@ -146,6 +146,22 @@ class MysqlAdapter(MysqlBase):
 
     def _translate(self, error: Exception) -> PydedupError:
         return meaning(error, self._place)
+
+
+def _connected_to(place: Place) -> Any:
+    """Connect to a server, in the database of a place.
+
+    The C extension greets with a charset that MariaDB 10.11 does not know; that then reads names
+    in its own one, of which ASCII alone is certain. Once connected, both mean utf8mb4.
+    """
+    options = {**place.options, **ALWAYS}
+    if place.database.isascii():
+        return mysql.connector.connect(**options)
+    del options["database"]
+    connection: Any = mysql.connector.connect(**options)
+    with closed_on_error(connection):
+        connection.database = place.database
+    return connection
 
 
 def _is_stale(connection: Connection) -> bool:
