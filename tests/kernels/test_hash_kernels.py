@@ -162,5 +162,5 @@ def test_bad_arguments_are_named() -> None:
         hash_blocks(np.zeros((3, 3)), (0, 4))
     with pytest.raises(ArgumentError, match="complex128"):
         hash_blocks(np.zeros((3, 3), complex), (1, 1))
-    with pytest.raises(ArgumentError, match="not a list"):
+    with pytest.raises(ArgumentError, match="numpy array, not list"):
         hash_blocks([[1.0]], (1, 1))  # type: ignore[arg-type]

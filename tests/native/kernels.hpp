@@ -8,16 +8,22 @@
 #include <random>
 #include <vector>
 
+#include "dispatch/cpu_features.hpp"
 #include "dispatch/dispatch.hpp"
 #include "pydedup/cpu.hpp"
 
 namespace pydedup::testing {
 
-/// The kernels that this machine runs, the reference included.
+/// The kernels that this machine runs, the reference included, and those of other machines among
+/// them that it can run.
 inline std::vector<const KernelTable*> runnable_kernels() {
     std::vector<const KernelTable*> tables;
     for (const KernelInfo& info : kernel_infos()) {
-        if (info.built && info.runnable) tables.push_back(&kernels_named(info.name));
+        if (!info.built || !info.runnable) continue;
+        tables.push_back(&kernels_named(info.name));
+        if (info.name == "avx2") {
+            tables.push_back(avx2_kernels(!cpu_features().slow_bit_deposit));
+        }
     }
     return tables;
 }

@@ -24,17 +24,17 @@ bool is_made_by(unsigned name_b, unsigned name_c, unsigned name_d) noexcept {
            edx == name_d;
 }
 
-// AMD's family 19h is Zen 3, without AVX-512, and Zen 4, with 256-bit data paths for it.
-bool is_amd_family_19h() noexcept {
+// The family of a CPU by AMD, 0 for others: 17h is Zen to Zen 2, 19h Zen 3 and Zen 4.
+unsigned amd_family() noexcept {
     unsigned eax = 0;
     unsigned ebx = 0;
     unsigned ecx = 0;
     unsigned edx = 0;
-    if (!is_made_by(signature_AMD_ebx, signature_AMD_ecx, signature_AMD_edx)) return false;
-    if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return false;
+    if (!is_made_by(signature_AMD_ebx, signature_AMD_ecx, signature_AMD_edx)) return 0;
+    if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
     const unsigned base = (eax >> 8) & 0xFU;
     const unsigned extended = (eax >> 20) & 0xFFU;
-    return base == 0xF && base + extended == 0x19;
+    return base == 0xF ? base + extended : base;
 }
 
 // Clang before 18 does not know the name "f16c". It uses the registers of AVX, no others.
@@ -80,7 +80,9 @@ CpuFeatures cpu_features() noexcept {
     has.avx512bf16 = has.avx512 && __builtin_cpu_supports("avx512bf16");
     has.amx = has.avx512 && may_use_amx();
     has.slow_bf16_pairs = is_made_by(signature_INTEL_ebx, signature_INTEL_ecx, signature_INTEL_edx);
-    has.avx512_in_halves = has.avx512 && is_amd_family_19h();
+    const unsigned amd = amd_family();
+    has.avx512_in_halves = has.avx512 && amd == 0x19;
+    has.slow_bit_deposit = amd != 0 && amd < 0x19;
 #elif defined(__aarch64__)
     has.neon = true;  // part of the architecture, and of what Linux saves
 #endif

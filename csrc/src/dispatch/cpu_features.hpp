@@ -16,6 +16,8 @@ struct CpuFeatures {
     /// VDPBF16PS is begun every other cycle, where two f32 ones are begun in each: Intel's cores
     /// (Emerald Rapids: 512 rows of x, 4096 x 4096: 133 GFLOP/s by pairs, 206 in f32).
     bool slow_bf16_pairs = false;
+    /// PDEP and PEXT are microcode, some 4 cycles for each bit of the mask: AMD before Zen 3.
+    bool slow_bit_deposit = false;
 };
 
 [[nodiscard]] CpuFeatures cpu_features() noexcept;

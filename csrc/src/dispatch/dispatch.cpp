@@ -38,15 +38,11 @@ using Candidates = std::array<KernelCandidate, 6>;
 Candidates list_candidates() noexcept {
     const CpuFeatures cpu = cpu_features();
     const KernelTable* neon = nullptr;
-    const KernelTable* avx2 = nullptr;
     const KernelTable* avx512 = nullptr;
     const KernelTable* avx512bf16 = nullptr;
     const KernelTable* amx = nullptr;
 #if defined(PYDEDUP_HAVE_NEON)
     neon = &kNeonKernels;
-#endif
-#if defined(PYDEDUP_HAVE_AVX2)
-    avx2 = &kAvx2Kernels;
 #endif
 #if defined(PYDEDUP_HAVE_AVX512)
     avx512 = &kAvx512Kernels;
@@ -62,7 +58,7 @@ Candidates list_candidates() noexcept {
     return {{
         {"scalar", &kScalarKernels, true, "any CPU"},
         {"neon", neon, cpu.neon, kNeedsNeon},
-        {"avx2", avx2, cpu.avx2, kNeedsAvx2},
+        {"avx2", avx2_kernels(cpu.slow_bit_deposit), cpu.avx2, kNeedsAvx2},
         {"avx512", avx512, cpu.avx512, cpu.avx512_in_halves ? kNeedsAvx512InHalves : kNeedsAvx512},
         {"avx512bf16", avx512bf16, cpu.avx512bf16, kNeedsAvx512Bf16,
          cpu.slow_bf16_pairs ? kSlowPairs : nullptr},
@@ -108,6 +104,19 @@ const KernelChoice& choice() {
 }
 
 }  // namespace
+
+const KernelTable* avx2_kernels([[maybe_unused]] bool slow_bit_deposit) noexcept {
+#if defined(PYDEDUP_HAVE_AVX2)
+    static const KernelTable without_pdep = [] {
+        KernelTable made = kAvx2Kernels;
+        made.codec.delta = kAvx2DeltaWithoutPdep;
+        return made;
+    }();
+    return slow_bit_deposit ? &without_pdep : &kAvx2Kernels;
+#else
+    return nullptr;
+#endif
+}
 
 std::span<const KernelCandidate> kernel_candidates() {
     static const Candidates list = list_candidates();

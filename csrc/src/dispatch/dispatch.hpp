@@ -16,6 +16,9 @@ namespace pydedup {
 /// The table of that name, for tests and benchmarks. Throws Error{kernel_unavailable}.
 [[nodiscard]] const KernelTable& kernels_named(std::string_view name);
 
+/// The avx2 table for a CPU where PDEP is slow, or is not; nullptr where it is not built.
+[[nodiscard]] const KernelTable* avx2_kernels(bool slow_bit_deposit) noexcept;
+
 struct KernelCandidate {
     const char* name;
     const KernelTable* table;  ///< nullptr: not built

@@ -17,4 +17,6 @@ const KernelTable kAvx2Kernels = {
     isa_avx2::kGemm, isa_avx2::kRows, isa_avx2::sim::kSimilarity,
 };
 
+const DeltaKernels kAvx2DeltaWithoutPdep = isa_avx2::kDelta;
+
 }  // namespace pydedup

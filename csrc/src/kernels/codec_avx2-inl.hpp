@@ -7,6 +7,8 @@
 namespace pydedup::isa_avx2 {
 namespace {
 
+constexpr std::size_t kVectorBytes = 32;
+
 #include "kernels/codec_common-inl.hpp"
 #include "kernels/codec_pairs-inl.hpp"
 #include "kernels/codec_planes-inl.hpp"

@@ -10,6 +10,8 @@
 namespace pydedup::isa_neon {
 namespace {
 
+constexpr std::size_t kVectorBytes = 16;
+
 #include "kernels/codec_common-inl.hpp"
 #include "kernels/codec_pairs-inl.hpp"
 #include "kernels/delta_common-inl.hpp"

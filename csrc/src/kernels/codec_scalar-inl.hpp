@@ -7,6 +7,8 @@
 namespace pydedup::isa_scalar {
 namespace {
 
+constexpr std::size_t kVectorBytes = 16;
+
 #include "kernels/codec_common-inl.hpp"
 #include "kernels/delta_common-inl.hpp"
 

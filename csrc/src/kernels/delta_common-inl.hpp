@@ -2,7 +2,7 @@
 // Deltas in plain C++, written so that compilers make vectors of it where the instruction set
 // allows: what all of them share, the bodies (one file each), and their table. Included INSIDE the
 // namespace of each instruction set (no guard on purpose), behind codec_common-inl.hpp, whose bit
-// reader it shares.
+// reader it shares, and behind kVectorBytes, the width of its vectors.
 
 template <class Word>
 struct SignedOf;
@@ -59,15 +59,15 @@ inline Word load_word(const std::uint8_t* from, std::size_t i) noexcept {
     return word;
 }
 
-// Sixteen elements at once in the compiler's own vectors: pieces of them where the instruction set
-// has shorter ones.
+// Elements of 4 bytes at once in the compiler's own vectors, as wide (kVectorBytes) as those of the
+// instruction set: GCC takes wider ones apart into single elements wherever it compares them.
 // (They are never passed or returned: how would depend on the instruction set.)
-using Floats __attribute__((vector_size(64))) = float;
-using Ints __attribute__((vector_size(64))) = std::int32_t;
-using Words __attribute__((vector_size(64))) = std::uint32_t;
-using Bytes16 __attribute__((vector_size(16))) = std::uint8_t;
-using Doubles __attribute__((vector_size(64))) = double;
-constexpr std::size_t kVector = 16;
+using Floats __attribute__((vector_size(kVectorBytes))) = float;
+using Ints __attribute__((vector_size(kVectorBytes))) = std::int32_t;
+using Words __attribute__((vector_size(kVectorBytes))) = std::uint32_t;
+using HalfFloats __attribute__((vector_size(kVectorBytes / 2))) = float;
+using Doubles __attribute__((vector_size(kVectorBytes))) = double;
+constexpr std::size_t kVector = kVectorBytes / 4;
 
 template <class Vector, class Element>
 inline void load_vector(Vector& vector, const Element* from) noexcept {

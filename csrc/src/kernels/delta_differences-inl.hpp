@@ -99,24 +99,36 @@ inline std::uint32_t class_of(std::uint64_t z) noexcept {
     return 2 * top + static_cast<std::uint32_t>(z >> (top - 1) & 1);
 }
 
-// Handles whole vectors; returns how many elements that are.
+inline void classify_vector(const std::uint32_t* z, std::uint32_t* found, Words& seen) noexcept {
+    Words v;
+    load_vector(v, z);
+    const Words big = reinterpret_cast<Words>((v >> 24) != 0U);
+    const Words exact = (v & ~big) | (v >> 8 & big);
+    const Floats held = __builtin_convertvector(reinterpret_cast<Ints>(exact), Floats);
+    const auto bits = reinterpret_cast<Words>(held);  // the same bits: casts do not convert
+    const Words top = (bits >> 22) - 2U * 127U + (big & 16U);
+    const Words tiny = reinterpret_cast<Words>(v >> 1 == 0U);
+    const Words result = (v & tiny) | (top & ~tiny);
+    __builtin_memcpy(found, &result, sizeof result);
+    seen |= (v >> 1) ^ (0U - (v & 1U));
+}
+
+// Handles whole pieces; returns how many elements that are. Words become bytes in a loop of their
+// own, which GCC makes vectors of; it converts vectors of words to bytes one by one.
 inline std::size_t classify_vectors(const std::uint32_t* z, std::size_t count,
                                     std::uint8_t* classes, std::uint32_t& all) noexcept {
+    constexpr std::size_t kPiece = 64;
+    std::uint32_t found[kPiece];
     Words seen{};
     std::size_t i = 0;
-    for (; i + kVector <= count; i += kVector) {
-        Words v;
-        load_vector(v, z + i);
-        const Words big = reinterpret_cast<Words>((v >> 24) != 0U);
-        const Words exact = (v & ~big) | (v >> 8 & big);
-        const Floats held = __builtin_convertvector(reinterpret_cast<Ints>(exact), Floats);
-        const auto bits = reinterpret_cast<Words>(held);  // the same bits: casts do not convert
-        const Words found = (bits >> 22) - 2U * 127U + (big & 16U);
-        const Words tiny = reinterpret_cast<Words>(v < 2U);
-        const Words result = (v & tiny) | (found & ~tiny);
-        const Bytes16 bytes = __builtin_convertvector(result, Bytes16);
-        __builtin_memcpy(classes + i, &bytes, sizeof bytes);
-        seen |= (v >> 1) ^ (0U - (v & 1U));
+    for (; i + kPiece <= count; i += kPiece) {
+#pragma GCC unroll 4
+        for (std::size_t k = 0; k < kPiece; k += kVector) {
+            classify_vector(z + i + k, found + k, seen);
+        }
+        for (std::size_t k = 0; k < kPiece; ++k) {
+            classes[i + k] = static_cast<std::uint8_t>(found[k]);
+        }
     }
     for (std::size_t k = 0; k < kVector; ++k) all |= seen[k];
     return i;

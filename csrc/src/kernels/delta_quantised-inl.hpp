@@ -43,51 +43,61 @@ inline double quantise_one(Float y, Float x, Float step, Float scale, std::uint3
     return static_cast<double>(y - back);
 }
 
+// A vector of elements; adds the squares of their errors to two vectors of sums.
+template <bool kStore>
+inline void quantise_vector(const float* y, const float* x, float step, float scale,
+                            std::uint32_t* z, Doubles* sums, Words& within) noexcept {
+    Floats from;
+    Floats to;
+    load_vector(from, x);
+    load_vector(to, y);
+    const Floats r = (to - from) * scale;
+    const Floats size = reinterpret_cast<Floats>(reinterpret_cast<Words>(r) & 0x7FFFFFFFU);
+    const Words fits = reinterpret_cast<Words>(size <= static_cast<float>(kMaxQuantum));
+    within &= fits;
+    const Floats q = (r + FloatTraits<float>::kRound) - FloatTraits<float>::kRound;
+    const Words still = reinterpret_cast<Words>(q == 0.0F);
+    const Words moved = reinterpret_cast<Words>(from + q * step);
+    const Floats back =
+        reinterpret_cast<Floats>((still & reinterpret_cast<Words>(from)) | (~still & moved));
+    const Floats error = to - back;
+    HalfFloats halves[2];
+    __builtin_memcpy(halves, &error, sizeof halves);
+    for (std::size_t h = 0; h < 2; ++h) {
+        const Doubles wide = __builtin_convertvector(halves[h], Doubles);
+        sums[h] += wide * wide;
+    }
+    if (kStore) {
+        const Floats held = reinterpret_cast<Floats>(reinterpret_cast<Words>(q) & fits);
+        const Words whole = reinterpret_cast<Words>(__builtin_convertvector(held, Ints));
+        const Words lost =
+            reinterpret_cast<Words>(to == 0.0F) & reinterpret_cast<Words>(back != 0.0F);
+        const Words marked = (lost & static_cast<std::uint32_t>(kZeroMark)) | (~lost & whole);
+        const Words sign = reinterpret_cast<Words>(reinterpret_cast<Ints>(from) >> 31);
+        const Words folded = (marked ^ sign) - sign;
+        const Words top = reinterpret_cast<Words>(reinterpret_cast<Ints>(folded) >> 31);
+        const Words result = (folded << 1) ^ top;
+        __builtin_memcpy(z, &result, sizeof result);
+    }
+}
+
 template <bool kStore>
 inline std::size_t quantise_vectors(const float* y, const float* x, std::size_t count, float step,
                                     float scale, std::uint32_t* z, double* sums,
                                     bool& good) noexcept {
-    using Half __attribute__((vector_size(32))) = float;
+    constexpr std::size_t kVectors = kErrorLanes / kVector;
     Words within = ~Words{};
-    Doubles low{};
-    Doubles high{};
+    Doubles lanes[2 * kVectors] = {};
     std::size_t i = 0;
-    for (; i + kVector <= count; i += kVector) {
-        Floats from;
-        Floats to;
-        load_vector(from, x + i);
-        load_vector(to, y + i);
-        const Floats r = (to - from) * scale;
-        const Floats size = reinterpret_cast<Floats>(reinterpret_cast<Words>(r) & 0x7FFFFFFFU);
-        const Words fits = reinterpret_cast<Words>(size <= static_cast<float>(kMaxQuantum));
-        within &= fits;
-        const Floats q = (r + FloatTraits<float>::kRound) - FloatTraits<float>::kRound;
-        const Words still = reinterpret_cast<Words>(q == 0.0F);
-        const Words moved = reinterpret_cast<Words>(from + q * step);
-        const Floats back =
-            reinterpret_cast<Floats>((still & reinterpret_cast<Words>(from)) | (~still & moved));
-        const Floats error = to - back;
-        Half halves[2];
-        __builtin_memcpy(halves, &error, sizeof halves);
-        const Doubles first = __builtin_convertvector(halves[0], Doubles);
-        const Doubles second = __builtin_convertvector(halves[1], Doubles);
-        low += first * first;
-        high += second * second;
-        if (kStore) {
-            const Floats held = reinterpret_cast<Floats>(reinterpret_cast<Words>(q) & fits);
-            const Words whole = reinterpret_cast<Words>(__builtin_convertvector(held, Ints));
-            const Words lost =
-                reinterpret_cast<Words>(to == 0.0F) & reinterpret_cast<Words>(back != 0.0F);
-            const Words marked = (lost & static_cast<std::uint32_t>(kZeroMark)) | (~lost & whole);
-            const Words sign = reinterpret_cast<Words>(reinterpret_cast<Ints>(from) >> 31);
-            const Words folded = (marked ^ sign) - sign;
-            const Words top = reinterpret_cast<Words>(reinterpret_cast<Ints>(folded) >> 31);
-            const Words result = (folded << 1) ^ top;
-            __builtin_memcpy(z + i, &result, sizeof result);
+    for (; i + kErrorLanes <= count; i += kErrorLanes) {
+#pragma GCC unroll 4
+        for (std::size_t v = 0; v < kVectors; ++v) {
+            const std::size_t at = i + v * kVector;
+            quantise_vector<kStore>(y + at, x + at, step, scale, kStore ? z + at : nullptr,
+                                    lanes + 2 * v, within);
         }
     }
-    __builtin_memcpy(sums, &low, sizeof low);
-    __builtin_memcpy(sums + 8, &high, sizeof high);
+    __builtin_memcpy(sums, lanes, sizeof lanes);
     for (std::size_t k = 0; k < kVector; ++k) good &= within[k] != 0;
     return i;
 }
@@ -110,7 +120,7 @@ inline std::size_t quantise_vectors(const double* y, const double* x, std::size_
 template <class Float, bool kStore>
 inline bool quantise_as(const Float* y, const Float* x, std::size_t count, Float step,
                         std::uint32_t* z, double* lanes) noexcept {
-    static_assert(kErrorLanes == kVector);
+    static_assert(kErrorLanes % kVector == 0);
     const Float scale = Float{1} / step;
     double sums[kErrorLanes] = {};
     bool good = true;

@@ -18,7 +18,10 @@ struct HashState {
 inline void hash_stripe(const std::uint8_t* data, const std::uint64_t* key,
                         HashState& state) noexcept {
     for (int j = 0; j < 4; ++j) {
-        const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 32 * j));
+        __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 32 * j));
+        // Loaded once and in order: GCC loads it again for the sum, which makes the load ports the
+        // limit (Zen 3: 41 instead of 53 GB/s, 36 instead of 51 where data is not aligned).
+        asm volatile("" : "+x"(d));
         const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key + 4 * j));
         const __m256i keyed = _mm256_xor_si256(d, k);
         const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));

@@ -29,6 +29,8 @@ extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kNeonKernels;
+// Part of a table, for `codec.delta` of the avx2 one where PDEP is slow.
+extern const DeltaKernels kAvx2DeltaWithoutPdep;
 // Parts of a table, for `gemm.bf16` of the avx512 one.
 extern const Bf16GemmKernels kAvx512Bf16GemmKernels;
 extern const Bf16GemmKernels kAmxGemmKernels;
