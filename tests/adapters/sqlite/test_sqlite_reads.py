@@ -208,6 +208,8 @@ def test_where_there_is_no_such_way_the_cache_is_used(
             refused.append(name)
             raise OSError(22, "Invalid argument")
 
+        # What is found out is remembered by the file's number, which a later file may get.
+        monkeypatch.setattr(reads, "_handles", {})
         monkeypatch.setattr(os, "open", refuse)
         assert read(places, payloads) == payloads
         assert len(refused) == 1
