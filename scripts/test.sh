@@ -40,7 +40,7 @@ native() {
         ctest --preset dev | tee "$LOGS/native-test.log"
 }
 
-FIRST=(tests/adapters tests/crash tests/e2e/cli tests/http tests/kernels tests/moving tests/property tests/report tests/scoring tests/serving)
+FIRST=(tests/adapters tests/crash tests/e2e/cli tests/e2e/repair tests/http tests/kernels tests/moving tests/property tests/report tests/scoring tests/serving)
 
 # Plain `pytest`, since `python -m pytest` would import the sources instead of the wheel.
 python_tests() {
