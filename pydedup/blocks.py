@@ -8,16 +8,15 @@ form (docs/format.md, "Block map"). Deliberately not here: what is inside a bloc
 from __future__ import annotations
 
 import math
-import operator
 import struct
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from pydedup.arguments import as_block_shape
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.types import LARGEST_ID, DType
 
@@ -29,12 +28,6 @@ __all__ = [
     "BlockGrid",
     "BlockMap",
     "MatrixView",
-    "as_array",
-    "as_block_shape",
-    "as_dtype",
-    "as_integers",
-    "as_unsigned",
-    "check_array",
     "default_block_shape",
     "matrix_shape",
     "named_pages",
@@ -67,32 +60,6 @@ _MAP_PART_BLOCKS, _DELTA_PART_BLOCKS = 3840, 1920
 PART_BYTES = 16000
 
 
-def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
-    """Return values as an array. Raises ArgumentError when they make none, or some are masked."""
-    if "numpy.ma" in sys.modules and np.ma.is_masked(values):  # it is large: not imported for this
-        raise ArgumentError(f"{name} has masked elements, which are lost; fill them first")
-    try:
-        return np.asarray(values)
-    except Exception as error:  # rows of different lengths, or whatever __array__ of others raises
-        raise ArgumentError(f"{name} does not make an array: {error}") from error
-
-
-def check_array(array: object, name: str) -> None:
-    """Raise ArgumentError for what is no array of numpy, or has masked elements."""
-    if not isinstance(array, np.ndarray):
-        raise ArgumentError(f"{name} must be a numpy array, not {type(array).__name__}")
-    as_array(array, name)
-
-
-def as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return numbers in a dtype and C-contiguous; the same array if it is both already.
-
-    What is beyond the dtype is infinite and NaN stays NaN; of neither does numpy warn.
-    """
-    with np.errstate(all="ignore"):
-        return array.astype(dtype, order="C", copy=False)
-
-
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return the (rows, cols) of the matrix view of a tensor.
 
@@ -104,62 +71,6 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) == 1:
         return 1, int(shape[0])
     return int(shape[0]), math.prod(int(n) for n in shape[1:])
-
-
-def as_block_shape(shape: object) -> tuple[int, int]:
-    """Return a block shape that a caller gave as plain integers.
-
-    Raises
-    ------
-    ArgumentError
-        When it is not two integers from 1 to 2**63 - 1.
-    """
-    if not isinstance(shape, Sequence) or len(shape) != 2:
-        raise ArgumentError(f"block_shape must be (rows, cols), not {shape!r}")
-    try:
-        rows, cols = (operator.index(side) for side in shape)
-    except TypeError as error:
-        raise ArgumentError(f"block_shape must hold integers, not {shape!r}") from error
-    if not (1 <= rows < 2**63 and 1 <= cols < 2**63):
-        raise ArgumentError(f"block shape {shape!r} must be at least (1, 1) and below 2**63")
-    return rows, cols
-
-
-def as_unsigned(name: str, value: object, bits: int) -> int:
-    """Return an integer that a caller gave as ``name``, such as threads, as a plain one.
-
-    Raises
-    ------
-    ArgumentError
-        When it is no integer from 0 to ``2**bits - 1``.
-    """
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ArgumentError(f"{name} must be an integer, got {value!r}") from error
-    if not 0 <= number < 1 << bits:
-        raise ArgumentError(f"{name} must be from 0 to 2**{bits} - 1, got {number}")
-    return number
-
-
-def as_integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    """Return integers that a caller gave as ``name``, such as ids: contiguous and aligned, 1-D.
-
-    Raises
-    ------
-    ArgumentError
-        When they are not integers of 64 bits in one dimension, or some are masked.
-    """
-    array = as_array(values, name)
-    if array.ndim != 1:
-        raise ArgumentError(f"{name} must hold integers in one dimension, not {array.ndim}")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu" or (
-        array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
-    ):
-        raise ArgumentError(f"{name} must hold 64-bit integers, not {array.dtype}")
-    return np.require(array, np.int64, ["C", "A"])
 
 
 def default_block_shape(rows: int, cols: int, dtype: DType) -> tuple[int, int]:

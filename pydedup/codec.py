@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.blocks import MatrixView, as_unsigned
+from pydedup.arguments import as_unsigned
+from pydedup.blocks import MatrixView
 from pydedup.encoding import (
     EncodedBlocks,
     Encoding,

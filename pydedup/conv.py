@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.blocks import BlockGrid, BlockMap, as_unsigned
+from pydedup.arguments import as_unsigned
+from pydedup.blocks import BlockGrid, BlockMap
 from pydedup.errors import ArgumentError
 from pydedup.matmul import (
     check_activation,

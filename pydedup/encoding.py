@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.blocks import MatrixView, as_unsigned
+from pydedup.arguments import as_unsigned
+from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 
 __all__ = [

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup.blocks import MatrixView, as_block_shape, as_unsigned, check_array
+from pydedup.arguments import as_block_shape, as_unsigned, check_array
+from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 
 __all__ = [

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.blocks import BlockMap, as_array, as_unsigned
+from pydedup.arguments import as_array, as_unsigned
+from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import Shape, compute_dtype, real_array, room_for, shape_of
 from pydedup.pool import Page, PagePool

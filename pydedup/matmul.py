@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.blocks import BlockMap, MatrixView, as_array, as_dtype, as_unsigned
+from pydedup.arguments import as_array, as_dtype, as_unsigned
+from pydedup.blocks import BlockMap, MatrixView
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.pool import PagePool
 from pydedup.types import DType

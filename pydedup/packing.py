@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.blocks import as_array, as_integers
+from pydedup.arguments import as_array, as_integers
 from pydedup.errors import ArgumentError
 from pydedup.words import Algorithm, check_word
 

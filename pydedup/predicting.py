@@ -39,13 +39,13 @@ _BATCH: Final = 1024
 
 def _wrong_width(request: Prediction) -> ArgumentError | None:
     """Return a better error for a request that a layer refused, if its features are miscounted."""
-    from pydedup.serving.features import input_kind
+    from pydedup.serving.signature import inputs_of, weights_of
 
     inputs = request.graph.inputs
     if len(inputs) != 1 or inputs[0] not in request.inputs:
         return None
-    shapes = {info.name: info.shape for info in request.model.tensors}
-    width = input_kind(request.graph, shapes, request.model.address).width
+    (spec,) = inputs_of(request.graph, weights_of(request.model, request.graph))
+    width = spec.width
     x = request.inputs[inputs[0]]
     if x.ndim != 2 or width in (None, x.shape[1]):
         return None

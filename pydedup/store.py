@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydedup import config
 from pydedup.adapter import Adapter
 from pydedup.adding import StoreAdds
-from pydedup.blocks import as_dtype
+from pydedup.arguments import as_dtype
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError
 from pydedup.names import check_name

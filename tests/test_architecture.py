@@ -39,7 +39,7 @@ FACADES = {
     "conv",
     "config",
 }
-VALUES = {"errors", "types", "words"}
+VALUES = {"arguments", "errors", "types", "words"}
 ADAPTERS = {"adapter", "adapter_options"}
 MODEL = (
     VALUES
@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "_pages": set(),
     "text": set(),
     "errors": {"text"},
+    "arguments": {"errors"},
     "types": {"errors"},
     "words": {"errors", "types"},
     "_lazy": set(),

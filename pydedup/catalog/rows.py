@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from pydedup.adapter import STAGING, Adapter, ModelRow, TensorRow
-from pydedup.blocks import as_block_shape
+from pydedup.arguments import as_block_shape
 from pydedup.certificates import ADDRESS, METADATA, OF_MODEL, artifact_digest
 from pydedup.errors import CorruptStoreError
 from pydedup.types import DType, ModelInfo, TensorInfo, shape_problem

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import Store, text
-from pydedup.blocks import as_dtype
+from pydedup.arguments import as_dtype
 from pydedup.cli import completing, options, output
 from pydedup.cli.looking import tensor_document
 from pydedup.cli.progress import Watch

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pydedup.blocks import as_array
+from pydedup.arguments import as_array
 from pydedup.errors import ArgumentError
 from pydedup.formats.base import Array, ModelSource, TensorEntry, name_problem
 from pydedup.formats.torch_tensors import is_tensor, to_numpy, torch_entry

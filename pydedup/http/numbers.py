@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from pydedup.blocks import as_dtype
+from pydedup.arguments import as_dtype
 from pydedup.http.problems import HttpError, bad
 
 __all__ = ["PIECE_BYTES", "Lists", "flat_array", "json_numbers", "outline"]

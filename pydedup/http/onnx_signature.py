@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydedup.errors import FormatError, UnsupportedFormatError, not_installed
-from pydedup.http.shapes import Signature, TensorSpec
+from pydedup.serving.signature import Signature, TensorSpec
 
 __all__ = ["onnx_signature"]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydedup.http.datatypes import BINARY_ONLY, DATATYPES
 from pydedup.http.numbers import PIECE_BYTES, Lists, flat_array, outline
 from pydedup.http.problems import bad
-from pydedup.http.shapes import TensorSpec
+from pydedup.serving.signature import TensorSpec
 
 __all__ = [
     "InferRequest",

@@ -19,11 +19,11 @@ from pydedup.catalog import StoredModel
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.http.onnx_signature import onnx_signature
-from pydedup.http.shapes import Signature, signature_of
 from pydedup.opening import connect_store
 from pydedup.registry import place_of
 from pydedup.replacement import DEFAULT_POLICY, check_policy
 from pydedup.serving.predict import Prediction, as_predicted, no_graph
+from pydedup.serving.signature import Signature, signature_of, weights_of
 from pydedup.store import Store
 from pydedup.types import GRAPH_ARTIFACT
 from pydedup.words import Replacement
@@ -120,9 +120,7 @@ class ServedStore(Store):
     def _look_at(self, model: StoredModel) -> Served:
         row, graph = model.row, model.graph()
         if graph is not None:
-            tensors = map(model.tensor, graph.tensors())
-            weights = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
-            return Served(row, graph, signature_of(graph, weights))
+            return Served(row, graph, signature_of(graph, weights_of(model, graph)))
         payload = model.artifact(ONNX_GRAPH)
         if payload is None:
             raise no_graph(model)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydedup.errors import UnavailableError
 from pydedup.http.problems import bad
 from pydedup.http.served import Admit, Arrays, Served, ServedStore
-from pydedup.http.shapes import TensorSpec
+from pydedup.serving.signature import TensorSpec
 
 __all__ = ["Answer", "model_config", "model_metadata", "rows_of", "run_batch"]
 
@@ -85,7 +85,8 @@ def _check_inputs(model: Served, inputs: Arrays) -> None:
             raise bad(f"{where}.name", f"there is no input {name[:100]!r}; {takes}")
         if spec.ids and array.dtype.kind not in "iu":
             raise bad(f"{where}.datatype", f"{name!r} takes integers, such as INT64")
-        if spec.features and array.shape[-1:] != spec.shape[-1:]:
+        counted = spec.features or (spec.flat and array.ndim == 2)
+        if counted and array.shape[-1:] != spec.shape[-1:]:
             raise bad(
                 f"{where}.shape",
                 f"{list(array.shape)} does not fit: the last axis of {name!r} has "

@@ -30,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
-from pydedup.blocks import as_array, matrix_shape
+from pydedup.arguments import as_array
+from pydedup.blocks import matrix_shape
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.ingest.judging import read_only
 from pydedup.ingest.searches import SEARCHES

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter
 from pydedup.adapter_options import only_sound_rows
-from pydedup.blocks import MatrixView, as_dtype
+from pydedup.arguments import as_dtype
+from pydedup.blocks import MatrixView
 from pydedup.codec import Page, read_blocks
 from pydedup.ingest.places import stacked, values_of
 from pydedup.ingest.stored_index import KeptIndex, StoredIndex

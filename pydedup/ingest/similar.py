@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import MatrixView, as_dtype
+from pydedup.arguments import as_dtype
+from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
 from pydedup.ingest.candidates import FLOATS, Candidates
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks, replaced

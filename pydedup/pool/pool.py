@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.blocks import as_unsigned
+from pydedup.arguments import as_unsigned
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, UnavailableError
 from pydedup.pool.admission import Reservation, Shares
 from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto

@@ -25,6 +25,7 @@ from pydedup.errors import ArgumentError
 from pydedup.pool import PagePool
 from pydedup.serving.features import features_of, graph_of, input_kind
 from pydedup.serving.predict import Prediction, predict
+from pydedup.serving.signature import weights_of
 from pydedup.serving.tensor import TensorOf, stored_tensor
 
 __all__ = ["Calls", "StoreState", "as_json", "one_output", "state_of"]
@@ -47,8 +48,7 @@ class _Ready:
         self.model = model
         self.address = model.address
         self.graph = graph_of(model)
-        shapes = {info.name: info.shape for info in model.tensors}
-        self.kind = input_kind(self.graph, shapes, self.address)
+        self.kind = input_kind(self.graph, weights_of(model, self.graph), self.address)
         self._tensors = {name: tensor_of(model, name) for name in self.graph.tensors()}
         self._pool, self._ahead = pool, ahead
 

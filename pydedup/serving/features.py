@@ -20,9 +20,9 @@ from pydedup.adapter import Adapter
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
-from pydedup.graph import Graph, Node
-from pydedup.operations import KEEPING_SHAPE
+from pydedup.graph import Graph
 from pydedup.serving.predict import no_graph
+from pydedup.serving.signature import Weight, inputs_of, weights_of
 from pydedup.text import plural
 
 __all__ = [
@@ -77,11 +77,11 @@ def kind_of(model: StoredModel, adapter: Adapter) -> InputKind:
     """Return what a model takes for a row. Raises NotFoundError when it cannot predict."""
     if model.graph() is None and ONNX_GRAPH in dict(adapter.artifacts(model.row.id)):
         return InputKind(ids=False, width=None, as_given=True)
-    shapes = {info.name: info.shape for info in model.tensors}
-    return input_kind(graph_of(model, needed=""), shapes, model.address)
+    graph = graph_of(model, needed="")
+    return input_kind(graph, weights_of(model, graph), model.address)
 
 
-def input_kind(graph: Graph, shapes: Mapping[str, Sequence[int]], model: str) -> InputKind:
+def input_kind(graph: Graph, weights: Mapping[str, Weight], model: str) -> InputKind:
     """Return what one row of a model's input is, as far as its layers tell.
 
     Raises ArgumentError when the model takes several inputs.
@@ -91,34 +91,8 @@ def input_kind(graph: Graph, shapes: Mapping[str, Sequence[int]], model: str) ->
             f"{model} takes several inputs ({', '.join(graph.inputs)}); a row of SQL is one input, "
             "so predict with it in Python"
         )
-    names = {graph.inputs[0]}
-    width: int | None = None
-    for node in graph.nodes:
-        if node.inputs[0] not in names:
-            continue
-        if node.op in ("embedding", "embedding_bag"):
-            return InputKind(ids=True, width=None)
-        if node.op in KEEPING_SHAPE or node.op == "flatten":
-            names.add(node.output)
-        elif node.op in ("reshape", "transpose", "concat"):
-            names.add(node.output)  # ids may go through; how many numbers is not known
-            width = -1
-        elif width is None:
-            width = _width_of(node, shapes)
-    return InputKind(ids=False, width=width if width and width > 0 else None)
-
-
-def _width_of(node: Node, shapes: Mapping[str, Sequence[int]]) -> int | None:
-    weight = shapes.get(node.weights.get("weight", ""))
-    if weight is None:
-        return None
-    if node.op == "linear" and len(weight) == 2:
-        return weight[0] if node.attr("transpose") else weight[1]
-    if node.op == "batch_norm" and node.attr("axis") in (1, -1):
-        return weight[0]
-    if node.op == "layer_norm" and len(weight) == 1:
-        return weight[0]
-    return None
+    (spec,) = inputs_of(graph, weights)
+    return InputKind(spec.ids, None if spec.ids else spec.width)
 
 
 def features_of(values: Sequence[object], names: Sequence[str], kind: InputKind) -> Array:

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import config
-from pydedup.blocks import BlockMap, as_dtype
+from pydedup.arguments import as_dtype
+from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError, not_installed
 from pydedup.formats.onnx_inputs import OpenedGraph, open_graph

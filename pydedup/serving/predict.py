@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup.blocks import as_array
+from pydedup.arguments import as_array
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, NotFoundError, PydedupError, UnsupportedFormatError
 from pydedup.graph import Graph

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup.blocks import as_integers, check_array
+from pydedup.arguments import as_integers, check_array
 from pydedup.errors import ArgumentError
 from pydedup.similarity._arguments import (
     as_count,

@@ -10,7 +10,9 @@ import pytest
 
 import pydedup
 from pydedup.graph import Graph, Node
+from pydedup.http.problems import HttpError
 from pydedup.http.served import ServedStore
+from pydedup.http.service import Answer, run_batch
 
 
 def make(
@@ -113,6 +115,14 @@ CASES: dict[str, tuple[Graph, list[Any], list[Any]]] = {
         [("INT64", [-1, -1])],
         [("FP32", [-1, 5])],
     ),
+    "ids, turned": (
+        make(
+            Node("transpose", ("x",), "t", attrs={"perm": [1, 0]}),
+            Node("embedding", ("t",), "y", {"weight": "table"}),
+        ),
+        [("INT64", [-1, -1])],
+        [("FP32", [-1, -1, 5])],
+    ),
     "bags": (
         make(Node("embedding_bag", ("x", "o"), "y", {"weight": "table"}), inputs=("x", "o")),
         [("INT64", [-1]), ("INT64", [-1])],
@@ -197,3 +207,18 @@ def test_signature(store: Any, name: str) -> None:
         assert found.dtype == {"FP16": np.float16, "FP64": np.float64}.get(
             spec.datatype, np.float32
         )
+
+
+def test_rows_that_are_flattened_are_counted(store: Any) -> None:
+    (asked,) = (f"m{number}" for number, name in enumerate(CASES) if name == "behind others")
+
+    def answer(*shape: int) -> Any:
+        inputs = {"x": np.zeros(shape, np.float32)}
+        ((_, found),) = run_batch(store, [(asked, inputs, lambda *nbytes: None)])
+        assert isinstance(found, Answer)
+        return found.outputs
+
+    assert answer(7, 4)["y"].shape == answer(7, 2, 2)["y"].shape == (7, 3)
+    refused = answer(7, 5)
+    assert isinstance(refused, HttpError)
+    assert "[7, 5] does not fit: the last axis of 'x' has 4 entries" in str(refused)

@@ -10,6 +10,7 @@ import pytest
 from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
 from pydedup.serving.features import InputKind, input_kind
+from pydedup.types import DType
 
 SHAPES = {
     "w": (5, 3),
@@ -19,6 +20,7 @@ SHAPES = {
     "norm": (7,),
     "none": (5, 0),
 }
+WEIGHTS = {name: (shape, DType.F32) for name, shape in SHAPES.items()}
 NUMBERS, IDS = InputKind(ids=False, width=None), InputKind(ids=True, width=None)
 
 
@@ -46,8 +48,15 @@ KINDS: dict[str, tuple[tuple[Node, ...], InputKind]] = {
     "reshaped": ((plain("reshape", "x", "a", shape=[-1, 3]), linear("a", "y")), NUMBERS),
     "linear, and reshaped": (
         (linear("x", "a"), plain("reshape", "x", "b", shape=[-1, 3]), plain("relu", "a", "y")),
-        NUMBERS,
+        InputKind(False, 3),
     ),
+    "added to, and linear": (
+        (linear("x", "a"), Node("add", ("x", "a"), "y")),
+        InputKind(False, 3),
+    ),
+    "stretched": ((Node("add", ("x", "x"), "a"), linear("a", "y")), NUMBERS),
+    "turned": ((plain("transpose", "x", "a", perm=[1, 0]), linear("a", "y")), NUMBERS),
+    "sequences": ((plain("mean", "x", "a", axis=1), linear("a", "y")), NUMBERS),
     "behind a convolution": (
         (
             Node("conv2d", ("x",), "a", {"weight": "images"}),
@@ -56,12 +65,11 @@ KINDS: dict[str, tuple[tuple[Node, ...], InputKind]] = {
         ),
         NUMBERS,
     ),
-    "of four axes": ((linear("x", "y", "images"),), NUMBERS),
-    "without a tensor": ((linear("x", "y", "gone"),), NUMBERS),
     "of no features": ((linear("x", "y", "none"),), NUMBERS),
     "ids": ((Node("embedding", ("x",), "y", {"weight": "ids"}),), IDS),
     "bags": ((Node("embedding_bag", ("x",), "y", {"weight": "ids"}),), IDS),
     "ids, reshaped": ((plain("reshape", "x", "a", shape=[-1, 3]), LOOKED_UP), IDS),
+    "ids, turned": ((plain("transpose", "x", "a", perm=[1, 0]), LOOKED_UP), IDS),
     "ids, flattened": ((plain("flatten", "x", "a"), LOOKED_UP), IDS),
     "batch norm": ((norm("batch_norm"),), InputKind(False, 7)),
     "batch norm of the last axis": ((norm("batch_norm", axis=-1),), InputKind(False, 7)),
@@ -74,10 +82,10 @@ KINDS: dict[str, tuple[tuple[Node, ...], InputKind]] = {
 @pytest.mark.parametrize("what", KINDS)
 def test_what_layers_tell(what: str) -> None:
     nodes, kind = KINDS[what]
-    assert input_kind(Graph(("x",), ("y",), nodes), SHAPES, "m@1") == kind
+    assert input_kind(Graph(("x",), ("y",), nodes), WEIGHTS, "m@1") == kind
 
 
 def test_several_inputs_are_no_row() -> None:
     graph = Graph(("p", "q"), ("y",), (Node("concat", ("p", "q"), "y", {}, {"axis": 1}),))
     with pytest.raises(ArgumentError, match=r"m@1 takes several inputs \(p, q\); a row of SQL is"):
-        input_kind(graph, SHAPES, "m@1")
+        input_kind(graph, WEIGHTS, "m@1")

@@ -3,7 +3,7 @@
 
 A stored graph names its inputs and says nothing of their shapes. What a weight is multiplied with
 has one of its sizes, ids are integers, images have four axes; the rest is -1. Deliberately not
-here: computing, and what rows of a batch have to do with each other (:mod:`pydedup.serving`).
+here: computing, and what rows of a batch have to do with each other.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydedup.catalog import StoredModel
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
 from pydedup.operations import KEEPING_SHAPE, axes_of
 from pydedup.serving.plan import Shape, shape_after
 from pydedup.types import DType
 
-__all__ = ["Signature", "TensorSpec", "Weight", "signature_of"]
+__all__ = ["Signature", "TensorSpec", "Weight", "inputs_of", "signature_of", "weights_of"]
 
 #: Shape and dtype of a stored tensor.
 Weight = tuple[Shape, DType]
@@ -31,14 +32,22 @@ _MOVES = frozenset(("identity", "flatten", "reshape", "transpose"))
 class TensorSpec:
     """An input or output; sizes that any number may have are -1.
 
-    ``features`` is whether the last axis must have its size; ``ids`` whether it must be integers.
+    ``features`` is whether the last axis must have its size, ``flat`` whether it must have it
+    where there is one axis beside that of the rows; ``ids`` whether it must be integers.
     """
 
     name: str
     datatype: str
     shape: Shape
     features: bool = False
+    flat: bool = False
     ids: bool = False
+
+    @property
+    def width(self) -> int | None:
+        """The numbers that a row of one axis must have, ``None`` where any will do."""
+        told = len(self.shape) == 2 and (self.features or self.flat)
+        return self.shape[1] if told and self.shape[1] > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +58,24 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
 
 
+def weights_of(model: StoredModel, graph: Graph) -> dict[str, Weight]:
+    """Return what is known of a model's tensors that its graph names.
+
+    Raises NotFoundError when there is no such tensor.
+    """
+    tensors = map(model.tensor, graph.tensors())
+    return {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
+
+
+def inputs_of(graph: Graph, weights: Mapping[str, Weight]) -> tuple[TensorSpec, ...]:
+    """Return what a graph takes."""
+    hints = _hints(graph, weights)
+    return tuple(_input(name, list(hints.get(name, ()))) for name in graph.inputs)
+
+
 def signature_of(graph: Graph, weights: Mapping[str, Weight]) -> Signature:
     """Return what a graph takes and returns."""
-    hints = _hints(graph, weights)
-    inputs = tuple(_input(name, list(hints.get(name, ()))) for name in graph.inputs)
+    inputs = inputs_of(graph, weights)
     shapes: dict[str, Shape | None] = {spec.name: spec.shape for spec in inputs}
     types = {spec.name: spec.datatype for spec in inputs}
     for node in graph.nodes:
@@ -77,11 +100,11 @@ def _input(name: str, hints: Sequence[TensorSpec]) -> TensorSpec:
     if not hints:
         return TensorSpec(name, "FP32", (-1, -1))
     # Images and sequences have more axes than a look at what follows a sum over some of them shows.
-    best = max(hints, key=lambda hint: len(hint.shape))
+    best = max(hints, key=lambda hint: (len(hint.shape), hint.features, hint.flat))
     ids = any(hint.ids for hint in hints)
     wide = any(hint.datatype == "FP64" for hint in hints)
     datatype = "INT64" if ids else "FP64" if wide else "FP32"
-    return TensorSpec(name, datatype, best.shape, best.features, ids)
+    return TensorSpec(name, datatype, best.shape, best.features, best.flat, ids)
 
 
 def _hints(graph: Graph, weights: Mapping[str, Weight]) -> dict[str, dict[TensorSpec, None]]:
@@ -122,7 +145,8 @@ def _asks(node: Node, weights: Mapping[str, Weight]) -> TensorSpec | None:
     if op == "layer_norm":
         return TensorSpec("", datatype, (-1, *shape), features=True)
     if op == "batch_norm" and node.attr("axis") in (1, -1):
-        return TensorSpec("", datatype, (-1, shape[0]), features=node.attr("axis") == -1)
+        last = node.attr("axis") == -1
+        return TensorSpec("", datatype, (-1, shape[0]), features=last, flat=True)
     return None
 
 
@@ -139,10 +163,12 @@ def _before(node: Node, hint: TensorSpec) -> TensorSpec | None:
             sizes = [-1 if i == axis % len(shape) else size for i, size in enumerate(shape)]
             return TensorSpec("", hint.datatype, tuple(sizes), ids=hint.ids)
     if op == "flatten" and node.attr("start_axis") == 1 and len(shape) == 2:
-        return hint if shape[1] == -1 else TensorSpec("", hint.datatype, shape, ids=hint.ids)
+        flat = hint.features or hint.flat
+        return TensorSpec("", hint.datatype, shape, flat=flat, ids=hint.ids)
     if op == "transpose" and len(node.attr("perm")) == len(shape):
         perm = node.attr("perm")
-        return TensorSpec("", hint.datatype, tuple(shape[perm.index(i)] for i in range(len(perm))))
+        turned = tuple(shape[perm.index(i)] for i in range(len(perm)))
+        return TensorSpec("", hint.datatype, turned, ids=hint.ids)
     if op in ("mean", "max") and not node.attr("keepdims"):
         axes = axes_of(node.attr("axis"))
         rank = len(shape) + len(axes)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What callers give, as what the package computes with, or an ArgumentError that names it.
+
+Here: arrays, integers, block shapes. Deliberately not here: names (`pydedup.names`), and what only
+one function takes.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydedup.errors import ArgumentError
+
+__all__ = [
+    "as_array",
+    "as_block_shape",
+    "as_dtype",
+    "as_integers",
+    "as_unsigned",
+    "check_array",
+]
+
+
+def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
+    """Return values as an array. Raises ArgumentError when they make none, or some are masked."""
+    if "numpy.ma" in sys.modules and np.ma.is_masked(values):  # it is large: not imported for this
+        raise ArgumentError(f"{name} has masked elements, which are lost; fill them first")
+    try:
+        return np.asarray(values)
+    except Exception as error:  # rows of different lengths, or whatever __array__ of others raises
+        raise ArgumentError(f"{name} does not make an array: {error}") from error
+
+
+def check_array(array: object, name: str) -> None:
+    """Raise ArgumentError for what is no array of numpy, or has masked elements."""
+    if not isinstance(array, np.ndarray):
+        raise ArgumentError(f"{name} must be a numpy array, not {type(array).__name__}")
+    as_array(array, name)
+
+
+def as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return numbers in a dtype and C-contiguous; the same array if it is both already.
+
+    What is beyond the dtype is infinite and NaN stays NaN; of neither does numpy warn.
+    """
+    with np.errstate(all="ignore"):
+        return array.astype(dtype, order="C", copy=False)
+
+
+def as_block_shape(shape: object) -> tuple[int, int]:
+    """Return a block shape that a caller gave as plain integers.
+
+    Raises
+    ------
+    ArgumentError
+        When it is not two integers from 1 to 2**63 - 1.
+    """
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ArgumentError(f"block_shape must be (rows, cols), not {shape!r}")
+    try:
+        rows, cols = (operator.index(side) for side in shape)
+    except TypeError as error:
+        raise ArgumentError(f"block_shape must hold integers, not {shape!r}") from error
+    if not (1 <= rows < 2**63 and 1 <= cols < 2**63):
+        raise ArgumentError(f"block shape {shape!r} must be at least (1, 1) and below 2**63")
+    return rows, cols
+
+
+def as_unsigned(name: str, value: object, bits: int) -> int:
+    """Return an integer that a caller gave as ``name``, such as threads, as a plain one.
+
+    Raises
+    ------
+    ArgumentError
+        When it is no integer from 0 to ``2**bits - 1``.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ArgumentError(f"{name} must be an integer, got {value!r}") from error
+    if not 0 <= number < 1 << bits:
+        raise ArgumentError(f"{name} must be from 0 to 2**{bits} - 1, got {number}")
+    return number
+
+
+def as_integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """Return integers that a caller gave as ``name``, such as ids: contiguous and aligned, 1-D.
+
+    Raises
+    ------
+    ArgumentError
+        When they are not integers of 64 bits in one dimension, or some are masked.
+    """
+    array = as_array(values, name)
+    if array.ndim != 1:
+        raise ArgumentError(f"{name} must hold integers in one dimension, not {array.ndim}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu" or (
+        array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
+    ):
+        raise ArgumentError(f"{name} must hold 64-bit integers, not {array.dtype}")
+    return np.require(array, np.int64, ["C", "A"])
