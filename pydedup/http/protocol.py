@@ -28,6 +28,7 @@ class LimitedProtocol(HttpToolsProtocol):
     #: Seconds from the first byte of a request (or the connection) to the end of its headers.
     head_seconds = 15.0
 
+    #: Bytes since the last that were of a body: of a head, of trailers, or between chunks.
     _head_bytes = 0
     _in_head = True
     _head_timer: asyncio.TimerHandle | None = None
@@ -48,15 +49,14 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; a head that is too long is refused even where no header ends."""
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_timer is None:
-                self._await_head()
+        self._head_bytes += len(data)
+        if self._in_head and self._head_timer is None:
+            self._await_head()
         self._unset_keepalive_if_required()
         rest = data
         while rest and not self.transport.is_closing():
             rest = self._parse(rest)
-        if self._in_head and self._head_bytes > _LARGEST_HEAD:
+        if self._head_bytes > _LARGEST_HEAD:
             self._refuse_head()
 
     def _parse(self, data: bytes) -> bytes:
@@ -83,12 +83,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the line of a request."""
-        if not self._is_repeated:
+        if self._in_head:
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
-        if not self._is_repeated:
+        """Take a header; those behind a body, trailers, say nothing that is asked for here."""
+        if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -106,6 +106,11 @@ class LimitedProtocol(HttpToolsProtocol):
         is_framed = any(name in _FRAMING for name, _ in self.headers)
         self._body_follows = is_framed and self.parser.should_upgrade()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body of a request."""
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End the body of a request."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-import socket
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -365,44 +363,3 @@ def test_an_alias_moves_and_a_version_goes(start: Start, own_url: str) -> None:
     answer = server.infer("dense", body)
     assert answer.status == 400
     assert answer.error.startswith("inputs[0].shape: ")
-
-
-def test_pipelined_and_chunked_requests(server: Server) -> None:
-    body = json.dumps({"inputs": [GOOD]}).encode()
-    chunked = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:10], body[10:]))
-    head = b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\n"
-    one = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    two = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunked + b"0\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
-        last = one.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n")
-        connection.sendall(one + two + last)
-        text = b"".join(iter(lambda: connection.recv(65536), b""))
-    answers = [json.loads(found) for found in re.findall(rb'\{"model_name".*?\]\}\]\}', text)]
-    assert len(answers) == 3
-    assert answers[0] == answers[1] == answers[2]
-    assert answers[0]["model_name"] == "dense"
-
-
-@pytest.mark.parametrize("step", [1, 40, 1 << 20])
-def test_an_offer_of_another_protocol_is_passed_over(server: Server, step: int) -> None:
-    """Java's client makes one with each request, as long as it is not told to speak HTTP/1.1."""
-    body = json.dumps({"inputs": [GOOD]}).encode()
-    chunked = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:10], body[10:]))
-    head = (
-        b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n"
-        b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAAQCAAAA\r\n"
-    )
-    one = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    two = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunked + b"0\r\n\r\n"
-    none = head.replace(b"POST /v2/models/dense/infer", b"GET /v2") + b"\r\n"
-    last = b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    sent = one + none + two + one + last
-    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
-        for at in range(0, len(sent), step):
-            connection.sendall(sent[at : at + step])
-        text = b"".join(iter(lambda: connection.recv(65536), b""))
-    assert re.findall(rb"HTTP/1.1 (\d+)", text) == [b"200"] * 5
-    answers = re.findall(rb'\{"model_name".*?\]\}\]\}', text)
-    assert len(answers) == 3
-    assert json.loads(answers[0]) == server.infer("dense", body).json
-    assert answers[0] == answers[1] == answers[2]
