@@ -220,6 +220,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
             super()._begin(session, statements)
             return
         self._file.same()
+        self._file.refuse_other_names()
         deadline = time.monotonic() + self._timeout
         with self._patience(session, min(WAIT_SLICE_SECONDS, self._timeout)):
             while True:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from pydedup.errors import ArgumentError, NotAStoreError, UnavailableError
+from pydedup.errors import ArgumentError, NotAStoreError, ReadOnlyError, UnavailableError
 
 from ._files import DatabaseFile, locate_file
 from ._schema import PREFIX, TABLES
@@ -76,6 +76,19 @@ class StoreFile(DatabaseFile):
             )
         self._inode = stamp[0]
         return stamp
+
+    def refuse_other_names(self) -> None:
+        """Raise ReadOnlyError for a file with hard links: SQLite keeps a log beside each name.
+
+        Who has it open by another name sees neither that log nor its locks.
+        """
+        names = Path(self.path).stat().st_nlink
+        if names > 1:
+            raise ReadOnlyError(
+                f"{self.path} is one of {names} names of the same file (hard links), and writers "
+                "by several of them would destroy it; delete the others (find -samefile finds "
+                "them), or make this one a copy"
+            )
 
     def refuse_views(self, connection: Any) -> None:
         """Raise NotAStoreError where what has the name of a table of ours is a view.

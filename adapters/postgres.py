@@ -29,7 +29,7 @@ from ._postgres_pooler import check_sessions
 from ._postgres_said import said, sqlstate_of
 from ._postgres_statement import is_stale
 from ._postgres_url import Place, locate
-from ._schema import Dialect
+from ._schema import TABLES, Dialect
 from ._sessions import Connection, Session, SessionPool
 from ._url import TIMEOUT_SECONDS
 
@@ -56,9 +56,11 @@ _SETTINGS: Final = """SELECT
     THEN current_setting('lock_timeout') ELSE %(wait)s END, false),
   CASE WHEN %(read)s THEN set_config('default_transaction_read_only', 'on', false) END"""
 
+#: From rows that row-level security hides would follow what is to be deleted.
 _CANNOT_WRITE: Final = """SELECT current_setting('transaction_read_only') = 'on' OR EXISTS (
   SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-  WHERE n.nspname = %b AND c.relname = 'meta' AND NOT has_table_privilege(c.oid, 'INSERT'))"""
+  WHERE n.nspname = %b AND c.relname = ANY(%b) AND (row_security_active(c.oid)
+    OR (c.relname = 'meta' AND NOT has_table_privilege(c.oid, 'INSERT'))))"""
 
 
 def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
@@ -171,7 +173,8 @@ class PostgresAdapter(PostgresCopy):
         )
 
     def _cannot_write(self, session: Session) -> bool:
-        return bool(self._run(session, _CANNOT_WRITE, [self._place.schema], fetch_all)[0][0])
+        asked = [self._place.schema, list(TABLES)]
+        return bool(self._run(session, _CANNOT_WRITE, asked, fetch_all)[0][0])
 
     def _translate(self, error: Exception) -> PydedupError:
         lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)

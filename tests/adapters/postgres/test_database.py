@@ -242,6 +242,25 @@ def test_a_writer_role_writes(adapter: Adapter, schema: str, url: str, role: str
     writer.close()
 
 
+def test_who_does_not_see_all_rows_writes_none(schema: str, url: str, role: str, sql: Any) -> None:
+    """A removal took pages of models whose rows row-level security hid, and left its own behind."""
+    with pydedup.open(url) as store:
+        for name in ("a", "b"):
+            store.add(name, {"w": np.full(70_000, ord(name), np.float32)})
+        sql(f'GRANT USAGE ON SCHEMA {schema} TO "{role}"')
+        sql(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO "{role}"')
+        sql(f"ALTER TABLE {schema}.model_pages ENABLE ROW LEVEL SECURITY")
+        with pydedup.open(as_role(url, role)) as theirs:
+            assert theirs.load("a")["w"][0] == ord("a")
+            for change in (lambda: theirs.remove("a"), theirs.vacuum):
+                with pytest.raises(ReadOnlyError, match="may not write"):
+                    change()
+            sql(f"ALTER TABLE {schema}.model_pages DISABLE ROW LEVEL SECURITY")
+            theirs.remove("a")
+        assert [model.name for model in store.models()] == ["b"]
+        assert store.verify().errors == []
+
+
 def test_reading_alone_is_held_by_the_server_too(adapter: Adapter, url: str) -> None:
     reader = registry.connect(url, mode="r")
     with pytest.raises(ReadOnlyError, match="read-only"):

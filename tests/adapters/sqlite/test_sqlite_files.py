@@ -20,6 +20,7 @@ from pydedup import registry
 from pydedup.errors import (
     CorruptStoreError,
     NotAStoreError,
+    ReadOnlyError,
     StorageFullError,
     StoreError,
     UnavailableError,
@@ -266,6 +267,25 @@ def test_a_file_that_another_takes_the_place_of_is_told(tmp_path: Path, mode: st
     with pydedup.open(path) as store:
         for number, model in enumerate(models):
             assert store.load(f"m{number}")["w"].tobytes() == model["w"].tobytes()
+
+
+def test_a_file_of_several_names_is_read_alone(tmp_path: Path) -> None:
+    """Each had a log of its own: what one added the other did not see, and called damaged."""
+    path, other = tmp_path / "models.db", tmp_path / "other.db"
+    weights = np.arange(70_000, dtype=np.float32)
+    with pydedup.open(path) as store:
+        store.add("m", {"w": weights})
+        other.hardlink_to(path)
+        for change in (lambda: store.add("n", {"w": -weights}), lambda: store.remove("m")):
+            with pytest.raises(ReadOnlyError, match=r"models\.db is one of 2 names"):
+                change()
+    with pydedup.open(other) as store:
+        assert (store.load("m")["w"] == weights).all()
+        with pytest.raises(ReadOnlyError, match=r"other\.db is one of 2 names"):
+            store.add("n", {"w": -weights})
+        path.unlink()
+        store.add("n", {"w": -weights})
+        assert store.verify().ok
 
 
 # ---- full disks ---------------------------------------------------------------------------------
