@@ -7,7 +7,7 @@ it, and raises an error or does without where it is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from pydedup.errors import PydedupError
 
 __all__ = [
+    "ChangeMarkAdapter",
     "CopiesAdapter",
     "FunctionsAdapter",
     "KeyRange",
@@ -159,6 +160,18 @@ class RangeAdapter(RowAdapter, Protocol):
 
         Kinds: ``integer``, ``number``, ``text``, ``bytes``, ``date``, ``time``,
         ``instant`` (a time with its zone).
+        """
+
+
+@runtime_checkable
+class ChangeMarkAdapter(Protocol):
+    """Whether anything was changed, asked for much less than a query, optional for an adapter."""
+
+    def change_mark(self) -> Hashable | None:
+        """Return a value that is another one after each change of the database, whoever makes it.
+
+        One mark may stand for a state on this thread alone. ``None`` where none is to be had now:
+        in a transaction or snapshot, and where damaged rows are left out.
         """
 
 

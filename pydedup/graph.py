@@ -120,6 +120,8 @@ class Graph:
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     halves: tuple[str, ...] = ()
+    #: For each node the values, outputs aside, that no node behind it uses.
+    used_up: tuple[tuple[str, ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for field_name in ("inputs", "outputs", "halves"):
@@ -152,6 +154,16 @@ class Graph:
         for name in self.halves:
             if name not in self.outputs:
                 raise ArgumentError(f"{name!r} of 'halves' is no output of the graph")
+        last_use = {name: i for i, node in enumerate(self.nodes) for name in node.inputs}
+        used_up = tuple(
+            tuple(
+                name
+                for name in dict.fromkeys(node.inputs)
+                if last_use[name] == i and name not in self.outputs
+            )
+            for i, node in enumerate(self.nodes)
+        )
+        object.__setattr__(self, "used_up", used_up)
 
     def tensors(self) -> tuple[str, ...]:
         """Return the names of all tensors that the nodes use, each once, in order of use."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow
-from pydedup.adapter_options import only_sound_rows, telling_rows
+from pydedup.adapter_options import ChangeMarkAdapter, only_sound_rows, telling_rows
 from pydedup.catalog.aliases import aliases_of, wrong_aliases
 from pydedup.catalog.model import StoredModel, grid_of
 from pydedup.catalog.rows import SUGGESTED_MODELS, model_info
@@ -29,6 +29,8 @@ _ROOM_SHARE: Final = 16
 _ROOM_BYTES: Final = 16 << 20
 # What is kept of a model, about: of itself, of a tensor, and of a block that is a delta.
 _MODEL_BYTES, _TENSOR_BYTES, _BLOCK_BYTES = 6144, 1024, 24
+#: Addresses whose models are remembered until the database is changed.
+_FOUND_MODELS: Final = 1024
 
 
 class Catalog:
@@ -52,6 +54,8 @@ class Catalog:
         self._unmeasured = 0
         self._store_id: str | None = None
         self._sound_aliases: set[tuple[int, str]] = set()
+        self._found: OrderedDict[tuple[str, Hashable], ModelRow] = OrderedDict()
+        self._change_mark = adapter.change_mark if isinstance(adapter, ChangeMarkAdapter) else None
 
     def resolve(self, address: str) -> ModelRow:
         """Return the live model that an address means.
@@ -70,6 +74,19 @@ class Catalog:
         return row
 
     def _find(self, address: str) -> ModelRow:
+        """Return `_look_for`, not asked again as long as nothing in the database was changed."""
+        mark = None if self._change_mark is None else self._change_mark()
+        if mark is None or not isinstance(address, str):
+            return self._look_for(address)
+        row = self._found.get((address, mark))
+        if row is None:
+            row = self._found[address, mark] = self._look_for(address)
+            if len(self._found) > _FOUND_MODELS:
+                with suppress(KeyError):
+                    self._found.popitem(last=False)
+        return row
+
+    def _look_for(self, address: str) -> ModelRow:
         parsed = parse_address(address)
         called = self._called(parsed)
         while called is None:

@@ -82,11 +82,10 @@ def run_together(
     those of the model of the only run. Raises what `run_graph` does, for whichever run it is.
     """
     states = [_Run(tensors, graph, inputs) for tensors, inputs in runs]
-    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     fused: dict[str, Node] | None = None
     made = set(graph.inputs)
     with np.errstate(all="ignore"):  # NaN and infinities are results here, not mistakes
-        for i, node in enumerate(graph.nodes):
+        for node, used_up in zip(graph.nodes, graph.used_up, strict=True):
             if node.output in made:
                 pass
             elif stacks is not None and (ran := stacks.run(node.output, states[0].values)):
@@ -101,10 +100,9 @@ def run_together(
                 for state, value in zip(states, _compute(states, node, activation), strict=True):
                     state.values[to] = value
                 made.add(to)
-            for name in node.inputs:
-                if last_use[name] == i and name not in graph.outputs:
-                    for state in states:
-                        state.values.pop(name, None)
+            for name in used_up:
+                for state in states:
+                    state.values.pop(name, None)
         return [{name: _output(graph, state, name) for name in graph.outputs} for state in states]
 
 

@@ -125,7 +125,10 @@ def _hints(graph: Graph, weights: Mapping[str, Weight]) -> dict[str, dict[Tensor
 
 
 def _asks(node: Node, weights: Mapping[str, Weight]) -> TensorSpec | None:
-    """Return what a node asks of each of its inputs, by itself."""
+    """Return what a node asks of each of its inputs, by itself.
+
+    Nothing where its weight has other axes than it can have, as in a damaged store.
+    """
     op = node.op
     if op in ("max_pool2d", "avg_pool2d"):
         return TensorSpec("", "FP32", (-1, -1, -1, -1))
@@ -137,14 +140,14 @@ def _asks(node: Node, weights: Mapping[str, Weight]) -> TensorSpec | None:
         return None
     shape, dtype = weights[node.weights["weight"]]
     datatype = "FP64" if compute_dtype(dtype).itemsize == 8 else "FP32"
-    if op == "linear":
+    if op == "linear" and len(shape) == 2:
         size = shape[0] if node.attr("transpose") else shape[1]
         return TensorSpec("", datatype, (-1, size), features=True)
-    if op == "conv2d":
+    if op == "conv2d" and len(shape) >= 2:
         return TensorSpec("", datatype, (-1, shape[1] * node.attr("groups"), -1, -1))
-    if op == "layer_norm":
+    if op == "layer_norm" and shape:
         return TensorSpec("", datatype, (-1, *shape), features=True)
-    if op == "batch_norm" and node.attr("axis") in (1, -1):
+    if op == "batch_norm" and len(shape) == 1 and node.attr("axis") in (1, -1):
         last = node.attr("axis") == -1
         return TensorSpec("", datatype, (-1, shape[0]), features=last, flat=True)
     return None

@@ -16,6 +16,7 @@ database does beyond the contract is tested beside it.
 from __future__ import annotations
 
 from pydedup.testing._contract_blocks import BlocksContract
+from pydedup.testing._contract_marks import MarksContract
 from pydedup.testing._contract_pages import PagesContract
 from pydedup.testing._contract_processes import ProcessesContract
 from pydedup.testing._contract_rows import RowsContract
@@ -29,6 +30,7 @@ class AdapterContract(
     SchemaContract,
     ProcessesContract,
     TransactionsContract,
+    MarksContract,
     RowsContract,
     BlocksContract,
     PagesContract,

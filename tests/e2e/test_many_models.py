@@ -18,6 +18,7 @@ import pytest
 import pydedup
 from pydedup.adapter import LIVE, ModelRow
 from pydedup.catalog import aliases, catalog
+from pydedup.errors import ArgumentError, NotFoundError
 
 Ask = Callable[[pydedup.Store], object]
 
@@ -75,6 +76,42 @@ def test_what_is_about_one_model_looks_at_no_others(
         with pydedup.open(shutil.copy(path, tmp_path)) as store:
             found.append(rows_read(store, ask, monkeypatch))
     assert found[0] == found[1]
+
+
+def test_who_asks_again_is_not_looked_up_until_something_changes(
+    filled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copy(filled[0], tmp_path)
+    with pydedup.open(path) as store, pydedup.open(path) as other:
+
+        def asks(address: str, shape: tuple[int, ...], version: str) -> int:
+            def ask(store: pydedup.Store) -> None:
+                assert store.tensor(address, "b").shape == shape
+                assert store._catalog.model(address).row.version == version
+
+            ask(store)
+            return rows_read(store, ask, monkeypatch)
+
+        assert asks("m@prod", (), "3") == 0
+        for mover, version in ((other, "4"), (store, "5")):
+            mover.alias("m", "prod", version)
+            assert rows_read(store, lambda store: store.graph("m@prod"), monkeypatch) > 0
+            assert asks("m@prod", (), version) == 0
+        newest = store.versions("m")[-1].version
+        assert asks("m", (), newest) == 0
+        other.remove(f"m@{newest}")
+        assert asks("m", (), str(int(newest) - 1)) == 0
+        other.alias("m", "prod", None)
+        with pytest.raises(NotFoundError, match="no version or alias 'prod'"):
+            store.tensor("m@prod", "b")
+        # More names than are remembered, and what is no name.
+        with monkeypatch.context() as patch:
+            patch.setattr(catalog, "_FOUND_MODELS", 3)
+            for _ in range(2):
+                for number in range(6):
+                    assert store.tensor(f"m{number}", "w").shape == (64, 64)
+        with pytest.raises(ArgumentError):
+            store.tensor(["m"], "b")  # type: ignore[arg-type]
 
 
 def test_a_new_alias_parses_no_certificates_of_other_versions(

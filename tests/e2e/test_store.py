@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,30 @@ def test_versions_and_aliases(store: pydedup.Store) -> None:
         store.remove("m")  # also where the name means just that one
     assert store.remove("m", all_versions=True) == ["m@3"]
     assert store.models() == []
+
+
+def test_a_name_means_what_it_means_now_whoever_changed_it(store_url: str) -> None:
+    with pydedup.open(store_url) as store, pydedup.open(store_url) as other:
+
+        def found(address: str) -> float:
+            values = {float(one.tensor(address, "w").numpy()[0]) for one in (store, other)}
+            assert len(values) == 1
+            return values.pop()
+
+        for number in range(4):
+            (store, other)[number % 2].add("m", {"w": np.full(3, number, np.float32)})
+            assert found("m") == found("m") == number
+        for mover, version in ((store, "1"), (other, "2"), (other, "1"), (store, "3")):
+            mover.alias("m", "prod", version)
+            assert found("m@prod") == found("m@prod") == int(version) - 1
+        thread = threading.Thread(target=lambda: store.alias("m", "prod", "2"))
+        thread.start()
+        thread.join()
+        assert found("m@prod") == 1
+        other.remove("m@4")
+        assert found("m") == 2
+        other.vacuum()
+        assert found("m") == 2
 
 
 def test_the_newest_versions_are_kept(store_url: str) -> None:

@@ -19,6 +19,7 @@ SHAPES = {
     "images": (6, 3, 2, 2),
     "norm": (7,),
     "none": (5, 0),
+    "scalar": (),
 }
 WEIGHTS = {name: (shape, DType.F32) for name, shape in SHAPES.items()}
 NUMBERS, IDS = InputKind(ids=False, width=None), InputKind(ids=True, width=None)
@@ -65,6 +66,9 @@ KINDS: dict[str, tuple[tuple[Node, ...], InputKind]] = {
         ),
         NUMBERS,
     ),
+    # As in a damaged store.
+    "of four axes": ((linear("x", "y", "images"),), NUMBERS),
+    "of a scalar": ((linear("x", "y", "scalar"),), NUMBERS),
     "of no features": ((linear("x", "y", "none"),), NUMBERS),
     "ids": ((Node("embedding", ("x",), "y", {"weight": "ids"}),), IDS),
     "bags": ((Node("embedding_bag", ("x",), "y", {"weight": "ids"}),), IDS),
@@ -76,6 +80,9 @@ KINDS: dict[str, tuple[tuple[Node, ...], InputKind]] = {
     "batch norm of another": ((norm("batch_norm", axis=2),), NUMBERS),
     "layer norm": ((norm("layer_norm"),), InputKind(False, 7)),
     "layer norm of two axes": ((norm("layer_norm", "w"),), NUMBERS),
+    "layer norm of a scalar": ((norm("layer_norm", "scalar"),), NUMBERS),
+    "batch norm of a scalar": ((norm("batch_norm", "scalar"),), NUMBERS),
+    "convolution of a scalar": ((Node("conv2d", ("x",), "y", {"weight": "scalar"}),), NUMBERS),
 }
 
 

@@ -168,3 +168,18 @@ def test_tensors_must_fit(
             graph.validate(shapes)
     with pytest.raises(ArgumentError, match="which the model does not have"):
         graph.validate({})
+
+
+def test_values_that_are_used_up() -> None:
+    """Each where it is used last, once; outputs never, nor what nothing uses."""
+    nodes = (
+        Node("relu", ("x",), "a"),
+        Node("add", ("a", "a"), "b"),
+        Node("add", ("b", "x"), "c"),
+        Node("relu", ("a",), "idle"),
+        Node("relu", ("b",), "y"),
+    )
+    graph = Graph(("x", "z"), ("y", "c"), nodes)
+    assert graph.used_up == ((), (), ("x",), ("a",), ("b",))
+    assert Graph(("x",), ("b", "y"), (*nodes[:2], nodes[4])).used_up == (("x",), ("a",), ())
+    assert Graph(("x", "z"), ("y", "c"), list(nodes)) == graph  # type: ignore[arg-type]
