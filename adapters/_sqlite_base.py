@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from pydedup.errors import (
@@ -18,6 +19,7 @@ from pydedup.errors import (
 )
 
 from ._base import fetch_all
+from ._damage import who_is_told
 from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
 from ._schema import TABLES, Dialect
 from ._sessions import READ, WRITE, Connection, Session
@@ -50,6 +52,7 @@ DIALECT: Final = Dialect(
     begin_snapshot=("BEGIN", ANY_READ),
 )
 
+_NUMBERS: Final = itertools.count()
 _LAST_ID: Final = (1 << 63) - 1
 _NUMBERED: Final = [table for table, spec in TABLES.items() if ("id", "id") in spec.columns]
 # A commit leaves the log alone: `settle` moves it, and may be at it.
@@ -139,6 +142,23 @@ class SqliteBase(SqliteRows, DbApiAdapter):
             f"WHERE ({wrong('checksum')} OR {wrong('payload')}) "
             f"AND id {self._sql.members(members)}"
         )
+
+    def change_mark(self) -> Hashable | None:
+        """Return what no two states of the database have in common.
+
+        See `pydedup.adapter_options.ChangeMarkAdapter`.
+        """
+        with self._pool.acquire() as session:
+            if session.scope is not None or who_is_told(self) is not None:
+                return None
+            connection: Any = session.connection
+            if connection.number is None:
+                connection.number = next(_NUMBERS)
+            try:  # what others commit changes the version, and what is done here the total
+                (version,) = connection.execute("PRAGMA data_version").fetchone()
+            except self.driver_error:  # the next query meets it, too, and says so
+                return None
+            return connection.number, version, connection.total_changes
 
     # ---- payloads where they lie --------------------------------------------------------------
 

@@ -8,18 +8,16 @@ and every commit is synced but those that only stage (``SqliteBase.staging``).
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sqlite3
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import NotAStoreError, StoreError
 
 from ._connection import closed_on_error
-from ._damage import who_is_told
 from ._sessions import Connection, SessionPool
 from ._sqlite_base import ANY_READ, DIALECT, SqliteBase
 from ._sqlite_errors import meaning
@@ -57,18 +55,14 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     return SqliteAdapter(url, file, "mode=rw" if writes else "mode=ro", timeout)
 
 
-_NUMBERS = itertools.count()
-
-
 class _Connection(sqlite3.Connection):
-    number = -1
-    """No other connection of this process has it."""
+    number: int | None = None  # of its own, see `SqliteBase.change_mark`
     stamp: Stamp | None = None
     """What the file looked like when it was taken for one that nobody changes."""
 
 
 def _open(file: StoreFile, options: str, timeout: float = 0.0) -> _Connection:
-    connection = sqlite3.connect(
+    return sqlite3.connect(
         file.uri(options),
         timeout=timeout,
         isolation_level=None,
@@ -76,8 +70,6 @@ def _open(file: StoreFile, options: str, timeout: float = 0.0) -> _Connection:
         factory=_Connection,
         uri=True,
     )
-    connection.number = next(_NUMBERS)
-    return connection
 
 
 def _code(error: sqlite3.Error) -> int:
@@ -176,21 +168,6 @@ class SqliteAdapter(SqliteBase):
         connection = _open(self._file, "mode=ro&immutable=1")
         connection.stamp = stamp
         return connection
-
-    def change_mark(self) -> Hashable | None:
-        """Return what no two states of the database have in common.
-
-        See `pydedup.adapter_options.ChangeMarkAdapter`.
-        """
-        with self._pool.acquire() as session:
-            if session.scope is not None or who_is_told(self) is not None:
-                return None
-            connection = cast(_Connection, session.connection)
-            try:  # what others commit changes the version, and what is done here the total
-                (version,) = connection.execute("PRAGMA data_version").fetchone()
-            except sqlite3.Error:  # the next query meets it, too, and says so
-                return None
-            return connection.number, version, connection.total_changes
 
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         table = DIALECT.name("pages")
