@@ -209,7 +209,8 @@ class MysqlBase(MysqlRows, DbApiAdapter):
     def missing(self) -> MissingStoreError:
         """Return the error that there is no store, and what to do about it."""
         rows = self._query("SHOW GRANTS")
-        may = may_create([text(row[0]) for row in rows], self._place.database)
+        ((database,),) = self._query("SELECT DATABASE()")  # as the server spells it
+        may = may_create([text(row[0]) for row in rows], text(database))
         return MissingStoreError(f"{self._url} holds no store", "" if may else self._grant())
 
     def _grant(self) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
+from pydedup.adapter import Capabilities
 from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
 from ._dbapi import DbApiAdapter
@@ -19,9 +20,17 @@ from ._schema import TABLES, Dialect, literal
 from ._sessions import Session
 from ._values import Row
 
-__all__ = ["SHARDS", "PostgresBase", "dialect_of"]
+__all__ = ["CAPABILITIES", "SHARDS", "PostgresBase", "dialect_of"]
 
 R = TypeVar("R")
+
+CAPABILITIES: Final = Capabilities(
+    # Larger values could be stored, but not dumped by pg_dump, which doubles them on their way.
+    max_payload_bytes=256 << 20,
+    max_parameters=65535,  # the protocol counts them in 16 bits
+    concurrent_writers=True,
+    shrinks=False,
+)
 
 #: A read whose connection was lost is tried again for so long, with pauses that double.
 AGAIN_SECONDS: Final = 10.0

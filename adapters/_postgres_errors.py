@@ -26,8 +26,9 @@ from ._errors import (
     KeyTakenError,
 )
 from ._postgres_url import Place
+from ._schema import NUMBERED
 
-__all__ = ["MissingDatabaseError", "meaning", "refusal"]
+__all__ = ["MissingDatabaseError", "meaning", "numbered_twice", "refusal"]
 
 
 class MissingDatabaseError(UnavailableError):
@@ -163,6 +164,17 @@ def meaning(code: str | None, said: str, place: Place, *, lost: bool) -> Pydedup
     if said == "query_wait_timeout":  # of pgbouncer, in no other language: it has waited enough
         kind, advice = UnavailableError, _POOL
     return _told(kind, said, advice, code, place)
+
+
+def numbered_twice(said: str, place: Place) -> PydedupError:
+    """Return what it means that a new row got the number of another one."""
+    *others, last = (f'"{place.schema}".{table}' for table in NUMBERED)
+    return StoreError(
+        f"{place.shown}: {said}; a sequence is behind the rows that it numbered, as after logical "  # noqa: S608
+        "replication, which leaves sequences out: let their owner run SELECT "
+        f"setval(pg_get_serial_sequence('{last}', 'id'), max(id)) FROM {last}, and the same for "
+        f"{' and '.join(others)}"
+    )
 
 
 def refusal(code: str | None, said: str, place: Place, *, needs_password: bool) -> PydedupError:

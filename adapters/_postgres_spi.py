@@ -12,11 +12,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from pydedup.adapter import Adapter, Capabilities
+from pydedup.adapter import Adapter
 from pydedup.errors import PydedupError, StoreError
 
 from ._dbapi import PAYLOADS_PER_READ
-from ._postgres_base import PostgresBase, dialect_of
+from ._postgres_base import CAPABILITIES, PostgresBase, dialect_of
 from ._postgres_errors import meaning
 from ._postgres_url import Place
 from ._sessions import Connection, SessionPool
@@ -27,13 +27,6 @@ __all__ = ["connect", "memory_setting"]
 _TYPES: Final = {bool: "bool", int: "int8", float: "float8", str: "text", bytes: "bytea"}
 _MARK: Final = "%b"
 _SETTING: Final = "SELECT current_setting('pydedup.memory', true) AS memory"
-#: Only to tell others what a server would refuse.
-_LIMITS: Final = Capabilities(
-    max_payload_bytes=256 << 20,
-    max_parameters=65535,
-    concurrent_writers=True,
-    shrinks=False,
-)
 
 
 def connect(plpy: Any, schema: str) -> Adapter:
@@ -59,7 +52,7 @@ class _SpiAdapter(PostgresBase):
             shown,
             dialect=dialect_of(schema),
             read_only=True,
-            capabilities=_LIMITS,
+            capabilities=CAPABILITIES,
             pool=SessionPool(self._connect, name=shown),
         )
 

@@ -16,7 +16,16 @@ from typing import Final
 
 from pydedup.adapter import LIVE, RETIRED, STAGING
 
-__all__ = ["PREFIX", "TABLES", "VIEWS", "Dialect", "Table", "create_statements", "literal"]
+__all__ = [
+    "NUMBERED",
+    "PREFIX",
+    "TABLES",
+    "VIEWS",
+    "Dialect",
+    "Table",
+    "create_statements",
+    "literal",
+]
 
 #: What names of tables and views begin with, unless stores live in a schema of their own.
 PREFIX: Final = "pydedup_"
@@ -204,6 +213,9 @@ TABLES: Final[Mapping[str, Table]] = {
         (("id", "name"), ("spec", "text"), ("cursor", "text"), ("state", "word")), ("id",)
     ),
 }
+
+#: The tables whose rows the database numbers.
+NUMBERED: Final = tuple(name for name, spec in TABLES.items() if ("id", "id") in spec.columns)
 
 #: The views, which people read.
 VIEWS: Final[Mapping[str, Table]] = {

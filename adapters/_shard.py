@@ -26,13 +26,13 @@ from pydedup.errors import (
 from ._base import DbApiBase
 from ._errors import ConnectionLostError, KeyTakenError
 from ._migrations import SchemaCalls
-from ._postgres_base import CREATING, SHARDS
+from ._postgres_base import CAPABILITIES, CREATING, SHARDS
 from ._postgres_errors import MissingDatabaseError
 from ._postgres_statement import copy_statement, is_stale
 from ._postgres_url import Place
 from ._sessions import WRITE, Connection, Session, SessionPool
 from ._shards_url import Ring, shard_of_name
-from .postgres import CAPABILITIES, PostgresAdapter
+from .postgres import PostgresAdapter
 
 __all__ = ["Shard"]
 
@@ -208,6 +208,8 @@ class Shard(PostgresAdapter):
             f"CREATE TABLE IF NOT EXISTS {self._identity} "
             "(ring TEXT NOT NULL, id TEXT NOT NULL, joined BOOLEAN NOT NULL)"
         )
+        # It has no key, without which nothing of it could be changed where all is published.
+        self._write(f"ALTER TABLE {self._identity} REPLICA IDENTITY FULL")
         self._write(
             f"CREATE TABLE IF NOT EXISTS {self._payloads} "
             "(id BIGINT PRIMARY KEY, payload BYTEA NOT NULL)"

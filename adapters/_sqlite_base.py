@@ -21,7 +21,7 @@ from pydedup.errors import (
 from ._base import fetch_all
 from ._damage import who_is_told
 from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
-from ._schema import TABLES, Dialect
+from ._schema import NUMBERED, Dialect
 from ._sessions import READ, WRITE, Connection, Session
 from ._sqlite_ahead import PagesAhead
 from ._sqlite_errors import meaning
@@ -54,7 +54,6 @@ DIALECT: Final = Dialect(
 
 _NUMBERS: Final = itertools.count()
 _LAST_ID: Final = (1 << 63) - 1
-_NUMBERED: Final = [table for table, spec in TABLES.items() if ("id", "id") in spec.columns]
 # A commit leaves the log alone: `settle` moves it, and may be at it.
 _BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 0", "BEGIN IMMEDIATE")
 
@@ -112,7 +111,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         Then none can follow, and SQLite says that the database is full.
         """
         found: list[Row] = []
-        for name in map(self._sql.dialect.name, _NUMBERED):
+        for name in map(self._sql.dialect.name, NUMBERED):
             with contextlib.suppress(StoreError):  # it is full indeed
                 found = self._query(f"SELECT id FROM {name} WHERE id = ?", [_LAST_ID])
             if found:

@@ -15,36 +15,26 @@ from psycopg import pq
 from psycopg.types.json import set_json_loads
 from psycopg.types.numeric import Int8BinaryDumper
 
-from pydedup.adapter import Adapter, Capabilities
+from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError, PydedupError, StoreError
 
 from ._base import fetch_all
 from ._connection import closed_on_error
 from ._errors import CrowdedError, without_frames
-from ._postgres_base import dialect_of
+from ._postgres_base import CAPABILITIES, dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_cursor import BinaryCursor, json_or_text
-from ._postgres_errors import meaning, refusal
+from ._postgres_errors import meaning, numbered_twice, refusal
 from ._postgres_pooler import check_sessions
 from ._postgres_said import said, sqlstate_of
 from ._postgres_statement import is_stale
 from ._postgres_url import Place, locate
-from ._schema import TABLES, Dialect
+from ._schema import NUMBERED, TABLES, Dialect
 from ._sessions import Connection, Session, SessionPool
 from ._url import TIMEOUT_SECONDS
 
-__all__ = ["CAPABILITIES", "PostgresAdapter", "connect", "known_options"]
+__all__ = ["PostgresAdapter", "connect", "known_options"]
 
-#: Larger values could be stored, but not dumped by pg_dump, which doubles them on their way.
-MAX_PAYLOAD_BYTES: Final = 256 << 20
-#: The protocol counts parameters in 16 bits.
-MAX_PARAMETERS: Final = 65535
-CAPABILITIES: Final = Capabilities(
-    max_payload_bytes=MAX_PAYLOAD_BYTES,
-    max_parameters=MAX_PARAMETERS,
-    concurrent_writers=True,
-    shrinks=False,
-)
 #: Identity columns, 13 being the oldest that is not long gone.
 OLDEST_SERVER: Final = 130000
 
@@ -55,6 +45,9 @@ _SETTINGS: Final = """SELECT
   set_config('lock_timeout', CASE WHEN %(default)s AND current_setting('lock_timeout') <> '0'
     THEN current_setting('lock_timeout') ELSE %(wait)s END, false),
   CASE WHEN %(read)s THEN set_config('default_transaction_read_only', 'on', false) END"""
+
+#: Keys of which the server makes the values.
+_NUMBERS: Final = frozenset(f"{table}_pkey" for table in NUMBERED)
 
 #: From rows that row-level security hides would follow what is to be deleted.
 _CANNOT_WRITE: Final = """SELECT current_setting('transaction_read_only') = 'on' OR EXISTS (
@@ -177,5 +170,9 @@ class PostgresAdapter(PostgresCopy):
         return bool(self._run(session, _CANNOT_WRITE, asked, fetch_all)[0][0])
 
     def _translate(self, error: Exception) -> PydedupError:
+        if isinstance(error, psycopg.errors.UniqueViolation):
+            schema, key = error.diag.schema_name, error.diag.constraint_name
+            if schema == self._place.schema and key in _NUMBERS:
+                return numbered_twice(said(error), self._place)
         lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
         return meaning(getattr(error, "sqlstate", None), said(error), self._place, lost=lost)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import ReadOnlyError
-from pydedup.testing.servers import MariadbServer
+from pydedup.errors import MissingStoreError, ReadOnlyError
+from pydedup.testing.servers import MariadbServer, as_user
 
 
 @pytest.fixture
@@ -82,6 +82,26 @@ def test_a_server_whose_engine_becomes_one_that_only_reads(
         restarted()
         store.add("n", {"w": -weights})
         np.testing.assert_array_equal(store.load("n")["w"], -weights)
+
+
+def test_names_that_a_server_makes_lower_case(
+    own_mysql: MariadbServer, restarted: Callable[..., None], mysql_run: Callable[..., object]
+) -> None:
+    """Who might create a store was told that he might not: grants have the server's spelling."""
+    restarted("--lower-case-table-names=1")
+    url = own_mysql.url.replace("/pydedup?", "/Models?")
+    mysql_run(own_mysql.url, "CREATE DATABASE Models", "CREATE USER maker")
+    try:
+        mysql_run(own_mysql.url, "GRANT ALL ON Models.* TO maker")
+        with pytest.raises(MissingStoreError) as caught:
+            pydedup.open(as_user(url, "maker"), mode="r")
+        assert "holds no store" in str(caught.value)
+        assert "GRANT" not in str(caught.value)
+        with pydedup.open(as_user(url, "maker")) as store:
+            store.add("m", {"w": np.arange(70_000, dtype=np.float32)})
+            assert store.verify().ok
+    finally:
+        mysql_run(own_mysql.url, "DROP DATABASE Models", "DROP USER maker")
 
 
 def test_a_store_opened_on_a_replica_is_written_when_that_is_the_primary(

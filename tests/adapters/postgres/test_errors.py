@@ -303,3 +303,21 @@ def test_tables_that_were_dropped(adapter: Adapter, schema: str, sql: Any) -> No
         adapter.jobs()
     with pytest.raises(NotAStoreError, match="jobs"):
         adapter.schema_version()
+
+
+def test_sequences_that_were_left_behind(url: str, schema: str, sql: Any) -> None:
+    """As after logical replication. An add said that there was its model already."""
+    weights = np.arange(70_000, dtype=np.float32)
+    tables = ("models", "pages", "distinct_blocks")
+    with pydedup.open(url) as store:
+        store.add("m", {"w": weights})
+        for table in tables:
+            sql(f"ALTER TABLE {schema}.{table} ALTER COLUMN id RESTART")
+            with pytest.raises(StoreError, match=f"{table}_pkey.*a sequence is behind") as caught:
+                store.add("n", {"w": -weights})
+            assert type(caught.value) is StoreError
+            fix = str(caught.value).partition("run ")[2].partition(", and the same")[0]
+            sql(fix.replace("distinct_blocks", table))
+        assert [model.name for model in store.models()] == ["m"]
+        store.add("n", {"w": -weights})
+        assert store.verify().errors == []

@@ -68,6 +68,21 @@ def test_payloads_are_in_the_shards_alone(store: Adapter, place: ShardedPlace) -
     assert min(there) > 0
 
 
+def test_servers_that_publish_all_their_tables(place: ShardedPlace) -> None:
+    """What has no key cannot be changed there, as the row by which a shard says whose it is."""
+    place.rows(1, "CREATE PUBLICATION everything FOR ALL TABLES")
+    try:
+        store = open_store(place.url(replicas=2))
+        pages = add_random_pages(store, 4, size=2000)
+        with store.transaction():
+            store.delete_pages(list(pages)[:2])
+        store.compact()
+        assert sorted(place.payloads()) == list(pages)[2:]
+        store.close()
+    finally:
+        place.rows(1, "DROP PUBLICATION everything")
+
+
 def test_what_a_shard_keeps_is_on_its_disk_before_the_coordinator_commits(
     store: Adapter, place: ShardedPlace
 ) -> None:
