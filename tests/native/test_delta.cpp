@@ -9,6 +9,7 @@
 
 #include "check.hpp"
 #include "codec/convert.hpp"
+#include "codec/delta_pair.hpp"
 #include "deltas.hpp"
 #include "kernels.hpp"
 #include "pydedup/codec.hpp"
@@ -327,6 +328,24 @@ TEST(another_base_is_noticed) {
     as_raw.encoding = Encoding::raw;
     CHECK_THROWS(ErrorCode::corrupt_page,
                  decode_delta(as_raw, view(base, 32, 32, Dtype::f32), at(out), 128));
+}
+
+// Who wrote into a base while a delta was made of it made the encoder write behind its results.
+TEST(a_base_that_changes_meanwhile_is_looked_at_once) {
+    std::mt19937_64 random(8);
+    for (const Dtype of_block : {Dtype::f32, Dtype::bf16}) {
+        constexpr std::size_t kRows = 16;
+        constexpr std::size_t kCols = 64;
+        const Buffer block = as_dtype(normal(kRows * kCols, 1.0, random), of_block);
+        Buffer base = as_dtype(normal(kRows * kCols, 1.0, random), Dtype::f32);
+        Buffer before(base.size());
+        detail::convert_floats(base.data(), Dtype::f32, kRows * kCols, before.data(), of_block);
+        before.resize(block.size());
+        const detail::PairOf both({at(block), kRows, kCols, kCols * item_bytes(of_block), of_block},
+                                  {at(base), kRows, kCols, kCols * 4, Dtype::f32});
+        std::memset(base.data(), 0xFF, base.size());
+        CHECK(std::memcmp(both.pair.base, before.data(), before.size()) == 0);
+    }
 }
 
 TEST(arguments_are_checked) {

@@ -4,7 +4,6 @@
 
 #include <array>
 #include <bit>
-#include <cstdint>
 #include <cstring>
 #include <string>
 #include <type_traits>
@@ -19,12 +18,6 @@ namespace {
 
 bool is_dense(const MatrixRef& matrix) noexcept {
     return matrix.rows == 1 || matrix.stride_bytes == matrix.cols * item_bytes(matrix.dtype);
-}
-
-// Whether its elements can be read where they are, one behind the other.
-bool is_array(const MatrixRef& matrix) noexcept {
-    return is_dense(matrix) &&
-           reinterpret_cast<std::uintptr_t>(matrix.data) % item_bytes(matrix.dtype) == 0;
 }
 
 // A copy, its rows one behind the other. They are asked for ahead: the processor foresees none that
@@ -110,12 +103,11 @@ PairOf::PairOf(const MatrixRef& block, const MatrixRef& base) {
     const std::size_t base_item = item_bytes(base.dtype);
     const std::size_t item = item_bytes(block.dtype);
     const std::size_t for_block = is_dense(block) ? 0 : count * item;
-    const std::size_t for_base = is_array(base) ? 0 : count * base_item;
+    const std::size_t for_base = count * base_item;
     const std::size_t converted = base.dtype == block.dtype ? 0 : count * item;
     memory_ = std::make_unique_for_overwrite<std::uint8_t[]>(for_block + for_base + converted);
     std::uint8_t* const of_base = memory_.get() + for_block + converted;
-    const std::uint8_t* const from =
-        is_array(base) ? reinterpret_cast<const std::uint8_t*>(base.data) : copied(base, of_base);
+    const std::uint8_t* const from = copied(base, of_base);
     pair = {block.rows,
             block.cols,
             block.dtype,

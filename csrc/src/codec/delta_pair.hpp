@@ -36,7 +36,8 @@ void check_error(std::optional<double> max_rel_error);
 
 /// Contiguous copies where they are needed, and the memory for them. The base is always copied: it
 /// is looked at again and again, and must be the same each time, also when somebody writes into it
-/// meanwhile; else a code may lack a symbol that is then written.
+/// meanwhile; else a code may lack a symbol that is then written, or be written longer than the
+/// room that was made for it.
 class PairOf {
   public:
     PairOf(const MatrixRef& block, const MatrixRef& base);
