@@ -144,13 +144,16 @@ TEST(an_index_written_by_hand_is_refused_one_beyond_the_format) {
     CHECK(with(kCounts, std::array<Byte, 3>{1, 2, 1}));
     CHECK(!with(kCounts, std::array<Byte, 3>{2, 0, 2}));
     CHECK(!with(kCounts, std::array<Byte, 3>{2, 1, 2}));
-    CHECK(!loads([](std::vector<std::byte>& bytes) {  // 2, 2^64 - 1 and 3: the sum is 4 again
-        std::vector<std::byte> most(9, std::byte{0xFF});
-        most.push_back(std::byte{1});
-        bytes[kCounts + 2] = std::byte{3};
-        bytes.erase(bytes.begin() + kCounts + 1);
-        bytes.insert(bytes.begin() + kCounts + 1, most.begin(), most.end());
-    }));
+    for (const std::size_t more : {0U, 100U}) {  // ids; there is room for as many as are stated
+        CHECK(!loads([&](std::vector<std::byte>& bytes) {  // 2, 2^64 - 1 and 3: the sum is 4 again
+            std::vector<std::byte> most(9, std::byte{0xFF});
+            most.push_back(std::byte{1});
+            bytes[kCounts + 2] = std::byte{3};
+            bytes.erase(bytes.begin() + kCounts + 1);
+            bytes.insert(bytes.begin() + kCounts + 1, most.begin(), most.end());
+            bytes.insert(bytes.end(), more, std::byte{2});
+        }));
+    }
     const auto with_first_count = [&](std::vector<Byte> count, std::uint64_t members) {
         return loads([&](std::vector<std::byte>& bytes) {
             std::memcpy(bytes.data() + 72, &members, sizeof members);

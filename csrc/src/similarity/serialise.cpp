@@ -239,10 +239,10 @@ std::unique_ptr<L2Index> L2Index::load(Bytes bytes, unsigned threads) {
     for (std::uint64_t& count : counts) {
         count = in.get_varint();
         if (count == 0) corrupt("a sketch has no blocks");
+        if (count > header.members - total) corrupt("its sketches have more blocks than stated");
         total += count;
     }
-    // Should it have wrapped around, one of them asks for more ids than there are bytes.
-    if (total != header.members) corrupt("its sketches have more or fewer blocks than stated");
+    if (total != header.members) corrupt("its sketches have fewer blocks than stated");
 
     index->make_room(header.groups, header.members + header.others, threads);
     std::vector<std::int16_t> sketch(length);
