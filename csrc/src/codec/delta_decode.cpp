@@ -230,9 +230,9 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
 
     const CodecKernels& codec = kernels().codec;
     if (quantised) {
-        const detail::Values values(from, from, n, delta.dtype);
-        detail::dequantise(values.base(), reinterpret_cast<const std::uint32_t*>(room.z), n,
-                           delta.dtype, header.step, codec, room.values_of, room.block);
+        const detail::Values values(from, n, delta.dtype);
+        detail::dequantise(values, reinterpret_cast<const std::uint32_t*>(room.z), header.step,
+                           codec, room.values_of, room.block);
     } else if (dst_stride_bytes == delta.row_bytes()) {
         codec.delta.add(from, room.z, n, layout, header.shift,
                         reinterpret_cast<std::uint8_t*>(dst));

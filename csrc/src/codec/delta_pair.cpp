@@ -129,9 +129,10 @@ bool take_differences(const Pair& pair, std::optional<double> max_rel_error, con
     const std::size_t count = pair.count();
     bool wide = is_wide(pair.dtype);
     if (max_rel_error) {
-        const Values values(pair.block, pair.base, count, pair.dtype);
+        const Values block(pair.block, count, pair.dtype);
+        const Values base(pair.base, count, pair.dtype);
         coded.step =
-            find_step(values, *max_rel_error, codec, reinterpret_cast<std::uint32_t*>(room.z));
+            find_step(block, base, *max_rel_error, codec, reinterpret_cast<std::uint32_t*>(room.z));
         if (!coded.step) return false;
         wide = false;
     } else {

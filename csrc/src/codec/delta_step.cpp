@@ -8,7 +8,6 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "codec/convert.hpp"
@@ -58,13 +57,13 @@ double squared_distance(const Float* a, const Float* b, std::size_t count) noexc
 // Measures steps; the memory for what decoding gives is made when it is first needed.
 class Trial {
   public:
-    Trial(const Values& values, const CodecKernels& codec, std::uint32_t* z)
-        : values_(values), codec_(codec), z_(z) {}
+    Trial(const Values& block, const Values& base, const CodecKernels& codec, std::uint32_t* z)
+        : block_(block), base_(base), codec_(codec), z_(z) {}
 
     // The squared error of a step, +inf when it cannot be used. f16 and bf16 are measured after
     // rounding, which is most of their error.
     double error_of(double step) {
-        if (values_.dtype() != Dtype::f16 && values_.dtype() != Dtype::bf16) {
+        if (block_.dtype() != Dtype::f16 && block_.dtype() != Dtype::bf16) {
             return quantise(step, nullptr);
         }
         return decoded_error(step);
@@ -72,24 +71,21 @@ class Trial {
 
     // The squared error of what decoding gives for z; z is left as it will be encoded.
     double decoded_error(double step) {
-        const std::size_t count = values_.count();
-        const std::size_t item = values_.wide() ? 8 : 4;
+        const std::size_t count = block_.count();
         if (!decoded_) {
             decoded_ = std::make_unique_for_overwrite<double[]>(count);
             elements_ = std::make_unique_for_overwrite<std::uint8_t[]>(count * 8);
         }
         if (!std::isfinite(quantise(step, z_))) return kBad;
-        dequantise(values_.base(), z_, count, values_.dtype(), step, codec_, decoded_.get(),
-                   elements_.get());
-        if (values_.wide()) {
-            std::memcpy(decoded_.get(), elements_.get(), count * item);
-            return squared_distance(static_cast<const double*>(values_.block()), decoded_.get(),
+        dequantise(base_, z_, step, codec_, decoded_.get(), elements_.get());
+        if (block_.wide()) {
+            return squared_distance(static_cast<const double*>(block_.data()), decoded_.get(),
                                     count);
         }
         auto* const narrow = reinterpret_cast<float*>(decoded_.get());
-        convert_floats(elements_.get(), values_.dtype(), count,
+        convert_floats(elements_.get(), block_.dtype(), count,
                        reinterpret_cast<std::uint8_t*>(narrow), Dtype::f32);
-        return squared_distance(static_cast<const float*>(values_.block()), narrow, count);
+        return squared_distance(static_cast<const float*>(block_.data()), narrow, count);
     }
 
     static constexpr double kBad = std::numeric_limits<double>::infinity();
@@ -97,12 +93,13 @@ class Trial {
   private:
     double quantise(double step, std::uint32_t* z) {
         std::array<double, kErrorLanes> lanes{};
-        const bool good = codec_.delta.quantise(values_.block(), values_.base(), values_.count(),
-                                                values_.wide(), step, z, lanes.data());
+        const bool good = codec_.delta.quantise(block_.data(), base_.data(), block_.count(),
+                                                block_.wide(), step, z, lanes.data());
         return good ? sum_lanes(lanes) : kBad;
     }
 
-    const Values& values_;
+    const Values& block_;
+    const Values& base_;
     const CodecKernels& codec_;
     std::uint32_t* z_;
     std::unique_ptr<double[]> decoded_;
@@ -111,46 +108,38 @@ class Trial {
 
 }  // namespace
 
-Values::Values(const std::uint8_t* block, const std::uint8_t* base, std::size_t count, Dtype dtype)
-    : block_(block), base_(base), count_(count), dtype_(dtype) {
+Values::Values(const std::uint8_t* elements, std::size_t count, Dtype dtype)
+    : data_(elements), count_(count), dtype_(dtype) {
     const std::size_t item = wide() ? 8 : 4;
-    const auto misaligned = [&](const void* p) {
-        return reinterpret_cast<std::uintptr_t>(p) % item != 0;
-    };
-    if (item_bytes(dtype) == item && !misaligned(block) && !misaligned(base)) return;
-    widened_ = std::make_unique_for_overwrite<std::uint8_t[]>(2 * count * item);
-    const Dtype as = wide() ? Dtype::f64 : Dtype::f32;
-    convert_floats(block, dtype, count, widened_.get(), as);
-    convert_floats(base, dtype, count, widened_.get() + count * item, as);
-    block_ = widened_.get();
-    base_ = widened_.get() + count * item;
+    if (item_bytes(dtype) == item && reinterpret_cast<std::uintptr_t>(elements) % item == 0) return;
+    widened_ = std::make_unique_for_overwrite<std::uint8_t[]>(count * item);
+    convert_floats(elements, dtype, count, widened_.get(), wide() ? Dtype::f64 : Dtype::f32);
+    data_ = widened_.get();
 }
 
 bool can_quantise(Dtype dtype) noexcept { return converts(dtype, Dtype::f32); }
 
-void dequantise(const void* base, const std::uint32_t* z, std::size_t count, Dtype dtype,
-                double step, const CodecKernels& codec, void* values, std::uint8_t* elements) {
-    const bool wide = dtype == Dtype::f64;
-    codec.delta.dequantise(base, z, count, wide, step, values);
-    convert_floats(static_cast<const std::uint8_t*>(values), wide ? Dtype::f64 : Dtype::f32, count,
-                   elements, dtype);
+void dequantise(const Values& base, const std::uint32_t* z, double step, const CodecKernels& codec,
+                void* values, std::uint8_t* elements) {
+    codec.delta.dequantise(base.data(), z, base.count(), base.wide(), step, values);
+    convert_floats(static_cast<const std::uint8_t*>(values), base.wide() ? Dtype::f64 : Dtype::f32,
+                   base.count(), elements, base.dtype());
 }
 
-std::optional<double> find_step(const Values& values, double max_rel_error,
+std::optional<double> find_step(const Values& block, const Values& base, double max_rel_error,
                                 const CodecKernels& codec, std::uint32_t* z) {
-    const std::size_t count = values.count();
-    const double norm = values.wide()
-                            ? squared_norm(static_cast<const double*>(values.block()), count)
-                            : squared_norm(static_cast<const float*>(values.block()), count);
+    const std::size_t count = block.count();
+    const double norm = block.wide() ? squared_norm(static_cast<const double*>(block.data()), count)
+                                     : squared_norm(static_cast<const float*>(block.data()), count);
     const double allowed = max_rel_error * max_rel_error * norm * kSafety;
     if (!(allowed > 0) || !std::isfinite(allowed)) return std::nullopt;
     const auto rounded = [&](double step) {
-        return values.wide() ? step : static_cast<double>(static_cast<float>(step));
+        return block.wide() ? step : static_cast<double>(static_cast<float>(step));
     };
     const auto usable = [&](double step) {  // so that its reciprocal is a normal number too
-        return step > (values.wide() ? 1e-300 : 1e-36) && step < (values.wide() ? 1e300 : 1e36);
+        return step > (block.wide() ? 1e-300 : 1e-36) && step < (block.wide() ? 1e300 : 1e36);
     };
-    Trial trial(values, codec, z);
+    Trial trial(block, base, codec, z);
     double good = 0;
     double bad = std::numeric_limits<double>::infinity();
     double step = rounded(std::sqrt(12.0 * allowed / static_cast<double>(count)));
