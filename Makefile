@@ -4,7 +4,7 @@
 #
 #   PYTHON=python3.12   which interpreter (at least 3.11; default: 3.11, else the newest found)
 #   VENV=.venv          where the virtual environment is made
-#   JOBS=2              how many compilers and tests run at once (default: one per core)
+#   JOBS=2              how many compilers run at once (default: one per core); of pytests, one more
 #   ARGS="..."          further arguments of `make demo` (for the demo) and `make test` (for pytest)
 
 SHELL := bash

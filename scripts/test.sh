@@ -6,8 +6,8 @@
 # the installed wheel. A stage that fails does not keep the next from running; the summary and the
 # exit status tell of all of them. Arguments go to pytest.
 #
-# Two pytests run side by side, since most tests leave a core idle: of the folders in FIRST, and of
-# all the rest. With a path among the arguments there is one.
+# Several pytests run side by side, one more than JOBS, since most tests leave a core idle: one for
+# each line of PARTS, and one for all the rest. With a path among the arguments there is one alone.
 set -uo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -40,36 +40,74 @@ native() {
         ctest --preset dev | tee "$LOGS/native-test.log"
 }
 
-FIRST=(tests/adapters tests/crash tests/e2e/cli tests/e2e/repair tests/http tests/kernels tests/moving tests/property tests/report tests/scoring tests/serving)
+# The longest first, so that all end at about the same time. What a part costs of its own are
+# imports and servers, 10 s of a core.
+PARTS=(
+    "tests/ray"
+    "tests/unit"
+    "tests/adapters"
+    "tests/e2e/test_[a-l]*.py"
+    "tests/e2e/test_[m-z]*.py tests/e2e/lost"
+    "tests/crash tests/e2e/repair"
+    "tests/moving tests/scoring"
+    "tests/serving tests/report"
+    "tests/e2e/cli tests/http"
+)
+
+declare -A running=()  # the number of the part of each pytest, by its process
+
+# Wait for one that is done, and show what it said.
+finish_one() {
+    local pid number status=0
+    wait -n -p pid "${!running[@]}" || status=$?
+    number=${running[$pid]}
+    unset "running[$pid]"
+    say "" "== python: ${PARTS[$number]:-the rest} (after $((SECONDS - python_started)) s: exit status $status)"
+    cat "$LOGS/pytest-$number.log"
+    # With -k a part may have no test (5), but not all of them.
+    case $status in
+        0) some_passed=1 ;;
+        5) ;;
+        *) some_failed=1 ;;
+    esac
+}
+
+interrupt_parts() {
+    local pid
+    for pid in "${!running[@]}"; do kill -INT -- "-$pid" 2>/dev/null; done
+    wait
+}
 
 # Plain `pytest`, since `python -m pytest` would import the sources instead of the wheel.
 python_tests() {
-    local argument first first_status=0 rest_status=0
-    rm -f "$LOGS/pytest-first.log"
+    local argument number python_started=$SECONDS some_passed=0 some_failed=0
+    local -a paths others=()
+    rm -f "$LOGS"/pytest*.log
     for argument; do
         if [ -e "${argument%%::*}" ]; then
             "$VENV/bin/pytest" "$@" 2>&1 | tee "$LOGS/pytest.log"
             return
         fi
     done
-    # In a process group of its own: what else runs in the background is started with SIGINT ignored,
-    # and lives on when that comes before tests/conftest.py is loaded.
-    set -m
-    "$VENV/bin/pytest" "$@" "${FIRST[@]}" >"$LOGS/pytest-first.log" 2>&1 </dev/null &
-    first=$!
-    set +m
-    trap 'kill -INT -- "-$first" 2>/dev/null; wait "$first"' EXIT
+    # What failed leaves its files, until as many pytests as there are parts have run after it.
+    set -- -o tmp_path_retention_count=$((${#PARTS[@]} + 1)) "$@"
+    trap interrupt_parts EXIT
     trap 'exit 130' INT
-    "$VENV/bin/pytest" "$@" "${FIRST[@]/#/--ignore=}" 2>&1 | tee "$LOGS/pytest.log" || rest_status=$?
-    wait "$first" || first_status=$?
+    for ((number = 0; number <= ${#PARTS[@]}; number++)); do
+        [ "${#running[@]}" -le "$JOBS" ] || finish_one
+        paths=(${PARTS[$number]:-})  # with the names that a pattern stands for
+        others+=("${paths[@]/#/--ignore=}")
+        say "--> ${PARTS[$number]:-the rest}"
+        # In a process group of its own: what else runs in the background is started with SIGINT
+        # ignored, and lives on when that comes before tests/conftest.py is loaded.
+        set -m
+        "$VENV/bin/pytest" "$@" "${paths[@]:-${others[@]}}" >"$LOGS/pytest-$number.log" 2>&1 </dev/null &
+        set +m
+        running[$!]=$number
+    done
+    while [ "${#running[@]}" -gt 0 ]; do finish_one; done
     trap - EXIT INT
-    say "" "== python: ${FIRST[*]}"
-    cat "$LOGS/pytest-first.log"
-    # With -k one of them may have no test (5), but not both.
-    case $rest_status,$first_status in
-        0,0 | 0,5 | 5,0) ;;
-        *) return 1 ;;
-    esac
+    [ "$some_failed" -eq 0 ] && [ "$some_passed" -eq 1 ]
 }
 
 # Style and types are looked at while the core compiles, which mostly waits for its largest files.
@@ -88,7 +126,7 @@ stage "python" python_tests "$@"
 say "" "== summary (all of it took $((SECONDS / 60)) min $((SECONDS % 60)) s)"
 printf '  %s\n' "${summary[@]}"
 say "  $(grep -E '^[0-9]+% tests passed' "$LOGS/native-test.log" 2>/dev/null | tail -n 1)"
-for log in "$LOGS/pytest.log" "$LOGS/pytest-first.log"; do
+for log in "$LOGS"/pytest*.log; do
     [ ! -e "$log" ] || say "  $(grep -E '^=+ .*(passed|failed|error).* =+$' "$log" 2>/dev/null | tail -n 1 | tr -d '=' | sed 's/^ *//')"
 done
 if [ "$failed" -ne 0 ]; then
