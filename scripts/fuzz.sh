@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # fuzz.sh [TARGET...]: search for inputs that break what reads stored bytes (csrc/fuzz), all targets
-# or those named (page, block, kernels, similarity). FUZZ_SECONDS (600) for each, one after another,
-# with sanitizers. The corpus grows in build/fuzz-corpus; findings are kept in build/fuzz-findings and
-# belong, once mended, into csrc/fuzz/regressions/fuzz_<target>/, which the native tests replay.
+# or those named (page, block, delta, kernels, similarity). FUZZ_SECONDS (600) for each, one after
+# another, with sanitizers. The corpus grows in build/fuzz-corpus; findings are kept in
+# build/fuzz-findings and belong, once mended, into csrc/fuzz/regressions/fuzz_<target>/, which the
+# native tests replay.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 

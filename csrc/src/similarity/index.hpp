@@ -41,7 +41,8 @@ class Hashing {
     // The hash, raised by a constant so that it is not negative; the division is exact (value and
     // width are below 2^18 and 2^16, the reciprocal is rounded up to 40 bits).
     [[nodiscard]] std::uint32_t raised(const std::int16_t* sketch, std::size_t j) const noexcept {
-        const auto value = static_cast<std::uint64_t>(sketch[j] + shifts_[j]);
+        const std::int32_t shifted = sketch[j] + shifts_[j];
+        const auto value = static_cast<std::uint64_t>(shifted);
         return static_cast<std::uint32_t>(value * reciprocal_ >> 40);
     }
 
