@@ -41,7 +41,7 @@ native() {
 }
 
 # The longest first, so that all end at about the same time. What a part costs of its own are
-# imports and servers, 10 s of a core.
+# imports and servers, some 4 s of a core.
 PARTS=(
     "tests/ray"
     "tests/unit"

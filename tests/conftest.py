@@ -64,6 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # `python -c` in a child would look into the working folder first, and find the sources, which
     # have no compiled core, instead of what is installed.
     os.environ["PYTHONSAFEPATH"] = "1"
+    # Threads of torch that have nothing to do look for more work for a while, which others that are
+    # tested beside them want the cores for: half of the time that torch's tests took was that.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A machine that is busy with something else is not a fault of what is tested, and a run of the
     # tests tells of a change, not of chance: `--hypothesis-profile=search` tries other examples.
     slow = [hypothesis.HealthCheck.too_slow]
