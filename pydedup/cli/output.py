@@ -42,6 +42,8 @@ __all__ = [
 
 #: A line of fields is folded at this width where the terminal is wider or unknown.
 _FOLD = 100
+#: Several lines beside a label have at least so much room.
+_BESIDE = 16
 #: Which no text has that is printed, and textwrap does not take for a blank.
 _NO_BREAK = "\0"
 #: The blank between a number and its unit.
@@ -103,15 +105,16 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
 
     rows = [(printable(label), printable(value)) for label, value in fields]
     indent = max((len(label) for label, _ in rows), default=0) + 4
-    room = max((width() or _FOLD) - indent, 16)
+    limit = width() or _FOLD
+    room = max(limit - indent, 1)
     screen = console()
     for label, value in rows:
         folded = _fold(value, room)
         head = f"  {label}".ljust(indent)
-        if any(len(line) > room for line in folded):
-            # A word that does not fit beside its label gets lines of its own.
+        if any(len(line) > room for line in folded) or (room < _BESIDE and len(folded) > 1):
+            # What does not fit beside its label gets lines of its own.
             screen.print(Text(head.rstrip(), "dim"))
-            head, folded = "    ", _fold(value, room + indent - 4)
+            head, folded = "    ", _fold(value, max(limit - 4, 1))
         for line in folded:
             screen.print(Text.assemble((head, "dim"), line))
             head = " " * len(head)

@@ -8,6 +8,7 @@ are classes of the page's style sheet, so a chart follows its light or dark sche
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from xml.etree import ElementTree as Tree
 
@@ -19,8 +20,8 @@ from pydedup.text import clean, size
 
 __all__ = ["block_picture", "heat_map", "histogram", "line_chart", "parts_bar", "swatch"]
 
-#: Longer labels lose their middle.
-_LABEL = 30
+#: Longer labels lose their middle; letters such as those of Chinese count twice.
+_LABEL = 28
 # Cells of this size have their number written in them.
 _WIDE_CELL = 40
 _SERIES = 6
@@ -42,7 +43,7 @@ def heat_map(
     """
     n = len(labels)
     cell = _WIDE_CELL if n <= 16 else 26 if n <= 24 else 18
-    left, top = 256, 28
+    left, top = 288, 28
     figure = _figure(left + n * cell + 8, top + n * cell + 8, title, summary, "map")
     for i, label in enumerate(labels):
         middle = top + i * cell + cell / 2
@@ -242,10 +243,21 @@ def _percent(share: float) -> str:
 
 def _shortened(text: str, room: int) -> str:
     shown = clean(text)
-    if len(shown) <= room:
+    if sum(map(_cells, shown)) <= room:
         return shown
-    head = (room - 1) // 2 + 1
-    return f"{shown[:head]}…{shown[head + 1 - room :]}"
+    # Ends are taken in turns while there is room for them beside the ellipsis.
+    head, tail, left = "", "", room - 1
+    while True:
+        front = len(head) <= len(tail)
+        char = shown[len(head)] if front else shown[-1 - len(tail)]
+        left -= _cells(char)
+        if left < 0:
+            return f"{head}…{tail}"
+        head, tail = (head + char, tail) if front else (head, char + tail)
+
+
+def _cells(char: str) -> int:
+    return 2 if unicodedata.east_asian_width(char) in "FW" else 1
 
 
 def _number(value: float) -> str:

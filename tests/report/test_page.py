@@ -305,6 +305,18 @@ def test_who_cannot_see_it_can_hear_it(page: Page) -> None:
     assert page.run("document.querySelectorAll('h1').length") == 1
 
 
+def test_labels_of_the_heat_map_are_whole(tmp_path: Path, show: Show) -> None:
+    """Of those with wide letters the beginning was outside of the picture."""
+    with pydedup.open(tmp_path / "s.db") as store:
+        for name in ("n" * 60, "模型" * 30):
+            store.add(name, {"w": np.ones(4, np.float32)})
+        page = show(store.report())
+    labels = "[...document.querySelectorAll('.map .label')]"
+    assert page.run(f"{labels}.map(label => label.getBBox().x >= 0)") == [True, True]
+    shown = page.run(f"{labels}.map(label => label.firstChild.data)")
+    assert shown == ["n" * 14 + "…" + "n" * 11 + "@1", "模型模型模型模…型模型模型@1"]
+
+
 def test_an_empty_store_and_one_model(tmp_path: Path, show: Show) -> None:
     with pydedup.open(tmp_path / "s.db") as store:
         page = show(store.report())

@@ -123,7 +123,7 @@ def test_a_chart_is_well_formed_whatever_a_label_holds() -> None:
     texts = [element.text for element in root.iter("text")]
     assert "<1" in texts
     assert all(character.isprintable() for text in texts for character in text or "")
-    assert max(len(text or "") for text in texts) == 30
+    assert max(len(text or "") for text in texts) == 28
 
 
 def test_a_long_trace_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("columns", [20, 40, 80])
 def test_no_line_is_wider_than_the_terminal(columns: int, url: str) -> None:
     commands = [
         ["ls", url],
