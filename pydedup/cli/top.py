@@ -132,7 +132,7 @@ def _watch(source: Source, interval: float) -> None:
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
     """Yield what waits for some seconds and says whether q was pressed meanwhile."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
 
         def slept(seconds: float) -> bool:
             time.sleep(seconds)

@@ -18,7 +18,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fcntl import ioctl
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,12 @@ class Terminal:
     """The program on a terminal of its own."""
 
     def __init__(
-        self, *words: object, columns: int = 100, lines: int = 30, term: str = "xterm-256color"
+        self,
+        *words: object,
+        columns: int = 100,
+        lines: int = 30,
+        term: str = "xterm-256color",
+        by: Sequence[str] = (),
     ) -> None:
         self.master, self.slave = pty.openpty()
         ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -173,7 +178,7 @@ class Terminal:
         dropped = ("COLUMNS", "LINES", "NO_COLOR", "PYDEDUP_TOKEN")
         kept = {key: value for key, value in os.environ.items() if key not in dropped}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pydedup", "top", *map(str, words)],
+            [*by, sys.executable, "-P", "-m", "pydedup", "top", *map(str, words)],
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
@@ -219,10 +224,13 @@ def test_it_is_watched_until_q(start: Start, store_url: str) -> None:
     assert max(screen.count("\n") for screen in terminal.text.split("\x1b[H")) < 30
 
 
-def test_it_is_watched_until_ctrl_c_on_a_narrow_terminal(start: Start, store_url: str) -> None:
+@pytest.mark.parametrize("by", [(), ("sh", "-c", 'exec "$@" <&-', "sh")], ids=["input", "no input"])
+def test_it_is_watched_until_ctrl_c_on_a_narrow_terminal(
+    start: Start, store_url: str, by: Sequence[str]
+) -> None:
     server = start(store_url)
     server.infer("dense", BODY)
-    terminal = Terminal(server.url, "--interval", 0.2, columns=40, lines=12)
+    terminal = Terminal(server.url, "--interval", 0.2, columns=40, lines=12, by=by)
     terminal.read_until("dense@2")
     os.killpg(terminal.process.pid, signal.SIGINT)
     assert terminal.close() == 0
