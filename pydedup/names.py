@@ -64,13 +64,14 @@ def _no_text(value: object, what: str) -> ArgumentError:
     return ArgumentError(f"{what} must be a string, got {type(value).__name__}{written}")
 
 
-def check_path(path: object, what: str) -> str:
+def check_path(path: object, what: str, *, or_url: bool = False) -> str:
     """Return a path as a text.
 
     Raises
     ------
     ArgumentError
-        When it is no path, or one that no file can have.
+        When it is no path, or one that no file can have; and for a URL, without its password,
+        unless it may be one.
     """
     try:
         text = os.fspath(path)  # type: ignore[call-overload]
@@ -79,6 +80,10 @@ def check_path(path: object, what: str) -> str:
         is_path = False
     if not is_path:
         raise ArgumentError(f"{what} must be the path of a file, not {path!r:.100}")
+    if "://" in text and not or_url:
+        raise ArgumentError(
+            f"{what} must be the path of a file, not a URL (copy takes models to another store)"
+        )
     return str(text)
 
 

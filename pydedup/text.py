@@ -37,8 +37,10 @@ _STEERING = ("Cc", "Cs", "Zl", "Zp")
 _REORDERING = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # How URLs look in our own advice: nobody's login.
 _FORM = r"(?!user(?::password)?@host(?::port)?/database(?:[\s,;]|$))"
+# Of a URL that was taken for a path, `Path` leaves one slash.
+_SCHEME = r"(?!sqlite:|file:)[A-Za-z][A-Za-z0-9+.-]*:(?://|/(?=[^\s'\"/:]+:))"
 # A password may hold '@' and '/' by mistake: everything up to the last '@' of the word goes.
-_LOGIN = re.compile(rf"\b(?!sqlite:|file:)([A-Za-z][A-Za-z0-9+.-]*://){_FORM}[^\s'\"]*@")
+_LOGIN = re.compile(rf"\b({_SCHEME}){_FORM}[^\s'\"]*@")
 # Databases with a login each.
 _LIST = re.compile(r"\b([A-Za-z][A-Za-z0-9.-]*\+shards://[^\s'\"]*)")
 _PORT = re.compile(r"([^:]*|\[[^\]]*\])(:\d*)?")

@@ -88,7 +88,8 @@ class StoreUpkeep(abc.ABC):
             report = verify_store(self._adapter, progress=progress)
         else:
             check_writable(self._adapter, "repair")
-            report = self._repaired(check_path(repair_from, "repair_from"), progress)
+            source = check_path(repair_from, "repair_from", or_url=True)
+            report = self._repaired(source, progress)
         for name, function in (evaluate or {}).items():
             model = self._catalog.model(name)
             recheck(model, self.load(model.address), function, report)

@@ -57,8 +57,6 @@ Opener = Callable[[str, OpenMode], AbstractContextManager[End]]
 def file_url(path: str | os.PathLike[str]) -> str:
     """Return the URL of a SQLite file."""
     text = check_path(path, "path")
-    if "://" in text:
-        raise ArgumentError("a backup is a file; name one (copy takes models to another store)")
     if "?" in text:
         raise ArgumentError(f"{text!r} cannot be the name of a backup: it holds '?'")
     return f"sqlite:///{Path(text).absolute()}"

@@ -392,6 +392,26 @@ def test_credentials_are_never_printed(
     assert "s3cret" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "rest", "status"),
+    [
+        ("export", ["m"], 2),
+        ("report", ["-o"], 2),
+        ("backup", [], 2),
+        ("load", ["m", "-o"], 2),
+        ("serve", ["--record"], 2),
+        ("predict", ["m"], 3),
+    ],
+)
+def test_a_url_in_the_place_of_a_file_shows_no_password(
+    kept: str, command: str, rest: list[str], status: int
+) -> None:
+    """It was told as a path, with one slash."""
+    done = run_here(command, kept, *rest, "postgresql://ann:s3cret@host/db.npz")
+    assert (done.returncode, done.stdout) == (status, "")
+    assert "s3cret" not in done.stderr
+
+
 def test_a_traceback_when_it_is_asked_for(kept: str) -> None:
     done = run_process("info", kept, "x", env={"PYDEDUP_TRACEBACK": "1"})
     assert done.returncode == 3

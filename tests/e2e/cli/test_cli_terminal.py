@@ -346,6 +346,9 @@ def test_secrets() -> None:
         "at mysql://a:b@c@h/d?password=x&y=1 and sqlite:////home/u@h/m.db"
     )
     assert hidden == "at mysql://***@h/d?password=***&y=1 and sqlite:////home/u@h/m.db"
+    # As `Path` writes a URL; a model may be called so.
+    hidden = text.without_secrets("mysql:/a:b@c@h/d cannot be written; team:/m@1, c:/d")
+    assert hidden == "mysql:/***@h/d cannot be written; team:/m@1, c:/d"
     # Of a list of databases each keeps its host; it was cut to the last one.
     shards = "postgresql+shards://me:a@b@c:5432/d?password=x&replicas=2|s1/e|postgresql://u:p@s2/f"
     hidden = "postgresql+shards://***@c:5432/d?password=***&replicas=2|s1/e|postgresql://***@s2/f"
