@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -46,16 +46,6 @@ _METRICS_SECONDS = 2.0
 _READY_SECONDS = 10.0
 #: What a replica needs to know of a request's headers.
 _PASSED_ON = (b"content-encoding", b"inference-header-content-length")
-_ACTIONS = (
-    "server",
-    "model",
-    "model_ready",
-    "model_config",
-    "model_infer",
-    "index",
-    "load",
-    "unload",
-)
 
 
 class Front(Endpoint):
@@ -86,12 +76,10 @@ class Front(Endpoint):
             },
         )
         self._metrics.register(self._pools)
-        self._actions = {
-            "live": self._live,
-            "metrics": self._metrics_text,
-            "ready": self._ready,
-            **dict.fromkeys(_ACTIONS, self._hand_on),
-        }
+        self._actions = defaultdict(
+            lambda: self._hand_on,
+            {"live": self._live, "metrics": self._metrics_text, "ready": self._ready},
+        )
 
     def exchange(self, scope: Mapping[str, Any], receive: Any) -> Exchange:
         """Return a request as it begins, its path without the prefix of the application."""

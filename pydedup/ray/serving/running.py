@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -193,7 +192,7 @@ def _check_cpus(ray: Any, on: str, chosen: Mapping[str, Any]) -> None:
 def _start(serve: Any, application: Any, http: dict[str, Any]) -> None:
     try:
         if http.get("port") == 0:
-            with socket.create_server((http["host"], 0)) as found:
+            with listen(http["host"], 0) as found:
                 http["port"] = found.getsockname()[1]
         serve.start(http_options=http)
         serve.run(application, name=_APPLICATION, route_prefix="/")
