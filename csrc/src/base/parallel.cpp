@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The threads behind parallel_for. One pool per process, never destroyed: its threads sleep until
-// the process ends. A forked child has none of them, and its copy of the mutex may be locked, so it
-// makes a pool of its own and leaves the old one alone.
+// The threads behind parallel_for. One pool per process, whose threads sleep until it ends; a
+// forked child has none of them.
 //
 // A job lies on the stack of its caller, and in the queue for as long as it wants more helpers. Its
 // fields are read and written under the mutex only; so when its caller has taken it out of the
@@ -21,10 +20,11 @@
 #include <deque>
 #include <exception>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "base/of_this_process.hpp"
 
 namespace pydedup {
 
@@ -246,22 +246,10 @@ class Pool {
     std::atomic<std::uint64_t> ended_{0};
 };
 
-Pool* pool() noexcept {
-    static std::atomic<Pool*> current{nullptr};
-    Pool* made = current.load(std::memory_order_acquire);
-    while (made == nullptr || !made->is_of_this_process()) {
-        Pool* const fresh = new (std::nothrow) Pool;
-        if (fresh == nullptr) return nullptr;
-        if (current.compare_exchange_strong(made, fresh, std::memory_order_acq_rel)) return fresh;
-        delete fresh;  // another thread was first, and it has no threads yet
-    }
-    return made;
-}
-
 }  // namespace
 
 void run_with_helpers(unsigned helpers, void (*run)(void*) noexcept, void* context) noexcept {
-    Pool* const threads = helpers == 0 ? nullptr : pool();
+    Pool* const threads = helpers == 0 ? nullptr : of_this_process<Pool>();
     if (threads == nullptr) {
         run(context);
     } else {

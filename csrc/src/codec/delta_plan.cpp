@@ -176,7 +176,6 @@ void choose_features(const Differences& d, const CodecKernels& codec, const Plan
     }
     contexts.n_contexts = 0;
     plan.histogram.clear();
-    plan.symbol_bits = 0;
     for (std::size_t g = 0; g < n_groups; ++g) {
         const RowGroup& group = choices[g].group;
         contexts.groups[g] = group;

@@ -106,7 +106,7 @@ void classes_by_activity(const Differences& d, std::vector<std::uint8_t>& row_cl
         for (std::size_t i = 0; i < d.cols; ++i) {
             sum += std::min(z[r * d.cols + i], 127U) / 2 + (z[r * d.cols + i] & 1);
         }
-        const std::uint64_t hundredths = sum * 100 / std::max<std::size_t>(d.cols, 1);
+        const std::uint64_t hundredths = sum * 100 / d.cols;
         row_class[r] = static_cast<std::uint8_t>(
             std::upper_bound(kLevels.begin(), kLevels.end(), hundredths) - kLevels.begin());
     }

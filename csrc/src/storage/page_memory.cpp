@@ -4,13 +4,13 @@
 // the edge of its budget, a pool evicts and takes in a page at a time.
 #include "pydedup/page_memory.hpp"
 
-#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <mutex>
 #include <new>
 #include <vector>
 
+#include "base/of_this_process.hpp"
 #include "pydedup/page_format.hpp"
 
 #if defined(__linux__)
@@ -113,20 +113,6 @@ class Arena {
     std::vector<Region> regions_;
 };
 
-// As for the threads of parallel_for: never destroyed, and a forked child, in which the mutex may
-// be locked forever, makes one of its own.
-Arena* arena() noexcept {
-    static std::atomic<Arena*> current{nullptr};
-    Arena* made = current.load(std::memory_order_acquire);
-    while (made == nullptr || !made->is_of_this_process()) {
-        Arena* const fresh = new (std::nothrow) Arena;
-        if (fresh == nullptr) return nullptr;
-        if (current.compare_exchange_strong(made, fresh, std::memory_order_acq_rel)) return fresh;
-        delete fresh;
-    }
-    return made;
-}
-
 }  // namespace
 
 std::shared_ptr<std::byte> page_memory(std::size_t size) noexcept {
@@ -138,7 +124,7 @@ std::shared_ptr<std::byte> page_memory(std::size_t size) noexcept {
             return {memory, [bytes](std::byte* at) noexcept { ::munmap(at, bytes); }};
         }
         if (size < kPlace / 4 * 3 || size > kPlace) return nullptr;
-        Arena* const owner = arena();
+        Arena* const owner = of_this_process<Arena>();
         std::byte* const place = owner == nullptr ? nullptr : owner->take();
         if (place == nullptr) return nullptr;
         return {place, [owner](std::byte* at) noexcept {
