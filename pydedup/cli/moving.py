@@ -111,7 +111,7 @@ def copy(
 
 @click.command(short_help="Write a whole store to one file.")
 @options.store_argument
-@click.argument("path", metavar="FILE", shell_complete=completing.complete_files)
+@options.target_argument("FILE")
 @click.option("--replace", is_flag=True, help="Replace an earlier backup in FILE.")
 @_skip_damaged_option
 @options.memory_option

@@ -17,7 +17,7 @@ import click
 
 import pydedup
 from pydedup import Store, config
-from pydedup.cli.completing import complete_models, complete_stores
+from pydedup.cli.completing import complete_files, complete_models, complete_stores
 from pydedup.cli.errors import no_such
 from pydedup.cli.progress import Watch
 from pydedup.errors import ArgumentError, MissingStoreError, NotFoundError, SchemaVersionError
@@ -41,6 +41,7 @@ __all__ = [
     "read_store",
     "size_option",
     "store_argument",
+    "target_argument",
     "trial_store",
     "writable_store",
 ]
@@ -117,6 +118,24 @@ def _check_size(context: click.Context, option: click.Parameter, value: str) -> 
     except ArgumentError as error:
         raise click.BadParameter(str(error), context, option) from None
     return value
+
+
+def _no_stdout(context: click.Context, argument: click.Parameter, value: str) -> str:
+    """Refuse what means standard output elsewhere, and would name a file here; a callback."""
+    if value == "-":
+        raise click.BadParameter(
+            "this is not written to standard output; name a file (./- is one called so)",
+            context,
+            argument,
+        )
+    return value
+
+
+def target_argument(metavar: str) -> Callable[[_F], _F]:
+    """Return the argument ``path`` for what is written as a file or a folder."""
+    return click.argument(
+        "path", metavar=metavar, callback=_no_stdout, shell_complete=complete_files
+    )
 
 
 def number_option(

@@ -131,7 +131,7 @@ def load(
 @click.command(short_help="Write a model to a file or folder of any known format.")
 @options.store_argument
 @options.model_argument
-@click.argument("path", metavar="PATH", shell_complete=completing.complete_files)
+@options.target_argument("PATH")
 @click.option(
     "--format",
     "kind",

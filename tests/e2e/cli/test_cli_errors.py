@@ -82,6 +82,8 @@ def fail(*arguments: object, status: int, run: Run = run_here, **options: Any) -
         (["load", "m.db", "a", "--dtype", "f33"], "f33"),
         (["load", "m.db", "a", "--dtype", "int8"], "loaded as 'int8'; choose one of: f64, f32"),
         (["export", "m.db", "a", "x", "--format", "gguf"], "gguf"),
+        (["export", "m.db", "a", "-"], "'PATH': this is not written to standard output"),
+        (["backup", "m.db", "-"], "'FILE': this is not written to standard output"),
         (["predict", "m.db", "a", "x.npy", "y.npy"], "INPUT="),
         (["predict", "m.db", "a", "x.npy", "-o", "y.txt"], ".json"),
         (["ls", "oracle://db"], "oracle"),
