@@ -142,6 +142,31 @@ def test_a_repair_that_fails_changes_nothing(
     assert_sound(store_url)
 
 
+def test_a_repair_that_does_not_hear_of_a_commit_deletes_nothing_that_is_read(
+    tmp_path: Path, change_page: Change, healthy: str
+) -> None:
+    interrupted = 0
+    for call in range(1, 20):
+        url = f"sqlite:///{tmp_path}/{call}.db"
+        fill(url)
+        page = min(pages_of(url, "base"))
+        change_page(url, page, flip_half)
+        with pydedup.open(url) as store:
+            whole, fault = store._adapter, Fault("commit", KeyboardInterrupt(), call, after=True)
+            store._adapter, _ = inject(whole, fault)
+            try:
+                store.verify(repair_from=healthy)
+            except KeyboardInterrupt:
+                interrupted += 1
+            else:
+                break  # there was no such commit any more
+            store._adapter = whole
+            assert store.verify().damaged_pages.keys() <= {page}
+            assert store.verify(repair_from=healthy).ok
+            assert_holds(store, "base")
+    assert 2 < interrupted < 19
+
+
 @pytest.mark.parametrize("grace_seconds", [0.0, 3600.0])
 def test_a_repair_that_a_vacuum_collected_changes_nothing(
     grace_seconds: float,
