@@ -216,8 +216,7 @@ def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) ->
         if not process:
             return False
         here = _identity(os.getpid())
-        places = [(one["boot"], one["namespace"]) for one in (process, here or process)]
-        if here is None or places[0] != places[1]:
+        if here is None or any(process[key] != here[key] for key in ("boot", "namespace")):
             return False  # on another machine: only the lease can tell
         return bool(_identity(int(process["pid"])) != process)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
