@@ -35,7 +35,7 @@ def check_room(source: End, target: End, items: Sequence[Item]) -> None:
     newcomers = Newcomers(
         [(row.metadata, row.logical_bytes) for row in rows],
         None if target.adapter.models() else readers,
-        frozenset(item.replaces for item in wanted if item.replaces),
+        frozenset(item.replaces for item in wanted),  # 0 is the id of no model
         f"a copy of {len(rows)} models",
     )
     with source.adapter.snapshot():

@@ -192,7 +192,9 @@ def base_is_a_delta(path: Path) -> None:
 
 def no_such_slot(path: Path) -> None:
     number, _, _, base = some_delta(path)
-    sql(path, "UPDATE pydedup_distinct_blocks SET base_id = ? WHERE id = ?", base | 0xFFFFF, number)
+    last = "SELECT max(slot) FROM pydedup_distinct_blocks WHERE page_id = ?"
+    place = (base & ~0xFFFFF) + sql(path, last, base >> 20)[0][0] + 1
+    sql(path, "UPDATE pydedup_distinct_blocks SET base_id = ? WHERE id = ?", place, number)
 
 
 def base_page_is_gone(path: Path) -> None:

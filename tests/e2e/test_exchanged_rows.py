@@ -330,18 +330,27 @@ def test_what_a_repair_does_not_find_stays_damaged(tmp_path: Path) -> None:
                 store.load(name)
 
 
-def test_a_damaged_page_of_a_model_whose_block_map_is_lost_stays(tmp_path: Path) -> None:
-    """Nobody knows what that model uses of it, and its map may come back."""
+@pytest.mark.parametrize(
+    ("damage", "reader"),
+    [
+        ("DELETE FROM {block_maps} WHERE model_id = 2 AND ordinal = 0", "two@1"),
+        ("UPDATE {models} SET state = 'odd' WHERE id = 2", "the model with id 2"),
+    ],
+)
+def test_a_damaged_page_of_a_model_that_is_damaged_itself_stays(
+    damage: str, reader: str, tmp_path: Path
+) -> None:
+    """Nobody knows what that model uses of it, and its map, or its row, may come back."""
     url = f"sqlite:///{tmp_path / 'store.db'}"
     fill(url)
     with pydedup.open(url) as store:
         store.backup(tmp_path / "before.db")
     exchange_pages(url, (1, 2), (2, 1))
-    change(url, "DELETE FROM {block_maps} WHERE model_id = 2 AND ordinal = 0")
+    change(url, damage)
     with pydedup.open(url) as store:
         report = store.verify(repair_from=tmp_path / "before.db")
         assert report.repair is not None
-        assert [(one.page, one.models) for one in report.repair.missing] == [(2, ("two@1",))]
+        assert [(one.page, one.models) for one in report.repair.missing] == [(2, (reader,))]
         assert {row.id for row in store._adapter.page_rows(ids=[1, 2])} == {2}
         is_there(store, "one", "three")
 
@@ -425,17 +434,21 @@ def test_models_whose_names_are_exchanged(store_url: str) -> None:
         is_there(store, "three")
 
 
-@pytest.mark.parametrize("which", ["models", "tensors"])
-def test_source_hashes_of_another(which: str, store_url: str) -> None:
-    """Blocks of a next version that are those of the other were taken for unchanged."""
-    fill(store_url)
+def exchange_hashes(url: str, which: str) -> None:
     told = {
         "models": "UPDATE {source_hashes} SET model_id = ? WHERE model_id = ?",
         "tensors": "UPDATE {source_hashes} SET ordinal = ? WHERE ordinal = ?",
     }
     first, second = (1, 2) if which == "models" else (0, 1)
     for new, old in ((999, first), (first, second), (second, 999)):
-        change(store_url, told[which], new, old)
+        change(url, told[which], new, old)
+
+
+@pytest.mark.parametrize("which", ["models", "tensors"])
+def test_source_hashes_of_another(which: str, store_url: str) -> None:
+    """Blocks of a next version that are those of the other were taken for unchanged."""
+    fill(store_url)
+    exchange_hashes(store_url, which)
     one = MODELS["one"]
     other = MODELS["two"] if which == "models" else {"a": one["b"], "b": one["a"]}
     with pydedup.open(store_url) as store:
@@ -443,6 +456,24 @@ def test_source_hashes_of_another(which: str, store_url: str) -> None:
         loaded = store.load("one")
         assert all(np.array_equal(loaded[key], array) for key, array in other.items())
         assert not [error for error in store.verify().errors if "one@2" in error]
+
+
+@pytest.mark.parametrize("which", ["models", "tensors"])
+def test_no_page_is_restored_by_source_hashes_of_another(
+    which: str, tmp_path: Path, change_page: Callable[..., None]
+) -> None:
+    """Blocks of another model, or tensor, would be in the place of those that are damaged."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    fill(url)
+    with pydedup.open(url) as store:
+        store.backup(tmp_path / "before.db")
+    exchange_hashes(url, which)
+    change_page(url, 1, bytearray.clear)
+    with pydedup.open(url) as store:
+        report = store.verify(repair_from=tmp_path / "before.db")
+        assert report.repair is not None
+        assert report.repair.found_blocks == 2
+        is_there(store, "one", "two", "three")
 
 
 @pytest.mark.parametrize(("column", "called"), [("version", "two@x"), ("name", "x@1")])

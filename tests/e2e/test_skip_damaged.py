@@ -145,7 +145,8 @@ def test_a_backup_is_not_replaced_by_less(tmp_path: Path) -> None:
         with pytest.raises(CorruptStoreError, match=r"is not replaced: .* \(two@1, "):
             store.backup(backup, replace=True, skip_damaged=True)
         assert backup.read_bytes() == before
-        assert store.backup(tmp_path / "other.db", skip_damaged=True).damaged
+        other = tmp_path / "other.db"  # where there is none, none is in its place
+        assert store.backup(other, replace=True, skip_damaged=True).damaged
     holds_others(tmp_path / "other.db")
     # What was mended goes into the next one, whatever was begun.
     with pydedup.open(path) as store:

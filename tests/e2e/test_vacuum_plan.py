@@ -224,14 +224,18 @@ def test_abandoned_adds_are_foreseen(store: pydedup.Store) -> None:
         row = dataclasses.replace(live, id=0, name="half-written", state=STAGING)
         staged = adapter.insert_model(row)
         (page,) = adapter.insert_pages([(b"c" * 16, b"left over")], state=STAGING)
-        # It read a page of its own, and one that live models read too.
-        shared = adapter.model_pages(live.id)[0][1]
-        adapter.insert_model_pages([(staged, page, 1, 9), (staged, shared, 1, 9)])
+        # It read a page of its own, those that live models read too, and of one removed since.
+        read = {page for _, page, _, _ in adapter.model_pages()}
+        adapter.insert_model_pages((staged, number, 1, 9) for number in (page, *read))
         adapter.put_job("dead", json.dumps({"models": [staged]}), "0", "running")
+    store.remove("tenant-1")
+    left = read - {page for _, page, _, _ in adapter.model_pages(live.id)}
+    sizes = [row.payload_bytes for row in adapter.page_rows(ids=sorted(left), state=LIVE)]
+    assert len(sizes) == len(left) > 0
     dry = store.vacuum(dry_run=True)
     assert dry.abandoned_adds == 1
-    assert dry.freed_pages == 1
-    assert dry.freed_bytes == len(b"left over")
+    assert dry.freed_pages == 1 + len(left)
+    assert dry.freed_bytes == len(b"left over") + sum(sizes)
     same_but_for_the_file(dry, store.vacuum())
 
 

@@ -272,12 +272,18 @@ def test_an_interrupted_backup_can_be_started_again_at_once(
 def test_a_store_with_the_name_of_an_unfinished_backup_is_kept(
     filled: New, tmp_path: Path, family: Callable[..., Any]
 ) -> None:
-    partial = tmp_path / "backup.partial"
-    with pydedup.open(partial) as precious:
-        precious.add("precious", family(3))
-    said = pytest.raises(ArgumentError, match=r"backup\.partial is a store and no unfinished")
-    with pydedup.open(filled("sqlite"), mode="r") as store, said:
-        store.backup(tmp_path / "backup")
+    file, partial = tmp_path / "backup", tmp_path / "backup.partial"
+    with pydedup.open(filled("sqlite"), mode="r") as store:
+        store.backup(file)
+        before = file.read_bytes()
+        with pydedup.open(partial) as precious:
+            precious.add("precious", family(3))
+        with pytest.raises(ArgumentError, match=r"backup\.partial is a store and no unfinished"):
+            store.backup(file, replace=True)
+        assert file.read_bytes() == before
+        file.unlink()
+        with pytest.raises(ArgumentError, match=r"backup\.partial is a store and no unfinished"):
+            store.backup(file)
     with pydedup.open(partial) as precious:
         assert [info.address for info in precious.models()] == ["precious@1"]
         assert precious.verify().ok
@@ -306,15 +312,19 @@ def test_a_file_that_appears_during_a_backup_is_kept(
             with pydedup.open(file) as late:
                 late.add("late", family(3))
 
-    with pydedup.open(source_url, mode="r") as store:
+    with pydedup.open(source_url) as store:
+        store.quotas.set("task", None, "512KiB", measure="logical")
         with pytest.raises(ArgumentError, match=r"late\.db appeared while its backup was made"):
             store.backup(file, progress=appear)
         with pydedup.open(file) as late:
             assert [info.address for info in late.models()] == ["late@1"]
         assert_same(source_url, f"{file}.partial")
         file.unlink()
+        quota = store.quotas.set("task", None, "1GiB", measure="logical")
         assert store.backup(file).copied == 0, "it was complete"
     assert_same(source_url, str(file))
+    with pydedup.open(file, mode="r") as kept:
+        assert list(kept.quotas) == [quota], "as they are by now"
 
 
 def test_a_backup_that_is_opened_during_the_next_one_is_kept(

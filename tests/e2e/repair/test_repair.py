@@ -86,6 +86,7 @@ def test_a_flipped_bit_is_told_with_page_and_models(store_url: str, change_page:
             f"page {base_page}: corrupt page: its bytes do not match their checksum; "
             f"read by {', '.join(touched)}"
         ]
+        assert report.notes == [], "bases of deltas that are damaged are not gone"
         assert report.repair is None
     change_page(store_url, own_page, flip_half)
     with pydedup.open(store_url, mode="r") as store:
@@ -221,16 +222,19 @@ def test_everything_is_lost(store_url: str, change_page: Change, healthy: str) -
 
 
 def test_a_delta_outlives_its_base(store_url: str, change_page: Change, tmp_path: Path) -> None:
-    """The source has what a delta stands for, but not its base: it is stored by itself."""
+    """The source has what a delta stands for, but not its base: it is stored by itself.
+
+    Also by a process that still has the base in its memory, where nobody else reads it.
+    """
     fill(store_url, ("base", "near", "own"))
     base_pages = set(pages_of(store_url, "base"))
     other = f"sqlite:///{tmp_path}/other.db"
     fill(other, ("near",))
     with pydedup.open(store_url) as store:
         store.remove("base")
-    for page in base_pages & set(pages_of(store_url, "near")):
-        change_page(store_url, page, ruin)
-    with pydedup.open(store_url) as store:
+        assert_holds(store, "near")
+        for page in base_pages & set(pages_of(store_url, "near")):
+            change_page(store_url, page, ruin)
         report = store.verify(repair_from=other)
         assert report.errors == []
         assert report.repair is not None

@@ -115,15 +115,15 @@ def test_a_file_with_a_tensor_that_cannot_be_read_gives_the_others(
     path = tmp_path / "m.npz"
     np.savez(path, **model)
     content = bytearray(path.read_bytes())
-    at = content.index(model["w"].tobytes())
+    at = content.index(model["v"].tobytes())
     content[at + 7] ^= 1  # its checksum, of zip, does not match any more
     path.write_bytes(content)
     assert main(["verify", store_url, "--repair-from", str(path), "-q"]) == 1
     out = capsys.readouterr().out
-    assert "the source is damaged itself: tensor 'w': " in out
+    assert "the source is damaged itself: tensor 'v': " in out
     assert "not found: 1 block of page" in out
     path.write_bytes(
-        content[:at] + model["w"].tobytes() + content[at + len(model["w"].data.cast("B")) :]
+        content[:at] + model["v"].tobytes() + content[at + len(model["v"].data.cast("B")) :]
     )
     assert main(["verify", store_url, "--repair-from", str(path), "-q"]) == 0
 
