@@ -269,9 +269,7 @@ class DbApiBase(abc.ABC):
 
         A snapshot within a snapshot is part of the outer one.
         """
-        with self._pool.acquire() as session:
-            scope = session.scope
-        if scope == READ:
+        if self._pool.scope() == READ:
             yield
             return
         with self._scope(READ, self._sql.dialect.begin_snapshot):

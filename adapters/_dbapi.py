@@ -38,9 +38,10 @@ class DbApiAdapter(SchemaCalls):
 
     def _checksums(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield (id, checksum) of pages that exist."""
+        columns = ["id", "checksum"]
         for piece in self._members(ids):
-            sql = self._sql.page_checksums(len(piece))
-            yield from self._recorded("pages", sql, piece, ["id", "checksum"])
+            sql = self._sql.select("pages", columns, members=("id", len(piece)))
+            yield from self._recorded("pages", sql, piece, columns)
 
     # ---- pages --------------------------------------------------------------------------------
 
@@ -199,9 +200,10 @@ class DbApiAdapter(SchemaCalls):
 
     def signatures_of(self, segments: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
         """Yield (segment, grp, payload) of these segments, in any order."""
+        keys = ["segment", "grp"]
         for piece in self._members(segments):
-            sql = self._sql.signature_keys(len(piece))
-            for segment, grp in self._signatures(sql, piece, ["segment", "grp"]):
+            sql = self._sql.select("signatures", keys, members=("segment", len(piece)), order=keys)
+            for segment, grp in self._signatures(sql, piece, keys):
                 rows = self._signatures(self._sql.signature, [segment, grp], ["payload"])
                 yield from ((segment, grp, payload) for (payload,) in rows)
 

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from pydedup.errors import (
     ArgumentError,
@@ -20,9 +19,10 @@ from pydedup.errors import (
     StoreError,
 )
 
-from ._base import fetch_all
+from ._again import ReadsAgain
+from ._base import DbApiBase, fetch_all
 from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
-from ._errors import ConnectionLostError, DeniedError
+from ._errors import DeniedError
 from ._mysql_cursors import TEXT_MARK
 from ._mysql_errors import DefinedError, RefusedError, packet_advice
 from ._mysql_rows import MysqlRows
@@ -31,7 +31,7 @@ from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
 from ._sessions import Session
 from ._sql import batches
-from ._values import Row, text
+from ._values import text
 
 __all__ = ["DIALECT", "MysqlBase"]
 
@@ -70,9 +70,6 @@ DIALECT: Final = Dialect(
     join_text="GROUP_CONCAT({value} ORDER BY {value} SEPARATOR ', ')",
 )
 
-#: A read outside of a transaction is tried again after so many seconds, on a new connection.
-BACK_OFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
-
 #: What who creates a store must be allowed.
 CREATOR: Final = "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELETE"
 
@@ -82,7 +79,7 @@ INNODB_READS: Final = "SELECT @@innodb_read_only"
 CREATE_LOCK: Final = "CONCAT('pydedup:', MD5(DATABASE()))"
 
 
-class MysqlBase(MysqlRows, DbApiAdapter):
+class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
     """A store in a database of MySQL or MariaDB, but for what needs the driver."""
 
     # Set before the first use.
@@ -108,30 +105,14 @@ class MysqlBase(MysqlRows, DbApiAdapter):
 
     # ---- statements ---------------------------------------------------------------------------
 
-    def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """Return all rows that a SELECT finds, on a new connection where the old one is lost."""
-        waits = iter(BACK_OFF_SECONDS)
-        end = time.monotonic() + sum(BACK_OFF_SECONDS)  # where nobody answers, each try takes long
-        while True:
-            try:
-                return super()._query(sql, parameters)
-            except ConnectionLostError:
-                wait = None if self._pool.scope() else next(waits, None)
-                if wait is None or (wait and time.monotonic() > end):
-                    raise
-                time.sleep(wait)
-
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         for piece in batches(ids, PAYLOADS_PER_READ):
             sql = self._sql.read_pages(len(piece)).replace(DIALECT.placeholder, TEXT_MARK)
             yield from self._recorded("pages", sql, piece, ["id", "checksum", "payload"])
 
-    @contextlib.contextmanager
-    def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:
-        if self._pool.scope() is None:
-            self._query("SELECT 1")  # a connection that was lost is found out, and replaced
-        with super()._scope(scope, begin):
-            yield
+    def _connected(self) -> None:
+        # A connection that was used lately is not asked whether it still stands.
+        DbApiBase._query(self, "SELECT 1")
 
     def _sized(self, payload: bytes, what: str) -> bytes:
         limit = self.capabilities.max_payload_bytes

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PostgreSQL beside its driver: dialect, schema, reading again after a lost connection, upkeep."""
+"""PostgreSQL beside its driver: dialect, schema, upkeep."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Sequence
+from typing import Final
 
 from pydedup.adapter import Capabilities
 from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
+from ._again import ReadsAgain
 from ._dbapi import DbApiAdapter
-from ._errors import CancelledError, ConnectionLostError
+from ._errors import ConnectionLostError
 from ._postgres_functions import PostgresFunctions
 from ._postgres_rows import PostgresRows
 from ._postgres_url import Place
@@ -22,8 +21,6 @@ from ._values import Row
 
 __all__ = ["CAPABILITIES", "SHARDS", "PostgresBase", "dialect_of"]
 
-R = TypeVar("R")
-
 CAPABILITIES: Final = Capabilities(
     # Larger values could be stored, but not dumped by pg_dump, which doubles them on their way.
     max_payload_bytes=256 << 20,
@@ -31,11 +28,6 @@ CAPABILITIES: Final = Capabilities(
     concurrent_writers=True,
     shrinks=False,
 )
-
-#: A read whose connection was lost is tried again for so long, with pauses that double.
-AGAIN_SECONDS: Final = 10.0
-FIRST_PAUSE_SECONDS: Final = 0.05
-LONGEST_PAUSE_SECONDS: Final = 1.0
 
 #: The row of ``meta`` by which a store says that its payloads are in other databases.
 SHARDS: Final = "shards"
@@ -73,39 +65,13 @@ def dialect_of(schema: str) -> Dialect:
     )
 
 
-class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
+class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
     """A store in a schema of PostgreSQL, but for what needs the driver."""
 
     #: Set before the first connection is opened.
     _place: Place
     #: Whether payloads are in other databases, see ``postgres_shards``.
     _sharded = False
-
-    # ---- reading again ------------------------------------------------------------------------
-
-    def _again(self, read: Callable[[], R]) -> R:
-        """Return what ``read`` returns; outside of transactions, it survives lost connections.
-
-        And conflicts, as of a standby that replays what a vacuum deleted.
-        """
-        if self._pool.scope() is not None:
-            return read()
-        end, pause = time.monotonic() + AGAIN_SECONDS, FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                return read()
-            except (ConnectionLostError, CancelledError):
-                if time.monotonic() + pause > end:
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        return self._again(lambda: super(PostgresBase, self)._query(sql, parameters))
-
-    def _connected(self) -> None:
-        with self._pool.acquire():
-            pass
 
     def _begin(self, session: Session, statements: Sequence[str]) -> None:
         try:
@@ -117,21 +83,6 @@ class PostgresBase(PostgresRows, PostgresFunctions, DbApiAdapter):
                 session.connection.close()
                 session.connection = self._connect()
             super()._begin(session, statements)
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Write transaction, as in :class:`DbApiBase`; a lost server is waited for before it."""
-        self._refuse_when_read_only()
-        self._again(self._connected)
-        with super().transaction():
-            yield
-
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Read transaction, as in :class:`DbApiBase`; a lost server is waited for before it."""
-        self._again(self._connected)
-        with super().snapshot():
-            yield
 
     # ---- schema -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from pydedup.errors import PydedupError, StoreError, UnavailableError
 
-from . import _postgres_base
+from . import _again
 from ._dbapi import PAYLOADS_PER_READ
 from ._errors import ConnectionLostError
 from ._postgres_copy import PostgresCopy
@@ -188,7 +188,7 @@ class ShardedReads(PostgresCopy):
         longest = max(self._by_id[one].down_seconds() or 0.0 for one in problems)
         if isinstance(error, ConnectionLostError):
             # Whoever asks first waits for it; afterwards it is known to be away.
-            patient = longest < _postgres_base.AGAIN_SECONDS
+            patient = longest < _again.AGAIN_SECONDS
             kind = ConnectionLostError if patient else UnavailableError
         raise kind(
             f"{error}; nobody else has {len(gone)} of the pages asked for ({_some(gone)}), which "

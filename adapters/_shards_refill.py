@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydedup.errors import CorruptStoreError, PydedupError, StoreError, UnavailableError
 
-from . import _postgres_base
+from . import _again
 from ._errors import ConnectionLostError
 from ._shard import Shard
 from ._shards_list import ShardedList
@@ -114,5 +114,5 @@ class ShardedCopies(ShardedList):
 
     @staticmethod
     def _is_worth_waiting(shard: Shard, error: PydedupError) -> bool:
-        soon = (shard.down_seconds() or 0.0) < _postgres_base.AGAIN_SECONDS
+        soon = (shard.down_seconds() or 0.0) < _again.AGAIN_SECONDS
         return soon and isinstance(error, ConnectionLostError)

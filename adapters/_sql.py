@@ -161,7 +161,6 @@ class Statements:
         self._on_live_pages = f"page_id NOT IN ({hidden})"
         blocks = self._name("distinct_blocks")
         self.count_blocks = f"SELECT COUNT(*) FROM {blocks} WHERE {self._on_live_pages}"
-        self._blocks = f"SELECT {', '.join(TABLES['distinct_blocks'].names)} FROM {blocks}"
 
     # ---- generic forms --------------------------------------------------------------------------
 
@@ -177,14 +176,20 @@ class Statements:
         columns: Sequence[str] | None = None,
         *,
         where: Sequence[str] = (),
+        members: tuple[str, int] | None = None,
         order: Sequence[str] = (),
     ) -> str:
-        """Return a SELECT with equality tests; of all columns unless told otherwise."""
+        """Return a SELECT with equality tests; of all columns unless told otherwise.
+
+        Of a column that ``members`` names, the value is one of so many, its last parameters.
+        """
         columns = TABLES[table].names if columns is None else columns
+        found = self._where(where)
+        if members is not None:
+            column, count = members
+            found += f"{' AND' if found else ' WHERE'} {column} {self.members(count)}"
         ordered = f" ORDER BY {self._columns(order)}" if order else ""
-        return (
-            f"SELECT {self._columns(columns)} FROM {self._name(table)}{self._where(where)}{ordered}"
-        )
+        return f"SELECT {self._columns(columns)} FROM {self._name(table)}{found}{ordered}"
 
     def delete(self, table: str, where: Sequence[str]) -> str:
         """Return a DELETE with equality tests."""
@@ -277,14 +282,7 @@ class Statements:
 
     def read_pages(self, members: int) -> str:
         """Return the reading of checksums and payloads."""
-        return (
-            f"SELECT id, checksum, payload FROM {self._name('pages')} "
-            f"WHERE id {self.members(members)}"
-        )
-
-    def page_checksums(self, members: int) -> str:
-        """Return the reading of checksums."""
-        return f"SELECT id, checksum FROM {self._name('pages')} WHERE id {self.members(members)}"
+        return self.select("pages", ("id", "checksum", "payload"), members=("id", members))
 
     def set_page_state(self, members: int) -> str:
         """Return the change of state; parameters: state, retired_at, pad if any, members."""
@@ -297,26 +295,19 @@ class Statements:
 
     def find_blocks(self, members: int) -> str:
         """Return the lookup of blocks by hash, on live pages."""
-        return f"{self._blocks} WHERE hash128 {self.members(members)} AND {self._on_live_pages}"
+        blocks = self.select("distinct_blocks", members=("hash128", members))
+        return f"{blocks} AND {self._on_live_pages}"
 
     def blocks_on_pages(self, members: int) -> str:
         """Return the listing of blocks by page."""
-        return f"{self._blocks} WHERE page_id {self.members(members)} ORDER BY page_id, slot"
+        of_pages, order = ("page_id", members), ("page_id", "slot")
+        return self.select("distinct_blocks", members=of_pages, order=order)
 
     def signatures(self, members: int) -> str:
         """Return the reading of some segments of a group; parameters: the group, members."""
-        return (
-            f"SELECT segment, payload FROM {self._name('signatures')} "
-            f"WHERE grp = {self.dialect.placeholder} AND segment {self.members(members)} "
-            "ORDER BY segment"
-        )
-
-    def signature_keys(self, members: int) -> str:
-        """Return the listing of the groups of segments."""
-        return (
-            f"SELECT segment, grp FROM {self._name('signatures')} "
-            f"WHERE segment {self.members(members)} ORDER BY segment, grp"
-        )
+        columns, order = ("segment", "payload"), ("segment",)
+        some = ("segment", members)
+        return self.select("signatures", columns, where=("grp",), members=some, order=order)
 
     def view(self, view: str) -> str:
         """Return the reading of a view, in a stable order."""

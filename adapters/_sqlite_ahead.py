@@ -31,17 +31,16 @@ class PagesAhead:
 
     def __init__(self, places: PagePlaces) -> None:
         self._places = places
-        self._helps = hasattr(os, "posix_fadvise")
 
     def walk(self, ids: Sequence[int]) -> Iterator[int]:
         """Yield the ids, each after it and the next few were asked for.
 
         Where most pages of a stretch are wanted, the system reads ahead what is needed by itself.
         """
-        apart = pages_apart(ids) if self._helps else []
+        apart = pages_apart(ids)
         asked = 0
         for number, page_id in enumerate(ids):
-            if self._helps and asked < len(apart) and apart[asked] <= number + _WINDOW // 2:
+            if asked < len(apart) and apart[asked] <= number + _WINDOW // 2:
                 some = apart[asked : asked + _WINDOW]
                 self.ask([ids[each] for each in some])
                 asked += len(some)

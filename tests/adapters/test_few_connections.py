@@ -29,8 +29,7 @@ MODEL = {
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for no second connection, and as long as a slow machine takes for the first."""
     monkeypatch.setattr("pydedup.adapters._sessions.FIRST_PAUSES", (0.05,) * 600)
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.2)
-    monkeypatch.setattr("pydedup.adapters._mysql_base.BACK_OFF_SECONDS", (0.0, 0.1))
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.2)
 
 
 @pytest.fixture(params=["postgres", "mysql"])

@@ -20,7 +20,6 @@ import pytest
 import pydedup
 from pydedup import policies, registry
 from pydedup.adapter import STAGING
-from pydedup.adapters import _mysql_base
 from pydedup.errors import DuplicateError, UnavailableError
 from pydedup.graph import Graph, Node
 from pydedup.store import Store
@@ -142,9 +141,7 @@ def in_threads(*uses: Callable[[], object]) -> Iterator[list[float]]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for a server for as long as a machine that has much else to do takes to start it."""
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 200.0)
-    waits = (*_mysql_base.BACK_OFF_SECONDS, *[1.0] * 190)
-    monkeypatch.setattr(_mysql_base, "BACK_OFF_SECONDS", waits)
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 200.0)
 
 
 def kill_and_return(server: Any, succeeded: list[float]) -> None:
@@ -220,8 +217,7 @@ def test_what_was_committed_is_read_and_all_else_is_not(own_server: Any) -> None
 
 
 def test_a_server_that_stays_away(own_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.3)
-    monkeypatch.setattr("pydedup.adapters._mysql_base.BACK_OFF_SECONDS", (0.0, 0.3))
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
     adapter = open_store(own_server.new_place())
     own_server.kill()
     try:

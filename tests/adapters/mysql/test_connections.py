@@ -78,7 +78,7 @@ def test_a_server_that_falls_silent_is_given_up(
     own_mysql: Any, pure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a host without power does: each of 14 tries waited for ``connect_timeout``."""
-    monkeypatch.setattr("pydedup.adapters._mysql_base.BACK_OFF_SECONDS", (0.0, *[0.05] * 40))
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 2.0)
     url = with_option(own_mysql.new_place(), f"connect_timeout=1&use_pure={pure}")
     adapter = open_store(url)
     own_mysql.kill()

@@ -127,7 +127,7 @@ def test_a_statement_that_takes_longer_than_read_timeout(
     url: str, monkeypatch: pytest.MonkeyPatch, pure: bool
 ) -> None:
     """The driver without its C extension gave several lines, and we a limit of the server's."""
-    monkeypatch.setattr("pydedup.adapters._mysql_base.BACK_OFF_SECONDS", (0.0,))
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.0)
     pydedup.open(url).close()
     with pydedup.open(with_option(url, f"use_pure={pure}&read_timeout=1"), mode="r") as store:
         assert store.models() == []

@@ -11,12 +11,15 @@ import sys
 import threading
 import time
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import psycopg
 import pytest
 
 from pydedup import registry
 from pydedup.adapter import Adapter
+from pydedup.adapters._errors import ConnectionLostError
 from pydedup.errors import UnavailableError
 from pydedup.testing._contract_base import (
     add_pages,
@@ -60,6 +63,27 @@ def test_a_host_that_falls_silent_is_given_up(
         found = held.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
     adapter.close()
     assert found == milliseconds
+
+
+def test_who_fell_silent_is_asked_again(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The minute for which such a host was waited for was more than there was for trying again."""
+    now, failures = [0.0], [60.0, 1.0, *[5.0] * 9]
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
+    )
+    monkeypatch.setattr("pydedup.adapters._again.time", clock)
+
+    def read() -> str:
+        if len(failures) == 9:
+            return "there"
+        now.append(now.pop() + failures.pop(0))
+        raise ConnectionLostError("no answer")
+
+    assert adapter._again(read) == "there"
+    failures.pop()
+    with pytest.raises(ConnectionLostError):
+        adapter._again(read)
+    assert len(failures) == 5
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def test_a_shard_that_is_down(
     store: Adapter, place: ShardedPlace, shard_servers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages elsewhere are read, models elsewhere served, and the error names what cannot be had."""
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.3)
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
     pages = add_random_pages(store, 30, size=500)
     ((down,),) = place.rows(2, "SELECT array_agg(id) FROM {}.page_payloads")
     up = [number for number in pages if number not in down]
@@ -82,7 +82,7 @@ def test_a_host_that_does_not_answer_is_left_alone(
         raise ConnectionLostError("no answer")
 
     monkeypatch.setattr(shard._pool, "_open_connection", wait)
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.1)
     monkeypatch.setattr("pydedup.adapters._shard.LEFT_ALONE", 1e6)
 
     def read() -> None:  # with new connections
@@ -110,7 +110,7 @@ def test_of_a_shard_that_is_known_to_be_down_readers_are_told_at_once(
         raise ConnectionLostError("no answer")
 
     monkeypatch.setattr(store._shards[2]._pool, "_open_connection", refuse)  # type: ignore[attr-defined]
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 1.0)
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 1.0)
 
     def read() -> None:  # with new connections
         with pytest.raises(UnavailableError, match="no answer"):
@@ -147,7 +147,7 @@ def test_of_two_copies_the_one_on_a_shard_that_failed_is_asked_for_last(
 def test_a_snapshot_waits_for_a_coordinator_that_starts_again(
     store: Adapter, shard_servers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 90.0)
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 90.0)
     with store.snapshot():
         before = store.epoch()
     shard_servers[0].kill()

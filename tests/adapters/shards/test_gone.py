@@ -136,7 +136,7 @@ def test_the_database_that_cannot_be_reached_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of the coordinator's the list was told, cut behind its last user."""
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.3)
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
     fill(place.url(1))
     port, options = unused_port(), f"schema={place.schema}&connect_timeout=1"
     nobody = f"joe:geheim@127.0.0.1:{port}/there?{options}"

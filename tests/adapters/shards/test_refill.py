@@ -148,13 +148,13 @@ def test_a_shard_that_is_down_is_told_or_waited_for(
         shard_servers[2].kill()
         try:
             with monkeypatch.context() as patch:
-                patch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.2)
+                patch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.2)
                 report = store.refill()
         finally:
             back.start()
         try:
             # It may take its time to recover, and has been down for a while already.
-            monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 120.0)
+            monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 120.0)
             later = store.refill()
         finally:
             back.join()

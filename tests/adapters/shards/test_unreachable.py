@@ -24,7 +24,7 @@ def test_what_is_on_a_shard_that_is_down_is_unreachable(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("pydedup.adapters._postgres_base.AGAIN_SECONDS", 0.3)
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
     # The servers trust everybody, whatever the password.
     shards = [url.replace("postgres@", f"postgres:{PASSWORD}@") for url in place.servers]
     url = place.url(replicas, shards=shards)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading again where a server's connection was lost: what PostgreSQL and MySQL have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
+
+from ._base import DbApiBase
+from ._errors import CancelledError, ConnectionLostError
+from ._values import Row
+
+__all__ = ["AGAIN_SECONDS", "ReadsAgain"]
+
+R = TypeVar("R")
+
+#: From its first failure on a read is tried again for so long, with pauses that double.
+AGAIN_SECONDS: Final = 10.0
+FIRST_PAUSE_SECONDS: Final = 0.05
+LONGEST_PAUSE_SECONDS: Final = 1.0
+
+
+class ReadsAgain(DbApiBase):
+    """Outside of transactions, reading survives lost connections, and conflicts.
+
+    Such as of a standby that replays what a vacuum deleted. What begins waits for the server, too.
+    """
+
+    def _again(self, read: Callable[[], R]) -> R:
+        """Return what ``read`` returns; it may fail for a while, but in a transaction."""
+        if self._pool.scope() is not None:
+            return read()
+        end, pause = 0.0, FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return read()
+            except (ConnectionLostError, CancelledError):
+                now = time.monotonic()
+                end = end or now + AGAIN_SECONDS  # a host that fell silent took long to fail
+                if now + pause > end:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """Return all rows that a SELECT finds, on a new connection where the old one is lost."""
+        return self._again(lambda: super(ReadsAgain, self)._query(sql, parameters))
+
+    def _connected(self) -> None:
+        """Open this thread's connection where there is none, or it is lost."""
+        with self._pool.acquire():
+            pass
+
+    @contextlib.contextmanager
+    def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:
+        self._again(self._connected)
+        with super()._scope(scope, begin):
+            yield
