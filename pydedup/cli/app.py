@@ -189,8 +189,10 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if not os.environ.get("COLUMNS", "").strip("0"):
-        os.environ.pop("COLUMNS", None)  # 0 is an unknown width, in which rich prints nothing
+    for name in ("COLUMNS", "LINES"):
+        said = os.environ.get(name, "")
+        if not (said.isascii() and said.isdigit() and said.strip("0")):
+            os.environ.pop(name, None)  # 0 is unknown, and rich takes it, and "²" for a number
 
 
 def _flush(status: int) -> int:

@@ -157,7 +157,9 @@ def test_a_pipe_gets_whole_lines_without_escapes(url: str) -> None:
     assert "\x1b" not in shown
     assert "…" not in shown
     assert "sentiment-classifier-for-film-reviews@2026-01-31" in shown
-    assert in_pipe("ls", url, COLUMNS="0") == shown  # an unknown width: nothing was printed then
+    # An unknown width, of which nothing was printed, and a digit that is no number.
+    assert in_pipe("ls", url, COLUMNS="0") == shown
+    assert in_pipe("ls", url, COLUMNS="²", LINES="²") == shown
     assert all(line == line.rstrip() for line in shown.splitlines())
     header, first, second, _ = shown.splitlines()
     assert header.index("Size") + len("Size") == first.index("iB") + 2 == second.index("iB") + 2
