@@ -22,6 +22,7 @@ from pydedup.errors import (
     UnsupportedFormatError,
 )
 from pydedup.layout import block_costs, map_places, pages_read
+from pydedup.testing.pages import small_pages
 from pydedup.types import DType
 
 from .conftest import assert_holds, assert_sound, family, fill, flip_half, pages_of, ruin
@@ -243,6 +244,25 @@ def test_a_delta_outlives_its_base(store_url: str, change_page: Change, tmp_path
     with pydedup.open(store_url) as store:
         store.vacuum()
     assert_sound(store_url, notes=True)
+
+
+def test_the_file_of_a_base_that_was_removed_restores_deltas_on_it(
+    change_page: Change, tmp_path: Path
+) -> None:
+    url, file = f"sqlite:///{tmp_path}/store.db", tmp_path / "base.safetensors"
+    fill(url, ("base", "near"))
+    save_file(family()["base"], file)
+    pages = pages_of(url, "base")
+    with pydedup.open(url) as store:
+        store.remove("base")
+    for page in pages:
+        change_page(url, page, ruin)
+    with pydedup.open(url) as store, small_pages():
+        report = store.verify(repair_from=file)
+        assert report.ok
+        assert report.repair is not None
+        assert report.repair.new_pages > 1, "none has more than a page can have"
+    assert_sound(url)
 
 
 def test_what_is_not_found_is_listed(store_url: str, change_page: Change, tmp_path: Path) -> None:
