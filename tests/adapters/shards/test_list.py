@@ -94,6 +94,7 @@ def test_a_shard_that_is_exchanged_later_is_told(store: Adapter, place: ShardedP
         ("postgresql+shards://u:secret@h/d?replicas=3|h1/d|h2/d|h3/d", "replicas=3 cannot be"),
         ("postgresql+shards://u:secret@h/d?replicas=2|h1/d", "1 of them are listed"),
         ("postgresql+shards://u:secret@h/d?replicas=two|h1/d", "must be 1 or 2"),
+        ("postgresql+shards://u:secret@h/d?replicas=²|h1/d|h2/d", "must be 1 or 2"),
         (
             "postgresql+shards://h/d|u:secret@h1/d?replicas=1",
             r"of the first database.*\?replicas=2",
