@@ -56,10 +56,19 @@ PARTS=(
 
 declare -A running=()  # the number of the part of each pytest, by its process
 
-# Wait for one that is done, and show what it said.
+# Wait for one that is done, and show what it said; each minute, how far all are.
 finish_one() {
-    local pid number status=0
-    wait -n -p pid "${!running[@]}" || status=$?
+    local pid number status clock
+    while :; do
+        status=0
+        sleep 60 &
+        clock=$!
+        wait -n -p pid "${!running[@]}" "$clock" || status=$?
+        [ "$pid" = "$clock" ] || break
+        say "    $((SECONDS - python_started)) s: $(far_parts)"
+    done
+    kill "$clock"
+    wait "$clock" 2>/dev/null
     number=${running[$pid]}
     unset "running[$pid]"
     say "" "== python: ${PARTS[$number]:-the rest} (after $((SECONDS - python_started)) s: exit status $status)"
@@ -70,6 +79,15 @@ finish_one() {
         5) ;;
         *) some_failed=1 ;;
     esac
+}
+
+# The parts that are running, each with its share of tests that are done.
+far_parts() {
+    local number share
+    for number in $(printf '%s\n' "${running[@]}" | sort -n); do
+        share=$(grep -o '[0-9]*%\]$' "$LOGS/pytest-$number.log" | tail -n 1)
+        printf '%s %s, ' "${PARTS[$number]:-the rest}" "${share%]}"
+    done | sed 's/, $//'
 }
 
 interrupt_parts() {
