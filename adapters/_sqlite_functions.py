@@ -82,6 +82,9 @@ class _AsSeen(SqliteAdapter):
     def _connect(self) -> _Borrowed:
         return _Borrowed(self._users)
 
+    def change_mark(self) -> None:
+        """Return none: what the user's transaction undoes changes no number that there is."""
+
 
 class _Borrowed:
     """A connection of a user's, for reading rows as they are."""

@@ -234,6 +234,21 @@ def test_an_alias_takes_effect_with_the_next_statement(
         assert connection.execute(said).fetchone()[0] == pytest.approx(w1[0, 0])
 
 
+def test_what_a_transaction_undid_is_not_remembered(
+    connection: sqlite3.Connection, url: str
+) -> None:
+    w1, w2 = weights_of(url, "m@1"), add(url, "m@2", seed=2)
+    pydedup.sql.register(connection)
+    said = "SELECT pydedup_predict('m', 1, 0, 0)"
+    assert connection.execute(said).fetchone()[0] == pytest.approx(w2[0, 0])
+    connection.execute("BEGIN")
+    connection.execute("UPDATE pydedup_models SET state = 'staging' WHERE version = '2'")
+    connection.execute("UPDATE pydedup_meta SET value = '999' WHERE name = 'epoch'")
+    assert connection.execute(said).fetchone()[0] == pytest.approx(w1[0, 0])
+    connection.execute("ROLLBACK")
+    assert connection.execute(said).fetchone()[0] == pytest.approx(w2[0, 0])
+
+
 def test_what_a_transaction_sees_holds_for_models_it_had_not_asked_for(
     connection: sqlite3.Connection, url: str
 ) -> None:
