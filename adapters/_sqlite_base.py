@@ -52,7 +52,7 @@ DIALECT: Final = Dialect(
     begin_snapshot=("BEGIN", ANY_READ),
 )
 
-_NUMBERS: Final = itertools.count()
+_CONNECTION_NUMBERS: Final = itertools.count()
 _LAST_ID: Final = (1 << 63) - 1
 # A commit leaves the log alone: `settle` moves it, and may be at it.
 _BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 0", "BEGIN IMMEDIATE")
@@ -152,7 +152,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
                 return None
             connection: Any = session.connection
             if connection.number is None:
-                connection.number = next(_NUMBERS)
+                connection.number = next(_CONNECTION_NUMBERS)
             try:  # what others commit changes the version, and what is done here the total
                 (version,) = connection.execute("PRAGMA data_version").fetchone()
             except self.driver_error:  # the next query meets it, too, and says so

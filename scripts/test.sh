@@ -55,10 +55,11 @@ PARTS=(
 )
 
 declare -A running=()  # the number of the part of each pytest, by its process
+clock=""               # what ends after a minute
 
 # Wait for one that is done, and show what it said; each minute, how far all are.
 finish_one() {
-    local pid number status clock
+    local pid number status
     while :; do
         status=0
         sleep 60 &
@@ -67,8 +68,7 @@ finish_one() {
         [ "$pid" = "$clock" ] || break
         say "    $((SECONDS - python_started)) s: $(far_parts)"
     done
-    kill "$clock"
-    wait "$clock" 2>/dev/null
+    stop_clock
     number=${running[$pid]}
     unset "running[$pid]"
     say "" "== python: ${PARTS[$number]:-the rest} (after $((SECONDS - python_started)) s: exit status $status)"
@@ -79,6 +79,11 @@ finish_one() {
         5) ;;
         *) some_failed=1 ;;
     esac
+}
+
+stop_clock() {
+    [ -z "$clock" ] || { kill "$clock" && wait "$clock"; } 2>/dev/null
+    clock=""
 }
 
 # The parts that are running, each with its share of tests that are done.
@@ -92,6 +97,7 @@ far_parts() {
 
 interrupt_parts() {
     local pid
+    stop_clock
     for pid in "${!running[@]}"; do kill -INT -- "-$pid" 2>/dev/null; done
     wait
 }
