@@ -85,7 +85,8 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     dtype = dtypes()[tensor.dtype].numpy
     if tensor.numel() == 0:
         return np.empty(tuple(tensor.shape), dtype)
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    # Of a single element torch calls any strides contiguous, and then refuses to view it as bytes.
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     array: Array = flat.numpy().view(dtype).reshape(tuple(tensor.shape))
     return array
 

@@ -33,6 +33,7 @@ def model() -> dict[str, torch.Tensor]:
         "tied": big,
         "transposed": big.t(),
         "strided": big[3:90:2, 5::7],
+        "one": big[2:3, 7],  # with a stride of 401 elements
         "offset": big[100:200],
         "expanded": torch.randn(1, 9).expand(5, 9),
         "half": torch.randn(7).half(),
@@ -57,7 +58,8 @@ EIGHT_BIT = {
 def bits(tensor: torch.Tensor) -> bytes:
     if not tensor.numel():
         return b""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def check(source: Any, expected: dict[str, torch.Tensor]) -> None:
