@@ -8,6 +8,7 @@ are decoded into small scratch tiles. All work runs natively, without the GIL.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -196,6 +197,8 @@ class _Known:
 
 
 _tables: dict[int, _Known] = {}
+# In a forked child the lock of one may be held for ever, by a thread that is not there.
+os.register_at_fork(after_in_child=_tables.clear)
 
 
 def _row_table(block_map: BlockMap) -> _core.RowTable:

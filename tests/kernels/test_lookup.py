@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
+import threading
 from typing import Any
 
 import numpy as np
@@ -153,6 +156,38 @@ def test_rows_of_a_table_whose_pages_come_and_go() -> None:
     pages.payloads.update(other.payloads)
     with pytest.raises(CorruptStoreError, match="another one than before"):
         lookup.take(block_map, pool, ids)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_has_rows_while_others_of_its_parent_look_some_up() -> None:
+    # Where the child had its parent's tables, one in three found the lock of one held for ever.
+    pages = MemoryPages()
+    w = np.arange(40_000, dtype=np.float32).reshape(-1, 1)
+    block_map = pages.add(w, (1, 1), per_page=4000)
+    pool = pages.pool()
+    ids = np.arange(0, len(w), 4000)
+    maps, stop = [block_map], threading.Event()
+
+    def keep_busy() -> None:
+        while not stop.is_set():
+            # Nothing is known of it yet, so all its pages are looked at, with the lock.
+            maps[:] = [dataclasses.replace(block_map, page_ids=block_map.page_ids.copy())]
+            lookup.take(maps[0], pool, ids)
+
+    def look_up() -> None:
+        assert np.array_equal(lookup.take(maps[0], pool, ids), w[ids])
+
+    thread = threading.Thread(target=keep_busy)
+    thread.start()
+    try:
+        for _ in range(12):
+            child = multiprocessing.get_context("fork").Process(target=look_up, daemon=True)
+            child.start()
+            child.join(60)
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_ids_of_any_layout() -> None:

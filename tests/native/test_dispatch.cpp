@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a kernel is chosen: demands and their three refusals, kernels that give wrong answers, and
-// what the CPU and the operating system say.
+// How a kernel is chosen: demands and their three refusals, kernels that give wrong answers, forks
+// in the middle of it, and what the CPU and the operating system say.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -172,6 +177,37 @@ std::string group_of(Change change) {
 }
 
 }  // namespace
+
+#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // their locks, not ours
+// Ends with 0 when a child of this process, forked while another thread chooses, has kernels too.
+int choose_in_a_child() {
+    std::atomic<bool> begun{false};
+    std::thread first([&] {
+        begun = true;
+        static_cast<void>(kernels());
+    });
+    while (!begun) {
+    }
+    const pid_t child = fork();
+    if (child == 0) _exit(kernels().name == nullptr ? 1 : 0);
+    int status = -1;
+    const bool ended = waitpid(child, &status, 0) == child;
+    first.join();
+    return ended && WIFEXITED(status) && WEXITSTATUS(status) == 0 ? 0 : 1;
+}
+
+// Before all others here, since it wants processes that have chosen nothing. Where the choice was
+// made under a lock, one child in four waited for it for ever.
+TEST(a_process_that_is_forked_during_the_choice_chooses_by_itself) {
+    for (std::size_t round = 0; round < scaled(40); ++round) {
+        const pid_t child = fork();
+        if (child == 0) _exit(choose_in_a_child());
+        int status = -1;
+        CHECK(waitpid(child, &status, 0) == child);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    }
+}
+#endif
 
 TEST(every_kernel_that_runs_here_gives_the_known_answers) {
     CHECK(!runnable_kernels().empty());

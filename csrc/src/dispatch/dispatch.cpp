@@ -5,7 +5,9 @@
 #include "dispatch/dispatch.hpp"
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
+#include <memory>
 
 #include "dispatch/cpu_features.hpp"
 #include "dispatch/known_answers.hpp"
@@ -66,6 +68,9 @@ Candidates list_candidates() noexcept {
     }};
 }
 
+// Made when the library is loaded: see choice().
+const Candidates kCandidates = list_candidates();
+
 std::string names_that_run(std::span<const KernelCandidate> candidates) {
     std::string list;
     for (const KernelCandidate& c : candidates) {
@@ -96,10 +101,18 @@ const KernelTable* find(std::span<const KernelCandidate> candidates, std::string
     return nullptr;
 }
 
+// Without a lock, which would be held for ever in a child that is forked meanwhile: threads that
+// are the first together all choose, and one choice is kept. Never destroyed: used until exit.
 const KernelChoice& choice() {
-    // Never destroyed: used until exit.
-    static const auto* made =
-        new KernelChoice(choose_kernel(kernel_candidates(), std::getenv("PYDEDUP_KERNEL")));
+    static std::atomic<const KernelChoice*> kept{nullptr};
+    const KernelChoice* made = kept.load(std::memory_order_acquire);
+    if (made == nullptr) {
+        auto fresh = std::make_unique<const KernelChoice>(
+            choose_kernel(kernel_candidates(), std::getenv("PYDEDUP_KERNEL")));
+        if (kept.compare_exchange_strong(made, fresh.get(), std::memory_order_acq_rel)) {
+            made = fresh.release();
+        }
+    }
     return *made;
 }
 
@@ -118,10 +131,7 @@ const KernelTable* avx2_kernels([[maybe_unused]] bool slow_bit_deposit) noexcept
 #endif
 }
 
-std::span<const KernelCandidate> kernel_candidates() {
-    static const Candidates list = list_candidates();
-    return list;
-}
+std::span<const KernelCandidate> kernel_candidates() { return kCandidates; }
 
 KernelChoice choose_kernel(std::span<const KernelCandidate> candidates, const char* demand) {
     KernelChoice made;
