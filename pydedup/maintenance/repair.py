@@ -229,25 +229,24 @@ class _Repair:
                     wanted = Wanted(block.digest, dtype, block.rows, block.cols)
                     rest.setdefault(wanted, []).append(place)
         found = self._source.find(list(rest), block_shapes, self._job.keep_alive) if rest else ()
-        placed: set[int] = set()
-        unsure: dict[int, tuple[int, EncodedBlock]] = {}
+        ranks: dict[int, int] = {}  # by place: how unlikely the dtype is that it was found with
+        unsure: dict[int, EncodedBlock] = {}
         for encoded in found:
             for place in rest.pop(encoded.content, ()):
-                rank = lost[place].dtypes.index(encoded.content.dtype)
-                if rank == 0:
-                    placed.add(place)
+                dtypes = lost[place].dtypes
+                rank = dtypes.index(encoded.content.dtype)
+                if rank >= ranks.get(place, len(dtypes)):
+                    continue
+                ranks[place] = rank
+                if rank > 0:
+                    unsure[place] = encoded
+                else:
                     unsure.pop(place, None)
                     self._put(place, encoded, lost[place])
-                elif (
-                    place not in placed and rank < unsure.get(place, (len(lost[place].dtypes),))[0]
-                ):
-                    unsure[place] = rank, encoded
-        for place, (_, encoded) in unsure.items():
+        for place, encoded in unsure.items():
             self._put(place, encoded, lost[place])
-        self.found += len(placed) + len(unsure)
-        if self._page:
-            self._full.append(self._page)
-            self._page, self._bytes = [], 0
+        self.found += len(ranks)
+        self._end_page()
         self._stage()
 
     def name_dtypes(
@@ -329,13 +328,18 @@ class _Repair:
         elif block.is_raw:
             encoded = as_raw(encoded)
         cost = int(codec.page_cost(len(encoded.data)))
-        if self._page and self._bytes + cost > PAGE_CAPACITY:
-            self._full.append(self._page)
-            self._page, self._bytes = [], 0
+        if self._bytes + cost > PAGE_CAPACITY:
+            self._end_page()
             if len(self._full) == _PAGES_PER_TRANSACTION:
                 self._stage()
         self._page.append(_Placed(place, encoded, base, cost))
         self._bytes += cost
+
+    def _end_page(self) -> None:
+        """Let the next block be the first of another page."""
+        if self._page:
+            self._full.append(self._page)
+            self._page, self._bytes = [], 0
 
     def _stage(self) -> None:
         """Write full pages, in one transaction."""
