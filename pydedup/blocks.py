@@ -331,10 +331,9 @@ def _unpack_pages(part: bytes) -> tuple[NDArray[np.int64], int, int, int]:
     if magic != _MAP_MAGIC or not n_columns or wide not in (2, 4) or size != len(part):
         raise CorruptStoreError(f"a block map of {len(part)} bytes does not parse")
     pages = np.frombuffer(part, "<i8", n_pages, _MAP_HEADER.size).astype(np.int64, copy=False)
-    if n_pages and int(pages.min()) < 0:
-        raise CorruptStoreError("a block map names a page with a negative id")
-    if n_pages and int(pages.max()) > LARGEST_ID:  # it would be the place of another page
-        raise CorruptStoreError(f"a block map names page {pages.max()}, which no store has")
+    # As unsigned, negative ids are beyond all others. One too large would be another page's place.
+    if n_pages and (highest := int(pages.view(np.uint64).max())) > LARGEST_ID:
+        raise CorruptStoreError(f"a block map names page {highest}, which no store has")
     return pages, n_columns, wide, n_blocks
 
 
@@ -346,9 +345,9 @@ def _unpack_part(part: bytes) -> _Part:
     if n_blocks and int(index.max()) >= n_pages:
         raise CorruptStoreError("a block map names a page outside of its own list")
     # Whoever has an entry for each slot up to the last would ask for 32 GiB otherwise.
-    highest = max(int(column.max(initial=0)) for column in (slots, *bases[1:]))
-    if highest >= 1 << SLOT_BITS:
-        raise CorruptStoreError(f"a block map names slot {highest}, and no page has so many")
+    for column in (slots, *bases[1:]) if n_blocks and wide > 2 else ():
+        if (highest := int(column.max())) >= 1 << SLOT_BITS:
+            raise CorruptStoreError(f"a block map names slot {highest}, and no page has so many")
     if not bases:
         return _Part(pages[index], slots.astype(np.uint32))
     base_index, base_slots = bases
