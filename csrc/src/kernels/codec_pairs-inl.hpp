@@ -25,7 +25,9 @@ inline void build_pair_table(const std::uint16_t* table, unsigned table_bits,
     for (unsigned used = 1; used <= table_bits && at < size; ++used) {
         const std::size_t run = size >> used;
         // In place by vectors too: what a step reads lies ahead of all that was written.
+#if !defined(__clang__)  // does not know it, and warns
 #pragma GCC ivdep
+#endif
         for (std::size_t j = 0; j < run; ++j) rest[j] = rest[2 * j];
         if ((table[at] & 0xFFU) != used) continue;
         const unsigned left = table_bits - used;

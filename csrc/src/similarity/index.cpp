@@ -200,13 +200,9 @@ void IndexState::link_groups(unsigned threads) noexcept {
     // About 50 ns per group and band, most of it waiting for memory.
     const std::size_t work = (rms.size() - linked.front()) * bands.size();
     const unsigned workers = work < 4096 ? 1 : thread_count(threads);
-    try {
-        parallel_for(bands.size(), 1, workers, [&](std::size_t begin, std::size_t end) {
-            for (std::size_t band = begin; band < end; ++band) link_band(band);
-        });
-    } catch (...) {  // no more threads: what is linked stays, the rest follows here
-        for (std::size_t band = 0; band < bands.size(); ++band) link_band(band);
-    }
+    parallel_for(bands.size(), 1, workers, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t band = begin; band < end; ++band) link_band(band);
+    });
 }
 
 void IndexState::add(const BlockBatch& blocks, std::span<const std::int64_t> new_ids,

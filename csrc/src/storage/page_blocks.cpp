@@ -2,7 +2,6 @@
 // Blocks of a matrix against blocks on pages, many at a time.
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,6 +9,7 @@
 #include "pydedup/decoded.hpp"
 #include "pydedup/error.hpp"
 #include "pydedup/page_format.hpp"
+#include "storage/block_rows.hpp"
 
 namespace pydedup {
 namespace {
@@ -146,25 +146,14 @@ void blocks_equal(std::span<const Page* const> pages, std::span<const StoredBloc
     }
     const unsigned workers = worker_count(indices, grid, matrix.dtype, threads);
     parallel_for(indices.size(), kParallelGrain, workers, [&](std::size_t begin, std::size_t end) {
-        std::unique_ptr<std::byte[]> decoded;
-        std::size_t room = 0;
+        detail::Scratch<std::byte> scratch;
         for (std::size_t i = begin; i < end; ++i) {
             const MatrixRef own = block_of(matrix, grid, static_cast<std::size_t>(indices[i]));
             BlockView base{};
             const BlockView block =
                 with_base(pages[stored[i].page]->block(stored[i].slot), bases, i, base);
             equal[i] = block.dtype == own.dtype && block.rows == own.rows && block.cols == own.cols;
-            if (!equal[i]) continue;
-            const std::byte* bytes = block.data;
-            if (block.encoding != Encoding::raw) {
-                if (room < block.raw_bytes()) {
-                    room = block.raw_bytes();
-                    decoded = std::make_unique_for_overwrite<std::byte[]>(room);
-                }
-                decode_block(block, decoded.get(), block.row_bytes());
-                bytes = decoded.get();
-            }
-            equal[i] = rows_equal(own, bytes);
+            equal[i] = equal[i] && rows_equal(own, detail::rows_of(block, scratch));
         }
     });
 }

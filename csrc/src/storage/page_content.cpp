@@ -6,23 +6,10 @@
 #include <vector>
 
 #include "base/parallel.hpp"
-#include "gemm/aligned_array.hpp"
 #include "pydedup/error.hpp"
+#include "storage/block_rows.hpp"
 
 namespace pydedup {
-namespace {
-
-// The block's rows, dense; `scratch` keeps them where they had to be decoded. It is not cleared: a
-// damaged slot may claim 4 GiB, which nobody has touched when its bytes turn out to be no such
-// block.
-const std::byte* content(const BlockView& block, detail::Scratch<std::byte>& scratch) {
-    if (block.encoding == Encoding::raw) return block.data;
-    std::byte* const rows = scratch.at_least(block.raw_bytes());
-    decode_block(block, rows, block.row_bytes());
-    return rows;
-}
-
-}  // namespace
 
 void block_digests(std::span<const BlockView> blocks, std::span<Digest> digests, unsigned threads) {
     if (digests.size() != blocks.size()) {
@@ -32,7 +19,7 @@ void block_digests(std::span<const BlockView> blocks, std::span<Digest> digests,
         detail::Scratch<std::byte> scratch;
         for (std::size_t i = begin; i < end; ++i) {
             const BlockView& block = blocks[i];
-            digests[i] = hash_rows(content(block, scratch), block.rows, block.row_bytes(),
+            digests[i] = hash_rows(detail::rows_of(block, scratch), block.rows, block.row_bytes(),
                                    block.row_bytes());
         }
     });
@@ -49,7 +36,7 @@ bool same_block(const BlockView& a, const BlockView& b) {
     const std::size_t bytes = std::size_t{a.rows} * a.cols * item_bytes(a.dtype);
     detail::Scratch<std::byte> scratch_a;
     detail::Scratch<std::byte> scratch_b;
-    return std::memcmp(content(a, scratch_a), content(b, scratch_b), bytes) == 0;
+    return std::memcmp(detail::rows_of(a, scratch_a), detail::rows_of(b, scratch_b), bytes) == 0;
 }
 
 }  // namespace pydedup
