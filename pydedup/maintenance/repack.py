@@ -68,7 +68,8 @@ class _Places:
 
     They are numbered 0 to n - 1 by ascending place (`block_places`); ``bases`` holds the number of
     each one's base, -1 for blocks that are no deltas. ``pages`` are the ids of the pages they are
-    on, in ascending order, and ``unused`` which part of each is blocks that nobody uses any more.
+    on, in ascending order, ``page_at`` which of these each block is on, and ``unused`` which part
+    of each page is blocks that nobody uses any more.
     """
 
     places: NDArray[np.int64]
@@ -77,6 +78,7 @@ class _Places:
     hashes: list[bytes]
     bases: NDArray[np.int64]
     pages: NDArray[np.int64]
+    page_at: NDArray[np.int64]
     unused: NDArray[np.float64]
     owners: list[NDArray[np.int64]]
 
@@ -93,14 +95,20 @@ class _Places:
 class RepackPlan:
     """A layout that is better than the one there is, and the state of the store it is for.
 
-    ``kept`` are the ids of the pages that stay, in ascending order.
+    ``stays`` says which of ``places.pages`` stay.
     """
 
     epoch: int
     models: list[StoredModel]
     places: _Places
     layout: Layout
-    kept: NDArray[np.int64]
+    stays: NDArray[np.bool_]
+
+    @property
+    def kept(self) -> list[int]:
+        """The ids of the pages that stay, in ascending order."""
+        ids: list[int] = self.places.pages[self.stays].tolist()
+        return ids
 
     @property
     def pages(self) -> int:
@@ -154,16 +162,16 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
         places = _places(adapter, pool, models)
     if not len(places.places):
         return None
-    pages_now = live_pages + sum(len(np.unique(places.at(o)[0])) for o in places.owners)
+    pages_now = live_pages + sum(len(np.unique(places.page_at[o])) for o in places.owners)
     best, plan = 0.0, None
     choices = [_good_pages(places), _staying(places, places.unused < UNUSED_PART)]
-    for kept in (*(kept for kept in choices if len(kept)), np.empty(0, np.int64)):
-        layout = _layout_beside(places, kept)
+    for stays in (*(stays for stays in choices if stays.any()), np.zeros_like(choices[0])):
+        layout = _layout_beside(places, stays)
         saved = pages_now - layout.stored_pages - int(layout.page_reads.sum())
-        unused = float(places.unused[~np.isin(places.pages, kept)].sum())
+        unused = float(places.unused[~stays].sum())
         gain = saved + unused - _LEAST_GAIN * len(layout.pages)
         if gain > best and layout.stored_pages <= live_pages:
-            best, plan = gain, RepackPlan(epoch, models, places, layout, kept)
+            best, plan = gain, RepackPlan(epoch, models, places, layout, stays)
     return plan
 
 
@@ -180,7 +188,7 @@ def repack(
         return Repacked()
     places, layout = plan.places, plan.layout
     new_places = places.places.copy()
-    moved = ~np.isin(split_places(new_places)[0], plan.kept)
+    moved = ~plan.stays[places.page_at]
     new_ids: list[int] = []
     job = Job(adapter, "repack")
     try:
@@ -254,12 +262,12 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     litter = np.where(in_use, 0, codec.page_cost(lengths))
     unused = np.bincount(at, litter) / np.bincount(at, codec.page_cost(lengths))
     sizes = lengths[in_use], encodings[in_use]
-    return _Places(used, *sizes, hashes, bases, pages, unused, owners)
+    return _Places(used, *sizes, hashes, bases, pages, at[in_use], unused, owners)
 
 
-def _good_pages(places: _Places) -> NDArray[np.int64]:
-    """Return the ids of pages that no layout would make much better."""
-    index, costs = _page_numbers(places), codec.page_cost(places.lengths)
+def _good_pages(places: _Places) -> NDArray[np.bool_]:
+    """Return which pages stay for being such that no layout would make them much better."""
+    index, costs = places.page_at, codec.page_cost(places.lengths)
     in_use = np.bincount(index, costs)
     good = (in_use >= _GOOD_PART * PAGE_CAPACITY) & (places.unused == 0)
     for owned in places.owners:
@@ -268,29 +276,21 @@ def _good_pages(places: _Places) -> NDArray[np.int64]:
     return _staying(places, good)
 
 
-def _staying(places: _Places, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the ids of those of these pages that can stay when all others go."""
-    index, stays = _page_numbers(places), wanted.copy()
+def _staying(places: _Places, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which of these pages can stay when all others go."""
+    index, stays = places.page_at, wanted.copy()
     # What is written of a delta names its base's place: it moves when that does.
     deltas = np.flatnonzero(places.bases != NO_PLACE)
     bases = places.bases[deltas]
     while (alone := stays[index[deltas]] & ~stays[index[bases]]).any():
         stays[index[deltas[alone]]] = False
-    return places.pages[stays]
+    return stays
 
 
-def _page_numbers(places: _Places) -> NDArray[np.int64]:
-    """Return for each block which of ``places.pages`` it is on."""
-    page_of, _ = places.at(np.arange(len(places.places)))
-    return np.searchsorted(places.pages, page_of)
-
-
-def _layout_beside(places: _Places, kept: NDArray[np.int64]) -> Layout:
-    """Return a layout of all blocks that are not on these pages."""
-    page_of, _ = places.at(np.arange(len(places.places)))
-    stay = np.flatnonzero(np.isin(page_of, kept))
-    ends = np.searchsorted(page_of[stay], kept, side="right")  # places ascend by page
-    existing = (np.concatenate([[0], ends]), stay)
+def _layout_beside(places: _Places, stays: NDArray[np.bool_]) -> Layout:
+    """Return a layout of all blocks, of which those on pages that stay are where they are."""
+    ends = np.cumsum(np.bincount(places.page_at)[stays])  # places ascend by page
+    existing = (np.concatenate([[0], ends]), np.flatnonzero(stays[places.page_at]))
     sizes = codec.page_cost(places.lengths)
     return pack(places.owners, PAGE_CAPACITY, sizes=sizes, existing=existing)
 
@@ -367,14 +367,14 @@ def _publish(
     with adapter.transaction():
         if not adapter.bump_epoch(plan.epoch):
             return None
-        tags = tags_of(adapter, [*plan.kept.tolist(), *new_ids])
+        kept = plan.kept
+        tags = tags_of(adapter, [*kept, *new_ids])
         for move in moves:
             known = {page_id: tags[page_id] for page_id, _, _ in move.reads if page_id in tags}
             replace_maps(adapter, move.row, move.maps, known)
             adapter.delete_model_pages(move.row.id)
             adapter.insert_model_pages((move.row.id, *read) for read in move.reads)
-        kept = set(plan.kept.tolist())
-        old_ids = [page_id for page_id in adapter.page_ids(LIVE) if page_id not in kept]
+        old_ids = sorted(set(adapter.page_ids(LIVE)).difference(kept))
         adapter.set_page_state(old_ids, RETIRED, time.time())
         adapter.set_page_state(new_ids, LIVE)
         job.end()

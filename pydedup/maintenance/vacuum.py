@@ -201,7 +201,7 @@ def plan_vacuum(
             plan = plan_repack(adapter, pool, live_pages=len(live))
         kept: list[PageRow] = live
         if plan is not None:
-            staying = set(plan.kept.tolist())
+            staying = set(plan.kept)
             kept = [row for row in live if row.id in staying]
             newly += [row for row in live if row.id not in staying]
             reads = plan.reads
