@@ -32,17 +32,25 @@ namespace {
 
 thread_local unsigned most_threads = 0;  // of calls of this thread; 0 for no bound
 
+unsigned find_threads() noexcept {
+    const char* text = std::getenv("PYDEDUP_THREADS");
+    const long wanted = text == nullptr ? 0 : std::strtol(text, nullptr, 10);
+    if (wanted > 0) return static_cast<unsigned>(std::min(wanted, 4096L));
+    return std::max(std::thread::hardware_concurrency(), 1U);
+}
+
 }  // namespace
 
 unsigned limit_threads(unsigned most) noexcept { return std::exchange(most_threads, most); }
 
+// Without a lock, which would be held for ever in a child that is forked meanwhile.
 unsigned default_threads() noexcept {
-    static const unsigned threads = [] {
-        const char* text = std::getenv("PYDEDUP_THREADS");
-        const long wanted = text == nullptr ? 0 : std::strtol(text, nullptr, 10);
-        if (wanted > 0) return static_cast<unsigned>(std::min(wanted, 4096L));
-        return std::max(std::thread::hardware_concurrency(), 1U);
-    }();
+    static std::atomic<unsigned> found{0};
+    unsigned threads = found.load(std::memory_order_relaxed);
+    if (threads == 0) {
+        threads = find_threads();
+        found.store(threads, std::memory_order_relaxed);
+    }
     return most_threads == 0 ? threads : std::min(threads, most_threads);
 }
 

@@ -29,7 +29,7 @@ namespace {
 
 // 8-bit floats (OCP OFP8, 2023): value of each of the 256 codes. E4M3 has no infinity, and one NaN
 // per sign; E5M2 is the upper byte of a half.
-std::array<float, 256> make_f8_table(int mantissa_bits, int bias, bool has_infinity) {
+std::array<float, 256> make_f8_table(int mantissa_bits, int bias, bool has_infinity) noexcept {
     std::array<float, 256> table{};
     const int exponent_max = (1 << (7 - mantissa_bits)) - 1;
     const int mantissa_max = (1 << mantissa_bits) - 1;
@@ -51,6 +51,9 @@ std::array<float, 256> make_f8_table(int mantissa_bits, int bias, bool has_infin
     }
     return table;
 }
+
+const std::array<float, 256> kF8E4M3 = make_f8_table(3, 7, false);
+const std::array<float, 256> kF8E5M2 = make_f8_table(2, 15, true);
 
 template <class From, class T>
 void convert(const std::byte* from, std::size_t count, T* to) noexcept {
@@ -134,14 +137,10 @@ void widen(const std::byte* from, Dtype dtype, std::size_t count, T* to,
             return convert<std::uint32_t>(from, count, to);
         case Dtype::u64:
             return convert<std::uint64_t>(from, count, to);
-        case Dtype::f8_e4m3: {
-            static const std::array<float, 256> table = make_f8_table(3, 7, false);
-            return look_up(table, from, count, to);
-        }
-        case Dtype::f8_e5m2: {
-            static const std::array<float, 256> table = make_f8_table(2, 15, true);
-            return look_up(table, from, count, to);
-        }
+        case Dtype::f8_e4m3:
+            return look_up(kF8E4M3, from, count, to);
+        case Dtype::f8_e5m2:
+            return look_up(kF8E5M2, from, count, to);
     }
     throw Error(ErrorCode::invalid_argument, "no conversion for this dtype");
 }

@@ -19,13 +19,11 @@ namespace {
 
 std::atomic<unsigned> fork_count{0};
 
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1, std::memory_order_relaxed); });
+
 /// How often this process was forked from another since the pool's code was loaded.
-unsigned fork_generation() noexcept {
-    static const int registered = pthread_atfork(
-        nullptr, nullptr, [] { fork_count.fetch_add(1, std::memory_order_relaxed); });
-    static_cast<void>(registered);
-    return fork_count.load(std::memory_order_relaxed);
-}
+unsigned fork_generation() noexcept { return fork_count.load(std::memory_order_relaxed); }
 
 }  // namespace
 
