@@ -133,6 +133,20 @@ def test_a_bf16_copy_is_a_delta_on_f32(store: pydedup.Store) -> None:
     assert store.verify().ok
 
 
+def test_bases_of_several_dtypes_at_the_places_of_one_tensor(store: pydedup.Store) -> None:
+    """Some blocks of the bf16 model are deltas on f32, and the others on nothing."""
+    base = {"w": base_model()["hidden"]}
+    mixed = {"w": base["w"].astype(ml_dtypes.bfloat16)}
+    mixed["w"][64:128] = base_model(1, ml_dtypes.bfloat16)["hidden"][:64]
+    store.add("base", base)
+    report = store.add("mixed", mixed)
+    assert 0 < report.delta_blocks < report.blocks
+    near = fine_tuned(mixed, 2)
+    report = store.add("near", near)
+    assert report.delta_blocks + report.shared_blocks == report.blocks
+    assert same(store.load("near"), near)
+
+
 def test_the_bytes_of_a_delta_as_another_dtype(store: pydedup.Store) -> None:
     """They have its hash, and are not what it is."""
     near = fine_tuned(base_model(), 1)

@@ -115,12 +115,29 @@ def test_accuracy_shares_what_the_metric_allows(store: pydedup.Store) -> None:
     assert certificate["policy"] == "accuracy"
     assert certificate["metric_before"] == 1.0
     assert now == certificate["metric_after"] >= 0.98
+    assert 0 < certificate["shared"] <= certificate["replaced"]
     hidden = {t.tensor.name: t.largest_error for t in store.explain("m").tensors}["hidden"]
     assert 0.05 < hidden <= certificate["largest_block_error"] < 0.25
     assert json.loads(json.dumps(certificate)) == dict(store.info("m").certificate)
     assert store.verify().ok
     # Quantised deltas are content like any other: what is stored can be shared.
     assert store.add("copy", loaded).shared_blocks == report.blocks
+
+
+def test_quantised_deltas_on_bases_that_are_too_far_for_lossless_ones(
+    store: pydedup.Store,
+) -> None:
+    base = {"w": base_model()["hidden"]}
+    store.add("base", base)
+    model = fine_tuned(base, 1, 0.8)
+
+    def evaluate(weights: Mapping[str, NDArray[Any]]) -> float:
+        return -float(rel(weights["w"], model["w"]) > 0.05)
+
+    report = store.add("m", model, policy=policies.Accuracy(evaluate, 0.5, max_rel_error=1.0))
+    assert report.delta_blocks == report.blocks
+    assert 0.01 < rel(store.load("m")["w"], model["w"]) <= 0.03
+    assert store.verify().ok
 
 
 def test_a_model_that_is_stored_already_needs_no_search(store: pydedup.Store) -> None:

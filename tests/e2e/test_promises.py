@@ -82,6 +82,29 @@ def test_recorded_errors_are_not_below_the_true_ones(store: pydedup.Store) -> No
         assert true * (1 - 1e-12) <= recorded <= true * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("order", [("near", "far"), ("far", "near")])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        policies.Lossless(),
+        policies.Bounded(0.1),
+        policies.Accuracy(good, 1.0, max_rel_error=0.1),
+    ],
+)
+def test_of_several_stored_blocks_the_nearest_is_taken(
+    store: pydedup.Store, policy: Policy, order: tuple[str, str]
+) -> None:
+    others = {"near": moved(weights(), 0.002), "far": moved(weights(), 0.05)}
+    for name in order:
+        store.add(name, {"w": others[name]}, policy=policies.Exact(), block_shape=(64, 64))
+    store.add("m", {"w": weights()}, policy=policy, block_shape=(64, 64))
+    assert [(other.model, other.blocks) for other in store.explain("m").shared_with] == [
+        ("near@1", 4)
+    ]
+    taken = weights() if policy.max_rel_error == 0 else others["near"]
+    assert same(store.load("m"), {"w": taken})
+
+
 def test_no_block_of_another_dtype_is_shared_within_a_bound(store: pydedup.Store) -> None:
     source = weights().astype(ml_dtypes.bfloat16)
     store.add("near", {"w": weights()}, block_shape=(64, 64))

@@ -198,6 +198,13 @@ def test_the_certificate_names_the_bound_and_the_rows() -> None:
     assert "with confidence 0.95" in "\n".join(describe(certificate))
 
 
+def test_batches_that_are_judged_stay_small() -> None:
+    population = Population(np.random.default_rng(0), 2000, 64, 0.0)
+    certificate = population.choose(0.03, confidence=0.95).certificate
+    assert certificate["replaced"] == 64
+    assert certificate["evaluations"] == 2 + 64 // 2
+
+
 def test_nothing_replaced_is_no_drop_for_sure() -> None:
     population = Population(np.random.default_rng(0), 2000, 4, 0.5)
     certificate = population.choose(0.01, confidence=0.95).certificate

@@ -225,6 +225,31 @@ def test_a_fruitless_round_leaves_evaluations_for_the_next() -> None:
     assert (choice.levels == 2).all()
 
 
+def test_a_fruitless_round_of_sharing_leaves_evaluations_for_deltas() -> None:
+    model = Model([0.1] * 60, gentle=(0.5, 0.0))
+    choice = model.choose(0.06, max_evaluations=30)
+    assert sorted(choice.levels.tolist()) == [1] + [2] * 59
+
+
+def test_a_fruitless_round_of_sharing_leaves_evaluations_for_training() -> None:
+    model, trained = Model([1.0] * 60), []
+
+    def finetune(weights: Arrays, _: Arrays) -> Arrays:
+        trained.append(True)
+        return dict(weights)
+
+    model.choose(0.1, max_evaluations=30, finetune=finetune)
+    assert trained
+
+
+@pytest.mark.parametrize(("blocks", "batch"), [(10, 5), (320, 10)])
+def test_steps_are_of_five_blocks_or_one_in_32(blocks: int, batch: int) -> None:
+    model = Model([0.0] * blocks)
+    model.choose(0.5, search="step")
+    shared = [int(state.sum()) for state in model.evaluated[2:]]
+    assert shared == list(range(batch, blocks + 1, batch))
+
+
 def test_nothing_is_evaluated_in_vain() -> None:
     # What is too much at the gentlest level is not tried at those in between, and a level that a
     # block has already is not tried again.
@@ -330,6 +355,7 @@ def test_no_candidates_is_no_error() -> None:
     choice = choose({"w": np.ones((2, 2))}, [], Accuracy(lambda _: 0.5, 0.0))
     assert choice.levels.tolist() == []
     assert choice.certificate["ended"] == "there was nothing to replace"
+    assert choice.certificate["bound"] is None
     assert describe(choice.certificate)
 
 
