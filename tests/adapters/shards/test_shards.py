@@ -196,7 +196,7 @@ def test_of_a_lost_copy_the_other_is_read(place: ShardedPlace) -> None:
     adapter = open_store(place.url(replicas=2))
     pages = add_random_pages(adapter, 20, size=3000)
     place.rows(1, "DELETE FROM {}.page_payloads WHERE id % 2 = 0")
-    assert dict(adapter.read_pages(list(pages))) == pages
+    assert sorted(adapter.read_pages(list(pages))) == sorted(pages.items())  # each of them once
     (complaint,) = adapter.integrity_errors()
     assert "lacks its copy" in complaint
     adapter.close()
