@@ -6,6 +6,7 @@ Synthetic weights: a matrix, and a copy that every weight moved a little of, as 
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 import pydedup
 from pydedup import policies, registry
-from pydedup.certificates import describe, error_of
+from pydedup.certificates import PAGES, describe, error_of
 from pydedup.errors import ArgumentError, DuplicateError
 from pydedup.policies import Policy
 from pydedup.store import Store
@@ -113,6 +114,17 @@ def test_no_block_of_another_dtype_is_shared_within_a_bound(store: pydedup.Store
     loaded = store.load("m")["w"]
     assert loaded.dtype == source.dtype
     assert away(source, loaded.astype(np.float64)) <= 0.05
+
+
+def test_a_model_that_shares_pages_records_what_they_are(url: str) -> None:
+    """Whoever adds it has read none of them as another model's."""
+    recorded = []
+    for name in ("first", "second"):
+        with pydedup.open(url) as store:
+            store.add(name, {"w": weights()}, policy=policies.Exact())
+            (row,) = store._adapter.models(name=name)
+            recorded.append(json.loads(row.certificate)[PAGES])
+    assert recorded[0] == recorded[1] != ""
 
 
 def test_errors_of_tensors_that_were_not_recorded_one_by_one() -> None:
