@@ -127,6 +127,16 @@ def test_a_model_that_shares_pages_records_what_they_are(url: str) -> None:
     assert recorded[0] == recorded[1] != ""
 
 
+def test_versions_that_are_alike_read_as_many_bytes_of_each_page(url: str) -> None:
+    read = []
+    for _ in range(2):
+        with pydedup.open(url) as store:  # which has looked at no page
+            store.add("m", {"w": weights()}, block_shape=(64, 64))
+            (row,) = store._adapter.models(name="m", newest=1)
+            read.append([found[1:] for found in store._adapter.model_pages(row.id)])
+    assert read[0] == read[1] != []
+
+
 def test_errors_of_tensors_that_were_not_recorded_one_by_one() -> None:
     """As in certificates of early stores."""
     assert error_of({"policy": "bounded", "largest_block_error": 0.002}, "w") == 0.002
