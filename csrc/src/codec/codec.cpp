@@ -11,6 +11,7 @@
 
 #include "base/endian.hpp"
 #include "base/parallel.hpp"
+#include "base/rounding.hpp"
 #include "codec/arena.hpp"
 #include "codec/huffman.hpp"
 #include "dispatch/dispatch.hpp"
@@ -79,7 +80,7 @@ void copy_rows(const std::byte* from, std::size_t from_stride, std::size_t rows,
 
 // The most bytes that may stand in for `raw` ones.
 std::size_t worth_it(std::size_t raw) noexcept {
-    return raw - (raw + kMinPlaneSaving - 1) / kMinPlaneSaving;
+    return raw - detail::ceil_div(raw, kMinPlaneSaving);
 }
 
 struct PlanePlan {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/endian.hpp"
+#include "base/rounding.hpp"
 #include "codec/convert.hpp"
 #include "codec/delta_encoder.hpp"
 #include "codec/delta_pair.hpp"
@@ -192,7 +193,7 @@ std::size_t estimate_delta(const MatrixRef& block, const MatrixRef& base,
     const std::size_t run = by_rows ? block.cols : kRun;
     const std::size_t runs_a_row = by_rows ? 1 : block.cols / kRun;
     const std::size_t n_runs = block.rows * runs_a_row;
-    const std::size_t taken = (n_runs + every - 1) / every;
+    const std::size_t taken = detail::ceil_div(n_runs, every);
     const std::size_t n = taken * run;
     const auto memory = std::make_unique_for_overwrite<std::uint8_t[]>(n * (2 * item + base_item));
     std::uint8_t* const sampled = memory.get();

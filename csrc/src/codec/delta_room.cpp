@@ -4,12 +4,14 @@
 
 #include <array>
 
+#include "base/rounding.hpp"
+
 namespace pydedup::detail {
 
 Room::Room(std::size_t count, std::size_t item) {
     const std::size_t wide = item == 8 ? 8 : 4;
     const std::size_t values = count * 8 + 64;
-    const auto rounded = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
+    const auto rounded = [](std::size_t bytes) { return round_up(bytes, 64); };
     const std::array<std::size_t, 7> sizes = {
         rounded(count * item), rounded(values), rounded(count * wide), rounded(count),
         rounded(count),        rounded(count),  rounded(count)};

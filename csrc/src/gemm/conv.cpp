@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/parallel.hpp"
+#include "base/rounding.hpp"
 #include "dispatch/dispatch.hpp"
 #include "gemm/activation.hpp"
 #include "gemm/image_tiles.hpp"
@@ -21,6 +22,7 @@
 namespace pydedup {
 namespace {
 
+using detail::ceil_div;
 using detail::ImageTiles;
 using detail::Scratch;
 using detail::WeightReader;
@@ -42,10 +44,6 @@ constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 19;
 constexpr double kMultiplyCost = 0.02;
 constexpr double kGatherCost = 0.15;
 constexpr double kReadCost = 0.3;
-
-[[nodiscard]] std::size_t ceil_div(std::size_t a, std::size_t b) noexcept {
-    return (a + b - 1) / b;
-}
 
 }  // namespace
 

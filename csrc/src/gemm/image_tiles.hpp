@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "base/rounding.hpp"
 #include "kernels/rows_kernels.hpp"
 #include "pydedup/conv.hpp"
 
@@ -49,7 +50,7 @@ class ImageTiles {
     /// Prepares for positions [p0, p1): tile after tile, the last may have empty lanes.
     void find_runs(std::size_t p0, std::size_t p1, PositionRuns& positions) const {
         positions.runs.clear();
-        positions.tiles = (p1 - p0 + width_ - 1) / width_;
+        positions.tiles = ceil_div(p1 - p0, width_);
         positions.empty_lanes = positions.tiles * width_ - (p1 - p0);
         std::size_t image = p0 / (out_h_ * out_w_);
         std::size_t oh = p0 / out_w_ % out_h_;
@@ -122,10 +123,10 @@ class ImageTiles {
         const std::size_t col = run.col + kw * shape_.dilation_w;
         const std::size_t left = shape_.pad_left;
         const std::size_t right = left + shape_.width;
-        const std::size_t begin = col >= left ? 0 : (left - col + stride - 1) / stride;
+        const std::size_t begin = col >= left ? 0 : ceil_div(left - col, stride);
         std::size_t end = run.count;
         if (col + (run.count - 1) * stride >= right) {
-            end = col >= right ? 0 : (right - col + stride - 1) / stride;
+            end = col >= right ? 0 : ceil_div(right - col, stride);
         }
         if (begin >= end) return;
         run.begin = begin;

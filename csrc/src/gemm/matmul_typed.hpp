@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "base/parallel.hpp"
+#include "base/rounding.hpp"
 #include "dispatch/dispatch.hpp"
 #include "gemm/matmul_impl.hpp"
 #include "gemm/packed_x.hpp"
@@ -39,10 +40,6 @@ inline constexpr std::size_t kPassBytes = std::size_t{16} << 10;
 inline constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
 // Pieces per thread that a call should have, so that one late thread does not hold up the rest.
 inline constexpr std::size_t kPiecesPerThread = 4;
-
-[[nodiscard]] constexpr std::size_t ceil_div(std::size_t a, std::size_t b) noexcept {
-    return (a + b - 1) / b;
-}
 
 }  // namespace detail
 

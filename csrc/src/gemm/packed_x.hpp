@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/parallel.hpp"
+#include "base/rounding.hpp"
 #include "gemm/aligned_array.hpp"
 #include "gemm/bf16_parts.hpp"
 #include "gemm/transpose.hpp"
@@ -66,7 +67,7 @@ class PackedX {
     PackedX(const S* x, std::size_t m, std::size_t cols, std::size_t strip,
             std::span<const GemmTile<E, A>> kernels, unsigned threads, Cut cut = nullptr)
         : cols_(cols), strip_(std::min(strip, cols)), cut_(cut), tiles_(cut_rows(m, kernels)) {
-        const std::size_t strips = (cols + strip_ - 1) / strip_;
+        const std::size_t strips = ceil_div(cols, strip_);
         places_.reserve(2 * tiles_.size() + 2);
         for (const std::size_t width : {strip_, cols - (strips - 1) * strip_}) {
             std::size_t place = 0;
@@ -112,7 +113,7 @@ class PackedX {
 
   private:
     [[nodiscard]] static std::size_t groups(std::size_t width, const Tile& tile) noexcept {
-        return (width + tile.kernel->group - 1) / tile.kernel->group;
+        return ceil_div(width, tile.kernel->group);
     }
 
     // Elements of a strip of full width.

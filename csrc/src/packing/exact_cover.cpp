@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "base/rounding.hpp"
 #include "packing/classes.hpp"
 #include "packing/fill.hpp"
 
@@ -107,7 +108,7 @@ class Coverer {
         std::uint64_t rest = 0;
         for (const Index b : rest_) rest += problem_.amount(b);
         const auto pages_for = [&](std::uint64_t amount) {
-            return (amount + problem_.capacity - 1) / problem_.capacity;
+            return detail::ceil_div(amount, problem_.capacity);
         };
         for (const Index page : inner_) {
             if (pages_for(rest - std::min(rest, amount_[page])) < pages_for(rest) &&

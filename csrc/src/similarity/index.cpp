@@ -6,14 +6,13 @@
 
 #include <bit>
 
+#include "base/rounding.hpp"
 #include "similarity/batch.hpp"
 
 namespace pydedup::similarity {
 namespace {
 
-constexpr std::size_t round_up(std::size_t value, std::size_t to) noexcept {
-    return (value + to - 1) / to * to;
-}
+using detail::round_up;
 
 [[noreturn]] void refuse(const std::string& message) {
     throw Error(ErrorCode::invalid_argument, message);

@@ -5,10 +5,14 @@
 #include <cmath>
 #include <limits>
 
+#include "base/rounding.hpp"
 #include "similarity/batch.hpp"
 
 namespace pydedup::similarity {
 namespace {
+
+using detail::ceil_div;
+using detail::round_up;
 
 constexpr std::uint64_t kSignStream = 1;
 constexpr std::uint64_t kMoveStream = 2;
@@ -17,10 +21,6 @@ constexpr std::uint64_t kMixStream = 3;
 // Two blocks up to this large fit the second-level cache with room to spare.
 constexpr std::size_t kLargeBlock = 64 * 1024;
 constexpr std::size_t kAheadBytes = 16 * 1024;
-
-constexpr std::size_t round_up(std::size_t value, std::size_t to) noexcept {
-    return (value + to - 1) / to * to;
-}
 
 // Sums of squares of f32 elements in this range lost nothing to under- or overflow.
 bool is_safe(double squares, std::size_t elements) noexcept {
@@ -65,8 +65,8 @@ Sketcher::Sketcher(std::size_t rows, std::size_t cols, Dtype dtype, std::size_t 
       projections_(projections),
       outputs_(std::bit_ceil(std::max<std::size_t>(projections, 64))),
       rows_per_strip_(cols <= kFoldBuckets ? kFoldBuckets / round_up(cols, kSimLanes) : 0),
-      strips_(cols <= kFoldBuckets ? (rows + rows_per_strip_ - 1) / rows_per_strip_
-                                   : rows * ((cols + kFoldBuckets - 1) / kFoldBuckets)),
+      strips_(cols <= kFoldBuckets ? ceil_div(rows, rows_per_strip_)
+                                   : rows * ceil_div(cols, kFoldBuckets)),
       dtype_(dtype),
       signs_((strips_ + 2) * kSignWords),
       moves_(strips_) {

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "base/rounding.hpp"
 #include "pydedup/page_memory.hpp"
 
 namespace pydedup {
@@ -14,7 +15,7 @@ enum State : std::uint8_t { kEmpty, kFilling, kReady };
 [[nodiscard]] std::size_t room_for(const BlockView& block) noexcept {
     if (block.encoding == Encoding::raw || block.cols == 0) return 0;
     if (block.rows > UINT32_MAX / item_bytes(block.dtype) / block.cols) return 0;
-    return (block.raw_bytes() + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment;
+    return detail::round_up(block.raw_bytes(), kBlockAlignment);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "base/endian.hpp"
+#include "base/rounding.hpp"
 #include "pydedup/error.hpp"
 #include "pydedup/hash.hpp"
 
@@ -45,7 +46,7 @@ constexpr std::size_t kBaseAt = 24;         // u64
 // deltas, which are small, others are not aligned.
 constexpr std::size_t begin_of(Encoding encoding, std::uint16_t version, std::size_t end) noexcept {
     if (version >= kDeltaPageVersion && encoding != Encoding::raw) return end;
-    return (end + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment;
+    return detail::round_up(end, kBlockAlignment);
 }
 
 Digest checksum_of(Bytes page) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/of_this_process.hpp"
+#include "base/rounding.hpp"
 #include "pydedup/page_format.hpp"
 
 #if defined(__linux__)
@@ -30,8 +31,7 @@ constexpr unsigned kPlaces = 8;
 constexpr unsigned kAllFree = (1U << kPlaces) - 1;
 
 [[nodiscard]] std::size_t mapped_bytes(std::size_t size) noexcept {
-    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-    return (size + page - 1) / page * page;
+    return detail::round_up(size, static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)));
 }
 
 /// A mapping of `bytes` (whole pages) that begins at a huge page, or nullptr.

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// Quotients and multiples, rounded up. What is added on the way must not overflow.
+#pragma once
+
+#include <cstddef>
+
+namespace pydedup::detail {
+
+/// The least n with n * b >= a.
+[[nodiscard]] constexpr std::size_t ceil_div(std::size_t a, std::size_t b) noexcept {
+    return (a + b - 1) / b;
+}
+
+/// The least multiple of `to` that is not below `value`.
+[[nodiscard]] constexpr std::size_t round_up(std::size_t value, std::size_t to) noexcept {
+    return ceil_div(value, to) * to;
+}
+
+}  // namespace pydedup::detail
