@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 import pydedup
 
 TENSOR_BYTES = 48 * 1024 * 1024
-TENSORS = 6
-POOL_BYTES = 128 * 1024 * 1024
+TENSORS = 4
+POOL_BYTES = 64 * 1024 * 1024
 
 CHILD = """
 import json, sys

@@ -196,17 +196,17 @@ def scored_file(scored_once: Path, tmp_path: Path) -> Scored:
     return Scored(f"sqlite:///{tmp_path / 'store.db'}", filled=True)
 
 
-def slowly(tables: Tables) -> str:
-    """Return what is f2, and takes some milliseconds for each row that is read.
+def slowly(tables: Tables, seconds: float = 0.006) -> str:
+    """Return what is f2, and takes some time for each row that is read.
 
     Not for each row when a query is cut into parts. There, PostgreSQL leaves out what nobody needs,
     but no call that may have effects, such as pg_sleep itself.
     """
     if tables.kind == "mysql":
-        return "f2 + 0 * SLEEP(0.006)"
+        return f"f2 + 0 * SLEEP({seconds})"
     tables.run(
         "CREATE OR REPLACE FUNCTION slowly(float) RETURNS float STABLE LANGUAGE plpgsql AS "
-        "'BEGIN PERFORM pg_sleep(0.006); RETURN $1; END'"
+        f"'BEGIN PERFORM pg_sleep({seconds}); RETURN $1; END'"
     )
     return "slowly(f2)"
 
@@ -246,14 +246,23 @@ class Sessions(Tables):
         _until(lambda: not self.others())
         return self._count() - self._lost
 
+    def end(self) -> None:
+        """End what others have open, without that it counts as lost."""
+        self.run("SELECT pg_terminate_backend(?)", [[pid] for pid, *_ in self.others()])
+        _until(lambda: not self.others())
+
+    def wait_for_table(self) -> None:
+        """Return when there is one for predictions."""
+        _until(lambda: self.run("SELECT to_regclass('p')")[0][0] is not None, seconds=200)
+
     def wait_for_rows(self) -> None:
         """Return when predictions are there."""
-        _until(lambda: self.run("SELECT to_regclass('p')")[0][0] is not None)
+        self.wait_for_table()
         _until(lambda: self.run("SELECT COUNT(*) FROM p")[0][0])
 
 
-def _until(done: Any) -> None:
-    end = time.monotonic() + 60
+def _until(done: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end
         time.sleep(0.05)

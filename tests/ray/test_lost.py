@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 import urllib.request
 from typing import Any
 
@@ -14,31 +13,28 @@ import psutil
 
 from pydedup.testing.program import PROGRAM
 
-from .conftest import Scored, started
-from .test_killed import slow
+from .conftest import Sessions, slowly, started
 
 
-def test_a_connection_that_is_lost_ends_the_commands(scored_file: Scored) -> None:
+def test_a_connection_that_is_lost_ends_the_commands(sessions: Sessions) -> None:
     """The server stayed for ever. A scoring began a Ray here, to ask that to end its workers."""
     # How long Ray Client tries to come back, and the cluster waits for it.
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "1"}
     options: dict[str, Any] = {"env": os.environ | environment, "text": True}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    slowly(sessions, 0.5)  # five minutes of work, for which no core is needed
     with started(**environment) as cluster:
         on = ["--on", cluster.client]
-        serve = [*PROGRAM, "serve", scored_file.url, *on, "--port", "0"]
-        score = [*PROGRAM, "score", scored_file.url, *on, "--model", "m@1", "--workers", "1"]
-        score += ["--into", "p", "--query", slow(scored_file.query, "1000000"), "--batch", "5"]
+        serve = [*PROGRAM, "serve", sessions.url, *on, "--port", "0"]
+        score = [*PROGRAM, "score", sessions.url, *on, "--model", "m@1", "--workers", "1"]
+        score += ["--into", "p", "--query", sessions.slow_query, "--batch", "5"]
         with subprocess.Popen(serve, **options) as server:
             assert server.stdout is not None
             # Both lines: what readline() has taken ahead of the first, communicate() does not give.
             hello = server.stdout.readline() + server.stdout.readline()
             assert "pydedup serves 1 model" in hello
             with subprocess.Popen(score, **options) as scorer:
-                patience = time.monotonic() + 200
-                while not scored_file.run("SELECT 1 FROM sqlite_master WHERE name = 'p'"):
-                    assert time.monotonic() < patience
-                    time.sleep(0.1)
+                sessions.wait_for_table()
                 for one in psutil.Process(cluster.pid).children(recursive=True):
                     if "--mode=specific-server" in one.cmdline():
                         one.kill()
@@ -52,4 +48,5 @@ def test_a_connection_that_is_lost_ends_the_commands(scored_file: Scored) -> Non
         assert address is not None
         with urllib.request.urlopen(f"{address.group()}/v2/models/m") as answer:
             assert answer.status == 200
-    assert len(scored_file.predictions()) < len(scored_file.features)
+    sessions.end()  # what the processes of the cluster left open, when they were killed
+    assert sessions.run("SELECT COUNT(*) FROM p")[0][0] < sessions.ROWS
