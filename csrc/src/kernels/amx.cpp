@@ -9,6 +9,6 @@
 
 namespace pydedup {
 
-const Bf16GemmKernels kAmxGemmKernels = isa_amx::kGemm;
+constinit const Bf16GemmKernels kAmxGemmKernels = isa_amx::kGemm;
 
 }  // namespace pydedup

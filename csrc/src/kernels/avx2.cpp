@@ -12,11 +12,11 @@
 
 namespace pydedup {
 
-const KernelTable kAvx2Kernels = {
+constinit const KernelTable kAvx2Kernels = {
     "avx2",          isa_avx2::kHash, isa_avx2::kCodec,
     isa_avx2::kGemm, isa_avx2::kRows, isa_avx2::sim::kSimilarity,
 };
 
-const DeltaKernels kAvx2DeltaWithoutPdep = isa_avx2::kDelta;
+constinit const DeltaKernels kAvx2DeltaWithoutPdep = isa_avx2::kDelta;
 
 }  // namespace pydedup

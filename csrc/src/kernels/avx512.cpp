@@ -12,7 +12,7 @@
 
 namespace pydedup {
 
-const KernelTable kAvx512Kernels = {
+constinit const KernelTable kAvx512Kernels = {
     "avx512",          isa_avx512::kHash, isa_avx512::kCodec,
     isa_avx512::kGemm, isa_avx512::kRows, isa_avx512::sim::kSimilarity,
 };

@@ -9,6 +9,6 @@
 
 namespace pydedup {
 
-const Bf16GemmKernels kAvx512Bf16GemmKernels = isa_avx512bf16::kGemm;
+constinit const Bf16GemmKernels kAvx512Bf16GemmKernels = isa_avx512bf16::kGemm;
 
 }  // namespace pydedup

@@ -25,6 +25,7 @@ struct KernelTable {
 };
 
 // One per translation unit of this folder; which of them exist is said by PYDEDUP_HAVE_<ISA>.
+// All are constants: they are copied while the library is loaded, on whatever CPU that is.
 extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;

@@ -12,7 +12,7 @@
 
 namespace pydedup {
 
-const KernelTable kNeonKernels = {
+constinit const KernelTable kNeonKernels = {
     "neon",          isa_neon::kHash, isa_neon::kCodec,
     isa_neon::kGemm, isa_neon::kRows, isa_neon::sim::kSimilarity,
 };

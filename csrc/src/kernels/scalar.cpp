@@ -10,7 +10,7 @@
 
 namespace pydedup {
 
-const KernelTable kScalarKernels = {
+constinit const KernelTable kScalarKernels = {
     "scalar",          isa_scalar::kHash, isa_scalar::kCodec,
     isa_scalar::kGemm, isa_scalar::kRows, isa_scalar::sim::kSimilarity,
 };
