@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -57,6 +58,10 @@ DIALECT: Final = Dialect(
 )
 
 MAX_PAYLOAD_BYTES: Final = 1 << 30
+
+#: DuckDB reads what a file begins with before it asks for its lock: one that another process is
+#: just creating is no database of its yet. So long that is not believed.
+_CREATED_WITHIN_SECONDS: Final = 2.0
 
 #: Whether this process was forked from one that may have used DuckDB: its threads are gone here.
 _is_forked = False
@@ -163,14 +168,21 @@ class DuckdbAdapter(DbApiAdapter):
                 f"{self._path}: DuckDB cannot be used after a fork; start the process afresh "
                 "(multiprocessing's 'spawn')"
             )
-        try:
-            if self._reads_only:
-                # Where this process has it open for writing, that instance is shared.
-                with contextlib.suppress(duckdb.ConnectionException):
-                    return _Connection(duckdb.connect(self._path, read_only=True))
-            return _Connection(duckdb.connect(self._path))
-        except duckdb.Error as error:
-            raise self.translate(error) from error
+        end = time.monotonic() + _CREATED_WITHIN_SECONDS
+        while True:
+            try:
+                return _Connection(self._connected())
+            except duckdb.Error as error:
+                if "not a valid DuckDB database" not in str(error) or time.monotonic() > end:
+                    raise self.translate(error) from error
+            time.sleep(0.02)
+
+    def _connected(self) -> duckdb.DuckDBPyConnection:
+        if self._reads_only:
+            # Where this process has it open for writing, that instance is shared.
+            with contextlib.suppress(duckdb.ConnectionException):
+                return duckdb.connect(self._path, read_only=True)
+        return duckdb.connect(self._path)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

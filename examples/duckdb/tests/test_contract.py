@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 import pydedup
 from pydedup import registry
-from pydedup.errors import ArgumentError, NotAStoreError
+from pydedup.errors import ArgumentError, NotAStoreError, UnavailableError
 from pydedup.testing.adapter_contract import AdapterContract
 
 
@@ -59,6 +60,26 @@ def test_a_store_lives_in_duckdb(tmp_path: Path) -> None:
 def test_urls_that_mean_nothing(url: str) -> None:
     with pytest.raises(ArgumentError):
         registry.connect(url, mode="a")
+
+
+def test_a_file_that_another_process_creates_meanwhile_is_waited_for(tmp_path: Path) -> None:
+    path, made = tmp_path / "store.duckdb", tmp_path / "made.duckdb"
+    duckdb.connect(made).close()
+    path.write_bytes(bytes(4096))  # as it is before its first page is written
+    creating = threading.Timer(0.3, made.replace, [path])
+    creating.start()
+    with pydedup.open(f"duckdb:///{path}") as store:
+        assert not creating.is_alive()
+        store.add("m@1", {"w": np.ones((8, 8), np.float32)})
+        assert store.verify().ok
+
+
+def test_a_file_of_others_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(UnavailableError, match=r"not a valid DuckDB database"):
+        pydedup.open(f"duckdb:///{path}")
+    assert path.read_text() == "mine"
 
 
 def test_a_missing_file_is_not_created_by_reading(tmp_path: Path) -> None:
