@@ -136,9 +136,9 @@ fi
 install_extra() {
     tail -n 1 -f --pid="$ahead" "$LOGS/ahead.log"
     "$VENV/bin/pip" install --no-compile "${WHEEL}[$EXTRA]" || return
-    # pip takes a minute for the 20,000 files, on one core. All of them: what Python compiles when it
-    # is imported may warn, which is an error in tests. Some packages have files of other Pythons.
-    # A fifth of all are tests of theirs, which nobody imports.
+    # pip takes a minute for the 20,000 files, on one core. All but a fifth, which are tests of those
+    # packages: what Python compiles when it is imported may warn, which is an error in tests. Some
+    # packages have files of other Pythons.
     "$VENV/bin/python" -m compileall -qq -j "$JOBS" -x 'site-packages/(.*/tests?|ray/rllib)/' \
         "$VENV/lib/python$PY_MINOR/site-packages" || :
 }
