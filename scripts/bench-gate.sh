@@ -8,7 +8,8 @@ set -euo pipefail
 
 { have valgrind && [ -e /usr/include/valgrind/callgrind.h ]; } || apt_install valgrind
 build=build/dev
-[ -z "${CXX:-}" ] || build=build/dev-$(basename "$CXX")
+# g++ is what lib.sh chooses, and so what `make test` has compiled.
+[ "${CXX:-g++}" = g++ ] || build=build/dev-$(basename "$CXX")
 step "configure bench" gate-configure cmake --preset dev -B "$build"
 step "compile the counted kernels" gate-build cmake --build "$build" --target pydedup_callgrind
 exec "$VENV/bin/python" bench/callgrind/gate.py --executable "$build/bench/callgrind/pydedup_callgrind" "$@"
