@@ -233,6 +233,7 @@ def test_blocks_without_rows_or_with_tensors(scored_file: Scored, connected: Any
     wanted = scored_file.wanted()[25:ROWS]
     np.testing.assert_allclose([found[key] for key in sorted(found)], wanted, rtol=1e-5, atol=1e-6)
     none = numbers.filter(lambda row: row["id"] > ROWS).map(rows)
+    assert score(none, scored_file.url, "p", columns=["id", "x"]).rows == 0
     with pytest.raises(ArgumentError, match="no row of the dataset was predicted, and so table q"):
         score(none, scored_file.url, "q", columns=["id", "x"])
     with pytest.raises(ArgumentError, match="a block of the dataset has no column 'none'"):
