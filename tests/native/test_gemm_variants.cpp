@@ -75,8 +75,10 @@ void check_variants(const BlockGrid& grid, std::size_t rows_each, unsigned n_var
             return y;
         };
         const auto bias = normal<T>(n);
+        const auto uncut = product(blocks.size(), nullptr, Activation::none);
         for (const std::size_t piece : {std::size_t{1}, std::size_t{5}, blocks.size()}) {
             const auto y = product(piece, nullptr, Activation::none);
+            CHECK(std::memcmp(y.data(), uncut.data(), y.size() * sizeof(T)) == 0);
             // Once, and at the end, however many blocks a place has.
             const auto with_bias = product(piece, bias.data(), Activation::relu);
             bool holds = true;

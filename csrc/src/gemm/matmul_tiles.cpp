@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products with x in tiles, as the micro-kernels read it (packed_x.hpp).
+#include <algorithm>
 #include <bit>
+#include <functional>
 
 #include "dispatch/tile_registers.hpp"
 #include "gemm/matmul_typed.hpp"
@@ -16,12 +18,21 @@ using detail::WeightReader;
 // Bytes of blocks that a tile is multiplied with at once: half of a 48 KiB first-level cache, which
 // every CPU has whose kernels do so (AMX).
 constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
+// A tile of f32 or f64 takes as long for all its rows as dot products do for this part of them.
+// Measured (AVX2): as good as any from a quarter to all; what few rows have is bound by memory.
+constexpr std::size_t kFewOfATile = 2;
+// Of a block that does not lie behind the one before: as far as a dot product looks ahead.
+constexpr std::size_t kJumpBytes = std::size_t{8} << 10;
 
-// Dot products take as long as their block takes to come: the next one should be under way.
-void ask_for(const void* memory, std::size_t bytes) noexcept {
+// Dot products take as long as their block takes to come. Where it lies behind the one before, the
+// hardware sees to that; if not, its beginning should be under way.
+void ask_for_jump(const BlockView& block, const BlockView& next) noexcept {
     constexpr std::size_t kLine = 64;
-    const auto* const from = static_cast<const std::byte*>(memory);
-    for (std::size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at);
+    const std::less<> before;  // of any two addresses
+    const std::byte* const end = block.data + block.length;
+    if (!before(next.data, end) && before(next.data, end + kJumpBytes)) return;
+    const std::size_t bytes = std::min<std::size_t>(next.length, kJumpBytes);
+    for (std::size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(next.data + at);
 }
 
 template <class E, class T>
@@ -72,8 +83,17 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
     const auto sums_of = [&](std::size_t t) {
         return sums + (x.sums_before(t) - sum0) * rect.rows;
     };
+    const std::size_t row0 = x.tile(t0).row0;
+    const std::size_t row1 = x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows;
+    if (p_.variants != nullptr && part.starts) {  // dot products are added to it
+        for (std::size_t i = row0; i < row1; ++i) {
+            std::fill_n(y_ + i * n_ + rect.row0, rect.rows, T{0});
+        }
+    }
+    if (!members_.empty()) multiply_for_members(x, blocks, part, rect, t0, t1, sums, worker);
     const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
-    for (std::size_t number = part.begin; number < part.end; ++number) {
+    const std::size_t end = members_.empty() ? part.end : part.begin;
+    for (std::size_t number = part.begin; number < end; ++number) {
         const std::size_t column = place(number) % p_.grid.grid_cols();
         const BlockView& block = blocks[number - fed_];
         if (const std::size_t n = blocks_together(x, blocks, number, part.end, t0); n > 0) {
@@ -87,13 +107,6 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
         const bool is_last = number + 1 == part.end || column + 1 == p_.grid.grid_cols();
         const E* next_x = is_last ? nullptr : x.at(column + 1, t0, 0);
         const E* const next_x_end = is_last ? nullptr : x.end_of(column + 1, t1 - 1);
-        if (!members_.empty()) {
-            for (std::size_t t = t0; t < t1; ++t) {
-                multiply_for_members(x, column, t, block, number, t == t0 ? next : nullptr,
-                                     sums_of(t), worker);
-            }
-            continue;
-        }
         const E* const w = read<E>(block, worker.reader);
         for (std::size_t c = 0; c < block.cols; c += strip) {
             const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
@@ -111,7 +124,7 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
     }
     if (!part.ends) return;
     for (std::size_t t = t0; t < t1; ++t) store_sums(x.tile(t), rect, sums_of(t));
-    finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.row0, rect.rows);
+    finish(row0, row1, rect.row0, rect.rows);
 }
 
 template <class T>
@@ -163,49 +176,90 @@ void Matmul::Typed<T>::multiply_together(const PackedX<E, T>& x, std::span<const
 
 template <class T>
 template <class E>
-void Matmul::Typed<T>::multiply_for_members(const PackedX<E, T>& x, std::size_t column,
-                                            std::size_t t, const BlockView& block,
-                                            std::size_t number, const E* next, T* sums,
-                                            Worker& worker) const {
-    using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
-    const auto& tile = x.tile(t);
-    std::size_t having = 0;
-    for (std::size_t i = 0; i < tile.rows; ++i) having += has(number, tile.row0 + i) ? 1 : 0;
-    if (having == 0) return;
-    const std::size_t lanes = tile.sums();
-    if (having <= own().dot_max_m) {
-        if (next != nullptr) ask_for(next, std::size_t{block.rows} * block.cols * sizeof(E));
-        T* const products = worker.apart.at_least(having * block.rows);
-        for_rows_with(
-            number, tile.row0, tile.row0 + tile.rows, [&](std::size_t begin, std::size_t end) {
-                const std::size_t n = end - begin;
-                std::fill_n(products, n * block.rows, T{0});
-                dot(x_ + begin * p_.grid.cols + column * p_.grid.block_cols, n, block, products,
-                    block.rows, worker.reader);
-                T* const to = sums + (begin - tile.row0) * tile.kernel->sums();
-                for (std::size_t i = 0; i < n; ++i) {
-                    for (std::size_t r = 0; r < block.rows; ++r) {
-                        to[r * lanes + i * tile.kernel->sums()] += products[i * block.rows + r];
-                    }
-                }
-            });
-        return;
+void Matmul::Typed<T>::multiply_for_members(const PackedX<E, T>& x,
+                                            std::span<const BlockView> blocks, const Part& part,
+                                            const BlockRect& rect, std::size_t t0, std::size_t t1,
+                                            T* sums, Worker& worker) const {
+    find_uses(x, part, t0, t1, worker);
+    const std::vector<Use>& uses = worker.tiled;
+    for (std::size_t i = 0; i < uses.size();) {
+        const std::size_t number = uses[i].number;
+        std::size_t end = i + 1;
+        while (end < uses.size() && uses[end].number == number) ++end;
+        const E* next = end == uses.size()
+                            ? nullptr
+                            : next_block<E>(blocks, number - fed_, uses[end].number - number);
+        const BlockView& block = blocks[number - fed_];
+        const E* const w = read<E>(block, worker.reader);
+        for (; i < end; ++i) {
+            T* const to = sums + (x.sums_before(uses[i].tile) - x.sums_before(t0)) * rect.rows;
+            multiply_tile_for(x, uses[i], block, w, next, to, worker);
+            next = nullptr;
+        }
     }
-    const E* const w = read<E>(block, worker.reader);
-    const bool is_some = having != tile.rows;
+    for (std::size_t i = 0; i < worker.dots.size(); ++i) {
+        const Use& use = worker.dots[i];
+        const BlockView& block = blocks[use.number - fed_];
+        if (i + 1 < worker.dots.size()) {
+            ask_for_jump(block, blocks[worker.dots[i + 1].number - fed_]);
+        }
+        const auto& tile = x.tile(use.tile);
+        const std::size_t column = place(use.number) % p_.grid.grid_cols();
+        for_rows_with(use.number, tile.row0, tile.row0 + tile.rows,
+                      [&](std::size_t begin, std::size_t end) {
+                          dot(x_ + begin * p_.grid.cols + column * p_.grid.block_cols, end - begin,
+                              block, y_ + begin * n_ + rect.row0, n_, worker.reader);
+                      });
+    }
+}
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::find_uses(const PackedX<E, T>& x, const Part& part, std::size_t t0,
+                                 std::size_t t1, Worker& worker) const {
+    worker.dots.clear();
+    worker.tiled.clear();
+    for (std::size_t number = part.begin; number < part.end; ++number) {
+        const std::uint64_t members = members_[number - fed_];
+        for (std::size_t t = t0; t < t1; ++t) {
+            const auto& tile = x.tile(t);
+            std::size_t having = 0;
+            for (std::size_t i = 0; i < tile.rows; ++i) {
+                having += has(number, tile.row0 + i) ? 1 : 0;
+            }
+            if (having == 0) continue;
+            const bool few = having <= own().dot_max_m ||
+                             (std::is_same_v<E, T> && kFewOfATile * having <= tile.kernel->width);
+            const bool by_dots = few && std::has_single_bit(members);
+            (by_dots ? worker.dots : worker.tiled).push_back({members, number, t, having});
+        }
+    }
+    std::ranges::stable_sort(worker.dots, {}, &Use::members);
+}
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::multiply_tile_for(const PackedX<E, T>& x, const Use& use,
+                                         const BlockView& block, const E* w, const E* next, T* sums,
+                                         Worker& worker) const {
+    using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+    const auto& tile = x.tile(use.tile);
+    const std::size_t lanes = tile.sums();
+    const std::size_t column = place(use.number) % p_.grid.grid_cols();
+    const bool is_some = use.having != tile.rows;
     T* const to = is_some ? worker.apart.at_least(block.rows * lanes) : sums;
     if (is_some) std::fill_n(to, block.rows * lanes, T{0});
     const std::size_t strip = columns_in_a_pass(tile.kernel->width);
     for (std::size_t c = 0; c < block.cols; c += strip) {
         const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
-        multiply_tile(x, column, t, c, w + c, n, block,
+        multiply_tile(x, column, use.tile, c, w + c, n, block,
                       next == nullptr ? nullptr : next + c * block.rows, to);
     }
     if (!is_some) return;
     Bits* const mask = worker.mask.at_least(lanes);
     const std::size_t group = tile.kernel->sums();
     for (std::size_t i = 0; i < lanes; ++i) {
-        const bool counts = i / group < tile.rows && has(number, tile.row0 + i / group);
+        const bool counts = i / group < tile.rows && has(use.number, tile.row0 + i / group);
         mask[i] = counts ? ~Bits{0} : Bits{0};
     }
     for (std::size_t r = 0; r < block.rows; ++r) {
@@ -222,7 +276,8 @@ void Matmul::Typed<T>::store_sums(const Tile& tile, const BlockRect& rect,
                                   const T* sums) const noexcept {
     const std::size_t group = tile.kernel->sums();
     const std::size_t lanes = tile.sums();
-    if (group == 1) {
+    const bool has_dots = p_.variants != nullptr;
+    if (group == 1 && !has_dots) {
         detail::transpose_apart(sums, lanes, rect.rows, tile.rows, y_ + tile.row0 * n_ + rect.row0,
                                 n_);
         return;
@@ -233,7 +288,7 @@ void Matmul::Typed<T>::store_sums(const Tile& tile, const BlockRect& rect,
             const T* const from = sums + r * lanes + i * group;
             T sum = from[0];
             for (std::size_t j = 1; j < group; ++j) sum += from[j];
-            y[r] = sum;
+            y[r] = has_dots ? y[r] + sum : sum;
         }
     }
 }

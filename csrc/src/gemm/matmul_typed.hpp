@@ -16,6 +16,7 @@
 #include <optional>
 #include <span>
 #include <type_traits>
+#include <vector>
 
 #include "base/parallel.hpp"
 #include "base/rounding.hpp"
@@ -66,11 +67,17 @@ class Matmul::Typed final : public Matmul::Impl {
     struct Task {
         std::size_t panel, unit0, unit1;
     };
+    // A block, the variants that have it, and a tile of which `having` rows are theirs.
+    struct Use {
+        std::uint64_t members;
+        std::size_t number, tile, having;
+    };
     struct Worker {
         detail::WeightReader<T> reader;
         detail::Scratch<T> sums;
         detail::Scratch<T> apart;
         detail::Scratch<std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>> mask;
+        std::vector<Use> dots, tiled;  // by the variant that has them; in order
     };
 
     // Deals out panels by `units` of `unit_rows` rows of x each: as many as fit a task, fewer where
@@ -87,7 +94,7 @@ class Matmul::Typed final : public Matmul::Impl {
         const std::size_t chunk = detail::ceil_div(units, chunks);
         const std::size_t per_panel = detail::ceil_div(units, chunk);
         parallel_for(panels * per_panel, 1, threads, [&](std::size_t begin, std::size_t end) {
-            Worker worker{detail::WeightReader<T>(kernels_), {}, {}, {}};
+            Worker worker{detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}};
             for (std::size_t i = begin; i < end; ++i) {
                 const std::size_t unit = i % per_panel * chunk;
                 body(Task{i / per_panel, unit, std::min(units, unit + chunk)}, worker);
@@ -142,12 +149,21 @@ class Matmul::Typed final : public Matmul::Impl {
     void multiply_together(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
                            std::size_t number, std::size_t n, std::size_t t, bool first,
                            T* sums) const;
+    // A row of blocks, each for those rows of tiles [t0, t1) that have it: what one variant alone
+    // has, by dot products that go straight to y, one variant after another, as its blocks lie
+    // together in memory; the rest by tiles. Either way a row's blocks come in their order.
+    template <class E>
+    void multiply_for_members(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                              const Part& part, const BlockRect& rect, std::size_t t0,
+                              std::size_t t1, T* sums, Worker& worker) const;
+    template <class E>
+    void find_uses(const detail::PackedX<E, T>& x, const Part& part, std::size_t t0, std::size_t t1,
+                   Worker& worker) const;
     // A block for those rows of a tile that have it. Where these are some, its sums are formed
     // apart, so that nothing of it, not even a NaN, gets into those of other rows.
     template <class E>
-    void multiply_for_members(const detail::PackedX<E, T>& x, std::size_t column, std::size_t t,
-                              const BlockView& block, std::size_t number, const E* next, T* sums,
-                              Worker& worker) const;
+    void multiply_tile_for(const detail::PackedX<E, T>& x, const Use& use, const BlockView& block,
+                           const E* w, const E* next, T* sums, Worker& worker) const;
     template <class Tile>
     void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept;
 
