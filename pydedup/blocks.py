@@ -143,13 +143,9 @@ class BlockGrid:
             slice(left, min(left + self.block_cols, self.cols)),
         )
 
-    def heights(self) -> NDArray[np.int64]:
-        """Rows of each block, in block order."""
-        return self.shapes(np.arange(self.count, dtype=np.int64))[0]
-
-    def widths(self) -> NDArray[np.int64]:
-        """Columns of each block, in block order."""
-        return self.shapes(np.arange(self.count, dtype=np.int64))[1]
+    def all_shapes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows and the columns of each block, in block order."""
+        return self.shapes(np.arange(self.count, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +192,8 @@ class MatrixView:
 
     def block_bytes(self) -> NDArray[np.int64]:
         """Logical bytes of each block, in block order."""
-        return self.grid.heights() * self.grid.widths() * self.dtype.itemsize
+        heights, widths = self.grid.all_shapes()
+        return heights * widths * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +260,8 @@ class BlockMap:
             raise CorruptStoreError(
                 f"a block map holds {count} blocks where its tensor has {grid.count}"
             )
+        if len(columns) == 1 and columns[0].bases is None:  # most, of which there may be millions
+            return cls(grid, dtype, columns[0].page_ids, columns[0].slots)
         page_ids = np.concatenate([part.page_ids for part in columns] or [np.empty(0, np.int64)])
         slots = np.concatenate([part.slots for part in columns] or [np.empty(0, np.uint32)])
         if all(part.bases is None for part in columns):

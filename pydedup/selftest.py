@@ -179,8 +179,7 @@ def _page(view: MatrixView, planes: bool) -> bytes:
         encoded.lengths,
         encoded.encodings,
         np.full(grid.count, view.dtype.code),
-        grid.heights(),
-        grid.widths(),
+        *grid.all_shapes(),
     )
 
 

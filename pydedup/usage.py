@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import telling_rows
 from pydedup.blocks import SLOT_BITS
-from pydedup.catalog import StoredModel, recorded_object
+from pydedup.catalog import ParsedMaps, StoredModel, recorded_object
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.layout import block_costs, block_places, joined, map_places, split_places
 from pydedup.pool import PagePool
@@ -122,9 +122,10 @@ class Readers:
         Memory: 260 bytes per row of ``model_pages`` (one for each page of each model) while they
         are read, 32 then. Raises CorruptStoreError where a row cannot be right.
         """
+        parsed = ParsedMaps()
 
         def places(number: int) -> NDArray[np.int64]:
-            maps = StoredModel(adapter, models[number]).block_maps()
+            maps = StoredModel(adapter, models[number], parsed=parsed).block_maps()
             return joined([map_places(block_map) for block_map in maps])
 
         ids = np.array([model.id for model in models], np.int64)
@@ -220,9 +221,10 @@ def _unreadable(
         readers = {model_id for model_id, _ in adapter.readers_of(error.page_ids)}
         return {row.id: str(error) for row in rows if row.id in readers}
     lost: dict[int, str] = {}
+    parsed = ParsedMaps()
     for row in rows:
         try:
-            StoredModel(adapter, row).block_maps()
+            StoredModel(adapter, row, parsed=parsed).block_maps()
         except CorruptStoreError as exc:
             lost[row.id] = str(exc)
     return lost

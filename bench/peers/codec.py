@@ -46,7 +46,7 @@ class Ours:
         self.bound = bound
         self.encoded = self.encode()
         grid, n = self.view.grid, self.view.grid.count
-        shapes = (np.full(n, self.view.dtype.code), grid.heights(), grid.widths())
+        shapes = (np.full(n, self.view.dtype.code), *grid.all_shapes())
         raw = codec.encode_blocks(self.base, self.every, planes=False)
         self.pages = [
             codec.Page(

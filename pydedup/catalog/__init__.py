@@ -18,6 +18,7 @@ from pydedup.catalog.digests import (
 )
 from pydedup.catalog.model import SourceHashes, StoredModel
 from pydedup.catalog.pages import TAG_BYTES, page_tags, recorded_pages, tags_in, tags_of
+from pydedup.catalog.parsed import ParsedMaps
 from pydedup.catalog.rows import (
     added_as,
     certificate_of,
@@ -35,6 +36,7 @@ __all__ = [
     "TAG_BYTES",
     "Catalog",
     "ModelDigest",
+    "ParsedMaps",
     "SourceHashes",
     "StoredModel",
     "added_as",

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from pydedup.catalog.pages import page_tags, tags_in
 from pydedup.catalog.rows import recorded_object, with_recorded
@@ -70,6 +71,7 @@ def with_other_maps(certificate: str, digests: Mapping[int, str], tags: Mapping[
     return with_recorded(certificate, {MAPS: maps, PAGES: page_tags(pages)})
 
 
+@lru_cache(maxsize=8192)  # models of a family have the same ones
 def _head(info: TensorInfo) -> bytes:
     head = [info.name, info.dtype.label, list(info.shape), list(info.block_shape)]
     return json.dumps(head).encode()

@@ -8,7 +8,7 @@ misses a page calls `StoredModel.refresh` and reads the block map again, once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +18,7 @@ from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.catalog.digests import ModelDigest, map_digest, tensors_digest
 from pydedup.catalog.pages import tags_in
+from pydedup.catalog.parsed import ParsedMaps
 from pydedup.catalog.rows import promised, recorded_certificate, tensor_info
 from pydedup.certificates import (
     ADDRESS,
@@ -40,6 +41,7 @@ _HASHES_PER_READ: Final = 16 * 1024
 _MAP_ADVICE: Final = "remove the model and add it again, or restore a backup"
 
 
+@lru_cache(maxsize=8192)  # models of a family have the same ones
 def grid_of(info: TensorInfo) -> BlockGrid:
     """Return how the matrix of a tensor is cut into blocks."""
     return BlockGrid(*matrix_shape(info.shape), *info.block_shape)
@@ -48,7 +50,8 @@ def grid_of(info: TensorInfo) -> BlockGrid:
 class StoredModel:
     """One published model: its tensors and where their blocks are.
 
-    ``expect`` is told the tags of the pages that it reads, before their places are.
+    ``expect`` is told the tags of the pages that it reads, before their places are. ``parsed`` is
+    for whoever reads the block maps of several models.
 
     Raises NotFoundError when it was removed, CorruptStoreError when what is recorded of a tensor
     cannot be read.
@@ -59,10 +62,12 @@ class StoredModel:
         adapter: Adapter,
         row: ModelRow,
         expect: Callable[[Mapping[int, bytes]], None] | None = None,
+        parsed: ParsedMaps | None = None,
     ) -> None:
         self.row = row
         self._adapter = adapter
         self._expect = expect
+        self._parse_parts = BlockMap.from_parts if parsed is None else parsed.parse
         self._maps: dict[int, BlockMap] = {}
         self._graph: Graph | None = None
         self._layers_key: object = None
@@ -178,7 +183,7 @@ class StoredModel:
     def _parsed(self, ordinal: int, parts: Sequence[bytes]) -> BlockMap:
         info = self.tensors[ordinal]
         try:
-            return BlockMap.from_parts(parts, grid_of(info), info.dtype)
+            return self._parse_parts(parts, grid_of(info), info.dtype)
         except CorruptStoreError as exc:
             if not self._adapter.tensors(self.row.id):
                 raise NotFoundError(f"{self.address} was removed from the store") from exc

@@ -112,13 +112,18 @@ def tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
     if row.ordinal != ordinal:  # block maps are those of ordinals
         raise CorruptStoreError(f"{address} lacks its tensor number {ordinal}; restore a backup")
     try:
-        shape, block_shape = _shapes(row.shape, row.block_shape)
-        return TensorInfo(row.name, DType.of_label(row.dtype), shape, block_shape)
+        return _info(row.name, row.dtype, row.shape, row.block_shape)
     except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         raise CorruptStoreError(
             f"{address}, tensor {row.name!r}: its shape or dtype cannot be read ({exc}); restore a "
             "backup"
         ) from exc
+
+
+@lru_cache(maxsize=8192)  # models of a family have the same ones
+def _info(name: str, dtype: str, shape: str, block_shape: str) -> TensorInfo:
+    """Return what is recorded of a tensor. Raises as JSON does, ValueError."""
+    return TensorInfo(name, DType.of_label(dtype), *_shapes(shape, block_shape))
 
 
 @lru_cache(maxsize=4096)  # the tensors of a family have few different ones

@@ -223,7 +223,8 @@ def block_source(
 def _matching(view: MatrixView, asked: Collection[Wanted]) -> Iterator[EncodedBlock]:
     """Yield the blocks of a matrix that are wanted, encoded."""
     grid = view.grid
-    columns = hash_keys(hash_view(view)), grid.heights().tolist(), grid.widths().tolist()
+    heights, widths = grid.all_shapes()
+    columns = hash_keys(hash_view(view)), heights.tolist(), widths.tolist()
     contents = [
         Wanted(digest, view.dtype.code, *shape) for digest, *shape in zip(*columns, strict=True)
     ]

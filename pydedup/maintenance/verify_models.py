@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, BlockRow, ModelRow
 from pydedup.blocks import BlockMap
 from pydedup.catalog import (
+    ParsedMaps,
     SourceHashes,
     StoredModel,
     check_row,
@@ -40,6 +41,7 @@ class ModelChecks:
         self._adapter = adapter
         self._contents = contents
         self._report = report
+        self._parsed = ParsedMaps()
         #: What models recorded of the pages that they read.
         self.tags: dict[int, bytes] = {}
 
@@ -50,7 +52,7 @@ class ModelChecks:
         except CorruptStoreError as exc:
             self._report.add_error(str(exc))
         try:
-            model = StoredModel(self._adapter, row)
+            model = StoredModel(self._adapter, row, parsed=self._parsed)
         except CorruptStoreError as exc:
             self._report.add_error(str(exc))
         else:
@@ -102,7 +104,7 @@ class ModelChecks:
         """Check that the blocks of a tensor are there, as the source had them."""
         report = self._report
         wanted = digests_of(source)
-        heights, widths = block_map.grid.heights(), block_map.grid.widths()
+        heights, widths = block_map.grid.all_shapes()
         bases = base_places(block_map)
         for page_id, blocks in by_page(block_map.page_ids):
             content = self._contents.get(page_id)

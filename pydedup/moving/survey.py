@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, ModelRow, PageRow
 from pydedup.adapter_options import only_sound_rows
-from pydedup.catalog import StoredModel
+from pydedup.catalog import ParsedMaps, StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError
 from pydedup.layout import joined, split_places, used_places
 
@@ -65,12 +65,13 @@ def _survey(source: Adapter, rows: Sequence[ModelRow], epoch: int, blocks: bool)
     needed = np.empty(0, np.int64)
     further: list[NDArray[np.int64]] = []
     count = 0
+    parsed = ParsedMaps()
     for row in rows:
         found.readers.update(page_id for _, page_id, _, _ in source.model_pages(row.id))
         if blocks:
             try:
                 with source.snapshot():
-                    places = used_places(StoredModel(source, row).block_maps())
+                    places = used_places(StoredModel(source, row, parsed=parsed).block_maps())
             except (NotFoundError, CorruptStoreError):
                 continue  # it was removed meanwhile, or is damaged, which its copy will say
             further.append(places)

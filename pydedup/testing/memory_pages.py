@@ -120,7 +120,7 @@ class MemoryPages:
         count = view.grid.count
         pages = -(-count // per_page)
         page_of = np.arange(count) % max(pages, 1) if scattered else np.arange(count) // per_page
-        heights, widths = view.grid.heights(), view.grid.widths()
+        heights, widths = view.grid.all_shapes()
         first = max(self.payloads, default=0) + 1
         slots = np.empty(count, np.uint32)
         for page in range(pages):

@@ -63,8 +63,7 @@ def page_of(view: MatrixView, indices: NDArray[np.int64], *, planes: bool) -> co
             encoded.lengths,
             encoded.encodings,
             np.full(len(indices), view.dtype.code),
-            view.grid.heights()[indices],
-            view.grid.widths()[indices],
+            *view.grid.shapes(indices),
         )
     )
 

@@ -208,8 +208,7 @@ def page_of(view: MatrixView) -> codec.Page:
             encoded.lengths,
             encoded.encodings,
             np.full(view.grid.count, view.dtype.code),
-            view.grid.heights(),
-            view.grid.widths(),
+            *view.grid.all_shapes(),
         )
     )
 

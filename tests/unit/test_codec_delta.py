@@ -304,8 +304,7 @@ def read_back(
                     arena.lengths,
                     arena.encodings,
                     np.full(grid.count, view.dtype.code),
-                    grid.heights(),
-                    grid.widths(),
+                    *grid.all_shapes(),
                     ids,
                 )
             )

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block maps that were parsed before, for whoever reads those of many models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+from pydedup.blocks import BlockGrid, BlockMap
+from pydedup.types import DType
+
+__all__ = ["ParsedMaps"]
+
+#: Of a map, about: its entry, and 100 bytes for each of its objects.
+_ENTRY_BYTES: Final = 700
+_MOST_BYTES: Final = 16 << 20
+#: Larger ones take longer to hash, and are parsed as fast.
+_LARGEST: Final = 64 << 10
+
+_Key: TypeAlias = tuple[tuple[bytes, ...], BlockGrid, DType]
+
+
+class ParsedMaps:
+    """Parses block maps, those with the same bytes once: models of a family have most in common.
+
+    Keeps up to 16 MiB of them. Those of several models are one object then, not to be changed.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[_Key, BlockMap] = {}
+        self._nbytes = 0
+
+    def parse(self, parts: Sequence[bytes], grid: BlockGrid, dtype: DType) -> BlockMap:
+        """Return what `BlockMap.from_parts` does. Raises CorruptStoreError."""
+        size = sum(map(len, parts))
+        if size > _LARGEST:
+            return BlockMap.from_parts(parts, grid, dtype)
+        key = (tuple(parts), grid, dtype)
+        found = self._known.get(key)
+        if found is None:
+            found = BlockMap.from_parts(parts, grid, dtype)
+            # What was parsed takes at most 24 bytes for each 4 of a part.
+            self._nbytes += _ENTRY_BYTES + 7 * size
+            if self._nbytes > _MOST_BYTES:
+                self._known.clear()
+                self._nbytes = _ENTRY_BYTES + 7 * size
+            self._known[key] = found
+        return found
