@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg
 import pytest
 
 import pydedup
 from pydedup import registry
 from pydedup.adapter import Adapter
+from pydedup.adapters._shard import CLAIMING
 from pydedup.errors import ArgumentError, MissingStoreError, NotAStoreError
 from pydedup.testing._contract_base import add_random_pages, in_thread, open_store
+from pydedup.testing.serving import until
 from pydedup.testing.shards import ShardedPlace
 
 from .test_shards import refused
@@ -35,7 +39,10 @@ def test_a_list_that_is_not_the_stores_is_refused(place: ShardedPlace) -> None:
     refused(place.url(shards=[0, 1]) + "|" + again.partition("://")[2], "are the same shard")
     port = place.servers[1].rpartition("port=")[2]
     empty = f"postgres@127.0.0.1:{port}/template1"
-    refused(place.url(shards=[0, 2]) + "|" + empty, "holds no pages of any store")
+    said = refused(place.url(shards=[0, 2]) + "|" + empty, "holds no pages of any store")
+    assert "--replace" not in said  # what a lost shard had, no other has
+    place.rows(1, "DELETE FROM {}.shard_identity")
+    refused(place.url(), f"port={port}", "holds no pages of any store")
 
 
 def test_shards_of_another_store_are_refused(place: ShardedPlace) -> None:
@@ -73,6 +80,20 @@ def test_pages_that_nobody_calls_theirs_are_no_place_for_a_new_store(place: Shar
     with pytest.raises(ArgumentError, match="is a shard of another store"):
         pydedup.open(place.url())
     assert place.rows(1, "SELECT id FROM {}.page_payloads") == [(1,)]
+
+
+def test_who_makes_a_shard_waits_for_who_does_so_already(place: ShardedPlace) -> None:
+    """What another has not committed is not seen, and would be taken for an empty place."""
+    with psycopg.connect(place.servers[1]) as other, ThreadPoolExecutor(1) as thread:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", [CLAIMING])
+        other.execute(f"CREATE SCHEMA {place.schema}")
+        opening = thread.submit(pydedup.open, place.url())
+        until(lambda: place.rows(1, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+        table = f"{place.schema}.page_payloads"
+        other.execute(f"CREATE TABLE {table} AS SELECT 1::bigint AS id, 'x'::bytea AS payload")
+        other.commit()
+        with pytest.raises(ArgumentError, match="is a shard of another store"):
+            opening.result()
 
 
 def test_a_shard_that_is_exchanged_later_is_told(store: Adapter, place: ShardedPlace) -> None:

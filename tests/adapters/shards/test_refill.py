@@ -129,6 +129,8 @@ def test_where_there_are_no_copies_there_is_nothing_to_refill(
             assert store.refill().copies == 1
         with pydedup.open(url, mode="r") as store, pytest.raises(ReadOnlyError):
             store.refill()
+    with pydedup.open(url, mode="r") as store, pytest.raises(ReadOnlyError):
+        store._adapter.begin_refill()  # type: ignore[attr-defined]
     assert main(["refill", str(tmp_path / "a.db"), "--replace"]) == 2
     assert "a store of sqlite:// is in one place" in capsys.readouterr().err
     with pytest.raises(ArgumentError, match="not known"):

@@ -54,6 +54,9 @@ def test_a_lost_shard_is_replaced_and_refilled(
     place: ShardedPlace, new_place: NewPlace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new, url = lost_and_new(place, new_place, "database")
+    with pytest.raises(ArgumentError, match="no pages of any store") as told:
+        pydedup.open(place.url(2, shards=[0, new]))  # of the others, one alone may be lost
+    assert "--replace" not in str(told.value)
     for mode in ("a", "r"):
         with pytest.raises(ArgumentError, match=r"no pages of any store.*pydedup refill --replace"):
             pydedup.open(url, mode=mode)
@@ -183,7 +186,9 @@ def test_with_one_copy_the_pages_are_lost(
             store.remove(f"tiny{number}")
         store.vacuum()
         place.rows(1, "DELETE FROM {}.page_payloads WHERE id % 2 = 0")  # as of an older backup
-        assert store.verify().damaged_pages
+        report = store.verify()
+        assert report.damaged_pages
+        assert any(error.endswith("; there is no other") for error in report.errors)
         assert store.verify(repair_from=tmp_path / "other.db").ok
     serves(place.url(1))
 

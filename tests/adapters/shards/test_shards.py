@@ -119,11 +119,13 @@ def test_what_was_interrupted_on_a_shard_is_read_by_nobody_else(store: Adapter) 
 # ---- the list of shards ------------------------------------------------------------------------
 
 
-def refused(url: str, *words: str, mode: str = "a") -> None:
+def refused(url: str, *words: str, mode: str = "a") -> str:
+    """Open a store, which is refused in these words; return all that is said."""
     with pytest.raises(ArgumentError) as told:
         registry.connect(url, mode=mode)
     for word in words:
         assert word in str(told.value)
+    return str(told.value)
 
 
 # ---- copies ------------------------------------------------------------------------------------
@@ -198,7 +200,8 @@ def test_of_a_lost_copy_the_other_is_read(place: ShardedPlace) -> None:
     place.rows(1, "DELETE FROM {}.page_payloads WHERE id % 2 = 0")
     assert sorted(adapter.read_pages(list(pages))) == sorted(pages.items())  # each of them once
     (complaint,) = adapter.integrity_errors()
-    assert "lacks its copy" in complaint
+    assert "lacks its copy of" in complaint
+    assert complaint.endswith("; the other copy is read")
     adapter.close()
 
 
