@@ -118,8 +118,7 @@ class Bets:
             return math.inf
         growth = _log_growth(drops, limit, self.span, self.shares) + np.log(self.weights)
         most = float(growth.max())
-        # All bets may be lost; logaddexp of two -inf would warn.
-        return most if math.isinf(most) else most + math.log(float(np.exp(growth - most).sum()))
+        return most + math.log(float(np.exp(growth - most).sum()))
 
 
 def split_rows(n_rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

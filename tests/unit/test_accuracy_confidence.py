@@ -85,6 +85,12 @@ def test_bounds_scale_with_the_range_of_scores() -> None:
     assert ten == pytest.approx(10 * one, rel=1e-6)
 
 
+def test_steering_rows_say_something_by_their_shares() -> None:
+    """One that stayed as it was or a hundred suggest the same bet; what counts is who is bet on."""
+    one, many = (Bets.of(np.zeros(count), 10, 0.05, 1.0).shares[0] for count in (1, 100))
+    assert one == many < Bets.of(np.zeros(1), 1000, 0.05, 1.0).shares[0]
+
+
 @pytest.mark.parametrize(
     ("limit", "confidence", "span"),
     [(0.01, 0.95, 1), (0.05, 0.9, 1), (0.5, 0.99, 4), (0.9, 0.5, 1)],
@@ -236,6 +242,15 @@ def test_the_judging_rows_end_the_search() -> None:
     assert certificate["replaced"] == 0
     assert certificate["ended"] == "the judging examples refused a state"
     assert calls == 3
+
+
+def test_what_the_steering_rows_refuse_the_others_are_not_asked_about() -> None:
+    # They may refuse but once, and then no further block is tried.
+    population = Population(np.random.default_rng(0), 2000, 4, 0.0)
+    population.base[:] = population.broken[0] = True
+    certificate = population.choose(0.05, confidence=0.95, every=1).certificate
+    assert population.weights["w"][:, 0].tolist() == [0, 1, 1, 1]
+    assert certificate["ended"] == "every candidate was tried"
 
 
 @pytest.mark.parametrize("worse", [1, 4, 5])
