@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import pydedup
 from pydedup import policies
 from pydedup.graph import Graph, Node
+from pydedup.hashing import hash_blocks, hash_keys
 from pydedup.layout import base_places, block_places
 
 Model = dict[str, NDArray[Any]]
@@ -153,9 +154,24 @@ def test_the_bytes_of_a_delta_as_another_dtype(store: pydedup.Store) -> None:
     store.add("base", base_model())
     assert store.add("near", near).delta_blocks > 0
     integers = {name: array.view(np.int32) for name, array in near.items()}
-    store.add("integers", integers)
+    assert store.add("integers", integers).damaged_pages == ()
     assert store.verify().errors == []
     assert same(store.load("integers"), integers)
+
+
+def test_the_hash_of_a_delta_is_recorded_of_a_block_of_another_height(store: pydedup.Store) -> None:
+    """It is not that block, which makes no page a damaged one."""
+    near, lower = fine_tuned(base_model(), 1), {"w": base_model(2)["embedding"][:40]}
+    store.add("base", base_model())
+    assert store.add("near", near).delta_blocks > 0
+    adapter = store._adapter
+    taken = hash_keys(hash_blocks(lower["w"], (40, 64)))
+    deltas = adapter.find_blocks(hash_keys(hash_blocks(near["embedding"], (64, 64))))
+    with adapter.transaction():
+        adapter.insert_blocks((*taken, row.page_id, row.slot, row.base_id) for row in deltas)
+    report = store.add("lower", lower)
+    assert (report.shared_blocks, report.damaged_pages) == (0, ())
+    assert same(store.load("lower"), lower)
 
 
 def test_models_of_other_widths_share(store: pydedup.Store) -> None:
