@@ -9,6 +9,7 @@ import pytest
 from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError, CorruptStoreError
+from pydedup.ingest.deltas import delta_limits
 from pydedup.ingest.places import by_shape, stack_blocks
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import block_places, copy_page
@@ -79,6 +80,11 @@ def test_blocks_are_gathered_from_pages_that_are_there() -> None:
     with pytest.raises(ArgumentError, match="page_index 0 is outside of 0 pages"):
         codec.gather_page([], columns[0], columns[0])
     assert codec.Page(codec.gather_page([], columns[0][:0], columns[0][:0])).n_slots == 0
+
+
+def test_a_delta_is_to_save_a_twentieth_or_a_byte() -> None:
+    lengths = np.array([1, 19, 20, 39, 40, 1000])
+    assert delta_limits(lengths).tolist() == [0, 18, 19, 38, 38, 950]
 
 
 def test_a_place_has_one_reference() -> None:
