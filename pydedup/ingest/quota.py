@@ -51,6 +51,6 @@ def check_quotas(
         return Readers(table, places, lambda new: matcher.spool.costs[-1 - new])
 
     described = [(m.metadata, m.logical_bytes) for m in models]
-    replaced = frozenset(m.replaces for m in models if m.replaces)
+    replaced = frozenset(m.replaces for m in models)  # 0 is the id of no model
     newcomers = Newcomers(described, readers, replaced, said)
     return check(matcher.adapter, matcher.pool, newcomers, epoch)
