@@ -68,7 +68,7 @@ class Accuracy:
         abs(gradient * weight), or a callable that returns them for the model's arrays.
         `torch_saliency` computes them.
     max_evaluations
-        ``evaluate`` is called no more often; blocks that were not reached stay lossless.
+        ``evaluate`` is called no more often; blocks that were not reached stay lossless, or deltas.
     max_rel_error
         Blocks are replaced only by what is this near to them (relative Euclidean norm), whatever
         the metric would allow: a metric does not see everything.

@@ -10,7 +10,9 @@ the most saving first (a stored block, then quantised deltas on it). Rounds, eac
    whatever stops the search later, blocks that are not shared are deltas at least;
 2. every block to its most saving content, in batches: what the tolerance is for;
 3. if asked for, fine-tuning of all that is not replaced, and round 2 again for what it refused;
-4. blocks that round 2 refused to the contents in between, the most saving first.
+4. blocks that round 2 refused to the contents in between, the most saving first;
+5. what rounds 2 to 4 did not reach. Each of them leaves half of the evaluations to those after it,
+   which may have little to do.
 
 With confidence the order matters twice: judging rows that refuse a state end the search for good,
 so what does the least harm for what it saves comes first.
@@ -117,12 +119,14 @@ def choose(
     deepest = max(gentlest, default=0)
     too_much: set[int] = set()
 
-    def search(wanted: Mapping[int, int], batch: int | None = None, *, last: bool) -> None:
+    def search(
+        wanted: Mapping[int, int], batch: int | None = None, *, last: bool
+    ) -> dict[int, int]:
         # A level is worth its harm if it saves more than what the block has already.
         now = {i: int(trial.levels[i]) for i in wanted}
         saves = {i: replacements[i].saved[now[i]] if now[i] != KEPT else 0 for i in wanted}
         better = {i: k for i, k in wanted.items() if replacements[i].saved[k] > saves[i]}
-        _run(trial, better, batch, last=last)
+        return _run(trial, better, batch, last=last)
 
     for error in GENTLE:
         near = {i: replacements[i].within(error) for i in order if i not in too_much}
@@ -131,31 +135,35 @@ def choose(
         search(wanted, batch, last=False)
         too_much = set(trial.refused)
     shares = dict.fromkeys(order, 0)
-    search(shares, last=not deepest and policy.finetune is None)
+    unreached = [search(shares, last=not deepest and policy.finetune is None)]
     finetuned: frozenset[str] = frozenset()
     if policy.finetune is not None:
         finetuned = _finetune(trial, policy, shared or {})
         if finetuned:
-            search(shares, last=not deepest)
+            unreached = [search(shares, last=not deepest)]
     for level in range(1, deepest + 1):
         # The gentlest level again, for blocks that its round did not reach.
         left = [i for i in order if level <= gentlest[i] and i not in too_much]
-        search(dict.fromkeys(left, level), last=level == deepest)
+        unreached.append(search(dict.fromkeys(left, level), last=level == deepest))
+    for wanted in unreached:  # with the evaluations that were kept for rounds that had little to do
+        search(wanted, last=True)
     errors = trial.errors()
     certificate = _certificate(trial, policy, replacements, finetuned)
     certificate["largest_block_error"] = max(errors.values(), default=0.0)
     return Choice(trial.levels, certificate, finetuned, errors)
 
 
-def _run(trial: Trial, wanted: Mapping[int, int], batch: int | None, *, last: bool) -> None:
+def _run(
+    trial: Trial, wanted: Mapping[int, int], batch: int | None, *, last: bool
+) -> dict[int, int]:
     """Search one round: blocks, in order, and the level wanted for each.
 
     ``batch`` is the size of the first batch of a round of small errors; the papers have no such
     round, so the policy has no say in how it is searched. Unless it is the last one, it may use up
-    to half of the evaluations that are left.
+    to half of the evaluations that are left. Returns of ``wanted`` what it did not reach with them.
     """
     if not wanted or trial.closed:
-        return
+        return {}
     policy, blocks, n = trial.policy, list(wanted), len(wanted)
     name = policy.search
     first, largest = max(1, -(-n // _FIRST)), n
@@ -170,13 +178,17 @@ def _run(trial: Trial, wanted: Mapping[int, int], batch: int | None, *, last: bo
     left = policy.max_evaluations - trial.evaluations
     trial.quota = trial.evaluations + (left if last else -(-left // 2))
     search = SEARCHES[name](blocks, lambda blocks: trial.attempt(blocks, wanted), first, largest)
+    refused: set[int] = set()
     try:
         for block in search:
+            refused.add(block)
             trial.refused.add(block)
             if name != "bisect":
                 trial.ended = "a batch did too much harm"
     except RoundOver:
-        return
+        if not trial.closed:
+            return {i: k for i, k in wanted.items() if trial.levels[i] != k and i not in refused}
+    return {}
 
 
 def _ordered(

@@ -130,7 +130,8 @@ class Trial:
             When the quota is used up, before anything is done; or when the judging rows refused.
         """
         if self.evaluations >= self.quota:
-            self.ended = "the evaluations ran out"
+            if self.evaluations >= self.policy.max_evaluations:
+                self.ended = "the evaluations ran out"
             raise RoundOver
         for index in batch:
             self._write(index, wanted[index])

@@ -87,6 +87,10 @@ def checked(
     parts = ("replaced", "refused", "untried")
     assert sum(certificate[part] for part in parts) == len(levels)
     assert all(certificate[part] >= 0 for part in parts)
+    if certificate["ended"] == "the evaluations ran out":
+        assert certificate["evaluations"] == options["max_evaluations"]
+    if certificate["ended"] == "every candidate was tried":
+        assert certificate["untried"] == 0
     return choice, states
 
 

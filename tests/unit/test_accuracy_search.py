@@ -231,6 +231,20 @@ def test_a_fruitless_round_of_sharing_leaves_evaluations_for_deltas() -> None:
     assert sorted(choice.levels.tolist()) == [1] + [2] * 59
 
 
+@pytest.mark.parametrize(("most", "shared"), [(90, 20), (40, 11)])
+def test_evaluations_that_later_rounds_do_not_need_go_to_sharing(most: int, shared: int) -> None:
+    # All become deltas at once, so nothing follows the round of sharing. It ended at half of the
+    # evaluations, of which a certificate said that they ran out.
+    model = Model([1.0, 0.0] * 20, gentle=(0.0,))
+    choice = model.choose(0.5, max_evaluations=most)
+    certificate = choice.certificate
+    assert (choice.levels == 0).sum() == shared
+    assert all(choice.levels[::2] == 1)
+    assert certificate["evaluations"] == len(model.evaluated)
+    ran_out = certificate["ended"] == "the evaluations ran out"
+    assert ran_out == (certificate["evaluations"] == most) == (shared < 20)
+
+
 def test_a_fruitless_round_of_sharing_leaves_evaluations_for_training() -> None:
     model, trained = Model([1.0] * 60), []
 
