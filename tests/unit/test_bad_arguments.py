@@ -140,3 +140,16 @@ def test_x_without_memory_of_its_own_is_read_right() -> None:
         want = matmul.matmul(block_map, pool, np.array(x, order="C"))
         assert np.array_equal(matmul.matmul(block_map, pool, x), want)
         assert np.allclose(want, x @ w.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: L2LSH((4, 4), np.float32, r=1e-9), "^r is 1e-09;"),
+        (lambda: packing.pack([{1}, {2}], 1, weights=[1, -1e-9]), r"^weights\[1\] is -1e-09;"),
+    ],
+)
+def test_small_numbers_are_told_as_they_are(call: Any, says: str) -> None:
+    """They were 0.000000 and -0.000000, of which the second may pass for not negative."""
+    with pytest.raises(ArgumentError, match=says):
+        call()

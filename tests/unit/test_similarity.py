@@ -370,7 +370,7 @@ def test_indexes_that_do_not_fit_are_not_merged(other: Any) -> None:
     index = L2LSH((16, 16), np.float32)
     index.add(random_blocks(3, (16, 16)), range(3))
     before = index.save()
-    with pytest.raises(ArgumentError, match=r"same parameters|must be an L2LSH"):
+    with pytest.raises(ArgumentError, match=r"other must (have|be an L2LSH)"):
         index.merge(other)
     assert index.save() == before
 

@@ -39,7 +39,7 @@ def test_distances_are_those_of_float64(dtype: Any) -> None:
     some = np.array([4, 0, 4, 2]), np.array([1, 1, 0, 2])
     chosen, copied = distances(a, b[:3], pairs=some, eps=0.5), distances(a[some[0]], b[some[1]])
     assert (chosen.relative_l2 == copied.relative_l2).all()
-    with pytest.raises(ArgumentError):
+    with pytest.raises(ArgumentError, match=r"pairs\[1\] names block 4 of 3"):
         distances(a, b[:3], pairs=some[::-1])
     with pytest.raises(ArgumentError, match="blocks of b have shape"):
         distances(a, b[:, :5], pairs=some)

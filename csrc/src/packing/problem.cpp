@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "base/number_text.hpp"
 #include "packing/bound.hpp"
 #include "packing/existing.hpp"
 #include "pydedup/error.hpp"
@@ -206,7 +207,7 @@ std::vector<std::int64_t> take_weights(std::span<const double> weights, std::siz
     double top = 0;
     for (std::size_t m = 0; m < models; ++m) {
         if (!std::isfinite(weights[m]) || weights[m] < 0) {
-            fail("weights[" + std::to_string(m) + "] is " + std::to_string(weights[m]) +
+            fail("weights[" + std::to_string(m) + "] is " + detail::number_text(weights[m]) +
                  "; weights are finite and not negative");
         }
         top = std::max(top, weights[m]);

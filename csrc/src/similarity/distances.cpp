@@ -2,6 +2,7 @@
 // Exact distances: the kernels' one pass, and a careful one in f64 for what their sums cannot hold.
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "similarity/batch.hpp"
 
@@ -80,6 +81,16 @@ Extent extent_of(const BlockBatch& a, const BlockBatch& b) noexcept {
     return {a.rows, a.cols, a.row_stride, b.row_stride};
 }
 
+void check_numbers(const char* name, std::span<const std::int64_t> numbers, std::size_t count) {
+    for (const std::int64_t number : numbers) {
+        if (static_cast<std::uint64_t>(number) >= count) {
+            throw Error(ErrorCode::invalid_argument, std::string(name) + " names block " +
+                                                         std::to_string(number) + " of " +
+                                                         std::to_string(count));
+        }
+    }
+}
+
 }  // namespace
 
 void compare_blocks(const BlockBatch& a, const BlockBatch& b, std::span<const std::int64_t> left,
@@ -92,12 +103,8 @@ void compare_blocks(const BlockBatch& a, const BlockBatch& b, std::span<const st
     if (!(limit >= 0)) throw Error(ErrorCode::invalid_argument, "limit must be a number from 0 on");
     similarity::check_count(right.size(), left.size(), "blocks of b", "of a");
     similarity::check_count(out.size(), left.size(), "distances", "pairs");
-    for (std::size_t i = 0; i < left.size(); ++i) {
-        if (static_cast<std::uint64_t>(left[i]) >= a.count ||
-            static_cast<std::uint64_t>(right[i]) >= b.count) {
-            throw Error(ErrorCode::invalid_argument, "a pair names a block that is not there");
-        }
-    }
+    check_numbers("pairs[0]", left, a.count);
+    check_numbers("pairs[1]", right, b.count);
     const ElementKernels& kernel = similarity::element_kernels(a.dtype);
     const Extent extent = extent_of(a, b);
     const std::size_t elements = a.rows * a.cols;

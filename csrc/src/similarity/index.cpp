@@ -6,12 +6,14 @@
 
 #include <bit>
 
+#include "base/number_text.hpp"
 #include "base/rounding.hpp"
 #include "similarity/batch.hpp"
 
 namespace pydedup::similarity {
 namespace {
 
+using detail::number_text;
 using detail::round_up;
 
 [[noreturn]] void refuse(const std::string& message) {
@@ -28,7 +30,7 @@ const LshParameters& checked(const LshParameters& p) {
                std::to_string(kSimLanes));
     }
     if (!(p.r >= 1.0 / 128 && p.r <= 16)) {
-        refuse("r is " + std::to_string(p.r) + "; choose a relative distance from 1/128 to 16");
+        refuse("r is " + number_text(p.r) + "; choose a relative distance from 1/128 to 16");
     }
     if (p.bands < 1 || p.bands > 64) {
         refuse("bands is " + std::to_string(p.bands) + "; choose 1 to 64");
@@ -275,7 +277,9 @@ void IndexState::merge(const IndexState& other, unsigned threads) {
     const LshParameters& b = other.parameters;
     if (a.dtype != b.dtype || a.rows != b.rows || a.cols != b.cols || a.r != b.r ||
         a.bands != b.bands || a.band_rows != b.band_rows || a.seed != b.seed) {
-        refuse("only indexes with the same parameters can be merged");
+        refuse(
+            "other must have the block shape, dtype, r, bands, rows and seed of this index to be "
+            "merged");
     }
     // Nothing below asks for memory: a group that is in no band cannot be erased.
     const std::vector<bool> is_free = other.free_places();
