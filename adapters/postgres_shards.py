@@ -148,8 +148,6 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
                     session.scope = None
 
     def _commit_shards(self, touched: Mapping[str, Session]) -> None:
-        if not touched:
-            return
         with contextlib.ExitStack() as held:
             commits = {}
             for shard_id, session in touched.items():
@@ -228,15 +226,10 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
 
     def stored_bytes(self) -> int:
         """Return the size of all tables; of shards that are down, the least that they can have."""
-        known, silent = super().stored_bytes(), False
+        known = super().stored_bytes()
         for shard in self._shards:
-            answered = False
             with self._unless_lost(shard):
                 known += shard.stored_bytes()
-                answered = True
-            silent |= not answered
-        if not silent:
-            return known
         pages = self._sql.dialect.name("pages")
         ((payloads,),) = self._query(f"SELECT COALESCE(SUM(payload_bytes), 0) FROM {pages}")  # noqa: S608
         return max(known, int(payloads))

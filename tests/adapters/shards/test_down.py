@@ -12,7 +12,7 @@ import pytest
 from pydedup import registry
 from pydedup.adapter import Adapter
 from pydedup.adapters._errors import ConnectionLostError
-from pydedup.errors import UnavailableError
+from pydedup.errors import StoreError, UnavailableError
 from pydedup.testing._contract_base import add_pages, add_random_pages, in_thread, open_store
 from pydedup.testing.shards import ShardedPlace
 
@@ -22,7 +22,7 @@ def test_a_shard_that_is_down(
 ) -> None:
     """Pages elsewhere are read, models elsewhere served, and the error names what cannot be had."""
     monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
-    pages = add_random_pages(store, 30, size=500)
+    pages = add_random_pages(store, 30, size=100_000)
     ((down,),) = place.rows(2, "SELECT array_agg(id) FROM {}.page_payloads")
     up = [number for number in pages if number not in down]
     shard_servers[2].kill()
@@ -37,7 +37,7 @@ def test_a_shard_that_is_down(
             with pytest.raises(UnavailableError):
                 add_pages(adapter, 40)
             assert not adapter.size_is_exact()
-            assert adapter.stored_bytes() > 6000
+            assert adapter.stored_bytes() >= 30 * 100_000
             assert adapter.integrity_errors() == []  # of pages that nobody has seen
             (said,) = adapter.unreachable_places()  # type: ignore[attr-defined]
             assert f"port={shard_servers[2].port}" in said
@@ -50,6 +50,16 @@ def test_a_shard_that_is_down(
         assert adapter.size_is_exact()
     assert opened.integrity_errors() == []
     opened.close()
+
+
+def test_what_a_shard_fails_to_read_is_not_taken_for_missing(
+    store: Adapter, place: ShardedPlace
+) -> None:
+    pages = add_random_pages(store, 30, size=500)
+    assert dict(store.read_pages(list(pages))) == pages  # by connections that stay open
+    place.rows(2, "DROP TABLE {}.page_payloads")
+    with pytest.raises(StoreError, match="nobody else has"):
+        list(store.read_pages(list(pages)))
 
 
 def test_a_shard_that_is_lost_as_a_transaction_begins_is_used_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pydedup.testing.shards import (
     model_of,
     serves,
 )
+from pydedup.types import Progress
 
 pytestmark = pytest.mark.usefixtures("known_places")
 
@@ -143,28 +145,45 @@ def test_a_shard_that_is_down_is_told_or_waited_for(
     url = place.url(2)
     fill(url)
     there = place.payloads()
-    place.rows(1, "DELETE FROM {}.page_payloads WHERE id % 2 = 0")
+    place.rows(1, f"{FLIP} WHERE id % 2 = 0")
     place.rows(2, "DELETE FROM {}.page_payloads WHERE id % 2 = 1")
-    back = threading.Timer(0.3, shard_servers[2].start)
+    monkeypatch.setattr(refill, "_PAGES_AT_ONCE", 2)
+    starts: list[threading.Timer] = []
+
+    def start() -> None:
+        starts.append(threading.Timer(0.3, shard_servers[2].start))
+        starts[-1].start()
+
+    def goes_down(then: Callable[[], object]) -> Progress:
+        """Kill it while copies are read, and do something."""
+        left = [then]
+
+        def told(stage: str, *_: int) -> None:
+            if stage == "checking copies" and left:
+                shard_servers[2].kill()
+                left.pop()()
+
+        return told
+
     with pydedup.open(url) as store:
-        shard_servers[2].kill()
         try:
             with monkeypatch.context() as patch:
-                patch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.2)
-                report = store.refill()
+                patch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.6)
+                report = store.refill(progress=goes_down(lambda: None))
         finally:
-            back.start()
+            start()
         try:
             # It may take its time to recover, and has been down for a while already.
             monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 120.0)
-            later = store.refill()
+            later = store.refill(progress=goes_down(start))
         finally:
-            back.join()
+            for timer in starts:
+                timer.join()
     (down,) = report.failed
     assert f"port={shard_servers[2].port}" in down
     assert (report.ok, report.lost) == (False, {})
     assert (later.ok, later.failed) == (True, {})
-    assert min(report.missing, later.missing) > 0
+    assert min(report.missing, report.damaged, later.damaged) > 0
     assert place.payloads() == there
     is_sound(url)
 
