@@ -301,7 +301,9 @@ def test_explain_says_what_is_a_delta_and_how_far_it_is(store: pydedup.Store) ->
 
 
 @pytest.mark.parametrize("policy", [policies.Exact(), policies.Lossless(), policies.Bounded(0.003)])
-def test_an_update_stores_what_changed(store: pydedup.Store, policy: policies.Policy) -> None:
+def test_an_update_stores_what_changed(
+    store: pydedup.Store, policy: policies.Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = base_model()
     store.add("other", base)
     model = fine_tuned(base, 1)
@@ -317,6 +319,13 @@ def test_an_update_stores_what_changed(store: pydedup.Store, policy: policies.Po
     else:
         assert max(rel(loaded[name], w) for name, w in newer.items()) <= policy.max_rel_error
     assert store.verify().ok
+    store._pool.clear()
+    with monkeypatch.context() as patch:  # where nothing changed, no page is looked at
+        patch.setattr(
+            store._adapter, "read_recorded_pages", lambda _: pytest.fail("a page is read")
+        )
+        third = store.add("m", newer, policy=policy)
+    assert (third.shared_blocks, third.stored_bytes) == (third.blocks, 0)
 
 
 @pytest.mark.parametrize("order", ["abc", "cab"])

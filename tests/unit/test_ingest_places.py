@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from pydedup import codec
+from pydedup.adapter import TensorRow
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.ingest.deltas import delta_limits
 from pydedup.ingest.places import by_shape, stack_blocks
 from pydedup.ingest.stored_table import StoredTable
+from pydedup.ingest.write import _batches
 from pydedup.layout import block_places, copy_page
 from pydedup.pool import PagePool
 
@@ -80,6 +82,14 @@ def test_blocks_are_gathered_from_pages_that_are_there() -> None:
     with pytest.raises(ArgumentError, match="page_index 0 is outside of 0 pages"):
         codec.gather_page([], columns[0], columns[0])
     assert codec.Page(codec.gather_page([], columns[0][:0], columns[0][:0])).n_slots == 0
+
+
+def test_rows_go_into_transactions_of_bounded_bytes() -> None:
+    maps = [("map", (1, number, 0, bytes(1 << 20))) for number in range(40)]
+    rows = [("tensor", TensorRow(1, 0, "w", "f32", "[1]", "[1]")), *maps]
+    batches = list(_batches(iter(rows)))
+    assert [row for batch in batches for row in batch] == rows
+    assert [len(batch) for batch in batches] == [17, 16, 8]
 
 
 def test_a_delta_is_to_save_a_twentieth_or_a_byte() -> None:
