@@ -223,6 +223,12 @@ def test_recurrent_layers_larger_than_the_budget_lets_in(
             if not layer.batch_first:
                 got, wanted = attached(x, state), layer(x, state)
                 torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+            lengths = (2, 5, 3, 1, 5) if layer.batch_first else (2, 5, 3)
+            parts = [torch.randn(n, 200) for n in lengths]
+            packed = nn.utils.rnn.pack_sequence(parts, enforce_sorted=False)
+            for arguments in ((packed,), (packed, state)):
+                got, wanted = attached(*arguments), layer(*arguments)
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
             assert loaded(attached) == set()
 
 

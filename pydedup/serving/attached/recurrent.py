@@ -2,8 +2,7 @@
 """Recurrent layers: loaded where the budget allows it, else streamed step by step.
 
 A step needs all weights, so that streaming reads them as often as a sequence has steps; loading
-them is better until they are large. The equations are those of torch's documentation. Packed
-sequences are always loaded.
+them is better until they are large. The equations are those of torch's documentation.
 """
 
 from __future__ import annotations
@@ -56,15 +55,22 @@ def _relu_step(gates: torch.Tensor, state: _State, weights: Sequence[Any]) -> _S
 
 def _register(layer: Any, cell: Any, step: _Step) -> None:
     @handles(layer)
-    def run(input: torch.Tensor, hx: Any, weights: Any, *options: Any) -> Any:
-        # Of a packed sequence, the second argument are sizes of batches, and the third the state.
-        is_packed = not isinstance(weights, list | tuple) or len(options) != 6
-        if is_packed or _can_be_loaded(weights):
+    def run(input: torch.Tensor, *arguments: Any) -> Any:
+        # Of a packed sequence, how many rows each step has comes first, and no batch_first last.
+        is_packed = isinstance(arguments[2], list | tuple)
+        packed_rows, hx, weights, *options = arguments if is_packed else (None, *arguments)
+        if _can_be_loaded(weights):
             return NotImplemented
-        has_biases, n_layers, _, _, is_bidirectional, batch_first = options
+        has_biases, n_layers, _, _, is_bidirectional = options[:5]
         state = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
+        how = (state, list(weights), has_biases, n_layers, is_bidirectional)
+        if is_packed:
+            y, state = _layers(step, input, packed_rows.tolist(), *how)
+            return y, *state
+        batch_first = options[5]
         x = input.transpose(0, 1) if batch_first else input
-        y, state = _layers(step, x, state, list(weights), has_biases, n_layers, is_bidirectional)
+        y, state = _layers(step, x.flatten(0, 1), [x.shape[1]] * len(x), *how)
+        y = y.reshape(*x.shape[:2], y.shape[-1])
         return (y.transpose(0, 1) if batch_first else y), *state
 
     @handles(cell)
@@ -95,13 +101,17 @@ def _can_be_loaded(weights: Sequence[Any]) -> bool:
 def _layers(
     step: _Step,
     x: torch.Tensor,
+    n_rows: list[int],
     state: _State,
     weights: list[Any],
     has_biases: bool,
     n_layers: int,
     is_bidirectional: bool,
 ) -> tuple[torch.Tensor, _State]:
-    """Run all layers over (time, batch, features); return the outputs and the states behind."""
+    """Run all layers over (rows of all steps, features); return the outputs and the states behind.
+
+    Of the batch, step t has the first ``n_rows[t]`` rows, never more than the step before it.
+    """
     n_directions = 2 if is_bidirectional else 1
     n_each = len(weights) // (n_layers * n_directions)
     last: list[_State] = []
@@ -113,13 +123,16 @@ def _layers(
             w_ih, w_hh = own[:2]
             b_ih, b_hh = own[2:4] if has_biases else (None, None)
             w_hr = own[-1] if n_each % 2 else None  # of a projection
-            gates = linear(x, w_ih, b_ih)
+            gates = torch.split(linear(x, w_ih, b_ih), n_rows)
             here: _State = tuple(part[number] for part in state)
             made = []
-            for t in reversed(range(len(x))) if direction else range(len(x)):
-                here = step(gates[t], here, (w_hh, b_hh, w_hr))
-                made.append(here[0])
-            outputs.append(torch.stack(made[::-1] if direction else made))
+            for part in reversed(gates) if direction else gates:
+                n = len(part)
+                after = step(part, tuple(h[:n] for h in here), (w_hh, b_hh, w_hr))
+                made.append(after[0])
+                # Sequences that have ended, or, backwards, not yet begun, keep their state.
+                here = tuple(torch.cat((new, h[n:])) for new, h in zip(after, here, strict=True))
+            outputs.append(torch.cat(made[::-1] if direction else made))
             last.append(here)
         x = torch.cat(outputs, -1)
     return x, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
