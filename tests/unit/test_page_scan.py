@@ -67,6 +67,7 @@ def test_the_last_pages_are_kept_and_those_that_come_back_are_pooled(pages: Page
     assert pages.read == [1, 2, 3]
     walk(scan, list(range(4, 30)))
     walk(scan, [1, 2])
+    assert pages.read == [*range(1, 30), 1, 2]
     assert pool.stats()["pages"] == 2
     pages.read.clear()
     walk(scan, [1, 2])

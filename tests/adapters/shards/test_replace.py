@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.adapter import LIVE
+from pydedup.adapter import LIVE, SCHEMA_VERSION
 from pydedup.adapters import _shards_list
 from pydedup.adapters._shard import Shard
 from pydedup.adapters.postgres_shards import ShardedAdapter
@@ -23,6 +23,7 @@ from pydedup.errors import (
     ArgumentError,
     ConflictError,
     NotAStoreError,
+    SchemaVersionError,
     StoreError,
     UnavailableError,
 )
@@ -116,7 +117,6 @@ def test_what_cannot_be_replaced_is_refused(place: ShardedPlace, new_place: NewP
     meta = place.rows(0, "SELECT value FROM {}.meta WHERE name = 'shards'")
     second = new_place()
     down = f"postgresql://postgres@127.0.0.1:{unused_port()}/postgres"
-    refused(place.url(2, shards=[0, new, second]), name_of(new), "is empty or down too")
     refused(place.url(2, shards=[0, new, down]), name_of(new), "is empty or down too")
     refused(place.url(2, shards=[0, new, down, 2]), "the list has 4 shards", "has 3 shards")
     refused(place.url(2, shards=[0, new]), "the list has 2 shards")
@@ -124,6 +124,13 @@ def test_what_cannot_be_replaced_is_refused(place: ShardedPlace, new_place: NewP
     refused(
         place.url(2).replace(place.schema, unused_name()), "holds no store", error=NotAStoreError
     )
+    for version, said in (
+        (SCHEMA_VERSION + 1, "newer pydedup"),
+        (SCHEMA_VERSION, "is empty or down too"),
+    ):
+        place.rows(0, "UPDATE {}.meta SET value = %s WHERE name = 'schema_version'", str(version))
+        error = SchemaVersionError if version > SCHEMA_VERSION else ArgumentError
+        refused(place.url(2, shards=[0, new, second]), said, error=error)
     # A payload and nothing that says whose, another store, the shard of one, and its coordinator.
     run(second, f"CREATE SCHEMA {name_of(second)}")
     table = f"{name_of(second)}.page_payloads"
