@@ -110,3 +110,13 @@ def test_a_page_in_the_place_of_another_is_damage(pages: Pages) -> None:
         ):
             read()
     assert pool.stats()["pages"] <= 1
+
+
+def test_a_page_is_the_one_that_models_recorded(pages: Pages) -> None:
+    """Row and page are those of another, which nothing else tells."""
+    pool = PagePool(pages.read_recorded_pages, 1 << 20)
+    pool.expect({2: pages.checksums[2][:8]})
+    walk(PageScan(pages, pool), [2])  # type: ignore[arg-type]
+    pages.payloads[2], pages.checksums[2] = pages.payloads[3], pages.checksums[3]
+    with pytest.raises(CorruptStoreError, match="page 2"):
+        walk(PageScan(pages, pool), [1, 2])  # type: ignore[arg-type]
