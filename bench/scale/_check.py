@@ -41,6 +41,8 @@ CONTROLS = 1 + (POINTS + 1) * AT_A_POINT
 CONTROL = ("imdb", 20_000, 7)
 #: Times that a prediction of the pilot is timed in between those that are checked.
 HOT_POINTS = 6
+#: Texts of one time that is taken.
+_TEXTS = 16
 POPULARITY = 0.9
 
 
@@ -236,15 +238,15 @@ def _pilot(
     pages = sorted(
         {page for name in names for page in store._catalog.model(name).page_ids().tolist()}
     )
-    some = asked[:16]  # texts are of all lengths
-    turns = itertools.cycle(names)
+    # Texts are of all lengths; those of a few would find their words in the processor's caches.
+    texts, turns = itertools.cycle(asked), itertools.cycle(names)
 
     def request(reader: pydedup.Store) -> None:
-        for ids in some:
+        for ids in itertools.islice(texts, _TEXTS):
             reader.predict(next(turns), ids)
 
     url = store.url
-    return _Pilot(family, touches, lambda: hot_seconds(url, request, pages) / len(some))
+    return _Pilot(family, touches, lambda: hot_seconds(url, request, pages) / _TEXTS)
 
 
 # ---- what is stored -----------------------------------------------------------------------------

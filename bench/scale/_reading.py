@@ -66,9 +66,10 @@ def read_costs(store: pydedup.Store, path: Path | None) -> dict[str, float]:
     return costs
 
 
-#: Bytes that a pool has beside the pages of models, times that each state is timed, and the share
-#: of pages that are away in the last one.
-_SPARE, _STATES, _AWAY = 256 << 10, 21, 0.25
+#: Bytes that a pool has beside the pages of models, times that each state is timed.
+_SPARE, _STATES = 256 << 10, 21
+#: Times that the state is timed where pages are away, as each time it is others, and their share.
+_STATES_AWAY, _AWAY = 101, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +129,12 @@ def _just_room_for(
         yield store
 
 
-def _timed(prepare: Callable[[], object], request: Callable[[], object]) -> list[float]:
+def _timed(
+    prepare: Callable[[], object], request: Callable[[], object], states: int = _STATES
+) -> list[float]:
     """Return the seconds of requests after something was done each time."""
     spent = []
-    for _ in range(_STATES):
+    for _ in range(states):
         prepare()
         started = time.perf_counter()
         request()
@@ -162,7 +165,7 @@ def _with_pages_away(
         number = stats["inserts"] - before[-1]["inserts"]
         read.append((number, max(stats["bytes"] - before[-1]["bytes"], 0)))
 
-    spent = _timed(prepare, counted)
+    spent = _timed(prepare, counted, _STATES_AWAY)
     return tuple(
         (max(seconds - hot, 0.0), float(number), float(nbytes))
         for seconds, (number, nbytes) in zip(spent, read, strict=True)
