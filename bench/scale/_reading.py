@@ -177,7 +177,9 @@ def request_prices(several: Sequence[Requested]) -> dict[str, float]:
     """Return what a model that has to be looked up and a page that has to be read cost."""
     looked = [(max(one.forgotten - one.hot, 0.0), 1.0, float(one.tensors)) for one in several]
     model, tensor = _fitted(looked)
-    page, nbyte = _fitted([row for one in several for row in one.missing])
+    # Sums of each kind: by themselves, requests that by chance took no longer would count most.
+    missing = [one.missing for one in several if one.missing]
+    page, nbyte = _fitted([tuple(map(sum, zip(*rows, strict=True))) for rows in missing])
     return {
         "catalog_model": model,
         "catalog_tensor": tensor,
