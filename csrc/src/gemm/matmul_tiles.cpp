@@ -123,7 +123,10 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
         }
     }
     if (!part.ends) return;
-    for (std::size_t t = t0; t < t1; ++t) store_sums(x.tile(t), rect, sums_of(t));
+    for (std::size_t t = t0; t < t1; ++t) {
+        if (p_.variants != nullptr) add_dots(x.tile(t), rect, sums_of(t));
+        store_sums(x.tile(t), rect, sums_of(t));
+    }
     finish(row0, row1, rect.row0, rect.rows);
 }
 
@@ -272,12 +275,22 @@ void Matmul::Typed<T>::multiply_tile_for(const PackedX<E, T>& x, const Use& use,
 
 template <class T>
 template <class Tile>
+void Matmul::Typed<T>::add_dots(const Tile& tile, const BlockRect& rect, T* sums) const noexcept {
+    const std::size_t group = tile.kernel->sums();
+    const std::size_t lanes = tile.sums();
+    for (std::size_t i = 0; i < tile.rows; ++i) {
+        const T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
+        for (std::size_t r = 0; r < rect.rows; ++r) sums[r * lanes + i * group] += y[r];
+    }
+}
+
+template <class T>
+template <class Tile>
 void Matmul::Typed<T>::store_sums(const Tile& tile, const BlockRect& rect,
                                   const T* sums) const noexcept {
     const std::size_t group = tile.kernel->sums();
     const std::size_t lanes = tile.sums();
-    const bool has_dots = p_.variants != nullptr;
-    if (group == 1 && !has_dots) {
+    if (group == 1) {
         detail::transpose_apart(sums, lanes, rect.rows, tile.rows, y_ + tile.row0 * n_ + rect.row0,
                                 n_);
         return;
@@ -288,7 +301,7 @@ void Matmul::Typed<T>::store_sums(const Tile& tile, const BlockRect& rect,
             const T* const from = sums + r * lanes + i * group;
             T sum = from[0];
             for (std::size_t j = 1; j < group; ++j) sum += from[j];
-            y[r] = has_dots ? y[r] + sum : sum;
+            y[r] = sum;
         }
     }
 }

@@ -164,6 +164,9 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class E>
     void multiply_tile_for(const detail::PackedX<E, T>& x, const Use& use, const BlockView& block,
                            const E* w, const E* next, T* sums, Worker& worker) const;
+    // Adds the dot products in y to the sums of a tile, which take their place there.
+    template <class Tile>
+    void add_dots(const Tile& tile, const BlockRect& rect, T* sums) const noexcept;
     template <class Tile>
     void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept;
 
