@@ -230,6 +230,8 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
         for shard in self._shards:
             with self._unless_lost(shard):
                 known += shard.stored_bytes()
+        if self.size_is_exact():
+            return known
         pages = self._sql.dialect.name("pages")
         ((payloads,),) = self._query(f"SELECT COALESCE(SUM(payload_bytes), 0) FROM {pages}")  # noqa: S608
         return max(known, int(payloads))
