@@ -40,9 +40,10 @@ class ParsedMaps:
         if found is None:
             found = BlockMap.from_parts(parts, grid, dtype)
             # What was parsed takes at most 24 bytes for each 4 of a part.
-            self._nbytes += _ENTRY_BYTES + 7 * size
-            if self._nbytes > _MOST_BYTES:
+            taken = _ENTRY_BYTES + 7 * size
+            if self._nbytes + taken > _MOST_BYTES:
                 self._known.clear()
-                self._nbytes = _ENTRY_BYTES + 7 * size
+                self._nbytes = 0
+            self._nbytes += taken
             self._known[key] = found
         return found
