@@ -33,7 +33,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 # the seconds and the last line of the log (on a terminal twice a second, elsewhere every 15 s); the end of
 # the log is shown when the command fails.
 step() {
-    local title=$1 log=$LOGS/$2.log started=$SECONDS status=0 shown=$SECONDS pid
+    local title=$1 log=$LOGS/$2.log started=$SECONDS status=0 shown=$SECONDS pid line columns
     shift 2
     # In a process group of its own (set -m), so that Ctrl-C ends all of it, but in this session,
     # so that sudo still knows the terminal.
@@ -46,7 +46,10 @@ step() {
     while kill -0 "$pid" 2>/dev/null; do
         sleep 0.5
         if [ -t 1 ]; then
-            printf '\r\033[K--> %s (%d s) %s' "$title" $((SECONDS - started)) "$(last_line "$log")"
+            line="--> $title ($((SECONDS - started)) s) $(last_line "$log")"
+            # \r goes back to the start of a line of the terminal: of a longer one, the rest would stay.
+            { columns=$(stty size <&3 | cut -d' ' -f2); } 3>&1
+            printf '\r\033[K%s' "${line:0:columns - 1}"
         elif [ $((SECONDS - shown)) -ge 15 ]; then
             shown=$SECONDS
             printf '    %d s: %s\n' $((SECONDS - started)) "$(last_line "$log")"
@@ -65,7 +68,7 @@ step() {
     return "$status"
 }
 
-# The last line that says something, cut to the width of a narrow terminal.
+# The last line that says something, cut.
 last_line() { tail -c 2000 "$1" 2>/dev/null | tr '\r' '\n' | grep -v '^[[:space:]]*$' | tail -n 1 | tr -d '\033' | cut -c1-60; }
 
 # fresh NAME KEY: whether the work NAME was last done with this key.  done_with NAME KEY: it now is.

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import sqlite3
 import struct
 import subprocess
@@ -26,6 +27,7 @@ from pydedup import text
 from pydedup.cli import output, tables
 from pydedup.testing.program import PROGRAM, run_here
 
+LIBRARY = Path(__file__).resolve().parents[3] / "scripts" / "lib.sh"
 LONG = "encoder.layer.11.attention.self.query.weight"
 
 
@@ -308,6 +310,28 @@ def test_progress_says_nothing_when_it_is_quick_or_unwanted() -> None:
             [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
         )
         assert (done.stdout, done.stderr) == ("result\n", "")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_step_of_the_makefile_stays_on_one_line(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went on in a next one, and the terminal got two more lines with each second."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(LIBRARY, tmp_path / "scripts")
+    monkeypatch.chdir(tmp_path)
+    script = """
+        . scripts/lib.sh
+        last_line() { printf '%060d' 7; touch looked; }
+        work() { until [ -e looked ]; do sleep 0.1; done; }
+        step "install with the extra 'demo'" log work
+    """
+    status, shown = process_on_terminal(["bash", "-c", script], columns)
+    assert status == 0
+    *lines, last = shown.split("\r\x1b[K")[1:]
+    assert lines
+    assert {len(line) for line in lines} == {columns - 1}
+    assert last.startswith(" ok install with the extra 'demo' (")
 
 
 # ---- the pieces ---------------------------------------------------------------------------------
