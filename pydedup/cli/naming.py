@@ -81,7 +81,9 @@ def rm(url: str, name: str, all_versions: bool, keep: int | None, yes: bool, as_
     else:
         for address in removed:
             output.print_note(f"removed {address}")
-        if not removed:
+        if removed:
+            output.print_note("`pydedup vacuum` gives the space back", "dim")
+        else:
             output.print_note(f"{name} has no older versions; nothing was removed")
     return Exit.OK
 

@@ -159,7 +159,7 @@ def test_names_that_look_hostile_are_names(url: str, model: Path) -> None:
         assert f"{name}@1" in add.stdout
         assert f"{name}@1" in models
         assert run_here("info", url, "--", name).stdout.startswith(f"{name}@1\n")
-    assert run_here("rm", url, "--", names[0]).stdout == f"removed {names[0]}@1\n"
+    assert run_here("rm", url, "--", names[0]).stdout.startswith(f"removed {names[0]}@1\n")
     assert run_here("verify", url).returncode == 0
 
 
