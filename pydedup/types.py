@@ -89,6 +89,12 @@ class DType(enum.Enum):
         """Whether elements are floating-point numbers."""
         return self.label.startswith(("f", "bf"))
 
+    @property
+    def base_dtypes(self) -> tuple[DType, ...]:
+        """Dtypes that the bases of deltas of this one can have (docs/format.md, "Deltas")."""
+        convertible = (DType.F32, DType.BF16, DType.F16, DType.F64)
+        return convertible if self in convertible else (self,)
+
     @classmethod
     def of(cls, dtype: np.dtype[Any]) -> DType:
         """Return the member for a numpy dtype of either byte order.

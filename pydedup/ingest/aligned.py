@@ -26,13 +26,13 @@ from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
-from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.candidates import can_be_delta
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import block_places
-from pydedup.types import TensorInfo
+from pydedup.types import DType, TensorInfo
 
 __all__ = ["Aligned", "ByPosition", "Neighbours"]
 
@@ -46,14 +46,14 @@ _PATIENCE = 32
 _STRANGERS = 8
 
 
-# Name and shape of a tensor.
-_Key = tuple[str, tuple[int, ...]]
+# Name, shape and dtypes of bases of a tensor.
+_Key = tuple[str, tuple[int, ...], tuple[DType, ...]]
 _Other = TypeVar("_Other")
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A model of the store, and its tensors by name and shape."""
+    """A model of the store, and its tensors."""
 
     model: StoredModel
     tensors: dict[_Key, TensorInfo]
@@ -135,7 +135,7 @@ class Aligned:
     ) -> None:
         """Remember a tensor of a model of this add."""
         matched = _Matched(request.address, grid, references)
-        self._matched.setdefault((entry.name, entry.shape), []).append(matched)
+        self._matched.setdefault(_key_of(entry), []).append(matched)
 
     def neighbours(self, request: Request, entry: TensorEntry, grid: BlockGrid) -> list[Neighbours]:
         """Return what gives candidates for the blocks of a tensor, per model that has such a one.
@@ -143,12 +143,12 @@ class Aligned:
         Models of the same add come first, then older versions of the model that is asked for. None
         where the policy takes no deltas, or such blocks can be none.
         """
-        if not request.policy.uses_deltas or not Candidates.takes(entry.dtype, grid.block_shape):
+        if not request.policy.uses_deltas or not can_be_delta(grid.block_shape):
             return []
         if request.address != self._asker:
             self._relations.clear()
             self._asker = request.address
-        key = entry.name, entry.shape
+        key = _key_of(entry)
         found = list(islice(self._in_this_add(key, grid), _ENOUGH))
         return found + list(islice(self._in_the_store(request, key, grid), _ENOUGH - len(found)))
 
@@ -219,7 +219,11 @@ class Aligned:
             known = None
             with suppress(CorruptStoreError):
                 model = self._catalog.of_row(row)
-                tensors = {(info.name, info.shape): info for info in model.tensors}
+                tensors = {_key_of(info): info for info in model.tensors}
                 known = _Stored(model, tensors)
             self._stored_models[row.id] = known
         return self._stored_models[row.id]
+
+
+def _key_of(tensor: TensorEntry | TensorInfo) -> _Key:
+    return tensor.name, tensor.shape, tensor.dtype.base_dtypes

@@ -28,17 +28,22 @@ from pydedup.signatures import SIDE_BITS, BlockKind, new_index, segment_rows
 from pydedup.similarity import L2LSH
 from pydedup.types import LARGEST_ID, DType
 
-__all__ = ["FLOATS", "Candidates", "cut_pieces", "index_pages"]
+__all__ = ["Candidates", "can_be_delta", "cut_pieces", "index_pages"]
 
-#: Smaller blocks are not looked for: what a delta could save, its place on a page takes.
-MIN_ELEMENTS = 1024
-#: Dtypes of blocks that can be bases.
-FLOATS = (DType.F32, DType.BF16, DType.F16, DType.F64)
+# Smaller blocks are not looked for: what a delta could save, its place on a page takes.
+_MIN_ELEMENTS = 1024
+# Dtypes whose blocks are in an index. Of others, candidates are those by position (aligned.py).
+_INDEXED = (DType.F32, DType.BF16, DType.F16, DType.F64)
 _PIECE_BLOCKS = 4096
 # What is kept for the next add takes at most this share of the pool's budget, beside it.
 _KEPT_SHARE = 8
 # Ids of blocks that have no place yet: above all places.
 _SPOOLED = 1 << 62
+
+
+def can_be_delta(shape: tuple[int, int]) -> bool:
+    """Whether blocks of this shape may be kept as deltas."""
+    return shape[0] * shape[1] >= _MIN_ELEMENTS and max(shape) < 1 << SIDE_BITS
 
 
 class Candidates:
@@ -66,9 +71,7 @@ class Candidates:
     @staticmethod
     def takes(dtype: DType, shape: tuple[int, int]) -> bool:
         """Whether blocks of this kind can be in an index."""
-        return (
-            dtype in FLOATS and shape[0] * shape[1] >= MIN_ELEMENTS and max(shape) < 1 << SIDE_BITS
-        )
+        return dtype in _INDEXED and can_be_delta(shape)
 
     def query(
         self, blocks: MatrixView, k: int
@@ -78,8 +81,10 @@ class Candidates:
         ``blocks`` are stacked (places.stacked). Distances are relative L2, infinity where there
         is no candidate; the id says nothing then. `references` says what the others mean.
         """
+        if not self.takes(blocks.dtype, blocks.grid.block_shape):
+            return
         values = values_of(blocks)
-        for dtype in FLOATS:
+        for dtype in blocks.dtype.base_dtypes:
             index = self._index((dtype, *values.shape[1:]))
             if not len(index):
                 continue
@@ -94,7 +99,9 @@ class Candidates:
         return references
 
     def add(self, blocks: MatrixView, numbers: NDArray[np.int64]) -> None:
-        """Add stacked blocks that have these numbers on the spool."""
+        """Add stacked blocks that have these numbers on the spool, if their kind is indexed."""
+        if not self.takes(blocks.dtype, blocks.grid.block_shape):
+            return
         kind = (blocks.dtype, *blocks.grid.block_shape)
         self._index(kind).add(values_of(blocks), _SPOOLED | numbers)
         self._fresh.setdefault(kind, []).append(numbers)

@@ -21,7 +21,7 @@ from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
 from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition
-from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
 from pydedup.ingest.met import MetTensors
 from pydedup.ingest.places import BlockReader
@@ -314,7 +314,7 @@ class Matcher:
         hints: Hints,
     ) -> None:
         aligned: list[tuple[ByPosition, NDArray[np.int64]]] = []
-        if Candidates.takes(view.dtype, view.grid.block_shape):
+        if can_be_delta(view.grid.block_shape):
             aligned = [(neighbours, neighbours(piece)) for neighbours in hints.aligned]
         kept = self.similar.keep(
             looked,

@@ -19,7 +19,7 @@ from pydedup import codec
 from pydedup.arguments import as_dtype
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
-from pydedup.ingest.candidates import FLOATS, Candidates
+from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks, replaced
 from pydedup.ingest.places import BlockReader, as_stack, by_shape, stack_blocks, values_of
 from pydedup.ingest.spool import NO_BASE
@@ -101,7 +101,7 @@ def look_at(
     stacks = []
     if policy.uses_deltas:
         for shape, at in by_shape(view, indices):
-            if Candidates.takes(view.dtype, shape):
+            if can_be_delta(shape):
                 stacks.append((at, stack_blocks(view, indices[at], shape)))
     return LookedAt(encoded, stacks)
 
@@ -241,7 +241,7 @@ class Similar:
         for references in aligned:
             given = np.flatnonzero(references != NO_BASE)
             dtypes = self._reader.dtypes_of(references[given])
-            for dtype in (one for one in FLOATS if one in dtypes):
+            for dtype in (one for one in blocks.dtype.base_dtypes if one in dtypes):
                 rows = given[[i for i, d in enumerate(dtypes) if d is dtype]]
                 column = (rows, references[rows], np.full(len(rows), np.nan))
                 found.setdefault(dtype, []).append(column)
@@ -270,7 +270,7 @@ class Similar:
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
         pairs = self.pairs(blocks, _FARTHEST, aligned)
-        if policy.max_rel_error > 0:
+        if policy.max_rel_error > 0 and Candidates.takes(blocks.dtype, blocks.grid.block_shape):
             for some in pairs:
                 if some.bases.dtype == blocks.dtype:
                     self._share(kept, blocks, some, at, policy.max_rel_error)
@@ -345,9 +345,12 @@ def _distinct(columns: Sequence[_Columns]) -> _Columns:
 
 
 def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the distances of some pairs; bases of another dtype are rounded to the block's."""
-    if not len(entries):
-        return np.empty(0)
+    """Return the distances of some pairs; bases of another dtype are rounded to the block's.
+
+    Of dtypes without distances each is 0: what its delta would take decides about a pair.
+    """
+    if not len(entries) or not Candidates.takes(blocks.dtype, blocks.grid.block_shape):
+        return np.zeros(len(entries))
     chosen = pairs.select(entries)
     bases = as_dtype(values_of(pairs.bases), blocks.dtype.numpy)
     pair = chosen.rows, chosen.base_index

@@ -304,9 +304,8 @@ def page_of_slot(payload: bytes, slot: int) -> codec.Page | None:
 
 def base_dtypes(dtype: int) -> tuple[int, ...]:
     """Return the dtype codes that the base of a delta can have; the delta's own first."""
-    floats = tuple(of.code for of in (DType.F64, DType.F32, DType.F16, DType.BF16))
-    others = tuple(code for code in floats if code != dtype)
-    return (dtype, *others) if dtype in floats else (dtype,)
+    codes = (of.code for of in DType.of_code(dtype).base_dtypes)
+    return tuple(sorted(codes, key=lambda code: code != dtype))
 
 
 def dtype_of_base(page: codec.Page, slot: int) -> int:
