@@ -36,6 +36,7 @@ def demo(url: str | None, cache: Path | None, retrain: bool, as_json: bool) -> N
     from pydedup.demo.run import run_demo
 
     screen = output.console(stderr=as_json, width=None if output.width() else _PIPE_WIDTH)
+    screen.soft_wrap = not screen.is_terminal  # what has to be folded there is, between words
     result = run_demo(url, cache, screen, retrain=retrain)
     if as_json:
         output.emit_json(dataclasses.asdict(result))

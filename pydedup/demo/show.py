@@ -99,7 +99,7 @@ def sizes(console: Console, reports: Sequence[AddReport], stats: StoreStats) -> 
         table.add_row(*_size_row(report.model, [report]))
     table.add_section()
     table.add_row(*_size_row("all of them", reports), style="bold")
-    console.print(table)
+    _print_table(console, table)
     console.print(
         f"  Before: {size(stats.logical_bytes)} of weights. After: {size(stats.stored_bytes)}, the "
         f"whole database. Saved: {100 * stats.saved_share:.1f} %, without loss.",
@@ -133,7 +133,6 @@ def pair(console: Console, base: str, tuned: str, reports: Sequence[AddReport]) 
         f"block, bit for bit: it takes {_percent(report.stored_bytes, report.logical_bytes)} of "
         "its size.",
         style="dim",
-        soft_wrap=not console.is_terminal,
     )
 
 
@@ -144,7 +143,7 @@ def predictions(console: Console, outcomes: Sequence[Prediction]) -> None:
         "Texts",
         "Accuracy\ntorch",
         "Accuracy\nstore",
-        "Largest logit\ndifference",
+        "Logits\noff by",
         "Same\nclass",
         "Seconds\ntorch",
         "Seconds\nstore",
@@ -161,11 +160,10 @@ def predictions(console: Console, outcomes: Sequence[Prediction]) -> None:
             f"{outcome.seconds_in_memory:.2f}",
             f"{outcome.seconds_from_store:.2f}",
         )
-    console.print(table)
+    _print_table(console, table)
     console.print(
         "  Seconds are of this one run, the machine's other work included: no benchmark.",
         style="dim",
-        soft_wrap=not console.is_terminal,
     )
     ties = sum(outcome.outputs.ties for outcome in outcomes)
     if ties:
@@ -214,6 +212,14 @@ def _table(first: str, *others: str) -> Table:
     for title in others:
         table.add_column(title, justify="right")
     return table
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Print it, on a narrow terminal without its last columns: half of a number says nothing."""
+    room = console.options.update(max_width=sys.maxsize)
+    while len(table.columns) > 1 and console.measure(table, options=room).maximum > console.width:
+        table.columns.pop()
+    console.print(table)
 
 
 def _bars(console: Console) -> Progress:

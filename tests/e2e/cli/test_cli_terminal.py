@@ -9,14 +9,10 @@ import json
 import os
 import pty
 import re
-import shutil
 import sqlite3
-import struct
 import subprocess
 import sys
-import termios
 import time
-from fcntl import ioctl
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +22,8 @@ import pydedup
 from pydedup import text
 from pydedup.cli import output, tables
 from pydedup.testing.program import PROGRAM, run_here
+from pydedup.testing.terminal import environment, read_all, run_on_terminal
 
-LIBRARY = Path(__file__).resolve().parents[3] / "scripts" / "lib.sh"
 LONG = "encoder.layer.11.attention.self.query.weight"
 
 
@@ -42,52 +38,16 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return found
 
 
-def clean_environment(**extra: str) -> dict[str, str]:
-    dropped = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TERM", "COLORTERM")
-    kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    return {**kept, "TERM": "xterm-256color", **extra}
-
-
-def read_all(master: int) -> str:
-    """Return what is written to a terminal until its last writer has gone."""
-    written = bytearray()
-    while True:
-        try:
-            piece = os.read(master, 65536)
-        except OSError:  # EIO: Linux says so when the last writer is gone
-            break
-        if not piece:
-            break
-        written += piece
-    os.close(master)
-    return written.decode()
-
-
 def on_terminal(*words: str, columns: int = 80, answer: str = "", **extra: str) -> tuple[int, str]:
     """Run the program on a terminal of its own; returns its status and all that it wrote."""
-    return process_on_terminal([*PROGRAM, *words], columns, answer, **extra)
-
-
-def process_on_terminal(
-    command: list[str], columns: int, answer: str = "", **extra: str
-) -> tuple[int, str]:
-    master, slave = pty.openpty()
-    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, env=clean_environment(**extra)
-    )
-    os.close(slave)
-    if answer:
-        os.write(master, answer.encode())
-    shown = read_all(master)
-    return process.wait(60), shown
+    return run_on_terminal([*PROGRAM, *words], columns, answer, **extra)
 
 
 def in_pipe(*words: str, **extra: str) -> str:
     done = subprocess.run(
         [*PROGRAM, *words],
         capture_output=True,
-        env=clean_environment(**extra),
+        env=environment(**extra),
         stdin=subprocess.DEVNULL,
         check=True,
     )
@@ -118,7 +78,7 @@ def test_no_line_is_wider_than_the_terminal(columns: int, url: str) -> None:
         ["load", url, "sentiment-classifier-for-film-reviews"],
     ]
     command = [sys.executable, "-P", "-c", _IN_TURN, json.dumps(commands)]
-    status, shown = process_on_terminal(command, columns)
+    status, shown = run_on_terminal(command, columns)
     assert status == 0
     lines = plain(shown)
     ends = [number for number, line in enumerate(lines) if line == "status 0"]
@@ -278,7 +238,7 @@ def test_progress_is_a_bar_that_goes_away() -> None:
         [sys.executable, "-P", "-c", code],
         stdout=subprocess.PIPE,
         stderr=slave,
-        env=clean_environment(),
+        env=environment(),
     ) as process:
         os.close(slave)
         shown = read_all(master)
@@ -310,28 +270,6 @@ def test_progress_says_nothing_when_it_is_quick_or_unwanted() -> None:
             [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
         )
         assert (done.stdout, done.stderr) == ("result\n", "")
-
-
-@pytest.mark.parametrize("columns", [40, 80])
-def test_a_step_of_the_makefile_stays_on_one_line(
-    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It went on in a next one, and the terminal got two more lines with each second."""
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(LIBRARY, tmp_path / "scripts")
-    monkeypatch.chdir(tmp_path)
-    script = """
-        . scripts/lib.sh
-        last_line() { printf '%060d' 7; touch looked; }
-        work() { until [ -e looked ]; do sleep 0.1; done; }
-        step "install with the extra 'demo'" log work
-    """
-    status, shown = process_on_terminal(["bash", "-c", script], columns)
-    assert status == 0
-    *lines, last = shown.split("\r\x1b[K")[1:]
-    assert lines
-    assert {len(line) for line in lines} == {columns - 1}
-    assert last.startswith(" ok install with the extra 'demo' (")
 
 
 # ---- the pieces ---------------------------------------------------------------------------------
@@ -412,7 +350,7 @@ def test_shells_complete_commands_and_options() -> None:
     ):
         asked = {"COMP_WORDS": words, "COMP_CWORD": place, "_PYDEDUP_COMPLETE": "bash_complete"}
         done = subprocess.run(
-            PROGRAM, env=clean_environment(**asked), capture_output=True, text=True, check=False
+            PROGRAM, env=environment(**asked), capture_output=True, text=True, check=False
         )
         assert done.stderr == ""
         assert done.stdout.split() == found
