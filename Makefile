@@ -33,7 +33,7 @@ demo:  ## from a bare Debian: build, then store, check and serve a family of rea
 	@"$(VENV)/bin/pydedup" demo $(ARGS)
 
 .PHONY: test
-test:  ## from a bare Debian: install what tests need, then run all of them
+test:  ## from a bare Debian: install what tests need, then run all but the long ones
 	@scripts/test.sh $(ARGS)
 
 # -- For those who work on it ---------------------------------------------------------------------
@@ -81,6 +81,11 @@ crash:  ## kill clients of each database, 200 times per kind of work; the store 
 soak:  ## load on a real server for SECONDS (1800): fails at an error or when its memory grows
 	@scripts/setup.sh test
 	@"$(VENV)/bin/python" bench/peers/http_load.py --soak --seconds $(SECONDS) $(ARGS)
+
+.PHONY: test-long
+test-long:  ## the tests that `make test` leaves out: many seconds of a core for each
+	@scripts/setup.sh test
+	@PYDEDUP_REQUIRE_BACKENDS=sqlite,postgres,mysql "$(VENV)/bin/pytest" -m long $(ARGS)
 
 .PHONY: test-plpython
 test-plpython:  ## the functions inside of PostgreSQL, with pydedup built for the Python of Debian

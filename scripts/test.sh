@@ -8,6 +8,7 @@
 #
 # Several pytests run side by side, one more than JOBS, since most tests leave a core idle: one for
 # each line of PARTS, and one for all the rest. With a path among the arguments there is one alone.
+# What is marked long is left to `make test-long`, unless its path is given.
 set -uo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -114,7 +115,7 @@ python_tests() {
         fi
     done
     # What failed leaves its files, until as many pytests as there are parts have run after it.
-    set -- -o tmp_path_retention_count=$((${#PARTS[@]} + 1)) "$@"
+    set -- -o tmp_path_retention_count=$((${#PARTS[@]} + 1)) -m "not long" "$@"
     trap interrupt_parts EXIT
     trap 'exit 130' INT
     for ((number = 0; number <= ${#PARTS[@]}; number++)); do

@@ -47,7 +47,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("target", ["sqlite", "postgres", "mysql"])
-@pytest.mark.parametrize("into", ["empty", "others"])
+@pytest.mark.parametrize("into", ["empty", pytest.param("others", marks=pytest.mark.long)])
 def test_a_copy_takes_its_pools_and_little_more(
     large: Path, new_store: Callable[[str], str], target: str, into: str
 ) -> None:

@@ -76,6 +76,7 @@ def test_a_port_that_is_taken_is_told_before_ray_begins(url: str) -> None:
     assert (done.returncode, done.stderr) == (4, f"pydedup: error: {said}\n")
 
 
+@pytest.mark.long
 def test_why_it_does_not_start_is_told_in_a_line(url: str) -> None:
     code = (
         "import socket, sys; from pydedup.cli import main; from pydedup.ray.serving import running;"

@@ -96,6 +96,7 @@ def test_the_other_port_of_a_cluster_is_said(cluster: Cluster) -> None:
             pass
 
 
+@pytest.mark.long
 def test_a_cluster_that_wants_a_token_says_so_at_once(tmp_path: Path) -> None:
     """Newer Rays do where ``ray start`` finds one; their clients send none unless told to.
 

@@ -217,6 +217,7 @@ def test_values_that_python_lacks_are_told(
         score(data, scored_file.url, tmp_path / "out")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Use 'expr'")
 def test_blocks_without_rows_or_with_tensors(scored_file: Scored, connected: Any) -> None:
     """Those that a filter empties have no columns, and what numpy gives is a column of tensors."""

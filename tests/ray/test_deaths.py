@@ -68,7 +68,7 @@ def poisoned(
     return scored_file
 
 
-@pytest.mark.parametrize("into", ["table", "folder"])
+@pytest.mark.parametrize("into", ["table", pytest.param("folder", marks=pytest.mark.long)])
 def test_a_part_that_kills_its_workers_is_left_and_named(
     into: str, poisoned: Scored, tmp_path: Path, deaths: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +99,7 @@ def test_a_part_that_kills_its_workers_is_left_and_named(
     assert_right(poisoned.predictions("p") if into == "table" else of_folder(target), poisoned)
 
 
+@pytest.mark.long
 def test_a_block_of_a_dataset_that_kills_its_workers_is_left_and_named(
     poisoned: Scored, deaths: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_what_keeps_workers_from_beginning_is_said_in_its_own_words(
     assert "killed" not in str(raised.value)
 
 
+@pytest.mark.long
 def test_a_dataset_that_cannot_be_read_is_said_at_once(
     scored_file: Scored, tmp_path: Path, connected: Any
 ) -> None:

@@ -97,7 +97,14 @@ def dataset_of(scored: Scored, pace: Path) -> Any:
 
 
 @pytest.mark.timeout(300 + 30 * ROUNDS)
-@pytest.mark.parametrize("what", ["query to table", "query to folder", "dataset to table"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "query to table",
+        pytest.param("query to folder", marks=pytest.mark.long),
+        pytest.param("dataset to table", marks=pytest.mark.long),
+    ],
+)
 def test_killed_workers_lose_nothing(
     what: str, scored_file: Scored, tmp_path: Path, cluster: Cluster, connected: Any
 ) -> None:
@@ -175,7 +182,7 @@ pydedup.ray.score(query, url, "m@prod", into=target, on=address, workers=2, part
 
 
 @pytest.mark.timeout(300 + 60 * ROUNDS)
-@pytest.mark.parametrize("into", ["table", "folder"])
+@pytest.mark.parametrize("into", ["table", pytest.param("folder", marks=pytest.mark.long)])
 def test_a_killed_driver_goes_on(
     into: str, scored_file: Scored, tmp_path: Path, cluster: Cluster, connected: Any
 ) -> None:

@@ -10,12 +10,14 @@ import urllib.request
 from typing import Any
 
 import psutil
+import pytest
 
 from pydedup.testing.program import PROGRAM
 
 from .conftest import Sessions, slowly, started
 
 
+@pytest.mark.long
 def test_a_connection_that_is_lost_ends_the_commands(sessions: Sessions) -> None:
     """The server stayed for ever. A scoring began a Ray here, to ask that to end its workers."""
     # How long Ray Client tries to come back, and the cluster waits for it.

@@ -86,6 +86,13 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize(("said", "wrong"), WRONG)
+def test_a_wrong_argument_is_told(url: str, said: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        deployment(url, check=False, **wrong)
+
+
+@pytest.mark.long
 def test_a_wrong_argument_changes_nothing(server: Server, url: str) -> None:
     """With some of these the replica was replaced by one that answers nothing, or by none."""
     before = replica()
@@ -96,6 +103,7 @@ def test_a_wrong_argument_changes_nothing(server: Server, url: str) -> None:
     assert server.ask("POST", "/again/v2/models/m/infer", ASKED).status == 200
 
 
+@pytest.mark.long
 def test_what_replicas_would_lack_is_said_first(
     server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +135,7 @@ def test_what_replicas_would_lack_is_said_first(
     assert deployment("env:PYDEDUP_NOT_HERE", ray_actor_options=somewhere)
 
 
+@pytest.mark.long
 def test_a_config_file_with_something_wrong_leaves_what_runs(server: Server, url: str) -> None:
     schema = importlib.import_module("ray.serve.schema").ServeDeploySchema
     client = importlib.import_module("ray.serve.context")._get_global_client()
@@ -167,6 +176,7 @@ def guarded() -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_second_command_leaves_the_first_alone(cluster: Any, server: Server, url: str) -> None:
     """It replaced what the first serves; and what was wrong with it took that down."""
     command = [sys.executable, "-P", "-m", "pydedup", "serve", url, "--on", cluster.address]

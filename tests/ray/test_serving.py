@@ -283,6 +283,7 @@ def test_a_killed_replica_costs_no_request(server: Server, apps: dict[str, Any])
     assert victim not in pools(apps["models"])
 
 
+@pytest.mark.long
 def test_replicas_come_with_requests(server: Server, apps: dict[str, Any]) -> None:
     path = "/scaled/v2/models/family0%2Fvariant0/infer"
     assert server.ask("POST", path, asked()).status == 401

@@ -21,7 +21,7 @@ ROWS = Sessions.ROWS
 
 
 @pytest.mark.parametrize("how", ["done", "stopped"])
-@pytest.mark.parametrize("what", ["query", "dataset"])
+@pytest.mark.parametrize("what", ["query", pytest.param("dataset", marks=pytest.mark.long)])
 def test_workers_of_a_scoring_close_what_they_have_open(
     what: str, how: str, sessions: Sessions, connected: Any
 ) -> None:
@@ -57,7 +57,7 @@ def test_workers_of_a_scoring_close_what_they_have_open(
     assert sessions.lost() == 0
 
 
-@pytest.mark.parametrize("on", ["local", "by Ray Client"])
+@pytest.mark.parametrize("on", [pytest.param("local", marks=pytest.mark.long), "by Ray Client"])
 def test_a_scoring_that_is_interrupted_closes_all_sessions(
     on: str, sessions: Sessions, cluster: Cluster
 ) -> None:
@@ -73,6 +73,7 @@ def test_a_scoring_that_is_interrupted_closes_all_sessions(
     assert sessions.lost() == 0
 
 
+@pytest.mark.long
 def test_replicas_close_all_sessions(sessions: Sessions) -> None:
     """On a private Ray; test_serving.py looks at a cluster."""
     command = [*PROGRAM, "serve", sessions.url, "--on", "local", "--port", "0", "--replicas", "1"]

@@ -202,7 +202,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["Operators", "Products", "Rows"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("Operators", marks=pytest.mark.long),
+        "Products",
+        pytest.param("Rows", marks=pytest.mark.long),
+    ],
+)
 def test_activations_are_counted_against_the_budget(wide: Path, kind: str) -> None:
     model = "rows" if kind == "Rows" else "m"
     found = json.loads(run(MODULES + ACTIVATIONS, wide, kind, model))
