@@ -177,6 +177,7 @@ def test_weights_come_back_bit_for_bit(first: Run) -> None:
                 assert loaded[tensor].tobytes() == values.tobytes()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_runs_again_offline_in_place_of_the_old_store(first: Run, folder: Path) -> None:
     again = run_demo(folder, first.url, **OFFLINE)

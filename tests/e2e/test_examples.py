@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pydedup.testing.adapter_contract import AdapterContract
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -24,6 +26,7 @@ def test_quickstart() -> None:
     assert "tenant-a@1" in done.stdout
 
 
+@pytest.mark.long
 def test_an_adapter_of_a_third_party(tmp_path: Path) -> None:
     """The adapter for DuckDB is installed as any package is, and passes its own tests."""
     source, target = EXAMPLES / "duckdb", tmp_path / "installed"
