@@ -10,13 +10,14 @@ again from the page.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
-from pydedup.errors import CorruptStoreError
+from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
 
@@ -28,6 +29,7 @@ __all__ = [
     "drop_dead_segments",
     "drop_segment",
     "group_of",
+    "load_piece",
     "new_index",
     "read_pieces",
     "read_segments",
@@ -41,6 +43,10 @@ BlockKind = tuple[DType, int, int]
 #: Rows and columns of a block that is indexed are below two to the power of this.
 SIDE_BITS = 28
 
+_SIDE = (1 << SIDE_BITS) - 1
+# Before the index of blocks whose dtype has no distances. It is of f32, and a pydedup that does not
+# know of that must not take them for blocks of f32.
+_AS_F32 = b"PDLN"
 _COVERAGE = 0  # group of the rows that say what a segment covers
 _NUMBER_BITS = 20
 _ROWS_AT_ONCE = 256
@@ -69,9 +75,17 @@ def group_of(kind: BlockKind) -> int:
 
 
 def new_index(kind: BlockKind) -> L2LSH:
-    """Return an empty index for one kind of block."""
+    """Return an empty index for one kind of block: of f32 where the dtype has no distances."""
     dtype, rows, cols = kind
-    return L2LSH((rows, cols), dtype.numpy)
+    return L2LSH((rows, cols), _index_dtype(dtype).numpy)
+
+
+def _index_dtype(dtype: DType) -> DType:
+    return dtype if dtype.has_distances else DType.F32
+
+
+def _prefix(dtype: DType) -> bytes:
+    return b"" if dtype.has_distances else _AS_F32
 
 
 def segment_rows(
@@ -81,7 +95,7 @@ def segment_rows(
     first = count = number << _NUMBER_BITS
     for kind, index in pieces:
         count += 1
-        yield count, group_of(kind), index.save()
+        yield count, group_of(kind), _prefix(kind[0]) + index.save()
     covered = np.array([count - first, *sorted(page_ids)], "<i8")
     yield first, _COVERAGE, covered.tobytes()
 
@@ -128,12 +142,30 @@ def read_pieces(adapter: Adapter, kind: BlockKind, rows: Sequence[int]) -> Itera
     else.
     """
     for _, payload in adapter.signatures(group_of(kind), rows):
-        try:
-            piece = L2LSH.load(payload)
-        except CorruptStoreError:
-            continue
-        if (piece.dtype, piece.block_shape) == (kind[0].numpy, kind[1:]):
-            yield piece
+        with suppress(CorruptStoreError):
+            yield load_piece(group_of(kind), payload)[1]
+
+
+def load_piece(group: int, payload: bytes) -> tuple[BlockKind, L2LSH]:
+    """Return what blocks a piece of this group is of, and their index.
+
+    Raises
+    ------
+    CorruptStoreError
+        When there is no such group, or the payload is no index of its blocks.
+    """
+    code, rows, cols = group >> 2 * SIDE_BITS, group >> SIDE_BITS & _SIDE, group & _SIDE
+    try:
+        dtype = DType.of_code(code)
+    except ArgumentError as error:
+        raise CorruptStoreError(f"signatures are of group {group}, which is none") from error
+    prefix = _prefix(dtype)
+    if not payload.startswith(prefix):
+        raise CorruptStoreError(f"signatures of group {group} do not begin with {prefix!r}")
+    index = L2LSH.load(payload.removeprefix(prefix))
+    if (index.dtype, index.block_shape) != (_index_dtype(dtype).numpy, (rows, cols)):
+        raise CorruptStoreError(f"signatures of group {group} are those of other blocks")
+    return (dtype, rows, cols), index
 
 
 def drop_segment(adapter: Adapter, number: int) -> None:

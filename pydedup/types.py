@@ -95,6 +95,11 @@ class DType(enum.Enum):
         convertible = (DType.F32, DType.BF16, DType.F16, DType.F64)
         return convertible if self in convertible else (self,)
 
+    @property
+    def has_distances(self) -> bool:
+        """Whether blocks of it are at a distance that a bound can be of (`pydedup.similarity`)."""
+        return DType.F32 in self.base_dtypes
+
     @classmethod
     def of(cls, dtype: np.dtype[Any]) -> DType:
         """Return the member for a numpy dtype of either byte order.

@@ -10,6 +10,7 @@ are in no index: a base is never itself one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,6 @@ __all__ = ["Candidates", "can_be_delta", "cut_pieces", "index_pages"]
 
 # Smaller blocks are not looked for: what a delta could save, its place on a page takes.
 _MIN_ELEMENTS = 1024
-# Dtypes whose blocks are in an index. Of others, candidates are those by position (aligned.py).
-_INDEXED = (DType.F32, DType.BF16, DType.F16, DType.F64)
 _PIECE_BLOCKS = 4096
 # What is kept for the next add takes at most this share of the pool's budget, beside it.
 _KEPT_SHARE = 8
@@ -71,7 +70,7 @@ class Candidates:
     @staticmethod
     def takes(dtype: DType, shape: tuple[int, int]) -> bool:
         """Whether blocks of this kind can be in an index."""
-        return dtype in _INDEXED and can_be_delta(shape)
+        return (dtype.has_distances or dtype.itemsize < 8) and can_be_delta(shape)
 
     def query(
         self, blocks: MatrixView, k: int
@@ -83,12 +82,12 @@ class Candidates:
         """
         if not self.takes(blocks.dtype, blocks.grid.block_shape):
             return
-        values = values_of(blocks)
+        values = _indexed_values(blocks)
         for dtype in blocks.dtype.base_dtypes:
             index = self._index((dtype, *values.shape[1:]))
             if not len(index):
                 continue
-            ids, distances = index.query(as_dtype(values, dtype.numpy), k)
+            ids, distances = index.query(as_dtype(values, index.dtype), k)
             yield dtype, ids, distances
 
     def references(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -103,7 +102,7 @@ class Candidates:
         if not self.takes(blocks.dtype, blocks.grid.block_shape):
             return
         kind = (blocks.dtype, *blocks.grid.block_shape)
-        self._index(kind).add(values_of(blocks), _SPOOLED | numbers)
+        self._index(kind).add(_indexed_values(blocks), _SPOOLED | numbers)
         self._fresh.setdefault(kind, []).append(numbers)
 
     def segments(
@@ -194,9 +193,24 @@ def _index_page(found: dict[BlockKind, L2LSH], page_id: int, page: Page) -> None
         read_blocks(blocks, np.arange(len(slots)), [page], np.zeros_like(slots), slots)
         index = found.setdefault((dtype, *shape), new_index((dtype, *shape)))
         index.add(
-            values_of(blocks),
+            _indexed_values(blocks),
             block_places(np.full(len(slots), page_id, np.int64), slots),
         )
+
+
+def _indexed_values(blocks: MatrixView) -> NDArray[Any]:
+    """Return stacked blocks as the index has them (docs/format.md, "Signatures")."""
+    values = values_of(blocks)
+    if blocks.dtype.has_distances:
+        return values
+    if blocks.dtype.is_float:
+        table = np.arange(256, dtype=np.uint8).view(blocks.dtype.numpy).astype(np.float32)
+        return np.take(table, values.view(np.uint8))
+    # Distances are relative to a block's length, which a zero point is no part of.
+    means = values.sum(axis=(1, 2), dtype=np.int64) / values[0].size
+    wide = np.float32 if values.itemsize < 4 else np.float64
+    centred: NDArray[Any] = values.astype(wide) - means.astype(wide)[:, None, None]
+    return as_dtype(centred, np.dtype(np.float32))
 
 
 def cut_pieces(

@@ -24,7 +24,7 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import GENTLE, Replacement, choose
 from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.aligned import ByPosition
-from pydedup.ingest.candidates import Candidates
+from pydedup.ingest.candidates import can_be_delta
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks
 from pydedup.ingest.match import Matcher, pieces_of
 from pydedup.ingest.places import by_shape, stack_blocks, values_of
@@ -182,7 +182,7 @@ class _Tensor:
         """Yield what these blocks may become, in order, for those that may become anything."""
         view = self._view
         for shape, at in by_shape(view, numbers):
-            if not Candidates.takes(view.dtype, shape):
+            if not (view.dtype.has_distances and can_be_delta(shape)):
                 continue
             for some in pieces_of(view, at):
                 yield from self._piece(numbers[some], shape)

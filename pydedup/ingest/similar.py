@@ -270,7 +270,7 @@ class Similar:
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
         pairs = self.pairs(blocks, _FARTHEST, aligned)
-        if policy.max_rel_error > 0 and Candidates.takes(blocks.dtype, blocks.grid.block_shape):
+        if policy.max_rel_error > 0 and blocks.dtype.has_distances:
             for some in pairs:
                 if some.bases.dtype == blocks.dtype:
                     self._share(kept, blocks, some, at, policy.max_rel_error)
@@ -349,7 +349,7 @@ def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> N
 
     Of dtypes without distances each is 0: what its delta would take decides about a pair.
     """
-    if not len(entries) or not Candidates.takes(blocks.dtype, blocks.grid.block_shape):
+    if not len(entries) or not blocks.dtype.has_distances:
         return np.zeros(len(entries))
     chosen = pairs.select(entries)
     bases = as_dtype(values_of(pairs.bases), blocks.dtype.numpy)

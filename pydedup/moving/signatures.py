@@ -14,9 +14,8 @@ from pydedup.ingest.candidates import cut_pieces, index_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import block_places, split_places
 from pydedup.moving.source import End
-from pydedup.signatures import BlockKind, Segment, new_index, segment_rows
+from pydedup.signatures import BlockKind, Segment, load_piece, new_index, segment_rows
 from pydedup.similarity import L2LSH
-from pydedup.types import DType
 
 __all__ = ["CarriedSegments", "SourceIndex"]
 
@@ -103,28 +102,27 @@ class CarriedSegments:
         pieces = _moved(indexes, old[order], new)
         return segment_rows(number, np.setdiff1d(page_ids, open_pages).tolist(), pieces)
 
-    def _stored(self, segments: Sequence[Segment]) -> Iterator[L2LSH]:
+    def _stored(self, segments: Sequence[Segment]) -> Iterator[tuple[BlockKind, L2LSH]]:
         numbers = [number for segment in segments for number in segment.rows[1:]]
-        for _, _, payload in self._source.adapter.signatures_of(numbers):
+        for _, group, payload in self._source.adapter.signatures_of(numbers):
             # What a damaged one covers is missed by searches, here as at the source.
             with contextlib.suppress(CorruptStoreError):
-                yield L2LSH.load(payload)
+                yield load_piece(group, payload)
 
-    def _made_anew(self, page_ids: list[int]) -> Iterator[L2LSH]:
+    def _made_anew(self, page_ids: list[int]) -> Iterator[tuple[BlockKind, L2LSH]]:
         for start in range(0, len(page_ids), _PAGES_AT_ONCE):
             group = page_ids[start : start + _PAGES_AT_ONCE]
-            yield from index_pages(self._source.pool, group).values()
+            yield from index_pages(self._source.pool, group).items()
 
 
 def _moved(
-    indexes: Iterator[L2LSH], old: NDArray[np.int64], new: NDArray[np.int64]
+    indexes: Iterator[tuple[BlockKind, L2LSH]], old: NDArray[np.int64], new: NDArray[np.int64]
 ) -> Iterator[tuple[BlockKind, L2LSH]]:
     """Yield indexes of the blocks at these ``old`` places, ascending, at their new ones."""
     found: dict[BlockKind, L2LSH] = {}
-    for some in indexes:
+    for kind, some in indexes:
         ids = np.intersect1d(some.ids, old)
         if len(ids):
-            kind = (DType.of(some.dtype), *some.block_shape)
             index = found.setdefault(kind, new_index(kind))
             index.merge(some.select(ids, new[np.searchsorted(old, ids)]))
     for kind, index in found.items():

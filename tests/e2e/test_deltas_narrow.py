@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families of quantised models: integers, 8-bit floats, masks, as deltas by their place."""
+"""Families of quantised models: integers, 8-bit floats, masks, as deltas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 import pydedup
 from pydedup import policies
 from pydedup.graph import Graph, Node
+from pydedup.signatures import group_of
+from pydedup.types import DType
 
 SHAPE = (256, 320)
 GRAPH = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
@@ -29,10 +31,19 @@ def moved(base: NDArray[Any], seed: int) -> NDArray[Any]:
     """A hundredth of the elements with another last bit, or one more: beyond the last the first."""
     rng = np.random.default_rng(seed)
     words = base.view(f"u{base.itemsize}").copy()
-    words[rng.random(SHAPE) < 0.005] ^= 1
+    words[rng.random(base.shape) < 0.005] ^= 1
     if base.dtype != np.bool_:
-        words[rng.random(SHAPE) < 0.005] += 1
+        words[rng.random(base.shape) < 0.005] += 1
     return words.view(base.dtype)
+
+
+def quantised(dtype: Any, shape: tuple[int, int] = SHAPE, seed: int = 0) -> NDArray[Any]:
+    """Weights around a zero point, which is the middle of what is unsigned."""
+    weights = np.random.default_rng(seed).standard_normal(shape)
+    if np.dtype(dtype).kind not in "iu":
+        return weights.astype(dtype)
+    middle = 1 << 8 * np.dtype(dtype).itemsize - 1 if np.dtype(dtype).kind == "u" else 0
+    return (np.rint(weights * 10) + middle).astype(dtype)
 
 
 def same(got: NDArray[Any], want: NDArray[Any]) -> bool:
@@ -134,8 +145,85 @@ def test_bases_live_as_long_as_deltas_need_them(store: pydedup.Store) -> None:
     assert store.vacuum().pages_after == 0
 
 
-def test_copies_keep_deltas(store: pydedup.Store, tmp_path: Any) -> None:
-    base = base_of(np.uint8)
+INDEXED = (np.int8, np.int16, np.int32, np.uint8, np.uint16, np.uint32, ml_dtypes.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", INDEXED)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_family_is_found_under_other_names(
+    store: pydedup.Store, dtype: Any, at_once: bool
+) -> None:
+    base = quantised(dtype)
+    near = moved(base, 1)
+    models = {"base": {"w": base}, "near": {"other.name": near}}
+    reports = store.add_many(models) if at_once else [store.add(*model) for model in models.items()]
+    assert reports[1].delta_blocks == reports[1].blocks
+    assert same(store.load("near")["other.name"], near)
+    stranger = quantised(dtype, seed=1)
+    assert store.add("stranger", {"its.name": stranger}).delta_blocks == 0
+    assert same(store.load("stranger")["its.name"], stranger)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_a_zero_point_makes_no_blocks_alike(store: pydedup.Store, dtype: Any) -> None:
+    """All would be in one bucket of the index, of which the first 256 are looked at."""
+    base = quantised(dtype, (32 * 1500, 32)) // 4 + 96
+    store.add("base", {"w": base}, block_shape=(32, 32))
+    near = base.copy()
+    near[::32, 5] += 1
+    report = store.add("near", {"other.name": near}, block_shape=(32, 32))
+    assert report.delta_blocks == report.blocks == 1500
+    assert same(store.load("near")["other.name"], near)
+
+
+def test_equal_elements_and_sparse_ones(store: pydedup.Store) -> None:
+    """Of masks and padding, blocks have no length, or little of it."""
+    rng = np.random.default_rng(4)
+    w = np.zeros((64 * 80, 64), np.int8)
+    w[64 * 20 : 64 * 40] = -128
+    w[64 * 40 :] = rng.random((64 * 40, 64)) < 0.02
+    near = w.copy()
+    near[::7, ::5] += 1
+    for name, array in {"base": w, "near": near}.items():
+        store.add(name, {name: array}, block_shape=(64, 64))
+        assert same(store.load(name)[name], array)
+    assert store.verify().ok
+
+
+def test_what_a_vacuum_repacked_is_indexed_again(store: pydedup.Store) -> None:
+    base = quantised(np.int8)
+    store.add_many({"base": {"w": base}, "gone": {"v": quantised(np.int8, seed=1)}})
+    store.remove("gone")
+    store.vacuum()
+    report = store.add("near", {"other.name": moved(base, 1)})
+    assert report.delta_blocks == report.blocks
+
+
+@pytest.mark.parametrize("is_covered", [True, False])
+def test_an_old_store_is_added_to(store: pydedup.Store, is_covered: bool) -> None:
+    """It has no signatures of integers, on pages that were indexed for their floats or were not."""
+    base, other = quantised(np.int8), quantised(np.int8, seed=1)
+    floats = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+    store.add("base", {"w": base, "f": floats})
+    adapter = store._adapter
+    group = group_of((DType.I8, *store.info("base").tensors[0].block_shape))
+    pieces = [number for number, _ in adapter.signatures(group)]
+    assert pieces
+    if not is_covered:
+        pieces += [number for number, _ in adapter.signatures(0)]
+    with adapter.transaction():
+        adapter.delete_signatures(pieces)
+    for name, w in {"near": moved(base, 1), "other": other, "other-near": moved(other, 1)}.items():
+        report = store.add(name, {"w": w})
+        assert report.delta_blocks == (0 if name == "other" else report.blocks)
+        assert same(store.load(name)["w"], w)
+    again = store.add("again", {"other.name": moved(base, 2)})
+    assert again.delta_blocks == (0 if is_covered else again.blocks)
+    assert store.verify().ok
+
+
+def test_copies_keep_deltas_and_signatures(store: pydedup.Store, tmp_path: Any) -> None:
+    base = quantised(np.uint8)
     family = {"base": base, "near": moved(base, 1)}
     for name, w in family.items():
         store.add(name, {"w": w})
@@ -144,8 +232,10 @@ def test_copies_keep_deltas(store: pydedup.Store, tmp_path: Any) -> None:
     with pydedup.open(url) as other:
         for name, w in family.items():
             assert same(other.load(name)["w"], w)
-        report = other.add("late", {"w": moved(base, 2)})
+        floats = other.add("floats", {"f": np.ones(SHAPE, np.float32)})
+        report = other.add("late", {"other.name": moved(base, 2)})
         assert report.delta_blocks == report.blocks
+        assert floats.delta_blocks == 0
         assert other.verify().ok
 
 
