@@ -184,7 +184,7 @@ def replay(
     owners: NDArray[np.int64],
     budget_bytes: int,
     policy: str | None,
-) -> tuple[int, int, int]: ...
+) -> tuple[int, int, int, int]: ...
 
 # ---- gemm: products, rows, bags ----
 

@@ -122,12 +122,26 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a trace comes to under a policy, the pool being empty at first."""
+    """What a trace comes to under a policy, the pool being empty at first.
+
+    Attributes
+    ----------
+    policy
+        Its name.
+    hits, misses
+        Uses of pages that were in the pool, and of those that were not.
+    missed_bytes
+        Bytes of the pages that were not.
+    missed_calls
+        Calls with a miss before the next one began: those that waited for the database, where
+        none is made while another runs.
+    """
 
     policy: ReplayPolicy
     hits: int
     misses: int
     missed_bytes: int
+    missed_calls: int
 
     @property
     def hit_ratio(self) -> float:

@@ -127,7 +127,7 @@ def _node_of(fleet: Fleet, routing: str, count: int, rng: np.random.Generator) -
 
 
 def _mean(several: Sequence[Served]) -> Served:
-    columns = ("uses", "reads", "read_bytes", "rate", "resident")
+    columns = ("uses", "reads", "read_bytes", "waiting", "rate", "resident")
     return Served(*(float(np.mean([getattr(one, c) for one in several])) for c in columns))
 
 
@@ -162,7 +162,8 @@ def latency(
     tensors = float(np.mean(np.array([held.first[n].tensors for n in held.kind])[families]))
     looked = costs["catalog_model"] + tensors * costs["catalog_tensor"]
     catalog = (1 - catalog_hits(models)) * looked
-    read = served.reads * costs["read_page"] + served.read_bytes * costs["read_byte"]
+    read = served.waiting * costs["read_request"] + served.reads * costs["read_page"]
+    read += served.read_bytes * costs["read_byte"]
     # Only a full pool looks for a victim.
     victims = served.reads * min(served.resident, MOST_LOOKED_AT) * costs["victim_page"]
     return hot_seconds + catalog + read + victims, hot_seconds

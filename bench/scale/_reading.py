@@ -68,13 +68,15 @@ def read_costs(store: pydedup.Store, path: Path | None) -> dict[str, float]:
 
 #: Bytes that a pool has beside the pages of models, times that each state is timed.
 _SPARE, _STATES = 256 << 10, 21
-#: Times that the state is timed where pages are away, as each time it is others, and their share.
-_STATES_AWAY, _AWAY = 101, 0.25
+#: Share of the pages that a pool has room for which is too small, requests that it is asked.
+_TOO_SMALL, _STATES_MISSING = 0.75, 303
+#: Requests whose sum says what they cost.
+_ENOUGH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Seconds of a prediction: all in memory, its model unknown, and some of the pages away.
+    """Seconds of a prediction: all in memory, its model unknown, and some of the pages missing.
 
     Attributes
     ----------
@@ -93,9 +95,10 @@ def request_costs(
 ) -> Requested:
     """Time one kind of request, that uses these pages at most, in three states of a store.
 
-    Its pool just holds the pages. A full one has no room for blocks that are decoded once, either.
+    Its pool just holds the pages, so that it has no room for blocks that are decoded once, either;
+    or it is too small for them.
     """
-    with _just_room_for(url, request, pages) as store:
+    with _room_for(1.0, url, request, pages) as store:
         tensors = len(store._adapter.tensors(store._catalog.resolve(address).id))
 
         def forget() -> None:
@@ -103,26 +106,26 @@ def request_costs(
 
         hot = median_time(lambda: request(store), _STATES)
         forgotten = statistics.median(_timed(forget, lambda: request(store)))
-        missing = _with_pages_away(store, pages, lambda: request(store), hot)
-        return Requested(hot, forgotten, tensors, missing)
+    missing = _with_pages_missing(url, request, pages, hot)
+    return Requested(hot, forgotten, tensors, missing)
 
 
 def hot_seconds(
     url: str, request: Callable[[pydedup.Store], object], pages: Sequence[int]
 ) -> float:
     """Time a kind of request from memory alone, as `request_costs` does."""
-    with _just_room_for(url, request, pages) as store:
+    with _room_for(1.0, url, request, pages) as store:
         return median_time(lambda: request(store), _STATES)
 
 
 @contextlib.contextmanager
-def _just_room_for(
-    url: str, request: Callable[[pydedup.Store], object], pages: Sequence[int]
+def _room_for(
+    share: float, url: str, request: Callable[[pydedup.Store], object], pages: Sequence[int]
 ) -> Iterator[pydedup.Store]:
-    """Give a store whose pool holds these pages, and that knows all models that are asked."""
+    """Give a store whose pool holds so many of these pages, and that knows all models asked."""
     with pydedup.open(url, mode="r") as store:
         rows = store._adapter.page_rows(ids=pages)
-    needed = sum(row.payload_bytes for row in rows) + _SPARE
+    needed = int(share * sum(row.payload_bytes for row in rows)) + _SPARE
     with pydedup.open(url, mode="r", memory=needed + min(needed, 48 << 20)) as store:
         for _ in range(_STATES):  # models are asked in turns
             request(store)
@@ -142,34 +145,25 @@ def _timed(
     return spent
 
 
-def _with_pages_away(
-    store: pydedup.Store, pages: Sequence[int], request: Callable[[], object], hot: float
+def _with_pages_missing(
+    url: str, request: Callable[[pydedup.Store], object], pages: Sequence[int], hot: float
 ) -> tuple[tuple[float, float, float], ...]:
-    """Time requests some of whose pages are not in the pool, here and there.
+    """Time requests in a pool that is too small, where a page that comes takes another's place.
 
-    As in a pool that is too small. A whole model that is read ahead costs less a page.
+    Beside requests there that read nothing, where there are enough: after others had to read,
+    these take longer than where none has to. A whole model that is read ahead costs less a page.
     """
-    pool, rng = store._pool, np.random.default_rng(3)
-    before: list[dict[str, int]] = []
-
-    def prepare() -> None:
-        pool.clear()
-        pool.pages(np.array([page for page in pages if rng.random() >= _AWAY], np.int64))
-        before.append(pool.stats())
-
-    read = []
-
-    def counted() -> None:
-        request()
-        stats = pool.stats()
-        number = stats["inserts"] - before[-1]["inserts"]
-        read.append((number, max(stats["bytes"] - before[-1]["bytes"], 0)))
-
-    spent = _timed(prepare, counted, _STATES_AWAY)
+    spent = []
+    with _room_for(_TOO_SMALL, url, request, pages) as store:
+        nbytes = sum(row.payload_bytes for row in store._adapter.page_rows(ids=pages)) / len(pages)
+        for _ in range(_STATES_MISSING):
+            before = store._pool.stats()["inserts"]
+            (seconds,) = _timed(lambda: None, lambda: request(store), 1)
+            spent.append((seconds, store._pool.stats()["inserts"] - before))
+    unread = [seconds for seconds, number in spent if not number]
+    without = statistics.mean(unread) if len(unread) >= _ENOUGH else hot
     return tuple(
-        (max(seconds - hot, 0.0), float(number), float(nbytes))
-        for seconds, (number, nbytes) in zip(spent, read, strict=True)
-        if number > 0
+        (seconds - without, float(number), number * nbytes) for seconds, number in spent if number
     )
 
 
@@ -177,22 +171,37 @@ def request_prices(several: Sequence[Requested]) -> dict[str, float]:
     """Return what a model that has to be looked up and a page that has to be read cost."""
     looked = [(max(one.forgotten - one.hot, 0.0), 1.0, float(one.tensors)) for one in several]
     model, tensor = _fitted(looked)
-    # Sums of each kind: by themselves, requests that by chance took no longer would count most.
-    missing = [one.missing for one in several if one.missing]
-    page, nbyte = _fitted([tuple(map(sum, zip(*rows, strict=True))) for rows in missing])
+    request, page, nbyte = _fitted([row for one in several for row in _sums(one.missing)])
     return {
         "catalog_model": model,
         "catalog_tensor": tensor,
+        "read_request": request,
         "read_page": page,
         "read_byte": nbyte,
     }
 
 
-def _fitted(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Return the two prices, none below 0, that give these sums with the least relative errors."""
-    matrix = np.array([[a / s, b / s] for s, a, b in rows if s > 0])
-    found = nonnegative(matrix, np.ones(len(matrix)))
-    return float(found[0]), float(found[1])
+def _sums(
+    missing: Sequence[tuple[float, float, float]],
+) -> list[tuple[float, float, float, float]]:
+    """Return sums of seconds, requests, pages and bytes of those that read about as many pages.
+
+    By themselves, requests that by chance took no longer would count most.
+    """
+    groups: dict[int, list[tuple[float, float, float]]] = {}
+    for one in missing:
+        groups.setdefault(int(one[1]).bit_length(), []).append(one)
+    sums = [(len(group), np.sum(group, axis=0)) for group in groups.values()]
+    return [(float(s), float(n), float(p), float(b)) for n, (s, p, b) in sums if n >= _ENOUGH]
+
+
+def _fitted(rows: Sequence[tuple[float, ...]]) -> list[float]:
+    """Return the prices, none below 0, that give these sums with the least relative errors.
+
+    A row is a sum of seconds, and how much of each kind of work it is for.
+    """
+    matrix = np.array([np.divide(work, seconds) for seconds, *work in rows if seconds > 0])
+    return [float(price) for price in nonnegative(matrix, np.ones(len(matrix)))]
 
 
 def victim_cost(pages: int = MOST_LOOKED_AT) -> float:

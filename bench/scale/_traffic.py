@@ -169,6 +169,9 @@ class Served:
     ----------
     uses, reads, read_bytes
         Distinct pages that a request uses, pages that it has to read, and their bytes.
+    waiting
+        Share of the requests that have to read at all. Of a sample of the pages this is too high
+        where some requests read several and others none, and never above what ``reads`` allows.
     rate
         Share of pages that were replayed.
     resident
@@ -178,6 +181,7 @@ class Served:
     uses: float
     reads: float
     read_bytes: float
+    waiting: float
     rate: float
     resident: float
 
@@ -214,11 +218,12 @@ def serve(
     cut = int(np.searchsorted(trace.calls, split, side="right"))
     head = Trace(trace.pages[:cut], trace.nbytes[:cut], trace.calls[:cut], trace.owners)
     before, whole = replay(head, budget, policy), replay(trace, budget, policy)
-    count = len(models) - split
+    count = (len(models) - split) * rate
     return Served(
         uses=expected / len(models),
-        reads=(whole.misses - before.misses) / rate / count,
-        read_bytes=(whole.missed_bytes - before.missed_bytes) / rate / count,
+        reads=(whole.misses - before.misses) / count,
+        read_bytes=(whole.missed_bytes - before.missed_bytes) / count,
+        waiting=min((whole.missed_calls - before.missed_calls) / count, 1.0),
         rate=rate,
         resident=min(memory / mean_page, float(len(np.unique(trace.pages))) / rate),
     )

@@ -131,7 +131,7 @@ py::tuple replay_trace(const Array<std::int64_t>& pages, const Array<std::uint32
         const WithoutGil no_gil;
         result = replay(trace, budget_bytes, chosen);
     }
-    return py::make_tuple(result.hits, result.misses, result.missed_bytes);
+    return py::make_tuple(result.hits, result.misses, result.missed_bytes, result.missed_calls);
 }
 
 }  // namespace

@@ -32,17 +32,17 @@ def trace_of(calls: list[tuple[int, list[int]]], nbytes: int = 10) -> Trace:
     )
 
 
-def plain_misses(trace: Trace, places: int, policy: str) -> int:
-    """Misses with ``places`` pages of one size, as one would write the policy down."""
+def plain_misses(trace: Trace, places: int, policy: str) -> list[int]:
+    """Calls that missed, ``places`` pages of one size, as one would write the policy down."""
     resident: list[int] = []
     last: dict[int, int] = {}
     before: dict[int, int] = {}
     call_of: dict[int, int] = {}
-    misses = 0
+    misses = []
     uses = list(zip(trace.pages.tolist(), trace.calls.tolist(), strict=True))
     for now, (page, call) in enumerate(uses, 1):
         if page not in resident:
-            misses += 1
+            misses.append(call)
             if len(resident) == places:
                 resident.remove(_victim(policy, resident, last, before, uses, now))
             resident.append(page)
@@ -77,7 +77,8 @@ def test_misses_are_those_of_the_policy_as_written_down(
 ) -> None:
     trace = trace_of(calls)
     result = replay(trace, places * 10 + 9, policy)
-    assert result.misses == plain_misses(trace, places, policy)
+    missed = plain_misses(trace, places, policy)
+    assert (result.misses, result.missed_calls) == (len(missed), len(set(missed)))
     assert result.hits == len(trace) - result.misses
     assert result.missed_bytes == 10 * result.misses
 

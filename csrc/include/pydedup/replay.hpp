@@ -21,6 +21,7 @@ struct ReplayTrace {
 struct ReplayResult {
     std::uint64_t hits, misses;
     std::uint64_t missed_bytes;
+    std::uint64_t missed_calls;  ///< with a miss between their beginning and that of the next
 };
 
 /// Replays a trace through a pool of `budget_bytes` that is empty at first. Who owns a page is

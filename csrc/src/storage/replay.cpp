@@ -43,6 +43,25 @@ void check(const ReplayTrace& trace, std::size_t budget) {
     }
 }
 
+// Counts the misses of a trace, in its order.
+class Misses {
+  public:
+    Misses(const ReplayTrace& trace, ReplayResult& result) : trace_(trace), result_(result) {}
+
+    void add(std::size_t use) noexcept {
+        ++result_.misses;
+        result_.missed_bytes += trace_.bytes[use];
+        // Of no call are uses before the first one.
+        if (trace_.calls[use] != last_) ++result_.missed_calls;
+        last_ = trace_.calls[use];
+    }
+
+  private:
+    const ReplayTrace& trace_;
+    ReplayResult& result_;
+    std::uint32_t last_ = 0;
+};
+
 ReplayResult replay_optimum(const ReplayTrace& trace, std::size_t budget) {
     constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
     const std::size_t n = trace.pages.size();
@@ -54,6 +73,7 @@ ReplayResult replay_optimum(const ReplayTrace& trace, std::size_t budget) {
         }
     }
     ReplayResult result{};
+    Misses misses(trace, result);
     std::set<std::pair<std::size_t, std::size_t>> resident;  // next use, this one
     std::unordered_map<std::int64_t, std::size_t> used_at;   // of resident pages
     std::size_t bytes = 0;
@@ -63,8 +83,7 @@ ReplayResult replay_optimum(const ReplayTrace& trace, std::size_t budget) {
             resident.erase({i, at->second});
             at->second = i;
         } else {
-            ++result.misses;
-            result.missed_bytes += trace.bytes[i];
+            misses.add(i);
             while (bytes + trace.bytes[i] > budget) {
                 const std::size_t use = std::prev(resident.end())->second;
                 resident.erase(std::prev(resident.end()));
@@ -154,14 +173,14 @@ ReplayResult replay(const ReplayTrace& trace, std::size_t budget_bytes,
         pool.replacement().owns(owner, std::vector<std::int64_t>(pages.begin(), pages.end()));
     }
     ReplayResult result{};
+    Misses misses(trace, result);
     std::uint32_t call = 0;
     for (std::size_t i = 0; i < trace.pages.size(); ++i) {
         while (call < trace.calls[i]) pool.replacement().call(trace.owners[call++]);
         if (pool.use(trace.pages[i], trace.bytes[i])) {
             ++result.hits;
         } else {
-            ++result.misses;
-            result.missed_bytes += trace.bytes[i];
+            misses.add(i);
         }
     }
     return result;
