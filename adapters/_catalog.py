@@ -19,7 +19,7 @@ from ._schema import TABLES
 __all__ = ["CatalogCalls"]
 
 #: Artifacts are stored in parts of this size, as block maps are (`pydedup.blocks.PART_BYTES`).
-ARTIFACT_PART_BYTES = 16_000
+ARTIFACT_PART_BYTES = 4_000
 _INT_DIGITS = len(str(1 << 63))
 
 

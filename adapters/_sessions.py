@@ -298,6 +298,20 @@ class SessionPool:
         self._sessions.discard(session)
         session.close()
 
+    @contextlib.contextmanager
+    def emptied(self) -> Iterator[bool]:
+        """Close what nobody uses at the moment, and let no session be opened meanwhile.
+
+        Gives whether none is left. Each thread gets a new one when it next asks.
+        """
+        with self._lock:
+            for session in list(self._sessions):
+                if session.lock.acquire(blocking=False):
+                    with session:
+                        if session.scope is None and not session.kept:
+                            self.discard(session)
+            yield not self._sessions
+
     def close(self) -> bool:
         """Close all sessions of this process; returns whether this was the first call."""
         with self._lock:

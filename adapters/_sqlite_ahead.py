@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asking the system for the payloads of pages before they are read.
 
-SQLite reads 64 KiB at a time, and what the system then reads ahead by itself, up to megabytes for
-each place, is mostly not what is wanted next. So it is told: where the row of a page lies is found
-in the file (_sqlite_places.py), and asked for as a whole.
+SQLite reads 16 or 64 KiB at a time, and what the system then reads ahead by itself, up to megabytes
+for each place, is mostly not what is wanted next. So it is told: where the row of a page lies is
+found in the file (_sqlite_places.py), and asked for as a whole.
 
 These are hints: where something lies is a guess, and a wrong one costs a wrong hint.
 """

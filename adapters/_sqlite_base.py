@@ -25,17 +25,14 @@ from ._schema import NUMBERED, Dialect
 from ._sessions import READ, WRITE, Connection, Session
 from ._sqlite_ahead import PagesAhead
 from ._sqlite_errors import meaning
-from ._sqlite_file import Stamp, StoreFile
+from ._sqlite_file import ANY_READ, Stamp, StoreFile, enlarge_pages, wants_large_pages
 from ._sqlite_places import PagePlaces
 from ._sqlite_rows import SqliteRows
 from ._values import Row
 
-__all__ = ["ANY_READ", "DIALECT", "SqliteBase"]
+__all__ = ["DIALECT", "SqliteBase"]
 
-#: The cheapest statement that really reads the database.
-ANY_READ: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
-
-# Move the log when it has so many pages, 64 MiB. Staging leaves that to `settle`.
+# Move the log when it has so many pages, 64 MiB of large ones. Staging leaves that to `settle`.
 _AUTOCHECKPOINT: Final = "PRAGMA wal_autocheckpoint = 1000"
 
 DIALECT: Final = Dialect(
@@ -43,7 +40,7 @@ DIALECT: Final = Dialect(
     | {"int": "INTEGER", "float": "REAL", "hash": "BLOB", "blob": "BLOB"},
     identity="INTEGER PRIMARY KEY AUTOINCREMENT",
     table_options=" STRICT",
-    # Else the key is an index beside the table, and each takes a page of 64 KiB at least.
+    # Else the key is an index beside the table, and each takes a page of the file at least.
     keyed_table_options=", WITHOUT ROWID",
     page_pad=True,
     list_tables="SELECT name FROM sqlite_master WHERE type IN ('table', 'view')",
@@ -61,7 +58,7 @@ _BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 0", "BEGIN IMMEDIATE")
 WAIT_SLICE_SECONDS: Final = 0.25
 #: A checkpoint that readers hold up is not worth a longer wait.
 CHECKPOINT_SECONDS: Final = 1.0
-#: Pages of the file given back in one transaction, which holds them in memory: 16 MiB.
+#: Pages of the file given back in one transaction, which holds them in memory: 16 MiB at most.
 COMPACT_STEP: Final = 256
 
 
@@ -207,6 +204,20 @@ class SqliteBase(SqliteRows, DbApiAdapter):
                 raise ConflictError(f"{self._file.path} was changed while it was read; read again")
 
     # ---- staging ------------------------------------------------------------------------------
+
+    def expect(self, nbytes: int) -> None:
+        """Give a file that is small beside what comes larger pages, if nobody else has it open."""
+        with self._pool.acquire() as session:
+            if not wants_large_pages(session.connection, nbytes):
+                return
+        with self._pool.emptied() as is_empty:
+            if is_empty:
+                # Where that fails the pages stay as they are; who connects next sees to the log.
+                with (
+                    contextlib.closing(self._connect()) as connection,
+                    contextlib.suppress(self.driver_error),
+                ):
+                    enlarge_pages(connection)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:

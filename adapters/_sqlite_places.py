@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Payloads of pages where they lie in the file: found, and read without a copy.
 
-SQLite reads a payload 64 KiB at a time, and then it is copied twice: into `bytes`, and to where the
-pool keeps it. Here it goes there at once. Which pages there are, and their checksums, SQLite says;
-what was read is held against those, so where a row lies is a guess that may be wrong. A payload
-that is in pieces, or still in the log, is left to SQLite.
+SQLite reads a payload 16 or 64 KiB at a time, and then it is copied twice: into `bytes`, and to
+where the pool keeps it. Here it goes there at once. Which pages there are, and their checksums,
+SQLite says; what was read is held against those, so where a row lies is a guess that may be wrong.
+A payload that is in pieces, or still in the log, is left to SQLite.
 
 A page never changes, and its id is never given again: so its checksum is asked for once.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SQLite: a store in one file, which nothing has to be installed for.
 
-Here: all that needs the driver. The file is in WAL mode, so that reading never waits for writing,
-and every commit is synced but those that only stage (``SqliteBase.staging``).
+The file is in WAL mode, so that reading never waits for writing, and every commit is synced but
+those that only stage (``SqliteBase.staging``).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from pydedup.adapter import Adapter, Capabilities
-from pydedup.errors import NotAStoreError, StoreError
+from pydedup.errors import StoreError
 
 from ._connection import closed_on_error
 from ._sessions import Connection, SessionPool
-from ._sqlite_base import ANY_READ, DIALECT, SqliteBase
-from ._sqlite_errors import meaning
-from ._sqlite_file import Stamp, StoreFile, configure, is_ours, locate, make_ours
+from ._sqlite_base import DIALECT, SqliteBase
+from ._sqlite_connect import FileConnection, code_of, open_file, open_to_read, refuse_others
+from ._sqlite_file import ANY_READ, StoreFile, configure, locate, make_ours
 from ._sqlite_places import PagePlaces
 
 __all__ = ["SqliteAdapter", "connect"]
@@ -48,54 +48,11 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     file, timeout = locate(url, schema)
     size = file.size(create=mode == "a")
     if size:
-        _refuse_others(file, timeout)
+        refuse_others(file, timeout)
     if size is None:
         return SqliteAdapter(url, file, "mode=rwc", timeout)
     writes = mode == "a" and file.is_writable()
     return SqliteAdapter(url, file, "mode=rw" if writes else "mode=ro", timeout)
-
-
-class _Connection(sqlite3.Connection):
-    number: int | None = None  # of its own, see `SqliteBase.change_mark`
-    stamp: Stamp | None = None
-    """What the file looked like when it was taken for one that nobody changes."""
-
-
-def _open(file: StoreFile, options: str, timeout: float = 0.0) -> _Connection:
-    return sqlite3.connect(
-        file.uri(options),
-        timeout=timeout,
-        isolation_level=None,
-        check_same_thread=False,  # each thread has its own, but any may close it
-        factory=_Connection,
-        uri=True,
-    )
-
-
-def _code(error: sqlite3.Error) -> int:
-    return error.sqlite_errorcode & 0xFF  # without what extends it
-
-
-def _refuse_others(file: StoreFile, timeout: float) -> None:
-    """Raise NotAStoreError for a file that is no store, without changing anything."""
-    try:
-        try:
-            # As one that nobody changes, it is opened without recovery or a file beside it.
-            with contextlib.closing(_open(file, "mode=ro&immutable=1")) as connection:
-                ours = is_ours(connection)
-        except sqlite3.DatabaseError as error:
-            if _code(error) != sqlite3.SQLITE_CORRUPT:
-                raise
-            # Without its log a file looks damaged while, or after a writer was killed while,
-            # pages go from the one to the other.
-            with contextlib.closing(_open(file, "mode=ro", timeout)) as connection:
-                ours = is_ours(connection)
-    except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise meaning(error, file.path) from error
-    if not ours:
-        raise NotAStoreError(
-            f"{file.path} is a SQLite database of something else; give the store its own file"
-        )
 
 
 class SqliteAdapter(SqliteBase):
@@ -109,7 +66,7 @@ class SqliteAdapter(SqliteBase):
         is_stale = self._is_stale if read_only else None
         pool = SessionPool(self._connect, name=url, file=file.path, is_stale=is_stale)
         with pool.acquire() as session:
-            limit = cast(_Connection, session.connection).getlimit
+            limit = cast(FileConnection, session.connection).getlimit
             capabilities = Capabilities(
                 max_payload_bytes=limit(sqlite3.SQLITE_LIMIT_LENGTH) - ROW_BYTES,
                 max_parameters=limit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER),
@@ -129,7 +86,7 @@ class SqliteAdapter(SqliteBase):
             if self._options == "mode=ro":
                 connection = self._open_to_read()
             else:
-                connection = _open(self._file, self._options, self._timeout)
+                connection = open_file(self._file, self._options, self._timeout)
             with closed_on_error(connection):
                 if self._options != "mode=ro":
                     self._make_ours(connection)
@@ -140,7 +97,7 @@ class SqliteAdapter(SqliteBase):
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise self._translate(error) from error
 
-    def _make_ours(self, connection: _Connection) -> None:
+    def _make_ours(self, connection: FileConnection) -> None:
         deadline = time.monotonic() + self._timeout
         while True:
             try:
@@ -148,24 +105,21 @@ class SqliteAdapter(SqliteBase):
                 return
             except sqlite3.OperationalError as error:
                 # Two that switch to WAL at once get in each other's way without waiting.
-                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                if code_of(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
 
-    def _open_to_read(self) -> _Connection:
-        connection = _open(self._file, "mode=ro", self._timeout)
+    def _open_to_read(self) -> FileConnection:
         try:
-            with closed_on_error(connection):
-                connection.execute(ANY_READ).fetchall()
-            return connection
+            return open_to_read(self._file, self._timeout)
         except sqlite3.OperationalError as error:
             # Reading in WAL mode needs a file beside the database, to agree with writers.
             refusals = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
-            if _code(error) not in refusals or os.access(self._file.folder, os.W_OK):
+            if code_of(error) not in refusals or os.access(self._file.folder, os.W_OK):
                 raise
         self._file.refuse_unmerged()
         stamp = self._file.stamp()
-        connection = _open(self._file, "mode=ro&immutable=1")
+        connection = open_file(self._file, "mode=ro&immutable=1")
         connection.stamp = stamp
         return connection
 
@@ -175,7 +129,7 @@ class SqliteAdapter(SqliteBase):
             self._places.look_again(page_id)
             try:
                 with self._pool.acquire() as session:
-                    connection = cast(_Connection, session.connection)
+                    connection = cast(FileConnection, session.connection)
                     with connection.blobopen(table, "payload", page_id, readonly=True) as blob:
                         payload = blob.read()
             except (sqlite3.Error, OverflowError):
@@ -192,6 +146,6 @@ class SqliteAdapter(SqliteBase):
             # Reading left an empty log; a writer, when it is the last to leave, takes it along.
             with (
                 contextlib.suppress(sqlite3.Error),
-                contextlib.closing(_open(self._file, "mode=rw")) as connection,
+                contextlib.closing(open_file(self._file, "mode=rw")) as connection,
             ):
                 connection.execute(ANY_READ).fetchall()

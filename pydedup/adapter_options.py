@@ -17,6 +17,7 @@ from pydedup.errors import PydedupError
 __all__ = [
     "ChangeMarkAdapter",
     "CopiesAdapter",
+    "ExpectingAdapter",
     "FunctionsAdapter",
     "KeyRange",
     "NumberingAdapter",
@@ -259,6 +260,14 @@ class StagingAdapter(Protocol):
 
         What cannot be done now is left for later.
         """
+
+
+@runtime_checkable
+class ExpectingAdapter(Protocol):
+    """A database that is told how much will be written, optional for an adapter."""
+
+    def expect(self, nbytes: int) -> None:
+        """Prepare for payloads of so many bytes; outside of transactions. May do nothing."""
 
 
 @runtime_checkable

@@ -53,11 +53,11 @@ _MAP_VERSION = 1
 _DELTA_MAP_VERSION = 2  # of parts with a delta
 _MAP_HEADER = struct.Struct("<4sHHII")  # magic, version, slot bytes, pages, blocks
 #: Blocks in one part, of 4 bytes each and, where blocks have bases, of 8: less than
-#: `PART_BYTES`, unless the blocks of a part are on more than 130 pages.
-_MAP_PART_BLOCKS, _DELTA_PART_BLOCKS = 3840, 1920
-#: Bytes of a part that is a row of a table without rowids: of more, SQLite, with pages of 64 KiB,
-#: keeps the rest on a page of its own.
-PART_BYTES = 16000
+#: `PART_BYTES`, unless the blocks of a part are on more than 58 pages.
+_MAP_PART_BLOCKS, _DELTA_PART_BLOCKS = 880, 440
+#: Bytes of a part that is a row of a table without rowids: of more than a quarter of its page,
+#: which may have 16 KiB, SQLite keeps the rest on a page of its own.
+PART_BYTES = 4000
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -18,7 +18,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydedup.adapter import LIVE, STAGING, Adapter
-from pydedup.adapter_options import NumberingAdapter, StagingAdapter, only_sound_rows
+from pydedup.adapter_options import (
+    ExpectingAdapter,
+    NumberingAdapter,
+    StagingAdapter,
+    only_sound_rows,
+)
 from pydedup.errors import CorruptStoreError
 from pydedup.types import LARGEST_ID
 
@@ -77,6 +82,11 @@ class Job:
         with adapter.staging():
             yield
         self._settle(adapter)
+
+    def expect(self, nbytes: int) -> None:
+        """Tell the database how many bytes of pages will be staged; outside of transactions."""
+        if isinstance(self._adapter, ExpectingAdapter):
+            self._adapter.expect(nbytes)
 
     def publishing(self) -> AbstractContextManager[None]:
         """Transaction that makes durable what was staged."""

@@ -154,6 +154,7 @@ ADAPTER_DRIVERS = {
     "_postgres_said.py": {"psycopg"},
     "_postgres_statement.py": {"psycopg"},
     "mysql.py": {"mysql"},
+    "_sqlite_connect.py": {"sqlite3"},
     "_sqlite_rows.py": {"sqlite3"},
     "_sqlite_functions.py": {"sqlite3"},
 }

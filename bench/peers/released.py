@@ -32,6 +32,7 @@ from _stored import (
     wheel,
     xor_planes,
     zipnn_bytes,
+    zstd_bytes,
     zstd_planes,
 )
 from numpy.typing import NDArray
@@ -266,6 +267,9 @@ def controls() -> Iterator[Finding]:
                 yield Finding(case, peer, 100 * taken / size, "%")
         most = 100 * best / size
         yield Finding(case, "pydedup, file", 100 * file / size, "%", most=round(most, 2))
+        taken = sum(map(zstd_bytes, models.values()))
+        yield Finding(case, "zstd-19 of the bytes", 100 * taken / size, "%")
+        yield Finding(case, "pydedup, file, of zstd-19's", file / taken, "", most=1)
         yield from search_cost(case, models)
     minilm = {"MiniLM": load_safetensors(only(members("base", "model.safetensors")))}
     yield from search_cost("MiniLM alone", minilm)

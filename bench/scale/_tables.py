@@ -19,6 +19,7 @@ import numpy as np
 from _sharing import Brought
 
 from pydedup.adapter import LIVE, Adapter, ModelRow, TensorRow
+from pydedup.adapter_options import ExpectingAdapter
 
 __all__ = [
     "BTREES",
@@ -47,6 +48,7 @@ TABLES = (
 )
 #: What `fill` puts on a page, and the page size of SQLite stores.
 _LITTLE, SQLITE_PAGE = 64, 65536
+_MUCH = 1 << 40
 #: Trees of a table and its indexes, each at least a page.
 BTREES = dict.fromkeys(TABLES, 2) | {"model_pages": 3, "distinct_blocks": 3}
 _MODELS_PER_TRANSACTION = 50
@@ -89,6 +91,8 @@ def fill(adapter: Adapter, models: int, one: Brought, *, first: int = 0) -> dict
 
     Parts, pages and blocks are rounded to whole numbers, at least one of each.
     """
+    if isinstance(adapter, ExpectingAdapter):
+        adapter.expect(_MUCH)  # it stands for a store of large models
     filling = _Filling(adapter, one, first)
     for start in range(first, first + models, _MODELS_PER_TRANSACTION):
         began = time.perf_counter()
@@ -140,12 +144,13 @@ class _Filling:
             TensorRow(model, i, called, "f32", "[30522, 384]", "[64, 64]") for i in range(count)
         ]
         write("tensors", to.insert_tensors, tensors, rows=count)
-        for table, total, insert in (
-            ("block_maps", one.map_payload, to.insert_block_maps),
-            ("source_hashes", one.hash_payload, to.insert_source_hashes),
+        for table, total, part_count, insert in (
+            ("block_maps", one.map_payload, one.map_parts, to.insert_block_maps),
+            ("source_hashes", one.hash_payload, one.hash_parts, to.insert_source_hashes),
         ):
-            parts = [(model, i, 0, part) for i, part in enumerate(self._payloads(total, count))]
-            write(table, insert, parts, rows=count)
+            payloads = self._payloads(total, max(1, round(part_count)))
+            parts = [(model, i, 0, part) for i, part in enumerate(payloads)]
+            write(table, insert, parts, rows=len(parts))
         payloads = self._payloads(one.artifact_payload, max(1, round(one.artifacts)))
         artifacts = [(f"a{i}", "application/json", part) for i, part in enumerate(payloads)]
         write("artifacts", to.insert_artifacts, model, artifacts, rows=len(artifacts))

@@ -131,7 +131,9 @@ class _Copier:
         self._known = Known()
         self._there = look_at_target(target.adapter, source.adapter)
         self._look()
-        self._progress = CopyProgress(progress, sum(self._survey.sizes.values()))
+        nbytes = sum(self._survey.sizes.values())
+        Job(target.adapter, "copy").expect(nbytes)
+        self._progress = CopyProgress(progress, nbytes)
 
     def _look(self) -> None:
         """Look at the source."""

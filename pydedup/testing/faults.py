@@ -15,14 +15,19 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pydedup.adapter import Adapter
-from pydedup.adapter_options import NumberingAdapter, RowAdapter, StagingAdapter
+from pydedup.adapter_options import (
+    ExpectingAdapter,
+    NumberingAdapter,
+    RowAdapter,
+    StagingAdapter,
+)
 
 __all__ = ["Fault", "FaultyAdapter", "inject"]
 
 _SCOPES = ("transaction", "staging", "publishing", "snapshot")
 _NOT_CALLS = ("url", "read_only", "capabilities")
 #: Passed on, too, where an adapter has them.
-_OPTIONAL = (StagingAdapter, NumberingAdapter)
+_OPTIONAL = (ExpectingAdapter, StagingAdapter, NumberingAdapter)
 
 
 @dataclass(frozen=True)

@@ -206,10 +206,12 @@ def test_an_add_leaves_out_all_damaged_pages_at_once(store_url: str) -> None:
         for page_id in damaged:
             change(store_url, cut, page_id)
 
-        def note(stage: str, value: int, total: int) -> None:
-            if stage == "matching":
-                done.append(value)
+    def note(stage: str, value: int, total: int) -> None:
+        if stage == "matching":
+            done.append(value)
 
+    # Anew: in SQLite's file what was cut off is still there, and would be read where it was met.
+    with small_pages(64), pydedup.open(store_url) as store:
         report = store.add("two", model, policy=policies.Exact(), progress=note)
         assert report.damaged_pages == tuple(damaged)
         assert done.count(model["sound"].nbytes) == 2  # times that it was matched

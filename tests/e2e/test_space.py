@@ -82,7 +82,7 @@ def test_mariadb_ends_a_snapshot_that_is_read_meanwhile(
 
 
 def test_a_version_takes_no_pages_for_tables_of_its_own(tmp_path: Path) -> None:
-    """SQLite: what a row has beyond a quarter of a page takes a page, 64 KiB, however little."""
+    """SQLite: what a row has beyond a quarter of a page takes a page, however little."""
     path, versions = tmp_path / "s.db", 40
     array = np.random.default_rng(0).standard_normal((288, 288)).astype(np.float32)
     with pydedup.open(path) as store:

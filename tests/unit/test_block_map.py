@@ -58,7 +58,7 @@ def test_only_parts_with_a_delta_are_version_2_and_all_are_small() -> None:
     base_slots = np.zeros(count, np.uint32)
     base_slots[-1] = 2
     parts = list(BlockMap(grid, DType.F32, pages, slots(*[0] * count), bases, base_slots).parts())
-    assert [part[4] for part in parts] == [1] * 36 + [2]
+    assert [part[4] for part in parts] == [1] * 159 + [2]
     read = BlockMap.from_parts(parts, grid, DType.F32)
     assert read.bases is not None
     assert (read.bases[0] == bases).all()

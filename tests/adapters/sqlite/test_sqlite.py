@@ -53,7 +53,7 @@ def ask(path: Path, sql: str) -> Any:
 
 
 def test_the_file_is_shaped_for_pages(adapter: Adapter, path: Path) -> None:
-    assert ask(path, "PRAGMA page_size") == 65536
+    assert ask(path, "PRAGMA page_size") == 16384
     assert ask(path, "PRAGMA auto_vacuum") == 2
     assert ask(path, "PRAGMA journal_mode") == "wal"
     assert ask(path, "PRAGMA application_id") == int.from_bytes(b"pydd", "big")
@@ -69,7 +69,7 @@ def test_an_empty_database_of_another_shape_is_adopted(path: Path) -> None:
     assert ask(path, "PRAGMA page_size") == 4096
     assert path.stat().st_size > 0
     open_store(path).close()
-    assert ask(path, "PRAGMA page_size") == 65536
+    assert ask(path, "PRAGMA page_size") == 16384
     assert ask(path, "PRAGMA auto_vacuum") == 2
 
 
@@ -182,7 +182,7 @@ def test_capabilities_are_those_of_the_library(path: Path, monkeypatch: pytest.M
     # With the library's limit at 16 MiB, the contract's test writes a payload of that size.
     from pydedup.adapters import sqlite
 
-    original = sqlite._open
+    original = sqlite.open_file
 
     def limited(*args: Any) -> sqlite3.Connection:
         connection: sqlite3.Connection = original(*args)
@@ -190,7 +190,7 @@ def test_capabilities_are_those_of_the_library(path: Path, monkeypatch: pytest.M
         connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 100)
         return connection
 
-    monkeypatch.setattr(sqlite, "_open", limited)
+    monkeypatch.setattr(sqlite, "open_file", limited)
     adapter = open_store(path)
     try:
         capabilities = adapter.capabilities
