@@ -22,6 +22,7 @@ from pydedup.errors import (
 
 from ._errors import KeyTakenError
 from ._schema import PREFIX
+from ._sqlite_file import LARGE_PAGE_BYTES
 
 __all__ = ["meaning"]
 
@@ -113,9 +114,9 @@ def _left_by_others(path: str) -> list[str]:
 
 
 def _is_empty(path: str) -> bool:
-    """Whether a file is there, and nothing in it."""
+    """Whether a file is there, and nothing in it but the first page, so no table of ours."""
     try:
-        return Path(path).stat().st_size == 0
+        return Path(path).stat().st_size <= LARGE_PAGE_BYTES
     except OSError:
         return False
 

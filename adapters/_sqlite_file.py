@@ -19,6 +19,7 @@ from ._schema import PREFIX, TABLES
 
 __all__ = [
     "ANY_READ",
+    "LARGE_PAGE_BYTES",
     "Stamp",
     "StoreFile",
     "configure",
@@ -38,7 +39,7 @@ ANY_READ: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
 #: Bytes of a page of the file. Each table and index has one at least, so a new file has small ones;
 #: of large ones a megabyte is written and read in a third less of the processor's time.
 _PAGE_BYTES: Final = 16 << 10
-_LARGE_PAGE_BYTES: Final = 64 << 10
+LARGE_PAGE_BYTES: Final = 64 << 10
 #: So much must come that it pays to write the file anew, and so many times what is there.
 _ENLARGE_BYTES: Final = 32 << 20
 _ENLARGE_TIMES: Final = 8
@@ -194,7 +195,7 @@ def wants_large_pages(connection: Any, nbytes: int) -> bool:
     """
     page_bytes = ask(connection, "PRAGMA page_size")
     there = ask(connection, "PRAGMA page_count") * page_bytes
-    if page_bytes >= _LARGE_PAGE_BYTES or nbytes < max(_ENLARGE_BYTES, there * _ENLARGE_TIMES):
+    if page_bytes >= LARGE_PAGE_BYTES or nbytes < max(_ENLARGE_BYTES, there * _ENLARGE_TIMES):
         return False
     ours = {PREFIX + table for table in TABLES}
     tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
@@ -204,7 +205,7 @@ def wants_large_pages(connection: Any, nbytes: int) -> bool:
 def enlarge_pages(connection: Any) -> None:
     """Write a file anew with large pages; SQLite refuses that while it is open elsewhere."""
     connection.executescript(
-        f"PRAGMA journal_mode = DELETE; PRAGMA page_size = {_LARGE_PAGE_BYTES}; VACUUM;"
+        f"PRAGMA journal_mode = DELETE; PRAGMA page_size = {LARGE_PAGE_BYTES}; VACUUM;"
         "PRAGMA journal_mode = WAL"
     )
 
