@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError, CorruptStoreError, StoreError
@@ -54,8 +54,11 @@ def main_file(connection: object) -> str:
 
 
 def state(connection: object) -> tuple[str, str]:
-    """Return id and epoch of the store in a connection's file, as its statement sees it."""
-    rows = _rows(_checked(connection), _STATE)
+    """Return id and epoch of the store in a connection's file, as its statement sees it.
+
+    The connection is one that `bind` took: this is asked for each row.
+    """
+    rows = _rows(cast(sqlite3.Connection, connection), _STATE)
     try:
         (store_id,), (epoch,) = as_recorded(rows, ["text"])
     except (ValueError, WrongValueError) as error:

@@ -19,7 +19,7 @@ from typing import Self
 from pydedup import _core
 from pydedup.errors import BudgetError
 
-__all__ = ["Gate", "Reservation", "Shadow", "Shares"]
+__all__ = ["Gate", "Held", "Reservation", "Shadow", "Shares"]
 
 
 # After so long who waits looks again by itself.
@@ -79,13 +79,18 @@ class Held:
         self._gate = gate
         self._is_in = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         try:
             self._is_in = True
             self._gate.enter(self._ticket, self._thread, self._amount, waits=self._waits)
         except BaseException:  # an interrupt may come when it is let in
             self._gate.leave(self._ticket)
             raise
+        return self
+
+    def take_more(self, amount: int) -> None:
+        """Take more, without waiting, whether there is room or not; until this is left."""
+        self._gate.add(self._ticket, amount)
 
     def __exit__(self, *error: object) -> None:
         self._gate.leave(self._ticket)
@@ -152,8 +157,15 @@ class Gate:
             if self._told is not None:
                 self._tell()
 
+    def add(self, ticket: object, amount: int) -> None:
+        """Let a ticket that is inside have more."""
+        with self._lock:
+            thread, held = self._holders[ticket]
+            self._holders[ticket] = thread, held + amount
+            self._tell()
+
     def leave(self, ticket: object) -> None:
-        """Give back what the ticket was let in with; on any thread."""
+        """Give back what the ticket has; on any thread."""
         self._holders.pop(ticket, None)
         if self._told is not None or self._waiting:
             with self._lock:
@@ -186,21 +198,16 @@ class Gate:
         with self._lock:
             if self.used + amount > self._limit:
                 return False
-            self.take(amount)
-            return True
-
-    def take(self, amount: int) -> None:
-        """Take room, whether there is some or not, until `give_back` is called."""
-        with self._lock:
             self._taken += amount
             try:
                 self._tell()
             except BaseException:
                 self._taken -= amount
                 raise
+            return True
 
     def give_back(self, amount: int) -> None:
-        """Return what `take` or `try_take` took; on any thread."""
+        """Return what `try_take` took; on any thread."""
         with self._lock:
             self._taken -= amount
             self._tell()
@@ -308,26 +315,13 @@ class Shares:
         """What activations may take together, in bytes."""
         return self._activations.limit
 
-    @contextmanager
-    def activations(self, nbytes: int, *, waits: bool = True) -> Iterator[Callable[[int], None]]:
+    def activations(self, nbytes: int, *, waits: bool = True) -> Held:
         """Count the activations of a prediction against the budget, waiting for others' to go.
 
-        More than `activation_bytes` is let in alone, and counted as far as there is room. What is
-        yielded counts so many bytes more, without waiting, for one who finds out on the way.
+        More than `activation_bytes` is let in alone, and counted as far as there is room. Who finds
+        out on the way that it is more says so (`Held.take_more`).
         """
-        gate, more = self._activations, 0
-
-        def take_more(nbytes: int) -> None:
-            nonlocal more
-            gate.take(nbytes)
-            more += nbytes
-
-        with gate.hold(nbytes, waits=waits):
-            try:
-                yield take_more
-            finally:
-                if more:
-                    gate.give_back(more)
+        return self._activations.hold(nbytes, waits=waits)
 
     def _reserve(self, nbytes: int) -> Reservation:
         reservation = Reservation(self._core.reserve(nbytes), nbytes, self._give_back)

@@ -27,7 +27,7 @@ from pydedup import _core
 from pydedup._core import Page
 from pydedup.arguments import as_unsigned
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, UnavailableError
-from pydedup.pool.admission import Reservation, Shares
+from pydedup.pool.admission import Held, Reservation, Shares
 from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
 from pydedup.pool.prefetch import Call, Room
 from pydedup.pool.walks import Walks
@@ -68,7 +68,7 @@ class Keeper(Protocol):
     def give_up(self) -> bool:
         """Give up a reservation that is not in use, and return whether there was one."""
 
-    def alone(self) -> AbstractContextManager[None]:
+    def alone(self) -> AbstractContextManager[object]:
         """Wait for those that are in use, and let nobody begin with one as long as this lasts."""
 
 
@@ -289,9 +289,7 @@ class PagePool(Walks):
         """What activations may take together, in bytes."""
         return self._shares.activation_bytes
 
-    def activations(
-        self, nbytes: int, *, waits: bool = True
-    ) -> AbstractContextManager[Callable[[int], None]]:
+    def activations(self, nbytes: int, *, waits: bool = True) -> Held:
         """Count activations; see `pydedup.pool.admission.Shares.activations`."""
         return self._shares.activations(nbytes, waits=waits)
 

@@ -141,7 +141,7 @@ class Walks(abc.ABC):
         """Return the windows of a walk over blocks in order, the same list each time."""
         return self._plans.of(page_ids, _pages_of(bases), _in_order(bases), self.window_pages)
 
-    def hold(self, count: int) -> AbstractContextManager[None]:
+    def hold(self, count: int) -> AbstractContextManager[object]:
         """Keep room for so many pages that are used out of the pool, as a walk does."""
         return self._shares.walks.hold(count * self._loader.largest)
 

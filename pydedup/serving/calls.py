@@ -13,7 +13,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -103,8 +103,7 @@ class Calls:
         Raises ArgumentError for features that do not fit, NotFoundError.
         """
         ready = self._ready(model)
-        names = [f"feature {number}" for number in range(1, len(values) + 1)]
-        predicted = ready.run(features_of(values, names, ready.kind)[None])
+        predicted = ready.run(features_of(values, _names(len(values)), ready.kind)[None])
         if isinstance(predicted, Mapping):
             return {name: _only(array) for name, array in predicted.items()}
         return _only(predicted)
@@ -114,8 +113,7 @@ class Calls:
         ready = self._ready(model)
         if not rows:
             return np.zeros((0, 0), np.float32)
-        names = [f"feature {number}" for number in range(1, len(rows[0]) + 1)]
-        made = []
+        names, made = _names(len(rows[0])), []
         for number, values in enumerate(rows, 1):
             try:
                 made.append(features_of(values, names, ready.kind))
@@ -146,6 +144,12 @@ class Calls:
             _keep(self._models, row.id, ready)
         _keep(self._addresses, address, (state, ready))
         return ready
+
+
+@lru_cache(maxsize=_KEPT)
+def _names(count: int) -> list[str]:
+    """Return what messages call the features of a row."""
+    return [f"feature {number}" for number in range(1, count + 1)]
 
 
 def _keep(kept: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> None:

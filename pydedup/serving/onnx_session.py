@@ -244,7 +244,7 @@ class _Runner:
             forgotten = self._held.popitem(last=False) if self._held else None
         return forgotten is not None
 
-    def alone(self) -> AbstractContextManager[None]:
+    def alone(self) -> AbstractContextManager[object]:
         """Wait for all other calls, and keep those that come waiting."""
         return self.calls.hold(self.calls.limit)
 

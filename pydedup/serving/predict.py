@@ -151,7 +151,8 @@ def _run(request: Prediction, tensor_of: TensorOf, pool: PagePool) -> dict[str, 
     stacks = stacks_of(model, request.graph, tensor_of, pool)
 
     def run(inputs: dict[str, _Array]) -> dict[str, _Array]:
-        return run_graph(request.graph, tensors, inputs, stacks)
+        made = stacks.run_whole(inputs)
+        return run_graph(request.graph, tensors, inputs, stacks) if made is None else made
 
     most = pool.activation_bytes // 2  # so that two can predict at a time
     if plan is None or plan.rows is None or plan.rows < 2 or plan.nbytes <= most:

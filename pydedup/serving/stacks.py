@@ -57,10 +57,21 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """What runs some chains of a model, by the value that the first node of each makes."""
+    """What runs some chains of a model, by the value that the first node of each makes.
+
+    ``whole`` is the value of the first node where one chain is all of the graph.
+    """
 
     found: Mapping[str, tuple[Chain, Stack]]
     pool: PagePool
+    whole: str | None = None
+
+    def run_whole(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, _Array] | None:
+        """Return the output of a graph that is one chain, None where it is not or cannot run."""
+        if self.whole is None or list(inputs) != [self.found[self.whole][0].input]:
+            return None
+        ran = self.run(self.whole, inputs)
+        return None if ran is None else {ran[0].output: ran[1]}
 
     def run(self, first: str, values: Mapping[str, NDArray[Any]]) -> tuple[Chain, _Array] | None:
         """Return the chain that begins there and what it gives, None where it cannot run."""
@@ -122,9 +133,10 @@ def stacks_of(
     if known.stacks is None:
         try:
             known.stacks = _made(model, graph, tensor_of, pool)
+            known.whole = _whole(graph, known.stacks)
         except PydedupError:  # the engine meets it, and says what it is
             return Stacks({}, pool)
-    return Stacks(known.stacks, pool)
+    return Stacks(known.stacks, pool, known.whole)
 
 
 # ---- inside -------------------------------------------------------------------------------------
@@ -136,6 +148,7 @@ class _Known:
 
     state: int
     stacks: Mapping[str, tuple[Chain, Stack]] | None = None
+    whole: str | None = None
 
 
 _known: weakref.WeakKeyDictionary[StoredModel, _Known] = weakref.WeakKeyDictionary()
@@ -160,6 +173,16 @@ def _made(
             return {}
         made[chain.steps[0][0].output] = chain, stack
     return made
+
+
+def _whole(graph: Graph, made: Mapping[str, tuple[Chain, Stack]]) -> str | None:
+    """Return the first value of a chain that is all of a graph, None where none is."""
+    if len(made) != 1 or graph.halves:
+        return None
+    ((first, (chain, _)),) = made.items()
+    ends = list(graph.inputs), list(graph.outputs)
+    is_whole = ends == ([chain.input], [chain.output]) and len(chain.made) == len(graph.nodes)
+    return first if is_whole else None
 
 
 def _layer(

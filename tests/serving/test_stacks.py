@@ -54,6 +54,7 @@ def stacks(store: pydedup.Store, name: str) -> Stacks:
 A, B, C = linear("x", "a"), linear("ra", "b"), linear("rb", "c")
 RA, RB = Node("relu", ("a",), "ra"), Node("relu", ("b",), "rb")
 SOFTMAX = Node("softmax", ("c",), "s")
+SIDE = Node("tanh", ("ra",), "side")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,43 @@ def test_bits_are_those_of_the_layers_one_by_one(
         got = store.predict("m", x)
         np.testing.assert_array_equal(got, expected)
         assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+
+
+@pytest.mark.parametrize(
+    ("graph", "whole"),
+    [
+        (net(A, RA, B), "a"),
+        (net(A), "a"),
+        (net(A, RA, B, outputs=("ra", "b")), None),  # two chains
+        (net(A, RA, B, SIDE), None),
+        (net(A, RA, B, SIDE, outputs=("b",)), None),  # of which nobody needs the last
+        (net(Node("relu", ("x",), "h"), linear("h", "a"), RA, B), None),
+        (Graph(("x", "unused"), ("b",), (A, RA, B)), None),
+        (Graph(("x",), ("b",), (A, RA, B), ("b",)), None),
+    ],
+)
+def test_a_graph_that_is_one_chain(store: pydedup.Store, graph: Graph, whole: str | None) -> None:
+    arrays = weights([np.float32] * 2, [8, 6, 5], None, False)
+    store.add("m", arrays, graph=graph)
+    x = RNG.standard_normal((3, 8)).astype(np.float32)
+    inputs: Any = x if len(graph.inputs) == 1 else {"x": x, "unused": x}
+    first = store.predict("m", inputs)
+    found = stacks(store, "m")
+    assert found.whole == whole
+    values = {"x": x}
+    ran = found.run_whole(values)
+    if whole is None:
+        assert ran is None
+    else:
+        assert ran is not None
+        np.testing.assert_array_equal(ran[graph.outputs[0]], first)
+        assert found.run_whole({"y": x}) is None
+        assert found.run_whole({**values, "y": x}) is None
+    for _ in range(2):
+        np.testing.assert_equal(store.predict("m", inputs), first)
+    for wrong in ({"y": x}, {"x": x, "y": x}):
+        with pytest.raises(ArgumentError, match=r"unknown input 'y'"):
+            store.predict("m", wrong)
 
 
 def test_no_rows(store: pydedup.Store) -> None:

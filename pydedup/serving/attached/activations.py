@@ -106,12 +106,12 @@ class Activations:
         thread = threading.get_ident()
         _here.counted = True
         try:
-            with pool.activations(expected, waits=waits) as take_more:
+            with pool.activations(expected, waits=waits) as held:
                 threads.add(thread)
                 if is_known:
                     yield
                     return
-                meter = _Meter(expected, take_more)
+                meter = _Meter(expected, held.take_more)
                 try:
                     with meter:
                         yield
