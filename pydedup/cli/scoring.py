@@ -170,13 +170,13 @@ def _print(report: ScoreReport) -> None:
     if report.resumed:
         warn(f"continuing with {report.model}, which the work began with")
     if not report.rows + report.skipped + report.failed:
-        output.print_note(f"the query finds no rows; table {report.table} exists")
+        output.print_note(f"there are no rows to predict; {report.table} exists")
         return
     said = f"scored {text.plural(report.rows, 'row')} with {report.model} into {report.table}"
     if report.skipped:
         said += f"; {text.count(report.skipped)} were there"
         if not report.rows + report.failed:  # maybe by another version
-            said += " (to predict them anew, delete them or name another table)"
+            said += " (to predict them anew, delete them or name another place)"
     if report.failed:
         said += f"; {text.count(report.failed)} could not be predicted"
     output.print_note(said)

@@ -73,6 +73,10 @@ class Job:
                     "files, or a ray.data.Dataset"
                 )
             self.dataset = dataset
+        if not isinstance(into, str | os.PathLike):
+            raise ArgumentError(
+                f"into must be a table's name or the path of a folder, not {type(into).__name__}"
+            )
         self.into = into if isinstance(into, str) else None
         if not isinstance(into, str) and is_url(into):
             raise ArgumentError(

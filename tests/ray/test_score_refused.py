@@ -49,6 +49,7 @@ def test_what_is_wrong_is_said_before_work_begins(
         ("SELECT id, f0, f1 FROM t", "p", {}, "takes 3 features, and there are 2 columns"),
         ("SELECT f0, f1, f2, id FROM t", "t", {}, "'f0' of table t is not unique"),
         (7, "p", {}, "dataset is a int"),
+        (query, None, {}, "into must be a table's name or the path of a folder, not NoneType"),
         ([], "p", {}, "no Parquet file in nothing"),
         (Path("s3://bucket/x"), "p", {}, "s3://bucket/x is in an object store"),
         (["s3://bucket/x"], "p", {}, "let Ray read it, into a table"),
