@@ -210,6 +210,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         with self._pool.acquire() as session:
             if not wants_large_pages(session.connection, nbytes):
                 return
+        self._file.refuse_other_names()
         with self._pool.emptied() as is_empty:
             if is_empty:
                 # Where that fails the pages stay as they are; who connects next sees to the log.

@@ -21,6 +21,7 @@ import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, Adapter
 from pydedup.adapter_options import ExpectingAdapter
+from pydedup.errors import ReadOnlyError
 from pydedup.policies import Exact
 
 from .conftest import add_pages, open_store
@@ -93,6 +94,16 @@ def test_a_file_with_tables_of_the_user_stays(adapter: Adapter, path: Path) -> N
     assert shape(path) == (SMALL, 2, "wal")
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT rowid, x FROM mine").fetchall() == rows
+
+
+def test_a_file_of_several_names_stays(adapter: Adapter, path: Path) -> None:
+    """It was written anew by one of them, whose journal and lock the others do not see."""
+    adapter.checkpoint()
+    before = path.read_bytes()
+    path.with_name("other.db").hardlink_to(path)
+    with pytest.raises(ReadOnlyError, match=r"store\.db is one of 2 names"):
+        expect(adapter, 1 << 40)
+    assert path.read_bytes() == before
 
 
 def test_a_file_that_another_has_open_stays(adapter: Adapter, path: Path) -> None:
