@@ -32,7 +32,7 @@ from pydedup.errors import StoreError, UnavailableError
 
 from ._connection import Anchor, Connection, Session
 
-__all__ = ["READ", "WRITE", "Connection", "Session", "SessionPool"]
+__all__ = ["READ", "WRITE", "Connection", "Session", "SessionPool", "forks_held_off"]
 
 READ: Final = "snapshot"
 WRITE: Final = "transaction"
@@ -380,6 +380,12 @@ class _Fork:
             self._held.append(pool)
             pool.close_idle()
 
+    @contextlib.contextmanager
+    def held_off(self) -> Iterator[None]:
+        """Let no thread fork as long as this lasts, which is to be short."""
+        with self._lock:
+            yield
+
     def in_parent(self) -> None:
         while self._held:
             self._held.pop().resume()
@@ -392,6 +398,8 @@ class _Fork:
 
 
 _fork = _Fork()
+#: For what is done with a driver without a session: a child may inherit its locks, never released.
+forks_held_off = _fork.held_off
 os.register_at_fork(
     before=_fork.before, after_in_parent=_fork.in_parent, after_in_child=_fork.in_child
 )

@@ -40,7 +40,8 @@ ANY_READ: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
 #: of large ones a megabyte is written and read in a third less of the processor's time.
 _PAGE_BYTES: Final = 16 << 10
 LARGE_PAGE_BYTES: Final = 64 << 10
-#: So much must come that it pays to write the file anew, and so many times what is there.
+#: So much must come that it pays to write the file anew, and so many times what is there, which may
+#: be no more than that: meanwhile others wait.
 _ENLARGE_BYTES: Final = 32 << 20
 _ENLARGE_TIMES: Final = 8
 
@@ -195,7 +196,9 @@ def wants_large_pages(connection: Any, nbytes: int) -> bool:
     """
     page_bytes = ask(connection, "PRAGMA page_size")
     there = ask(connection, "PRAGMA page_count") * page_bytes
-    if page_bytes >= LARGE_PAGE_BYTES or nbytes < max(_ENLARGE_BYTES, there * _ENLARGE_TIMES):
+    if page_bytes >= LARGE_PAGE_BYTES or there > _ENLARGE_BYTES:
+        return False
+    if nbytes < max(_ENLARGE_BYTES, there * _ENLARGE_TIMES):
         return False
     ours = {PREFIX + table for table in TABLES}
     tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")

@@ -18,7 +18,7 @@ from pydedup.adapter import Adapter, Capabilities
 from pydedup.errors import StoreError
 
 from ._connection import closed_on_error
-from ._sessions import Connection, SessionPool
+from ._sessions import Connection, SessionPool, forks_held_off
 from ._sqlite_base import DIALECT, SqliteBase
 from ._sqlite_connect import FileConnection, code_of, open_file, open_to_read, refuse_others
 from ._sqlite_file import ANY_READ, StoreFile, configure, locate, make_ours
@@ -48,7 +48,8 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     file, timeout = locate(url, schema)
     size = file.size(create=mode == "a")
     if size:
-        refuse_others(file, timeout)
+        with forks_held_off():
+            refuse_others(file, timeout)
     if size is None:
         return SqliteAdapter(url, file, "mode=rwc", timeout)
     writes = mode == "a" and file.is_writable()
@@ -145,6 +146,7 @@ class SqliteAdapter(SqliteBase):
         if first and self._read_only and self._file.has_empty_wal() and self._file.is_writable():
             # Reading left an empty log; a writer, when it is the last to leave, takes it along.
             with (
+                forks_held_off(),
                 contextlib.suppress(sqlite3.Error),
                 contextlib.closing(open_file(self._file, "mode=rw")) as connection,
             ):

@@ -72,7 +72,7 @@ def test_ids_of_deleted_pages_are_not_given_again(adapter: Adapter, path: Path) 
     assert add_pages(adapter, 1) == [ids[-1] + 1]
 
 
-@pytest.mark.parametrize(("pages", "nbytes"), [(0, 32 * MIB - 1), (5, 40 * MIB)])
+@pytest.mark.parametrize(("pages", "nbytes"), [(0, 32 * MIB - 1), (5, 40 * MIB), (33, 1 << 40)])
 def test_little_beside_what_is_there_changes_nothing(
     pages: int, nbytes: int, adapter: Adapter, path: Path
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from pydedup import registry
 from pydedup.adapter import Adapter
+from pydedup.adapters import _sqlite_connect
 from pydedup.errors import ConflictError, UnavailableError
 from pydedup.testing._contract_processes import in_fork
 
@@ -185,3 +186,28 @@ def test_a_child_of_a_transaction_does_not_trust_its_locks(path: Path) -> None:
     assert adapter.page_rows() == []
     assert in_fork(adapter.count_blocks) == 0
     adapter.close()
+
+
+def test_a_fork_waits_for_a_thread_that_looks_at_a_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child inherited a lock of SQLite's own, and waited for it without end."""
+    open_store(path).close()
+    looking, go_on = threading.Event(), threading.Event()
+    look = _sqlite_connect.is_ours
+
+    def slowly(connection: object) -> bool:
+        looking.set()
+        assert go_on.wait(60)
+        return look(connection)
+
+    monkeypatch.setattr(_sqlite_connect, "is_ours", slowly)
+    opened: list[Adapter] = []
+    thread = threading.Thread(target=lambda: opened.append(open_store(path)))
+    thread.start()
+    assert looking.wait(60)
+    later = threading.Timer(0.3, go_on.set)
+    later.start()
+    assert in_fork(go_on.is_set)
+    thread.join(60)
+    opened[0].close()
