@@ -109,9 +109,7 @@ def test_a_file_of_several_names_stays(adapter: Adapter, path: Path) -> None:
 def test_a_file_that_another_has_open_stays(adapter: Adapter, path: Path) -> None:
     other = registry.connect(f"sqlite:///{path}", mode="r")
     epoch = other.epoch()
-    began = time.monotonic()
     expect(adapter, 1 << 40)
-    assert time.monotonic() - began < 60
     assert shape(path) == (SMALL, 2, "wal")
     ids = add_pages(adapter, 2)
     assert other.epoch() == epoch + 1
