@@ -282,12 +282,14 @@ def _check_parent(path: Path, parent: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk(said: str) -> Iterator[None]:
-    """Raise StorageFullError with these words where a disk has no room left."""
+    """Raise StorageFullError with these words where a disk, or a limit of files, leaves no room."""
     try:
         yield
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(said) from exc
+        if exc.errno == errno.EFBIG:
+            raise StorageFullError(f"{said} ({exc.strerror}: see `ulimit -f`)") from exc
         raise
 
 

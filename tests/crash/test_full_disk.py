@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,4 +145,36 @@ def test_no_room_for_a_new_store(
     disk.remount("size=16m")
     with pydedup.open(disk.folder / "store.db") as store:
         store.add("m", {"w": np.ones((64, 64), np.float32)})
+        assert store.verify().ok
+
+
+_LIMITED = """
+import resource, sys
+import numpy as np
+import pydedup
+from pydedup import policies
+from pydedup.ingest import add
+
+add._SPOOL_BYTES = add._SHARED_SPOOL_BYTES = 1 << 20
+store = pydedup.open(sys.argv[1])
+store.add("good", {"w": np.ones((8, 8), np.float32)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, resource.RLIM_INFINITY))
+noise = np.random.default_rng(0).standard_normal((4096, 1024))
+try:
+    store.add("large", {"w": noise}, policy=policies.Exact())
+except pydedup.PydedupError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_limit_of_files(tmp_path: Path) -> None:
+    """Of `ulimit -f`, the temporary file of an add met an OSError of Python's."""
+    url = str(tmp_path / "store.db")
+    ran = subprocess.run(
+        [sys.executable, "-c", _LIMITED, url], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.startswith("StorageFullError: no space left for the temporary file")
+    assert "`ulimit -f`" in ran.stdout
+    with pydedup.open(url) as store:
+        assert [info.name for info in store.models()] == ["good"]
         assert store.verify().ok
