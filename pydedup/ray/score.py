@@ -131,7 +131,7 @@ def score(
 def _check(**given: int | None) -> None:
     for name, value in given.items():
         if value is not None and (type(value) is not int or not 1 <= value <= 1 << 20):
-            raise ArgumentError(f"{name} is {value!r}; it must be a whole number from 1 to {1 << 20}")
+            raise ArgumentError(f"{name} is {value!r}; it must be a whole number, 1 to {1 << 20}")
 
 
 def _names(columns: Any) -> list[str]:
