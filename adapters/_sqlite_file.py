@@ -194,11 +194,11 @@ def wants_large_pages(connection: Any, nbytes: int) -> bool:
 
     Not where a user has tables in it: their rows may get other numbers when it is written anew.
     """
+    if nbytes < _ENLARGE_BYTES:  # most adds, which ask the database nothing
+        return False
     page_bytes = ask(connection, "PRAGMA page_size")
     there = ask(connection, "PRAGMA page_count") * page_bytes
-    if page_bytes >= LARGE_PAGE_BYTES or there > _ENLARGE_BYTES:
-        return False
-    if nbytes < max(_ENLARGE_BYTES, there * _ENLARGE_TIMES):
+    if page_bytes >= LARGE_PAGE_BYTES or there > min(_ENLARGE_BYTES, nbytes // _ENLARGE_TIMES):
         return False
     ours = {PREFIX + table for table in TABLES}
     tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")

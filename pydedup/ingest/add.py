@@ -229,7 +229,7 @@ class _Writing:
 
     def begin(self, layout: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         """Take note of what is to be written, and return it."""
-        self._done, self._total = 0, sum(int(self._spool.costs[page].sum()) for page in layout)
+        self._done, self._total = 0, self._spool.cost_of(layout)
         return layout
 
     def advance(self, count: int) -> None:

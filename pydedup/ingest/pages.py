@@ -107,11 +107,6 @@ class PageWriter:
         self.slot_of = np.zeros(spool.count, np.uint32)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all pages, but for what surrounds their blocks."""
-        return sum(int(self._spool.costs[page].sum()) for group in self._groups for page in group)
-
-    @property
     def is_small(self) -> bool:
         """Whether all pages fit into one transaction, beside other things."""
         return len(self._groups) <= 1

@@ -173,6 +173,10 @@ class Spool:
         """Bytes that each block takes on a page, its slot included."""
         return self._cost.values()
 
+    def cost_of(self, layout: Sequence[NDArray[np.int64]]) -> int:
+        """Return what the blocks of pages take together, their slots included."""
+        return sum(int(self.costs[page].sum()) for page in layout)
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Encoded bytes of each block."""

@@ -112,7 +112,7 @@ class Stager:
         pages = self._pages = self._page_writer(layout)
         rows = _batches(self._rows())
         images = pages.make_small() if pages.is_small else []
-        self._job.expect(pages.nbytes)
+        self._job.expect(self.matcher.spool.cost_of(layout))
         try:
             with self._job.staging():
                 self._has_begun = True

@@ -147,9 +147,9 @@ class Calls:
 
 
 @lru_cache(maxsize=_KEPT)
-def _names(count: int) -> list[str]:
+def _names(count: int) -> tuple[str, ...]:
     """Return what messages call the features of a row."""
-    return [f"feature {number}" for number in range(1, count + 1)]
+    return tuple(f"feature {number}" for number in range(1, count + 1))
 
 
 def _keep(kept: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> None:
