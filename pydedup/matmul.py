@@ -37,6 +37,7 @@ __all__ = [
     "Shape",
     "activate",
     "activate_in_place",
+    "as_factor",
     "blocks_in",
     "check_activation",
     "checked_bias",
@@ -166,22 +167,25 @@ def checked_factors(
     grid = block_map.grid
     dtype = compute_dtype(block_map.dtype)
     inner, outer = (grid.rows, grid.cols) if transpose else (grid.cols, grid.rows)
-    given = as_array(x, "x")
-    if (
-        keeps_bf16
-        and given.dtype != dtype  # asked first: most are
-        and dtype == np.float32
-        and given.dtype == DType.BF16.numpy
-    ):
-        given = real_array(given, given.dtype, "x").view(np.uint16)
-    else:
-        given = real_array(given, dtype, "x")
+    given = as_factor(x, dtype) if keeps_bf16 else real_array(x, dtype, "x")
     if given.ndim == 0 or given.shape[-1] != inner:
         raise ArgumentError(
             f"x has shape {given.shape}; its last axis must be {inner} for a matrix of shape "
             f"({grid.rows}, {grid.cols})" + (" with transpose" if transpose else "")
         )
     return given, checked_bias(bias, dtype, outer)
+
+
+def as_factor(x: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return x as a product in ``dtype`` takes it; bf16, for one in f32, as uint16.
+
+    Raises ArgumentError, BudgetError as `real_array`.
+    """
+    given = as_array(x, "x")
+    # Asked in this order: most are float32.
+    if given.dtype != dtype and dtype == np.float32 and given.dtype == DType.BF16.numpy:
+        return real_array(given, given.dtype, "x").view(np.uint16)
+    return real_array(given, dtype, "x")
 
 
 def checked_bias(bias: ArrayLike | None, dtype: np.dtype[Any], outer: int) -> NDArray[Any] | None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydedup import _core
 from pydedup.blocks import BlockMap
 from pydedup.errors import PydedupError
-from pydedup.matmul import blocks_in, checked_bias, compute_dtype, real_array, shape_of
+from pydedup.matmul import as_factor, blocks_in, checked_bias, compute_dtype, shape_of
 from pydedup.pool import PagePool
 from pydedup.words import Activation
 
@@ -91,10 +91,10 @@ class Stack:
         None where a page is not in the pool, and for whatever `pydedup.matmul.matmul` refuses: that
         says why. The bits are those that it gives.
         """
-        if x.ndim == 0 or x.shape[-1] != self._inner or not x.size or x.dtype.kind not in "biuf":
+        if x.ndim == 0 or x.shape[-1] != self._inner or not x.size:
             return None
         try:
-            given = real_array(x, self._dtype, "x")
+            given = as_factor(x, self._dtype)
             rows = given.reshape(math.prod(x.shape[:-1]), self._inner)
             with pool.hold(self.n_pages):
                 y = self._native.run(pool.native, rows)

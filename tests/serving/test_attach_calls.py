@@ -153,6 +153,32 @@ def test_dtypes(check: Check, dtype: Any) -> None:
     check(nn.EmbeddingBag(60, 7, dtype=dtype), torch.arange(60).view(6, 10), rtol=rtol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bits_are_the_same_wherever_pages_are(store: pydedup.Store, dtype: Any, bias: bool) -> None:
+    net = nn.Linear(300, 130, bias=bias, dtype=dtype).eval()
+    for number in range(3):  # in the same pages
+        store.add(f"m{number}", {k: v + number for k, v in net.state_dict().items()})
+    x = torch.randn(2, 3, 300, dtype=dtype)
+    store.attach(net, "m0")
+    with torch.no_grad():
+        first = net(x)
+        again = net(x)  # from the pool
+        store._pool.clear()
+        anew = net(x)
+        store.remove("m1")
+        store.remove("m2")
+        store.vacuum()  # which moves its blocks
+        moved = [net(x) for _ in range(2)]
+        column = net.weight.t()
+        with pytest.raises(ArgumentError, match="x has shape"):
+            net(x[..., :-1])
+        turned = [first @ column.t() for _ in range(2)]
+    for other in (again, anew, *moved):
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
+    torch.testing.assert_close(turned[0], turned[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("used", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_module_of_another_dtype_than_is_stored(

@@ -116,7 +116,8 @@ def test_bits_are_those_of_the_layers_one_by_one(
     graph = net(nodes[0], RA, nodes[1], Node("tanh", ("b",), "rb"), nodes[2])
     store.add("m", weights(dtypes, sizes, bias, transpose), graph=graph)
     wide = RNG.standard_normal(shape)
-    for x in (wide.astype(np.float32), wide, (9 * wide).astype(np.int16)):
+    given = (np.float32, np.float64, np.int16, ml_dtypes.bfloat16)
+    for x in ((9 * wide).astype(dtype) for dtype in given):
         store._catalog.model("m").refresh()  # met for the first time again
         expected = store.predict("m", x)
         ran = stacks(store, "m").run("a", {"x": x})

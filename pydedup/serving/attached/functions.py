@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -109,6 +109,15 @@ def _bias(bias: torch.Tensor | None) -> NDArray[Any] | None:
     return bias.float().numpy() if bias.dtype in _HALVES else bias.numpy()
 
 
+def _is_beside(bias: torch.Tensor, weight: StoredParameter) -> TypeGuard[StoredParameter]:
+    return isinstance(bias, StoredParameter) and bias.attachment is weight.attachment
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    # Of a stored one, `shape` goes the long way of functions of torch.
+    return tensor.slot.shape if isinstance(tensor, StoredParameter) else tuple(tensor.shape)
+
+
 def _streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
     """Return what streams this weight with this input; ``None`` to load it."""
     if type(weight) is not StoredParameter or type(x) is StoredParameter:
@@ -142,8 +151,7 @@ def _product(
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
-    offset = _bias(bias)
-    if offset is not None and offset.ndim > 1:
+    if bias is not None and len(_shape(bias)) > 1:
         return NotImplemented
     x = _cast(x, weight)
     given = _array(x, weight, keeps_bf16=True)
@@ -153,13 +161,21 @@ def _product(
         outer, inner = stored.shape[::-1] if transpose else stored.shape
         # Kernels keep a copy of x beside the result.
         needed(x_bytes + x_bytes // max(inner, 1) * outer)
-        if offset is not None and offset.size == 1:  # torch adds it to every column
-            offset = offset.repeat(outer)
-        y = stored.matmul(given, bias=offset, transpose=transpose)
+        weights = weight.attachment.weights()
+        if bias is None:
+            y = weights.matmul(weight.number, given, None, transpose=transpose)
+        elif _is_beside(bias, weight) and _shape(bias) == (outer,):
+            y = weights.matmul(weight.number, given, bias.number, transpose=transpose)
+        else:
+            offset = _bias(bias)
+            if offset is not None and offset.size == 1:  # torch adds it to every column
+                offset = offset.repeat(outer)
+            y = stored.matmul(given, bias=offset, transpose=transpose)
         return _result(y, x.dtype)
     if transpose:
         return NotImplemented
     count = weight.rows[1] - weight.rows[0]
+    offset = _bias(bias)
     if offset is not None and offset.size not in (1, count):
         return NotImplemented  # torch says what is wrong
     part, before = weight.attachment.weights().part(weight.number, weight.rows)

@@ -11,8 +11,8 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from pydedup.serving.attached.activations import Activations, not_measured
 from pydedup.serving.attached.pieces import Pieces
 from pydedup.serving.attached.slots import Slot, find_slots
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
+from pydedup.stack import Layer, Stack
 from pydedup.text import listed
 
 __all__ = ["Attachment", "Rows", "Weights"]
@@ -54,6 +55,7 @@ class Weights:
         self._loaded: dict[int, tuple[torch.Tensor, int, Reservation]] = {}
         self._biases: dict[int, NDArray[np.floating]] = {}
         self._parts: dict[tuple[int, Rows], tuple[StoredTensor, int]] = {}
+        self._products: dict[tuple[int, int | None, bool], _Product] = {}
         self._slots = slots
 
     def call(self) -> AbstractContextManager[None]:
@@ -109,7 +111,34 @@ class Weights:
             self._biases[number] = found
         return found
 
+    def matmul(
+        self, number: int, x: NDArray[Any], bias: int | None, *, transpose: bool
+    ) -> NDArray[Any]:
+        """Return the product of x and the matrix of a slot; ``bias`` is the slot of a vector.
+
+        In one native call where all its pages are in the pool, else as `StoredTensor.matmul`, which
+        says what there is to be raised.
+        """
+        offset = None if bias is None else self.bias(bias)
+        key = number, bias, transpose
+        made = self._products.get(key)
+        if made is None or made.state != self.model.state or made.bias is not offset:
+            made = self._products[key] = self._product(number, offset, transpose)
+        y = None if made.stack is None else made.stack.run(self._pool, x)
+        if y is None:
+            y = self._stored[number].matmul(x, bias=offset, transpose=transpose)
+        return y
+
     # ---- inside -------------------------------------------------------------------------------
+
+    def _product(self, number: int, bias: NDArray[np.floating] | None, transpose: bool) -> _Product:
+        state = self.model.state
+        block_map = self.model.block_map(self._names[number])
+        stack = None
+        if len(self._pool.planned(block_map.page_ids, block_map.bases)) == 1:
+            with suppress(ArgumentError):  # a bias that does not fit
+                stack = Stack([Layer(block_map, bias, None, transpose)], self._pool)
+        return _Product(state, bias, stack)
 
     def _part(self, name: str, rows: Rows) -> tuple[StoredTensor, int]:
         info = self.model.tensor(name)
@@ -134,6 +163,18 @@ class Weights:
         with torch.inference_mode(False), not_measured():
             tensor = to_torch(whole).to(slot.dtype)
             return tensor, tensor._version, reservation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Product:
+    """What multiplies with a matrix, and a bias, in one state of its pages.
+
+    ``stack`` is None where the pages are not those of one window.
+    """
+
+    state: int
+    bias: NDArray[np.floating] | None
+    stack: Stack | None
 
 
 class _PartOfMap:
