@@ -306,8 +306,7 @@ TEST(a_demand_is_met_or_refused_with_its_reason) {
         CHECK(found.table == &good && found.error.empty());
         CHECK(says(found.reason, "fastest measured"));
         CHECK(says(found.reason, "wrong gave wrong answers (hash)"));
-        CHECK(says(found.reason, "large needs a larger CPU"));
-        CHECK(!says(found.reason, "other"));
+        CHECK(!says(found.reason, "large") && !says(found.reason, "other"));
     }
 
     const KernelChoice none = choose_kernel({machine + 3, 1}, nullptr);

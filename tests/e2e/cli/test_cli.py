@@ -328,6 +328,8 @@ def test_kernels() -> None:
     assert found["in_use"] == "scalar"
     assert "scalar" in {kernel["name"] for kernel in found["available"]}
     assert "in use: scalar" in succeed("kernels", env=scalar, run=run_process)
+    # Notes included: a terminal of 80 characters left them out, and folded what is in use.
+    assert max(map(len, succeed("kernels").splitlines())) <= 80
 
 
 # ---- out ----------------------------------------------------------------------------------------
