@@ -98,9 +98,9 @@ class Layout:
         """Prove that the layout answers a request; independent of the packers.
 
         Every block of a model is on a page that the model reads, no page exceeds the capacity,
-        holds a block twice, a block of nobody or one that an existing page has, and no page is
-        read in vain. With ``algorithm="layout"`` each block is stored once; with the others the
-        new blocks of a model are exactly the union of the new pages it reads.
+        holds a block twice, a block of nobody or one that an existing page has, and no model reads
+        a page on which it owns nothing. With ``algorithm="layout"`` each block is stored once; with
+        the others the new blocks of a model are exactly the union of the new pages it reads.
 
         Parameters
         ----------
@@ -304,10 +304,9 @@ def _as_sizes(sizes: Sizes, owner_ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _as_weights(weights: ArrayLike, models: int) -> NDArray[np.float64]:
     given = as_array(weights, "weights")
-    try:
-        array = np.require(given, np.float64, ["C", "A"])
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"weights must be numbers, one per model, not {weights!r}") from error
+    if given.dtype.kind not in "biuf":  # of complex numbers numpy would drop a part
+        raise ArgumentError(f"weights must be real numbers, one per model, not {given.dtype}")
+    array = np.require(given, np.float64, ["C", "A"])
     if array.shape != (models,):
         raise ArgumentError(f"weights has shape {array.shape} for {models} models; give one each")
     return array

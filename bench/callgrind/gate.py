@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The regression gate on instruction counts (`make bench-gate`).
 
-    python bench/callgrind/gate.py --executable build/bench/bench/callgrind/pydedup_callgrind
+    python bench/callgrind/gate.py --executable build/dev/bench/callgrind/pydedup_callgrind
     ... --update     write what was counted into baseline.json
     ... --counts F   judge counts that were recorded with --record instead of counting (tests)
 

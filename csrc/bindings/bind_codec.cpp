@@ -114,7 +114,8 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
     for (const std::int64_t limit : most) {
         if (limit < 0 || limit > INT64_MAX / 2 - static_cast<std::int64_t>(room)) {
             throw Error(ErrorCode::invalid_argument,
-                        "limits must not be negative, got " + std::to_string(limit));
+                        "limits must not be negative, nor 2**62 bytes in all, got " +
+                            std::to_string(limit));
         }
         room += static_cast<std::uint64_t>(limit);
     }

@@ -60,8 +60,8 @@ class L2LSH:
     r
         Width of a hash's bucket, 1/128 to 16.
     bands, rows
-        Bands, and hashes per band; at most 512 hashes in all. A block costs 2 bytes for each of
-        max(64, bands * rows) projections and about 14 bytes per band.
+        Bands, and hashes per band: 1 to 64 each, and at most 512 hashes in all. A block costs 2
+        bytes for each of max(64, bands * rows) projections and about 14 bytes per band.
     seed
         Indexes of different seeds are unrelated; equal ones hash alike on every machine.
 

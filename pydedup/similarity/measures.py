@@ -87,7 +87,8 @@ def distances(
     Raises
     ------
     ArgumentError
-        When shapes or dtypes differ, or eps or limit is negative or no number.
+        When shapes or dtypes differ, pairs name a block that is not there, or eps or limit is
+        negative or no number.
     """
     check_array(a, "a")
     check_array(b, "b")
@@ -104,13 +105,19 @@ def distances(
     if pairs is None:
         numbers = np.arange(len(left), dtype=np.int64)
         pairs = numbers, np.zeros_like(numbers) if one else numbers
+    try:
+        of_a, of_b = pairs
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"pairs must be two arrays of block numbers, not {pairs!r:.100}"
+        ) from error
     found = _core.compare_blocks(
         left,
         right,
         dtype.code,
         *shape,
-        as_integers("pairs[0]", pairs[0]),
-        as_integers("pairs[1]", pairs[1]),
+        as_integers("pairs[0]", of_a),
+        as_integers("pairs[1]", of_b),
         0.0 if eps is None else as_number(eps, "eps"),
         math.inf if limit is None else as_number(limit, "limit"),
         as_count(threads, "threads"),

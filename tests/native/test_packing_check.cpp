@@ -84,6 +84,11 @@ TEST(checker_finds_each_kind_of_damage) {
     CHECK(says(verdict({{1, 2}, {3, 4}, {5}}, {{0, 1, 2}, {2, 3}}), "given for 2 of 6"));
     request.sizes = zero;
     CHECK(says(verdict({{1, 2}, {3, 4}, {5}}, {{0, 1, 2}, {2, 3}}), "an entry below 1"));
+    constexpr std::int64_t kThird = 0x5555555555555556;  // three of them are 2^64 + 2
+    const std::vector<std::int64_t> huge{1, 1, 1, kThird, kThird, kThird};
+    request.sizes = huge;
+    request.algorithm = PackAlgorithm::layout;
+    CHECK(says(verdict({{1, 2}, {3, 4, 5}}, {{0, 1, 2}, {2}}), "more than its capacity 3"));
 }
 
 TEST(checker_refuses_row_pointers_that_are_none) {

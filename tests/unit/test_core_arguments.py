@@ -181,6 +181,7 @@ _REFUSED: list[tuple[str, Callable[[], object]]] = [
     ("columns of a new page differ", lambda: page_of(bases=np.zeros(5, np.uint64))),
     ("columns of a new page differ", lambda: page_of(cols=np.full(5, 2, np.uint32))),
     ("limits must not be negative", lambda: deltas(i64(-1))),
+    (r"nor 2\*\*62 bytes in all, got 4611686018427387904", lambda: deltas(i64(1 << 62))),
     (
         "a matrix is passed as uint8",
         lambda: _core.hash_blocks(np.zeros((2, 6), np.uint8), F32, 2, 2),

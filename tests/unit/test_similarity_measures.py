@@ -103,6 +103,9 @@ def test_wrong_pairs_are_named() -> None:
             distances(a, a, limit=eps)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"pairs\[1\] must hold 64-bit integers, not float64"):
         distances(a, a, pairs=([0], [0.5]))  # type: ignore[arg-type]
+    for pairs in (5, ([0],), ([0], [0], [0])):
+        with pytest.raises(ArgumentError, match="pairs must be two arrays of block numbers, not"):
+            distances(a, a, pairs=pairs)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="int64"):
         distances(np.ones((2, 2), int), np.ones((2, 2), int))
     with pytest.raises(ArgumentError, match="without elements"):

@@ -56,7 +56,7 @@ class Checker {
         for (std::int64_t page = 0; page < rows(claim_.pages); ++page) {
             const auto blocks = row(claim_.pages, page);
             if (blocks.empty()) violation("new page " + text(page) + " is empty");
-            std::uint64_t amount = 0;
+            std::uint64_t room = request_.capacity;
             for (const std::int64_t id : blocks) {
                 const std::int64_t at = find(id);
                 if (at < 0) {
@@ -73,11 +73,12 @@ class Checker {
                 if (++copies[index(at)] > 1 && !promises_exact_cover(request_.algorithm)) {
                     violation("block " + text(id) + " is stored on several new pages");
                 }
-                amount += size_of(at);
-            }
-            if (amount > request_.capacity) {
-                violation("new page " + text(page) + " holds " + std::to_string(amount) +
-                          ", more than its capacity " + std::to_string(request_.capacity));
+                // Sizes are a claim too: a sum of them may overflow.
+                if (size_of(at) > room) {
+                    violation("new page " + text(page) + " holds more than its capacity " +
+                              std::to_string(request_.capacity));
+                }
+                room -= size_of(at);
             }
         }
         for (std::size_t at = 0; at < ids_.size(); ++at) {
