@@ -10,7 +10,7 @@ import abc
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydedup import registry
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, CorruptStoreError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS
 from pydedup.names import check_path
 from pydedup.opening import check_writable, connect_store, open_end
@@ -71,8 +71,9 @@ class StoreUpkeep(abc.ABC):
         the repair.
 
         ``evaluate`` maps addresses of models that were added with `policies.Accuracy` to their
-        metrics: they are evaluated again and compared with their certificates. Raises
-        NotFoundError, ArgumentError (for a model of another policy) and EvaluationError for these.
+        metrics: they are evaluated again and compared with their certificates; what cannot be read
+        is told among the other findings. Raises NotFoundError, ArgumentError (for a model of
+        another policy) and EvaluationError for these.
         """
         check_progress(progress)
         metrics: object = evaluate
@@ -81,18 +82,27 @@ class StoreUpkeep(abc.ABC):
                 "evaluate must be a mapping of models to metrics, such as "
                 f"{{'reviews@1': scores}}, not {type(metrics).__name__}"
             )
-        from pydedup.maintenance.recheck import recheck
+        from pydedup.maintenance.recheck import check_promise, recheck
         from pydedup.maintenance.verify import verify_store
 
+        asked = dict(evaluate or {})
+        with suppress(CorruptStoreError):  # which is told below
+            for name in asked:
+                check_promise(self._catalog.model(name))
         if repair_from is None:
             report = verify_store(self._adapter, progress=progress)
         else:
             check_writable(self._adapter, "repair")
             source = check_path(repair_from, "repair_from", or_url=True)
             report = self._repaired(source, progress)
-        for name, function in (evaluate or {}).items():
-            model = self._catalog.model(name)
-            recheck(model, self.load(model.address), function, report)
+        for name, function in asked.items():
+            try:
+                model = self._catalog.model(name)
+                recheck(model, self.load(model.address), function, report)
+            except CorruptStoreError as error:
+                report.add_error(f"{name} cannot be evaluated: {error}")
+            except UnavailableError as error:
+                report.unreachable.append(f"{name} cannot be evaluated: {error}")
         return report
 
     def vacuum(

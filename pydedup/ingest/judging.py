@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,10 @@ from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.hashing import hash_buffer
 from pydedup.ingest.confidence import Bets, rows_needed, split_rows
 
-__all__ = ["Judge", "Measure", "Scorer", "Verdict", "measured"]
+__all__ = ["Evaluate", "Judge", "Measure", "Scorer", "Verdict"]
+
+#: What `Accuracy` calls ``evaluate``.
+Evaluate: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Any]
 
 #: Differences of rounded metrics are not exact (0.885 - 0.875 > 0.01): so much is no drop.
 _ROUNDING = 1e-12
@@ -48,8 +51,8 @@ class Scorer:
 
     Parameters
     ----------
-    policy
-        Whose ``evaluate`` is called.
+    evaluate
+        What `Accuracy` takes by that name.
     weights
         C-contiguous arrays by name; tied ones are one array. Whoever writes to one calls `touched`.
     tell
@@ -58,11 +61,11 @@ class Scorer:
 
     def __init__(
         self,
-        policy: Accuracy,
+        evaluate: Evaluate,
         weights: Mapping[str, NDArray[Any]],
         tell: Callable[[int], None] | None = None,
     ) -> None:
-        self._policy = policy
+        self._evaluate = evaluate
         self._tell = tell
         self._weights = weights
         self._prints: dict[int, bytes] = {}  # by id of the array, which lives as long as weights
@@ -89,7 +92,7 @@ class Scorer:
         if self._tell is not None:
             self._tell(self.evaluations)
         try:
-            result = self._policy.evaluate(read_only(self._weights))
+            result = self._evaluate(read_only(self._weights))
         except PydedupError:
             raise
         except Exception as error:
@@ -99,7 +102,7 @@ class Scorer:
                 raise EvaluationError(
                     f"evaluate changed the tensor {name!r} that it was given; let it work on a copy"
                 )
-        measure = measured(result)
+        measure = _measured(result)
         if self._like is None:
             self._like = measure
         elif _kind(measure) != _kind(self._like):
@@ -243,7 +246,7 @@ def _fingerprint(array: NDArray[Any]) -> bytes:
     return hash_buffer(array.reshape(-1).view(np.uint8).data)
 
 
-def measured(result: Any) -> Measure:
+def _measured(result: Any) -> Measure:
     """Return what ``evaluate`` gave. Raises EvaluationError when it is no metric."""
     if np.ma.is_masked(result):
         raise EvaluationError("evaluate returned masked scores; leave those examples out each time")

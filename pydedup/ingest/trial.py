@@ -107,7 +107,7 @@ class Trial:
         self._matrices = {name: _matrix(name, array) for name, array in weights.items()}
         self._spots = [self._spot(replacement) for replacement in replacements]
         self._originals: dict[int, NDArray[Any]] = {}
-        self._scorer = Scorer(policy, weights, tell)
+        self._scorer = Scorer(policy.evaluate, weights, tell)
         self.judge = Judge(policy, self._scorer)
         self.accepted = self.judge.before
         self.levels = np.full(len(replacements), KEPT, np.int64)

@@ -23,7 +23,7 @@ import pydedup
 from pydedup import policies
 from pydedup.blocks import BlockMap
 from pydedup.certificates import describe
-from pydedup.errors import CorruptStoreError
+from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.testing.servers import MariadbServer, PostgresServer
 
@@ -341,8 +341,34 @@ def test_a_certificate_of_other_names(tmp_path: Path) -> None:
             (said,) = describe(store.info(address).certificate)
             assert "is damaged" in said
             assert np.array_equal(store.load(address)["w"], model["w"])
-        with pytest.raises(CorruptStoreError, match="has 'x' as its metric_after; restore"):
-            store.verify(evaluate={"accuracy": lambda weights: 1.0})
+        report = store.verify(evaluate={"accuracy": lambda weights: 1.0})
+        assert any("has 'x' as its metric_after; restore" in error for error in report.errors)
+
+
+def test_damage_is_told_when_its_model_is_to_be_evaluated(tmp_path: Path) -> None:
+    """It was an error, and nothing was said of what else is damaged, or of other models."""
+    path, model = tmp_path / "store.db", {"w": np.ones((9, 9), np.float32)}
+    policy = policies.Accuracy(lambda weights: float(weights["w"].mean()), max_drop=0.1)
+    with pydedup.open(path) as store:
+        store.add("sound", {"w": 2 * model["w"]}, policy=policy)
+        store.add("damaged", model, policy=policy)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE pydedup_pages SET payload = zeroblob(300) WHERE id = 2")
+    with pydedup.open(path) as store:
+        report = store.verify(evaluate={"damaged": policy.evaluate, "sound": policy.evaluate})
+    assert report.damaged_pages == {2: ["damaged@1"]}
+    assert report.errors[-1].startswith("damaged cannot be evaluated: page 2: corrupt page")
+    assert "sound@1: the metric is 2, as certified" in report.notes
+
+
+@pytest.mark.parametrize("name", ["none", "exact"])
+def test_what_cannot_be_evaluated_is_told_before_all_is_checked(name: str, tmp_path: Path) -> None:
+    looked: list[str] = []
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("exact", {"w": np.ones((9, 9), np.float32)}, policy=policies.Exact())
+        with pytest.raises((NotFoundError, ArgumentError), match=name):
+            store.verify(evaluate={name: len}, progress=lambda stage, *_: looked.append(stage))
+    assert looked == []
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pydedup.errors import ArgumentError, EvaluationError
 from pydedup.maintenance.recheck import Evaluate, recheck
@@ -15,10 +18,10 @@ from pydedup.maintenance.verify import VerifyReport
 CERTIFICATE = {"policy": "accuracy", "metric_before": 0.9, "metric_after": 0.895, "max_drop": 0.01}
 
 
-def rechecked(evaluate: Evaluate, **changed: float) -> VerifyReport:
+def rechecked(evaluate: Evaluate, **changed: Any) -> VerifyReport:
     model: Any = SimpleNamespace(address="m@1", certificate=CERTIFICATE | changed)
     report = VerifyReport()
-    recheck(model, {}, evaluate, report)
+    recheck(model, {"w": np.ones(3)}, evaluate, report)
     return report
 
 
@@ -72,8 +75,8 @@ def test_a_promise_is_broken(found: float, changed: dict[str, float]) -> None:
 
 
 def test_errors_name_the_model() -> None:
-    with pytest.raises(EvaluationError, match=r"^m@1: evaluate raised KeyError: 'w'$"):
-        rechecked(lambda weights: weights["w"].mean())
+    with pytest.raises(EvaluationError, match=r"^m@1: evaluate raised KeyError: 'x'$"):
+        rechecked(lambda weights: weights["x"].mean())
     with pytest.raises(EvaluationError, match=r"^m@1: evaluate returned str, "):
         rechecked(lambda _: "good")
 
@@ -82,3 +85,30 @@ def test_errors_name_the_model() -> None:
 
     with pytest.raises(ArgumentError, match=r"^not with these$"):
         rechecked(refuses)
+
+
+def test_a_promise_is_not_broken_by_chance() -> None:
+    said = r"^m@1: evaluate gave 0\.5 and then 0\.9 for the same weights, so it says nothing"
+    found = iter((0.5, 0.9))
+    with pytest.raises(EvaluationError, match=said):
+        rechecked(lambda _: next(found))
+
+
+@pytest.mark.parametrize("wrong", [5, 50])
+def test_other_examples_say_nothing_about_a_promise(wrong: int) -> None:
+    rows = {"all": 20, "steering": None, "judging": None}
+    said = rf"^m@1: evaluate scored {wrong} examples, and 20 when the model was added"
+    with pytest.raises(EvaluationError, match=said):
+        rechecked(lambda _: np.full(wrong, 0.895), rows=rows)
+    for same in (np.full(20, 0.895), 0.895):
+        (note,) = rechecked(lambda _, same=same: same, rows=rows).notes
+        assert "as certified" in note
+
+
+def test_weights_are_no_more_to_be_changed_than_in_an_add() -> None:
+    def changes(weights: Mapping[str, NDArray[Any]]) -> float:
+        weights["w"][0] = 0
+        return 0.895
+
+    with pytest.raises(EvaluationError, match=r"^m@1: evaluate raised ValueError: .* read-only$"):
+        rechecked(changes)

@@ -8,6 +8,7 @@ import json
 import pytest
 
 import pydedup
+from pydedup import policies
 from pydedup.cli.app import main
 from pydedup.testing.servers import PostgresServer
 from pydedup.testing.shards import MODELS, POLICY, ShardedPlace, fill, ids_on
@@ -69,6 +70,29 @@ def test_what_is_on_a_shard_that_is_down_is_unreachable(
         assert report.pages
     with pydedup.open(url, mode="r") as store:
         assert store.verify().ok
+
+
+@pytest.mark.usefixtures("known_places")
+def test_what_is_on_a_shard_that_is_down_cannot_be_evaluated(
+    place: ShardedPlace, shard_servers: list[PostgresServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an error, and nothing was said of all else."""
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
+    judged = policies.Accuracy(lambda _: 1.0, 0.0)
+    with pydedup.open(place.url(1)) as store:
+        store.add_many(dict(MODELS), policy=judged)
+    down = shard_servers[place.fullest()]
+    down.kill()
+    try:
+        with pydedup.open(place.url(1), mode="r") as store:
+            report = store.verify(evaluate=dict.fromkeys(MODELS, judged.evaluate))
+    finally:
+        down.start()
+    missed = {name for readers in report.unreachable_pages.values() for name in readers}
+    said = [text.partition(" cannot be evaluated: ") for text in report.unreachable]
+    assert {name for name, between, _ in said if between} == missed
+    assert sum("as certified" in note for note in report.notes) == len(MODELS) - len(missed)
+    assert (report.errors, report.ok) == ([], False)
 
 
 @pytest.mark.usefixtures("known_places")
