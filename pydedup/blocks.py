@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup.arguments import as_block_shape
 from pydedup.errors import ArgumentError, CorruptStoreError
+from pydedup.sets import distinct
 from pydedup.types import LARGEST_ID, DType
 
 __all__ = [
@@ -316,7 +317,7 @@ def named_pages(parts: Iterable[bytes]) -> NDArray[np.int64]:
     Far cheaper than parsing them. Raises CorruptStoreError for a part that does not parse.
     """
     lists = [_unpack_pages(part)[0] for part in parts]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *lists]))
+    return distinct(np.concatenate([np.empty(0, np.int64), *lists]))
 
 
 def _unpack_pages(part: bytes) -> tuple[NDArray[np.int64], int, int, int]:

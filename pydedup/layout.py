@@ -16,6 +16,7 @@ from pydedup import codec
 from pydedup.blocks import NO_PAGE, SLOT_BITS, BlockGrid, BlockMap
 from pydedup.errors import CorruptStoreError
 from pydedup.pool import PagePool
+from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
 __all__ = [
@@ -58,7 +59,7 @@ _SLOTS = (1 << SLOT_BITS) - 1
 
 def are_deltas(encodings: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """Return which of these codes of `codec.Encoding` are those of deltas."""
-    return np.isin(encodings, _DELTA_ENCODINGS)
+    return is_among(encodings, _DELTA_ENCODINGS)
 
 
 def least_pages(block_bytes: int) -> int:
@@ -135,9 +136,9 @@ def by_kind(
     Not by numpy's `unique` along an axis, which turns a KeyboardInterrupt into a TypeError.
     """
     shapes = (entries["rows"].astype(np.uint64) << np.uint64(32)) | entries["cols"]
-    for code in np.unique(entries["dtype"]).tolist():
+    for code in distinct(entries["dtype"]).tolist():
         of_dtype = np.flatnonzero(entries["dtype"] == code)
-        for shape in np.unique(shapes[of_dtype]).tolist():
+        for shape in distinct(shapes[of_dtype]).tolist():
             sides = shape >> 32, shape & 0xFFFFFFFF
             yield DType.of_code(code), sides, of_dtype[shapes[of_dtype] == shape]
 
@@ -198,7 +199,7 @@ def map_places(block_map: BlockMap) -> NDArray[np.int64]:
 
 def used_places(maps: Iterable[BlockMap]) -> NDArray[np.int64]:
     """Return the places of blocks and bases that these maps name, ascending and distinct."""
-    return np.unique(joined(map(map_places, maps)))
+    return distinct(joined(map(map_places, maps)))
 
 
 def base_places(block_map: BlockMap) -> NDArray[np.int64]:
@@ -231,8 +232,8 @@ def pages_read(
     """
     if not len(places):
         return
-    distinct, first = np.unique(places, return_index=True)
-    page_ids, _ = split_places(distinct)
+    each, first = np.unique(places, return_index=True)
+    page_ids, _ = split_places(each)
     pages, starts, counts = np.unique(page_ids, return_index=True, return_counts=True)
     totals = np.add.reduceat(costs[first], starts)
     yield from zip(pages.tolist(), counts.tolist(), totals.tolist(), strict=True)

@@ -23,6 +23,7 @@ from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import Shape, compute_dtype, real_array, room_for, shape_of
 from pydedup.pool import Page, PagePool
+from pydedup.sets import distinct
 from pydedup.words import BagMode, check_word
 
 __all__ = ["BAG_MODES", "bag", "take"]
@@ -242,7 +243,7 @@ def _blocks_of_rows(
     A delta needs two pages at a time, so it is blocks that are walked over here, not pages.
     """
     grid = block_map.grid
-    rows = np.unique(ids // grid.block_rows)
+    rows = distinct(ids // grid.block_rows)
     numbers = (rows[:, None] * grid.grid_cols + np.arange(grid.grid_cols)).reshape(-1)
     slots = block_map.slots[numbers]
     bases = block_map.bases

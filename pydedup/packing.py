@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import _core
 from pydedup.arguments import as_array, as_integers
 from pydedup.errors import ArgumentError
+from pydedup.sets import distinct
 from pydedup.words import Algorithm, check_word
 
 __all__ = ["Algorithm", "Layout", "Owners", "Sizes", "pack"]
@@ -290,7 +291,7 @@ def _as_capacity(capacity: int) -> int:
 
 def _as_sizes(sizes: Sizes, owner_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     if isinstance(sizes, Mapping):
-        ids = np.unique(owner_ids).tolist()
+        ids = distinct(owner_ids).tolist()
         missing = next((block for block in ids if block not in sizes), None)
         if missing is not None:
             raise ArgumentError(f"sizes has no entry for block {missing}; give one per owned block")

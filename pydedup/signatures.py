@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.errors import ArgumentError, CorruptStoreError
+from pydedup.sets import is_among
 from pydedup.similarity import L2LSH
 from pydedup.types import DType
 
@@ -186,7 +187,7 @@ def drop_dead_segments(adapter: Adapter) -> int:
     segments = read_segments(adapter)
     # Only now: the pages of one that an add has written meanwhile are there.
     existing = np.array([row.id for row in adapter.page_rows()], np.int64)
-    dead = [segment for segment in segments if not np.isin(segment.page_ids, existing).any()]
+    dead = [segment for segment in segments if not is_among(segment.page_ids, existing).any()]
     if dead:
         with adapter.transaction():
             adapter.delete_signatures([number for segment in dead for number in segment.rows])

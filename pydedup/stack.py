@@ -21,6 +21,7 @@ from pydedup.blocks import BlockMap
 from pydedup.errors import PydedupError
 from pydedup.matmul import as_factor, blocks_in, checked_bias, compute_dtype, shape_of
 from pydedup.pool import PagePool
+from pydedup.sets import distinct
 from pydedup.words import Activation
 
 __all__ = ["Layer", "Stack"]
@@ -81,7 +82,7 @@ class Stack:
                     [blocks_in(window, block_map) for window in windows],
                 )
             )
-        page_ids = np.unique(np.concatenate(ids))
+        page_ids = distinct(np.concatenate(ids))
         self.n_pages = len(page_ids)
         self._native = _core.Stack(parts, page_ids)
 

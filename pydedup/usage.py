@@ -25,6 +25,7 @@ from pydedup.catalog import ParsedMaps, StoredModel, recorded_object
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.layout import block_costs, block_places, joined, map_places, split_places
 from pydedup.pool import PagePool
+from pydedup.sets import distinct, is_among
 
 __all__ = [
     "Readers",
@@ -130,7 +131,7 @@ class Readers:
 
         ids = np.array([model.id for model in models], np.int64)
         rows = np.array(adapter.model_pages(), np.int64).reshape(-1, 4)
-        rows = rows[np.isin(rows[:, 0], ids)]
+        rows = rows[is_among(rows[:, 0], ids)]
         # Shifted, negative numbers are not 0 either.
         wrong = np.flatnonzero((rows[:, 2] >> SLOT_BITS != 0) | (rows[:, 3] >> _SIZE_BITS != 0))
         if len(wrong):
@@ -262,14 +263,14 @@ def marginal_bytes(readers: Readers, mine: NDArray[np.bool_]) -> int:
     """
     is_mine = mine[readers.rows[:, 0]]
     own, others = readers.rows[is_mine], readers.rows[~is_mine]
-    others = others[np.isin(others[:, 1], own[:, 1])]
+    others = others[is_among(others[:, 1], own[:, 1])]
     pages, page_at, counts = np.unique(own[:, 1], return_inverse=True, return_counts=True)
-    contested = np.isin(pages, others[:, 1])
+    contested = is_among(pages, others[:, 1])
     alone = (~contested & (counts == 1))[page_at]
     total = int(own[alone, 3].sum())
     own, page_at = own[~alone], page_at[~alone]
-    rest = np.unique(joined([readers.places(n) for n in np.unique(own[:, 0]).tolist()]))
-    rest = rest[np.isin(split_places(rest)[0], own[:, 1])]
+    rest = distinct(joined([readers.places(n) for n in distinct(own[:, 0]).tolist()]))
+    rest = rest[is_among(split_places(rest)[0], own[:, 1])]
     # Whoever reads most comes first: little is then left to look for among the others.
     blocks: Counter[int] = Counter()
     pages_of: dict[int, list[int]] = {}
@@ -281,7 +282,7 @@ def marginal_bytes(readers: Readers, mine: NDArray[np.bool_]) -> int:
         if not left:
             break
         if not left.isdisjoint(pages_of[number]):
-            rest = rest[~np.isin(rest, readers.places(number))]
+            rest = rest[~is_among(rest, readers.places(number))]
             left = set(split_places(rest)[0].tolist())
     # All that is used of a page, or nothing, or else the page has to say how much it is.
     at = np.searchsorted(pages, split_places(rest)[0])
@@ -317,10 +318,10 @@ def bytes_by_group(
     most, most_bytes = _most(rows, entry_of, len(keys))
     together, together_bytes = np.zeros_like(keys), np.zeros_like(keys)
     odd: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-    members = np.unique(rows[:, 0])
+    members = distinct(rows[:, 0])
     members = members[np.argsort(groups[members], kind="stable")]
     for group, start, stop in _runs(groups[members]):
-        places = np.unique(joined([readers.places(n) for n in members[start:stop].tolist()]))
+        places = distinct(joined([readers.places(n) for n in members[start:stop].tolist()]))
         page_ids, slots = split_places(places)
         at = np.minimum(np.searchsorted(pages, page_ids), n_pages - 1)
         entry = np.minimum(np.searchsorted(keys, group * n_pages + at), len(keys) - 1)
@@ -331,7 +332,7 @@ def bytes_by_group(
         together[touched] = count
         whole = count == most[touched]
         together_bytes[touched[whole]] = most_bytes[touched[whole]]
-        is_odd = np.isin(entry, touched[~whole])
+        is_odd = is_among(entry, touched[~whole])
         odd.append((entry[is_odd], places[is_odd]))
     entries, places = (joined([pair[i] for pair in odd]) for i in (0, 1))
     np.add.at(together_bytes, entries, _costs(readers, places))
@@ -400,8 +401,8 @@ def _most(
 
 def _costs(readers: Readers, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return what blocks take, each looked at once."""
-    distinct, at = np.unique(places, return_inverse=True)
-    return readers.costs(distinct)[at]
+    each, at = np.unique(places, return_inverse=True)
+    return readers.costs(each)[at]
 
 
 def _runs(values: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:

@@ -39,7 +39,7 @@ FACADES = {
     "conv",
     "config",
 }
-VALUES = {"arguments", "errors", "types", "words"}
+VALUES = {"arguments", "errors", "sets", "types", "words"}
 ADAPTERS = {"adapter", "adapter_options"}
 MODEL = (
     VALUES
@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "_core": set(),
     "_pages": set(),
     "text": set(),
+    "sets": set(),
     "errors": {"text"},
     "arguments": {"errors"},
     "types": {"errors"},

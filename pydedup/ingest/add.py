@@ -40,6 +40,7 @@ from pydedup.ingest.workers import Workers, worker_count
 from pydedup.ingest.write import Stager
 from pydedup.policies import Lossless
 from pydedup.pool import PagePool
+from pydedup.sets import distinct
 from pydedup.types import AddReport, Progress
 
 __all__ = ["add_models"]
@@ -200,7 +201,7 @@ class _Add:
             references = model.references()
             deltas = int((reader.bases_of(references) != NO_BASE).sum())
             new = references[references >= 0]
-            own = len(np.unique(new[first_owner[new] == number]))
+            own = len(distinct(new[first_owner[new] == number]))
             reports.append(
                 AddReport(
                     model=model.request.address,

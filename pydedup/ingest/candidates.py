@@ -25,6 +25,7 @@ from pydedup.ingest.stored_index import KeptIndex, StoredIndex
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import are_deltas, block_places, by_kind
 from pydedup.pool import PagePool
+from pydedup.sets import without
 from pydedup.signatures import SIDE_BITS, BlockKind, new_index, segment_rows
 from pydedup.similarity import L2LSH
 from pydedup.types import LARGEST_ID, DType
@@ -166,8 +167,8 @@ class Candidates:
             self._read = self._kept.take(self._adapter.meta().get("store_id"))
         # No block has a place on a page with a damaged id.
         live = np.array([number for number in ids if number <= LARGEST_ID], np.int64)
-        live = self._live = np.setdiff1d(live, self._stored.unreadable)
-        self._uncovered = np.setdiff1d(live, self._read.covered(self._adapter)).tolist()
+        live = self._live = without(live, self._stored.unreadable)
+        self._uncovered = without(live, self._read.covered(self._adapter)).tolist()
         if self._uncovered:
             self._found = index_pages(self._pool, self._uncovered)
         return live

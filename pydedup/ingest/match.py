@@ -33,6 +33,7 @@ from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
 from pydedup.policies import Policy
 from pydedup.pool import PagePool
+from pydedup.sets import is_among, without
 
 __all__ = ["Hints", "Matched", "Matcher", "look_now", "pieces_of"]
 
@@ -245,9 +246,9 @@ class Matcher:
         places = np.array([row.base_id for row in rows if row.base_id is not None], np.int64)
         if not len(places):
             return rows
-        pages = np.setdiff1d(split_places(places)[0], self.stored.unreadable).tolist()
+        pages = without(split_places(places)[0], self.stored.unreadable).tolist()
         live = [page.id for page in self.adapter.page_rows(ids=pages, state=LIVE)]
-        readable = set(places[np.isin(split_places(places)[0], live)].tolist())
+        readable = set(places[is_among(split_places(places)[0], live)].tolist())
         return [row for row in rows if row.base_id is None or row.base_id in readable]
 
     def _resolve(

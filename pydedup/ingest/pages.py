@@ -28,6 +28,7 @@ from pydedup.ingest.workers import Task, Workers
 from pydedup.jobs import Job
 from pydedup.layout import PAGE_CAPACITY
 from pydedup.packing import pack
+from pydedup.sets import distinct
 
 __all__ = ["PageWriter", "plan_layout"]
 
@@ -48,8 +49,8 @@ def plan_layout(matcher: Matcher, models: Sequence[StagedModel]) -> list[NDArray
     owners = []
     for model in models:
         references = model.references(matcher.reader)
-        owners.append(np.unique(references[references >= 0]))
-    used = np.unique(np.concatenate(owners))
+        owners.append(distinct(references[references >= 0]))
+    used = distinct(np.concatenate(owners))
     if len(used) == 0:
         return []
     layout = pack(owners, PAGE_CAPACITY, sizes=matcher.spool.costs[used])

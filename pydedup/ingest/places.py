@@ -21,6 +21,7 @@ from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import by_page, joined, slot_entries, split_places
+from pydedup.sets import distinct
 from pydedup.types import DType
 
 __all__ = ["BlockReader", "as_stack", "by_shape", "stack_blocks", "stacked", "values_of"]
@@ -74,13 +75,13 @@ class BlockReader:
 
     def dtypes_of(self, references: NDArray[np.int64]) -> list[DType]:
         """Return the dtype of each block."""
-        stored = np.unique(references[references < 0])
+        stored = distinct(references[references < 0])
         self.learn(stored[self._stored.dtypes_of(stored) == 0])
         codes = np.empty(len(references), np.int64)
         new = references >= 0
         codes[new] = self._spool.dtypes[references[new]]
         codes[~new] = self._stored.dtypes_of(references[~new])
-        known = {code: DType.of_code(code) for code in np.unique(codes).tolist()}
+        known = {code: DType.of_code(code) for code in distinct(codes).tolist()}
         return [known[code] for code in codes.tolist()]
 
     def read(

@@ -34,6 +34,7 @@ from pydedup.layout import (
     used_places,
 )
 from pydedup.policies import Policy
+from pydedup.sets import distinct, is_among
 
 __all__ = ["Previous", "split_sums"]
 
@@ -153,28 +154,42 @@ class Previous:
         ones might be near to. The rest is read. When all models of an add were settled,
         `split_sums` has to be called.
         """
-        stored = np.unique(references[references < 0])
+        stored = distinct(references[references < 0])
         unknown = self._stored.without_cost(stored)
         if not len(unknown):
             return
-        pages = np.unique(self._stored.pages(unknown))
-        mine = stored[np.isin(self._stored.pages(stored), pages)]
+        pages = distinct(self._stored.pages(unknown))
+        mine = stored[is_among(self._stored.pages(stored), pages)]
         places = self._stored.places(mine)
+        page_of = np.searchsorted(pages, split_places(places)[0])
         before, raw = self._raw_costs()
-        here = np.isin(split_places(before)[0], pages)
+        here = is_among(split_places(before)[0], pages)
         before, raw = before[here], raw[here]
-        old = dict(by_page(split_places(before)[0]))
-        sizes = {page_id: (blocks, size) for page_id, blocks, size in self._pages.tolist()}
-        for page_id, at in by_page(split_places(places)[0]):
-            all_old, (blocks, size) = old.get(page_id, at[:0]), sizes.get(page_id, (0, 0))
-            if len(all_old) != blocks or not np.isin(places[at], before[all_old]).all():
-                continue
-            if raw[all_old].sum() == size:  # none takes more than raw, so each takes as much
-                costs = raw[np.searchsorted(before, places[at])]
-                self._stored.set_costs(mine[at], costs)
-            elif len(at) == blocks:
-                self._stored.set_sum(mine[at], size)
+        page_before = np.searchsorted(pages, split_places(before)[0])
+        blocks, sizes = self._recorded(pages)
+        # Pages of which what is recorded is of the blocks that this version has, and no others.
+        is_known = np.bincount(page_before, minlength=len(pages)) == blocks
+        is_known[page_of[~is_among(places, before)]] = False
+        raw_sizes = np.zeros(len(pages), np.int64)
+        np.add.at(raw_sizes, page_before, raw)
+        # None takes more than raw, so each takes as much.
+        is_raw = is_known & (raw_sizes == sizes)
+        at = np.flatnonzero(is_raw[page_of])
+        self._stored.set_costs(mine[at], raw[np.searchsorted(before, places[at])])
+        is_same = is_known & ~is_raw & (np.bincount(page_of, minlength=len(pages)) == blocks)
+        at = np.flatnonzero(is_same[page_of])
+        for page, some in by_page(page_of[at]):
+            self._stored.set_sum(mine[at[some]], int(sizes[page]))
         reader.learn(self._stored.without_cost(mine))
+
+    def _recorded(self, pages: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return how many blocks this version has of each page, and their bytes; 0 of others."""
+        known, blocks, sizes = self._pages[np.argsort(self._pages[:, 0])].T
+        at = np.searchsorted(known, pages)
+        is_there = is_among(pages, known)
+        found = np.zeros((2, len(pages)), np.int64)
+        found[:, is_there] = blocks[at[is_there]], sizes[at[is_there]]
+        return found[0], found[1]
 
     def _raw_costs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the places that this version uses, and what each took if it were raw.
@@ -208,5 +223,5 @@ def split_sums(
     ``models`` are the references of each.
     """
     for references in models:
-        unknown = stored.parts_apart(np.unique(references[references < 0]))
+        unknown = stored.parts_apart(distinct(references[references < 0]))
         reader.learn(stored.without_cost(unknown))

@@ -21,6 +21,7 @@ from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.staged import StagedModel
 from pydedup.ingest.write import Stager
 from pydedup.layout import block_at
+from pydedup.sets import distinct
 
 __all__ = ["publish_batch"]
 
@@ -104,13 +105,13 @@ def _renumber(stager: Stager) -> bool:
 
 def _used(matcher: Matcher, models: Sequence[StagedModel]) -> NDArray[np.int64]:
     """Return the distinct references of all blocks of models, and of the bases behind them."""
-    return np.unique(np.concatenate([model.references(matcher.reader) for model in models]))
+    return distinct(np.concatenate([model.references(matcher.reader) for model in models]))
 
 
 def _lost_pages(matcher: Matcher, models: Sequence[StagedModel]) -> list[int]:
     """Return the pages that models share, and that are not live (any more), or are others."""
     used = _used(matcher, models)
-    shared = np.unique(matcher.stored.pages(used[used < 0])).tolist()
+    shared = distinct(matcher.stored.pages(used[used < 0])).tolist()
     if not shared:
         return []
     with only_sound_rows(matcher.adapter):
@@ -141,7 +142,7 @@ def _match_again(matcher: Matcher, models: Sequence[StagedModel]) -> bool:
     if not len(found):
         return False
     bases = matcher.stored.bases_of(found)
-    matcher.reader.learn(np.unique(np.append(found, bases[bases != NO_BASE])))
+    matcher.reader.learn(distinct(np.append(found, bases[bases != NO_BASE])))
     spool.move_bases(moved)
     for model in models:
         for tensor in model.tensors:

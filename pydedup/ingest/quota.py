@@ -12,6 +12,7 @@ from pydedup.ingest.match import Matcher
 from pydedup.ingest.staged import StagedModel
 from pydedup.layout import pages_read
 from pydedup.quotas import Newcomers, check
+from pydedup.sets import distinct
 from pydedup.usage import Readers
 
 __all__ = ["check_quotas"]
@@ -31,7 +32,7 @@ def check_quotas(
     """
 
     def references(number: int) -> NDArray[np.int64]:
-        return np.unique(models[number].references(matcher.reader))
+        return distinct(models[number].references(matcher.reader))
 
     def places(number: int) -> NDArray[np.int64]:
         """Return places on pages, and -1, -2, ... for blocks 0, 1, ... of the spool."""

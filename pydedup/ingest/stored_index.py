@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.layout import split_places
+from pydedup.sets import union
 from pydedup.signatures import (
     BlockKind,
     covering_rows,
@@ -129,9 +130,9 @@ def _merge(known: _OfKind, pieces: list[L2LSH], live: NDArray[np.int64]) -> None
     ids = [piece.ids for piece in pieces]
     pages = split_places(np.concatenate(ids))[0]
     is_live = _among(pages, live)
-    known.live = np.union1d(known.live, pages[is_live])
+    known.live = union(known.live, pages[is_live])
     if not is_live.all():
-        known.others = np.union1d(known.others, pages[~is_live])
+        known.others = union(known.others, pages[~is_live])
         starts = np.cumsum([len(mine) for mine in ids[:-1]])
         for piece, mine, stay in zip(pieces, ids, np.split(is_live, starts), strict=True):
             piece.remove(mine[~stay])

@@ -18,6 +18,7 @@ from pydedup.blocks import SLOT_BITS
 from pydedup.errors import CorruptStoreError
 from pydedup.ingest.spool import NO_BASE
 from pydedup.layout import block_places, by_page, slot_entries, split_places
+from pydedup.sets import distinct, is_among
 from pydedup.types import LARGEST_ID, DType
 
 __all__ = ["StoredTable"]
@@ -64,7 +65,7 @@ class StoredTable:
     @property
     def page_ids(self) -> NDArray[np.int64]:
         """The pages of all blocks that were met, ascending."""
-        return np.unique(split_places(self._places[: self._count])[0])
+        return distinct(split_places(self._places[: self._count])[0])
 
     # ---- numbers ------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ class StoredTable:
                 f"a slot is recorded of a block that no page has (slot {row.slot} of page "
                 f"{row.page_id}); run verify on the store"
             )
-            error.page_ids = tuple(np.unique(page_ids[wrong]).tolist())
+            error.page_ids = tuple(distinct(page_ids[wrong]).tolist())
             raise error
         references = self.references_at(block_places(page_ids, slots))
         deltas = [number for number, row in enumerate(rows) if row.base_id is not None]
@@ -157,10 +158,10 @@ class StoredTable:
         """Return (negative) references, `NO_BASE` for blocks that cannot be read, or their base."""
         if not len(self.unreadable):
             return references
-        lost = np.isin(self.pages(references), self.unreadable)
+        lost = is_among(self.pages(references), self.unreadable)
         bases = self.bases_of(references)
         deltas = np.flatnonzero(bases != NO_BASE)
-        lost[deltas] |= np.isin(self.pages(bases[deltas]), self.unreadable)
+        lost[deltas] |= is_among(self.pages(bases[deltas]), self.unreadable)
         return np.where(lost, NO_BASE, references)
 
     def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -188,7 +189,7 @@ class StoredTable:
         sums = self._sums[-1 - references]
         found, counts = np.unique(sums[sums > 0], return_counts=True)
         apart = found[counts < np.array(self._parts)[found]]
-        numbers = np.flatnonzero(np.isin(self._sums[: self._count], apart))
+        numbers = np.flatnonzero(is_among(self._sums[: self._count], apart))
         blocks: NDArray[np.int64] = -1 - numbers
         if len(blocks):
             self.set_costs(blocks, 0)
@@ -223,7 +224,7 @@ class StoredTable:
         except CorruptStoreError as exc:
             counts = np.array([page.n_slots for page in pages], np.int64)[page_index]
             page_ids = self.pages(references[slots >= counts])
-            exc.page_ids = tuple(np.unique(page_ids).tolist())
+            exc.page_ids = tuple(distinct(page_ids).tolist())
             raise
         self.set_costs(references, codec.page_cost(entries["length"]))
         self._dtypes[-1 - references] = entries["dtype"]

@@ -30,6 +30,7 @@ from pydedup.layout import (
 from pydedup.maintenance.maps import replace_maps
 from pydedup.maintenance.survey import sound_models, stored_model
 from pydedup.pool import PagePool
+from pydedup.sets import distinct, is_among, without
 
 __all__ = ["Left", "Moves", "relocate"]
 
@@ -99,7 +100,7 @@ class Left:
 
     def keep_places(self, places: NDArray[np.int64], damaged: Collection[int], reader: str) -> None:
         """Note that a model reads those of these places that are on damaged pages."""
-        on_damaged = np.isin(split_places(places)[0], list(damaged))
+        on_damaged = is_among(split_places(places)[0], list(damaged))
         for place in places[on_damaged].tolist():
             self._keep(split_place(place)[0], place, reader)
 
@@ -118,7 +119,7 @@ def relocate(
     Raises ConflictError, before anything is changed, when a vacuum took the staging for abandoned.
     """
     table, left = moves.table(), Left()
-    new_pages = np.unique(split_places(table.new)[0]).tolist()
+    new_pages = distinct(split_places(table.new)[0]).tolist()
     with adapter.transaction():
         adapter.bump_epoch()  # from here on no vacuum collects
         if len(adapter.page_rows(ids=new_pages, state=STAGING)) < len(new_pages):
@@ -148,7 +149,7 @@ def relocate(
             for ordinal in changed:
                 pages_of_deltas.update(_pages_of_deltas(old_maps[ordinal], table))
             before, after = used_places(old_maps), used_places(maps)
-            used = np.unique(split_places(after)[0]).tolist()
+            used = distinct(split_places(after)[0]).tolist()
             parts = {ordinal: list(new.parts()) for ordinal, new in changed.items()}
             replace_maps(adapter, row, parts, tags_of(adapter, used))
             _change_reads(mine, before, after, moves, damaged, pool)
@@ -179,7 +180,7 @@ def _moved(block_map: BlockMap, table: _Table) -> BlockMap:
 def _pages_of_deltas(block_map: BlockMap, table: _Table) -> Iterator[int]:
     """Yield the pages of deltas whose base moved."""
     base_moved, _ = table.find(base_places(block_map))
-    yield from np.unique(block_map.page_ids[base_moved]).tolist()
+    yield from distinct(block_map.page_ids[base_moved]).tolist()
 
 
 def _change_reads(
@@ -191,12 +192,12 @@ def _change_reads(
     pool: PagePool,
 ) -> None:
     """Change what a model reads of each page, given the places that it used and uses."""
-    gone = np.setdiff1d(before, after, assume_unique=True)
+    gone = without(before, after)
     page_ids = split_places(gone)[0]
-    on_damaged = np.isin(page_ids, list(damaged))
+    on_damaged = is_among(page_ids, list(damaged))
     costs = np.zeros(len(gone), np.int64)
     costs[~on_damaged] = block_costs(pool, gone[~on_damaged])
-    for page_id in np.unique(page_ids).tolist():
+    for page_id in distinct(page_ids).tolist():
         if page_id not in reads:
             continue  # it should have been: then there is nothing to change
         blocks, size = reads[page_id]
@@ -208,7 +209,7 @@ def _change_reads(
             reads[page_id] = rest, size
         else:
             del reads[page_id]
-    come = np.setdiff1d(after, before, assume_unique=True)
+    come = without(after, before)
     for page_id, blocks, size in pages_read(come, moves.costs(come)):
         reads[page_id] = blocks, size
 

@@ -46,6 +46,7 @@ from pydedup.maintenance.maps import replace_maps
 from pydedup.maintenance.rows import lost_models, wrong_reads
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
+from pydedup.sets import distinct, is_among
 from pydedup.types import Progress
 
 __all__ = ["UNUSED_PART", "RepackPlan", "Repacked", "plan_repack", "repack"]
@@ -162,7 +163,7 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
         places = _places(adapter, pool, models)
     if not len(places.places):
         return None
-    pages_now = live_pages + sum(len(np.unique(places.page_at[o])) for o in places.owners)
+    pages_now = live_pages + sum(len(distinct(places.page_at[o])) for o in places.owners)
     best, plan = 0.0, None
     choices = [_good_pages(places), _staying(places, places.unused < UNUSED_PART)]
     for stays in (*(stays for stays in choices if stays.any()), np.zeros_like(choices[0])):
@@ -224,11 +225,11 @@ def repack(
 
 def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
     keys = [used_places(model.block_maps()) for model in models]
-    used = np.unique(joined(keys))
+    used = distinct(joined(keys))
     page_ids, slots = split_places(used)
     recorded = {
         (block.page_id, block.slot): block
-        for block in adapter.blocks_on_pages(np.unique(page_ids).tolist())
+        for block in adapter.blocks_on_pages(distinct(page_ids).tolist())
     }
     named = list(zip(page_ids.tolist(), slots.tolist(), strict=True))
     lost = next((place for place in named if place not in recorded), None)
@@ -247,7 +248,7 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     rows = [recorded[place] for place in named]
     bases = np.array([NO_PLACE if row.base_id is None else row.base_id for row in rows], np.int64)
     is_delta = bases != NO_PLACE
-    if not np.isin(bases[is_delta], used).all():
+    if not is_among(bases[is_delta], used).all():
         raise CorruptStoreError(
             "a block that is in use is a delta on one that no block map names; "
             "run verify on the store"
@@ -257,7 +258,7 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     hashes = [row.hash128 for row in rows]
     there = np.sort(block_places(*np.array(list(recorded), np.int64).reshape(-1, 2).T))
     lengths, encodings = block_forms(pool, there)
-    in_use = np.isin(there, used)
+    in_use = is_among(there, used)
     pages, at = np.unique(split_places(there)[0], return_inverse=True)
     litter = np.where(in_use, 0, codec.page_cost(lengths))
     unused = np.bincount(at, litter) / np.bincount(at, codec.page_cost(lengths))

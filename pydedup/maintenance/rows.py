@@ -36,6 +36,7 @@ from pydedup.maintenance.blocks_from import read_block
 from pydedup.maintenance.damage import VerifyReport, sound_rows
 from pydedup.maintenance.survey import stored_model
 from pydedup.pool import PagePool
+from pydedup.sets import common, is_among
 from pydedup.text import listed, plural
 
 __all__ = [
@@ -72,7 +73,7 @@ def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
                     f"{row.address}: {exc}, so nobody knows which pages it uses, and none is "
                     "deleted; remove that model and add it again, or restore a backup"
                 ) from exc
-            used = np.intersect1d(named, doomed, assume_unique=True).tolist()
+            used = common(named, doomed).tolist()
             if used:
                 pages = f"{plural(len(used), 'page')} ({listed([str(page) for page in used])})"
                 raise CorruptStoreError(
@@ -248,7 +249,7 @@ def _bases_on(adapter: Adapter, page_ids: Collection[int]) -> dict[int, int]:
         for row in adapter.models():
             model = stored_model(adapter, row)
             for block_map in () if model is None else model.block_maps():
-                here = np.isin(block_map.page_ids, pages)
+                here = is_among(block_map.page_ids, pages)
                 own = block_places(block_map.page_ids[here], block_map.slots[here])
                 bases.update(zip(own.tolist(), base_places(block_map)[here].tolist(), strict=True))
     return bases

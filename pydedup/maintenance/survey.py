@@ -15,6 +15,7 @@ from pydedup.blocks import BlockMap
 from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import base_places, block_place, block_places, split_places
+from pydedup.sets import distinct, is_among, without
 
 __all__ = ["Lost", "Survey", "sound_models", "stored_model", "survey"]
 
@@ -94,8 +95,8 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
             if others and hashes.are_as_added():
                 sources.update(others)
         deltas = {place for places in found.dependents.values() for place in places}
-        elsewhere = np.unique(split_places(np.array(sorted(deltas), np.int64))[0])
-        recorded.update(_recorded(adapter, np.setdiff1d(elsewhere, pages)))
+        elsewhere = distinct(split_places(np.array(sorted(deltas), np.int64))[0])
+        recorded.update(_recorded(adapter, without(elsewhere, pages)))
     for blocks in (found.lost, *found.dependents.values()):
         for place, block in blocks.items():
             if place in recorded:
@@ -135,7 +136,7 @@ def _note_blocks(
     may be the one of another block, or none.
     """
     others: dict[int, bytes] = {}
-    hits = np.flatnonzero(np.isin(block_map.page_ids, pages))
+    hits = np.flatnonzero(is_among(block_map.page_ids, pages))
     if not len(hits):
         return others
     info = model.tensors[ordinal]
@@ -162,7 +163,7 @@ def _note_bases(
     pages: NDArray[np.int64],
 ) -> None:
     bases = base_places(block_map)
-    hits = np.flatnonzero(np.isin(split_places(bases)[0], pages))
+    hits = np.flatnonzero(is_among(split_places(bases)[0], pages))
     if not len(hits):
         return
     info = model.tensors[ordinal]
@@ -179,10 +180,10 @@ def _distinct(
     places: NDArray[np.int64], numbers: NDArray[np.int64], block_map: BlockMap
 ) -> Iterator[tuple[int, int, int, int]]:
     """Yield (place, number of a block there, its rows, its columns), each place once."""
-    distinct, first = np.unique(places, return_index=True)
+    each, first = np.unique(places, return_index=True)
     chosen = numbers[first]
     heights, widths = block_map.grid.shapes(chosen)
-    columns: Sequence[list[int]] = [c.tolist() for c in (distinct, chosen, heights, widths)]
+    columns: Sequence[list[int]] = [c.tolist() for c in (each, chosen, heights, widths)]
     yield from zip(*columns, strict=True)
 
 

@@ -26,6 +26,7 @@ from pydedup.maintenance.rows import wrong_reads
 from pydedup.maintenance.verify_pages import DAMAGE, OTHER_BASE, PageContent
 from pydedup.names import check_name
 from pydedup.quotas import Quotas
+from pydedup.sets import distinct
 from pydedup.text import listed
 from pydedup.types import GRAPH_ARTIFACT
 
@@ -134,7 +135,7 @@ class ModelChecks:
                 report.add_error(
                     f"{where}: blocks on page {page_id} have other bases than recorded"
                 )
-            based_on = np.unique(split_places(needed[needed != NO_PLACE])[0]).tolist()
+            based_on = distinct(split_places(needed[needed != NO_PLACE])[0]).tolist()
             if not all(page in self._contents or report.unread(page) for page in based_on):
                 report.add_error(f"{where}: bases of blocks on page {page_id} are missing")
 
@@ -155,7 +156,7 @@ class ModelChecks:
         places = used_places(maps)
         lengths = {
             page_id: self._contents[page_id].lengths
-            for page_id in np.unique(split_places(places)[0]).tolist()
+            for page_id in distinct(split_places(places)[0]).tolist()
             if page_id in self._contents and not report.unread(page_id)
         }
         recorded = self._adapter.model_pages(model.row.id)

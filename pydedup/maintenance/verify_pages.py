@@ -20,6 +20,7 @@ from pydedup.layout import NO_PLACE, are_deltas, slot_entries, split_places
 from pydedup.maintenance.damage import Damage, VerifyReport
 from pydedup.maintenance.rows import blocks_of_no_page, rows_by_slot
 from pydedup.pool import PagePool
+from pydedup.sets import distinct, is_among
 from pydedup.text import plural
 from pydedup.types import LARGEST_ID, Progress
 
@@ -196,7 +197,7 @@ class PageChecks:
         digests = hash_keys(content.digests)
         gone = ~content.readable
         if content.bases is not None and gone.any():
-            gone &= ~np.isin(split_places(content.bases)[0], list(self._live))
+            gone &= ~is_among(split_places(content.bases)[0], list(self._live))
         for slot, readable in enumerate(content.readable.tolist()):
             digest = digests[slot]
             if slot not in wanted:
@@ -310,8 +311,8 @@ def _has_base(
         return np.ones(page.n_slots, np.bool_)
     is_delta = are_deltas(page.slots["encoding"])
     base_page_ids = split_places(bases)[0]
-    sound = [n for n in np.unique(base_page_ids[is_delta]).tolist() if can_read(n)]
-    return ~is_delta | np.isin(base_page_ids, sound)
+    sound = [n for n in distinct(base_page_ids[is_delta]).tolist() if can_read(n)]
+    return ~is_delta | is_among(base_page_ids, sound)
 
 
 def content_digests(

@@ -43,6 +43,7 @@ from pydedup.moving.signatures import CarriedSegments, SourceIndex
 from pydedup.moving.source import End, SourceModel, read_model
 from pydedup.moving.staged import MovedModel, matched_tensors, set_aliases
 from pydedup.moving.survey import look_at_target, survey
+from pydedup.sets import distinct, is_among, without
 from pydedup.signatures import read_segments
 from pydedup.types import CopiedModel, CopyReport, Progress
 
@@ -284,7 +285,7 @@ class _Copier:
         at, first = np.unique(np.concatenate([model.places, places[whole]]), return_index=True)
         references = np.concatenate([resolved.references, whole])[first]
         last = np.array(self._survey.done(model.page_ids.tolist()), np.int64)
-        later = ~np.isin(split_places(at)[0], last)
+        later = ~is_among(split_places(at)[0], last)
         at, references = at[later], references[later]
         bases = matcher.reader.bases_of(references)
         is_delta = bases != NO_BASE
@@ -302,7 +303,7 @@ def _lay_out(
 ) -> list[NDArray[np.int64]]:
     """Return the new pages: whole ones, then all other new blocks in the order of the source."""
     pages = list(resolved.whole)
-    rest = np.setdiff1d(references[references >= 0], np.concatenate([references[:0], *pages]))
+    rest = without(references[references >= 0], np.concatenate([references[:0], *pages]))
     ends = np.cumsum(spool.costs[rest])
     start = 0
     while start < len(rest):
@@ -335,7 +336,7 @@ def _report(
         logical_bytes=item.row.logical_bytes,
         stored_bytes=int(spool.lengths[written].sum()),
         blocks=len(references),
-        shared_blocks=len(references) - len(np.unique(new)),
+        shared_blocks=len(references) - len(distinct(new)),
         delta_blocks=int((matcher.reader.bases_of(references) != NO_BASE).sum()),
         pages=len(layout),
         whole_pages=len(resolved.whole),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.layout import NO_PLACE, by_page, find_places, split_places
+from pydedup.sets import is_among
 
 __all__ = ["Known", "Scope", "Whereabouts"]
 
@@ -74,7 +75,7 @@ class Known:
             noted, entries = places[rows], whereabouts.take(rows)
             if page_id in self._pages:
                 before, others = self._pages[page_id]
-                old = np.flatnonzero(~np.isin(before, noted))
+                old = np.flatnonzero(~is_among(before, noted))
                 joined = np.concatenate([before[old], noted])
                 both = Whereabouts.nowhere(len(joined))
                 both.put(np.arange(len(old)), others.take(old))

@@ -28,6 +28,7 @@ from pydedup.moving.pieces import Piece, stored_pieces
 from pydedup.moving.source import End, SourceModel, recorded
 from pydedup.moving.whole import WholePages
 from pydedup.policies import Lossless
+from pydedup.sets import distinct, is_among
 
 __all__ = ["NotWholeError", "Resolved", "Resolver"]
 
@@ -100,12 +101,12 @@ class Resolver:
         if self._scope.twins:
             self._find_twins()
         rest = np.flatnonzero(out.references == NO_BASE)
-        rows = recorded(self._source.adapter, np.unique(split_places(model.places[rest])[0]))
+        rows = recorded(self._source.adapter, distinct(split_places(model.places[rest])[0]))
         entries = rows.at(model.places[rest])  # also of pages that would go whole
         there = model.places[out.references != NO_BASE]
         whole = WholePages(self._source.adapter, rows, model.places, there, self._scope)
         self._list_whole(whole, deltas=False)
-        single = ~np.isin(split_places(model.places[rest])[0], list(whole.entries))
+        single = ~is_among(split_places(model.places[rest])[0], list(whole.entries))
         rest, digests = rest[single], rows.digests[entries[single]]
         for start in range(0, len(rest), _LOOKUP_BLOCKS):
             self._matcher.look_up(hash_keys(digests[start : start + _LOOKUP_BLOCKS]))
@@ -132,7 +133,7 @@ class Resolver:
         """Refer to the blocks of pages that the destination has as they are."""
         places = self._model.places
         rest = np.flatnonzero(self._out.references == NO_BASE)
-        page_ids = np.unique(split_places(places[rest])[0]).tolist()
+        page_ids = distinct(split_places(places[rest])[0]).tolist()
         twins = self._scope.twins
         pairs = [
             (row.id, twins[row.checksum])
@@ -193,7 +194,7 @@ class Resolver:
             bases = self._base_references(rows.bases[chosen])
             wrong = self._matcher.reader.bases_of(bases) != NO_BASE
             if wrong.any():
-                raise NotWholeError(np.unique(page_ids[wrong]))
+                raise NotWholeError(distinct(page_ids[wrong]))
         numbers = self._spool.list_blocks(page_ids, slots, rows.digests[chosen], bases)
         self._out.places.append(places)
         mine, is_mine = find_places(self._model.places, places)
@@ -297,7 +298,7 @@ class Resolver:
         """Look up what blocks of the destination take where that is not known yet."""
         references = self._out.references
         bases = self._matcher.reader.bases_of(references)
-        stored = np.unique(np.concatenate([references, bases[bases != NO_BASE]]))
+        stored = distinct(np.concatenate([references, bases[bases != NO_BASE]]))
         self._matcher.reader.learn(self._matcher.stored.without_cost(stored[stored < 0]))
 
 

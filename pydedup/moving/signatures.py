@@ -14,6 +14,7 @@ from pydedup.ingest.candidates import cut_pieces, index_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import block_places, split_places
 from pydedup.moving.source import End
+from pydedup.sets import common, distinct, is_among, without
 from pydedup.signatures import BlockKind, Segment, load_piece, new_index, segment_rows
 from pydedup.similarity import L2LSH
 
@@ -40,7 +41,7 @@ class SourceIndex:
         starts = np.searchsorted(self._pages, page_ids, side="left").tolist()
         ends = np.searchsorted(self._pages, page_ids, side="right").tolist()
         found = [self._owners[start:end] for start, end in zip(starts, ends, strict=True)]
-        return [self._segments[n] for n in np.unique(np.concatenate([self._owners[:0], *found]))]
+        return [self._segments[n] for n in distinct(np.concatenate([self._owners[:0], *found]))]
 
 
 class CarriedSegments:
@@ -84,13 +85,13 @@ class CarriedSegments:
         """
         written = np.flatnonzero(page_of > 0)
         old_pages = split_places(self._places[written])[0]
-        named = np.unique(old_pages)
+        named = distinct(old_pages)
         useful = self._index.about(named)
         if not useful:
             return iter(())
         covered = np.concatenate([segment.page_ids for segment in useful])
-        outside = ~np.isin(old_pages, covered)  # also what was made anew, of no page
-        open_pages = np.unique(page_of[written[outside]])
+        outside = ~is_among(old_pages, covered)  # also what was made anew, of no page
+        open_pages = distinct(page_of[written[outside]])
         plain = written[~outside & (self._spool.bases[written] == NO_BASE)]
         old = self._places[plain]
         order = np.argsort(old)
@@ -98,9 +99,11 @@ class CarriedSegments:
         if len(covered) <= _FEW_TIMES * len(named):
             indexes = self._stored(useful)
         else:
-            indexes = self._made_anew(np.intersect1d(named, covered).tolist())
+            indexes = self._made_anew(common(named, covered).tolist())
         pieces = _moved(indexes, old[order], new)
-        return segment_rows(number, np.setdiff1d(page_ids, open_pages).tolist(), pieces)
+        return segment_rows(
+            number, without(np.array(page_ids, np.int64), open_pages).tolist(), pieces
+        )
 
     def _stored(self, segments: Sequence[Segment]) -> Iterator[tuple[BlockKind, L2LSH]]:
         numbers = [number for segment in segments for number in segment.rows[1:]]
@@ -121,7 +124,7 @@ def _moved(
     """Yield indexes of the blocks at these ``old`` places, ascending, at their new ones."""
     found: dict[BlockKind, L2LSH] = {}
     for kind, some in indexes:
-        ids = np.intersect1d(some.ids, old)
+        ids = common(some.ids, old)
         if len(ids):
             index = found.setdefault(kind, new_index(kind))
             index.merge(some.select(ids, new[np.searchsorted(old, ids)]))

@@ -27,6 +27,7 @@ from pydedup.layout import (
     used_places,
 )
 from pydedup.pool import PagePool
+from pydedup.sets import distinct
 
 __all__ = ["End", "Recorded", "SourceModel", "read_model", "recorded"]
 
@@ -64,7 +65,7 @@ class SourceModel:
     @property
     def page_ids(self) -> NDArray[np.int64]:
         """The pages that it reads, ascending."""
-        return np.unique(split_places(self.places)[0])
+        return distinct(split_places(self.places)[0])
 
 
 @dataclass(frozen=True, slots=True)

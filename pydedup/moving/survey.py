@@ -15,6 +15,7 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import ParsedMaps, StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError
 from pydedup.layout import joined, split_places, used_places
+from pydedup.sets import distinct
 
 __all__ = ["Survey", "Target", "look_at_target", "survey"]
 
@@ -77,8 +78,8 @@ def _survey(source: Adapter, rows: Sequence[ModelRow], epoch: int, blocks: bool)
             further.append(places)
             count += len(places)
             if count > len(needed):  # so that thousands of models do not sort all of it each
-                needed, further, count = np.unique(joined([needed, *further])), [], 0
-    needed = np.unique(joined([needed, *further]))
+                needed, further, count = distinct(joined([needed, *further])), [], 0
+    needed = distinct(joined([needed, *further]))
     page_ids = list(found.readers)
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
         pages = source.page_rows(ids=page_ids[start : start + _PAGES_AT_ONCE])

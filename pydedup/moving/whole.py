@@ -15,6 +15,7 @@ from pydedup.adapter import Adapter
 from pydedup.layout import NO_PLACE, by_page, split_places
 from pydedup.moving.known import Scope
 from pydedup.moving.source import Recorded, recorded
+from pydedup.sets import distinct, is_among
 
 __all__ = ["WholePages"]
 
@@ -65,7 +66,7 @@ class WholePages:
     def _add(self, rows: Recorded, offset: int) -> None:
         """Add the pages of ``rows``, bases aside; they begin at ``offset`` of all rows."""
         page_ids, slots = split_places(rows.places)
-        taken = np.isin(rows.places, self._there)
+        taken = is_among(rows.places, self._there)
         taken |= self._scope.known.look_up(rows.places).places != NO_PLACE
         for page_id, entries in by_page(page_ids):
             if (
@@ -78,12 +79,12 @@ class WholePages:
 
     def _bring_bases(self, room: int) -> None:
         """Add pages of bases, as long as there is room; then drop pages that lack one."""
-        tried = set(np.unique(split_places(self.rows.places)[0]).tolist())
+        tried = set(distinct(split_places(self.rows.places)[0]).tolist())
         while True:
             lacking = self._lacking()
             if not lacking:
                 return
-            wanted = np.unique(split_places(np.concatenate(list(lacking.values())))[0])
+            wanted = distinct(split_places(np.concatenate(list(lacking.values())))[0])
             more = [page_id for page_id in wanted.tolist() if page_id not in tried][:room]
             if not more:
                 for page_id in lacking:
@@ -105,8 +106,8 @@ class WholePages:
         if not self.entries:
             return {}
         every = np.concatenate(list(self.entries.values()))
-        bases = np.unique(self.rows.bases[every])
-        here = np.isin(bases, self._places) | np.isin(bases, self.rows.places[every])
+        bases = distinct(self.rows.bases[every])
+        here = is_among(bases, self._places) | is_among(bases, self.rows.places[every])
         found = self._scope.known.look_up(bases)
         here |= (found.places != NO_PLACE) & (found.bases == NO_PLACE)
         missing = bases[~here & (bases != NO_PLACE)]
@@ -115,7 +116,7 @@ class WholePages:
         lacking = {}
         for page_id, entries in self.entries.items():
             bases = self.rows.bases[entries]
-            bases = bases[np.isin(bases, missing)]
+            bases = bases[is_among(bases, missing)]
             if len(bases):
                 lacking[page_id] = bases
         return lacking

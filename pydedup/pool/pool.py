@@ -32,6 +32,7 @@ from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
 from pydedup.pool.prefetch import Call, Room
 from pydedup.pool.walks import Walks
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
+from pydedup.sets import distinct
 from pydedup.windows import Plans, Window
 from pydedup.words import Replacement
 
@@ -207,7 +208,7 @@ class PagePool(Walks):
 
     def warm(self, ids: Sequence[int] | NDArray[np.int64]) -> int:
         """Bring pages in, in order, as many as the budget holds; return how many are here."""
-        wanted = np.unique(np.ascontiguousarray(ids, np.int64))
+        wanted = distinct(np.ascontiguousarray(ids, np.int64))
         at, total = 0, 0
         while at < len(wanted):
             count = min(self.window_pages, (self._budget - total) // self._loader.largest)

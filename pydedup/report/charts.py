@@ -16,6 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from pydedup.sets import distinct
 from pydedup.text import clean, size
 
 __all__ = ["block_picture", "heat_map", "histogram", "line_chart", "parts_bar", "swatch"]
@@ -145,7 +146,7 @@ def block_picture(cells: NDArray[np.uint8], *, summary: str) -> Markup:
         return Markup("")
     unit = 10
     figure = _figure(cols * unit, rows * unit, "", summary, "blocks")
-    for kind in np.unique(cells[cells != 255]).tolist():
+    for kind in distinct(cells[cells != 255]).tolist():
         strokes = []
         for row in range(rows):
             edges = np.flatnonzero(np.diff(cells[row] == kind, prepend=False, append=False)) * unit

@@ -16,6 +16,7 @@ from pydedup.catalog import Catalog, ParsedMaps, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_costs, block_places, joined, map_places, used_places
 from pydedup.pool import PagePool
+from pydedup.sets import distinct, is_among
 from pydedup.types import Progress, TensorInfo
 
 __all__ = [
@@ -115,7 +116,7 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
         model = StoredModel(adapter, catalog.resolve(address))
         maps = model.block_maps()
         mine = [map_places(block_map) for block_map in maps]
-        used = np.unique(joined(mine))
+        used = distinct(joined(mine))
         costs = block_costs(pool, used)
         damaged: list[str] = []
         per_other = _in_common(adapter, model, used, damaged)
@@ -125,8 +126,8 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     tensors = []
     for info, block_map, places in zip(model.tensors, maps, mine, strict=True):
         count = block_map.grid.count
-        own = np.searchsorted(used, np.unique(places[:count]))  # without bases, which come behind
-        at = np.searchsorted(used, np.unique(places))
+        own = np.searchsorted(used, distinct(places[:count]))  # without bases, which come behind
+        at = np.searchsorted(used, distinct(places))
         tensors.append(
             TensorSharing(
                 tensor=info,
@@ -173,7 +174,7 @@ def _in_common(
     for row in rows:
         try:
             other = StoredModel(adapter, row, parsed=parsed)
-            found.append((other.address, np.isin(used, used_places(other.block_maps()))))
+            found.append((other.address, is_among(used, used_places(other.block_maps()))))
         except CorruptStoreError as exc:
             damaged.append(str(exc))
     return found

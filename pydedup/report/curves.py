@@ -12,6 +12,7 @@ import numpy as np
 
 from pydedup.errors import ArgumentError
 from pydedup.replacement import POLICIES, Trace, replay
+from pydedup.sets import distinct
 from pydedup.words import ReplayPolicy
 
 __all__ = ["OPTIMUM", "Curves", "miss_curves"]
@@ -81,7 +82,7 @@ def _replayed(trace: Trace, kept: int) -> Curves:
     if kept:
         least, total = max(int(sizes.max()), 1), max(int(sizes.sum()), 1)
         steps = np.geomspace(least, total, _POINTS).round().astype(np.int64)
-        memory = tuple(int(step) for step in np.unique(np.clip(steps, least, total)))
+        memory = tuple(int(step) for step in distinct(np.clip(steps, least, total)))
         ratios = {
             policy: tuple(1.0 - replay(head, size, policy).hit_ratio for size in memory)
             for policy in ratios

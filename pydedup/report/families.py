@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.layout import find_places, joined
+from pydedup.sets import distinct, union
 from pydedup.usage import Readers
 
 __all__ = ["Common", "common_blocks", "families"]
@@ -69,7 +70,7 @@ def common_blocks(readers: Readers, candidates: Sequence[int]) -> Common:
     used: list[NDArray[np.int64]] = []
     total = 0
     for number in candidates[:MOST_MODELS]:
-        mine = np.unique(readers.places(number))
+        mine = distinct(readers.places(number))
         if chosen and total + len(mine) > MOST_BLOCKS:
             break
         total += len(mine)
@@ -151,7 +152,7 @@ def families(blocks: NDArray[np.int64], most: int) -> list[list[int]]:
         near[i], near[:, i] = merged, merged
         near[j], near[:, j] = -1.0, -1.0
         stale = np.flatnonzero((best_at == i) | (best_at == j))
-        stale = np.union1d(stale, [i])
+        stale = union(stale, np.array([i]))
         best[stale], best_at[stale] = near[stale].max(axis=1), near[stale].argmax(axis=1)
         best[j] = -2.0
         nearer = merged > best

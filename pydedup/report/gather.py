@@ -21,6 +21,7 @@ from pydedup.report.curves import Curves, miss_curves
 from pydedup.report.detail import TensorBlocks, blocks_of
 from pydedup.report.families import Common, common_blocks
 from pydedup.report.figures import StoreStats, store_stats
+from pydedup.sets import distinct, is_among
 from pydedup.types import ModelInfo
 from pydedup.usage import Readers, beside_damage, bytes_by_group
 
@@ -193,8 +194,8 @@ def _gathered(
     ]
     known = 0.0
     if trace is not None and len(trace):
-        seen = np.unique(trace.pages)
-        known = float(np.isin(seen, np.array(list(sizes), np.int64)).mean())
+        seen = distinct(trace.pages)
+        known = float(is_among(seen, np.array(list(sizes), np.int64)).mean())
     return StoreReport(
         made_at=time.time(),
         stats=stats,

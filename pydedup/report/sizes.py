@@ -12,6 +12,7 @@ from pydedup.adapter import Adapter
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog
 from pydedup.layout import by_page
+from pydedup.sets import is_among
 from pydedup.types import ModelInfo
 
 __all__ = ["ModelSize", "model_sizes", "shared_pages"]
@@ -88,7 +89,7 @@ def shared_pages(adapter: Adapter) -> list[dict[str, object]]:
         models = sorted(adapter.models(), key=lambda row: (row.name, row.version))
         reads = np.array(adapter.model_pages(), np.int64).reshape(-1, 4)
     ids = np.array([row.id for row in models], np.int64)
-    reads = reads[np.isin(reads[:, 0], ids)]
+    reads = reads[is_among(reads[:, 0], ids)]
     reads = reads[np.lexsort((reads[:, 0], reads[:, 1]))]
     by_id = np.argsort(ids)
     # Models are numbered in the order of the result.
