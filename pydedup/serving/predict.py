@@ -19,6 +19,7 @@ from pydedup.arguments import as_array
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, NotFoundError, PydedupError, UnsupportedFormatError
 from pydedup.graph import Graph
+from pydedup.matmul import room_for
 from pydedup.pool import PagePool
 from pydedup.serving.engine import Tensors, run_graph, run_together
 from pydedup.serving.plan import Plan, is_planned_by_shapes, plan_run
@@ -166,7 +167,7 @@ def _run(request: Prediction, tensor_of: TensorOf, pool: PagePool) -> dict[str, 
             part = run(plan.part(request.inputs, at, stop))
         for name, value in part.items():
             if name not in outputs:
-                outputs[name] = np.empty((plan.rows, *value.shape[1:]), value.dtype)
+                outputs[name] = room_for((plan.rows, *value.shape[1:]), value.dtype)
             outputs[name][at:stop] = value
     return outputs
 

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 import pydedup
-from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.errors import ArgumentError, BudgetError, NotFoundError
 from pydedup.graph import Graph, Node
 
 RNG = np.random.default_rng(9)
@@ -114,6 +114,17 @@ def test_a_bad_request_does_not_disturb_the_others(store: pydedup.Store) -> None
     ]
     assert str(results[2]) == "v1@1 takes 256 features, and x has 100"
     assert store.predict_many([]) == []
+
+
+def test_a_batch_whose_result_no_memory_holds_does_not_disturb_the_others(
+    store: pydedup.Store,
+) -> None:
+    good = RNG.standard_normal((2, 256)).astype(np.float32)
+    huge = np.broadcast_to(np.float32(0), (1 << 44, 256))  # its result takes 640 TiB
+    failed, made = store.predict_many([("v0", huge), ("v1", good)])
+    assert isinstance(failed, BudgetError)
+    assert "no memory for the result" in str(failed)
+    np.testing.assert_array_equal(made, store.predict("v1", good))
 
 
 def test_models_with_other_layers_run_beside_each_other(store: pydedup.Store) -> None:
