@@ -356,6 +356,17 @@ def test_a_stricter_update_looks_at_everything_again(store: pydedup.Store) -> No
     assert same(store.load("m@2"), model)
 
 
+def test_a_stricter_update_takes_no_tensor_over_that_is_too_far(store: pydedup.Store) -> None:
+    """Also where others of the version before are as they were."""
+    base = base_model()
+    store.add("other", base)
+    model = {**base, "hidden": fine_tuned(base, 1)["hidden"]}
+    store.add("m", model, policy=policies.Bounded(0.1))
+    assert 0.005 < rel(store.load("m")["hidden"], model["hidden"]) < 0.1
+    store.add("m", model, policy=policies.Bounded(0.001))
+    assert 0 < rel(store.load("m@2")["hidden"], model["hidden"]) <= 0.001
+
+
 def test_an_update_may_change_shapes_types_and_names(store: pydedup.Store) -> None:
     model = base_model()
     store.add("m", model)

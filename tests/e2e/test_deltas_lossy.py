@@ -124,6 +124,43 @@ def test_accuracy_shares_what_the_metric_allows(store: pydedup.Store) -> None:
     assert store.add("copy", loaded).shared_blocks == report.blocks
 
 
+def test_accuracy_replaces_by_nothing_beyond_max_rel_error(store: pydedup.Store) -> None:
+    """Whatever the metric would allow: here all."""
+    store.add("base", base_model())
+    near, far = fine_tuned(base_model(), 1, 0.02), fine_tuned(base_model(), 2, 0.1)
+    model = {**near, "hidden": far["hidden"]}
+    policy = policies.Accuracy(lambda _: 1.0, 0.0, max_rel_error=0.05)
+    report = store.add("m", model, policy=policy)
+    loaded = store.load("m")
+    assert loaded["hidden"].tobytes() == model["hidden"].tobytes()
+    assert 0.01 < rel(loaded["embedding"], model["embedding"]) <= 0.05
+    assert 0.01 < report.certificate["largest_block_error"] <= 0.05
+
+
+def test_accuracy_orders_blocks_by_magnitude_over_the_range_of_their_layer(
+    store: pydedup.Store,
+) -> None:
+    rng = np.random.default_rng(3)
+    rows = np.repeat(np.float32([[1], [3], [2], [4]]), 64, axis=0)
+    one = np.clip(rng.standard_normal((256, 64)), -1, 1).astype(np.float32) * rows
+    base = {"narrow": one[:128] * np.float32(0.01), "wide": one[128:] * np.float32(0.75)}
+    store.add("base", base)
+    model = {name: w * np.float32(1.1) for name, w in base.items()}
+    order: list[tuple[str, int]] = []
+
+    def evaluate(weights: Mapping[str, NDArray[Any]]) -> float:
+        for name, w in base.items():
+            for top in (0, 64):
+                part = np.s_[top : top + 64]
+                if (name, top) not in order and np.array_equal(weights[name][part], w[part]):
+                    order.append((name, top))
+        return 1.0
+
+    store.add("m", model, policy=policies.Accuracy(evaluate, 0.0, search="step", every=1))
+    assert order[:2] == [("narrow", 0), ("wide", 0)]
+    assert len(order) == 4
+
+
 def test_quantised_deltas_on_bases_that_are_too_far_for_lossless_ones(
     store: pydedup.Store,
 ) -> None:

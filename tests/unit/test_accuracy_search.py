@@ -313,6 +313,23 @@ def test_saliency_orders_by_its_mean_over_each_block() -> None:
     assert chosen(lambda weights: {"w": values[::-1] + 0 * weights["w"]}) == [-1, -1, 0, -1]
 
 
+def test_the_mean_saliency_of_a_small_block_counts_as_much_as_that_of_a_large_one() -> None:
+    weights = {"w": np.zeros((3, 1), np.float32)}
+    seen: list[int] = []
+
+    def part(rows: slice) -> Replacement:
+        def level() -> NDArray[Any]:
+            seen.append(rows.start)
+            return np.ones((rows.stop - rows.start, 1), np.float32)
+
+        return Replacement("w", rows, slice(0, 1), (level,), (1,), 0.0, 12)
+
+    saliency = {"w": np.array([[2], [2], [3]], np.float32)}
+    policy = Accuracy(lambda _: 1.0, 0.0, every=1, order="saliency", saliency=saliency)
+    choose(weights, [part(slice(2, 3)), part(slice(0, 2))], policy)
+    assert seen == [0, 2]
+
+
 @pytest.mark.parametrize(
     ("saliency", "said"),
     [
