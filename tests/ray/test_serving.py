@@ -306,6 +306,28 @@ def test_replicas_come_with_requests(server: Server, apps: dict[str, Any]) -> No
             one.result()
 
 
+@pytest.mark.long
+def test_families_meet_by_the_routing_of_ray_as_well(server: Server, url: str) -> None:
+    """Once Ray has heard where a family is, none of its requests goes elsewhere."""
+    options = {"memory": MEMORY, "num_cpus": 0.1, "num_replicas": 2, "routing": "multiplexed"}
+    serve.run(deployment(url, **options), name="multiplexed", route_prefix="/multiplexed")
+    handle = serve.get_deployment_handle("Models", "multiplexed")
+
+    def busy() -> int:
+        """Ask for the models of a family; returns how many replicas used pages for that."""
+        before = pools(handle)
+        for n in range(30):
+            path = f"/multiplexed/v2/models/family0%2Fvariant{n % VARIANTS}/infer"
+            assert server.ask("POST", path, asked()).status == 200
+        return sum(stats != before.get(name) for name, stats in pools(handle).items())
+
+    try:
+        assert len(pools(handle)) == 2
+        eventually(lambda: busy() == 1)
+    finally:
+        serve.delete("multiplexed")
+
+
 def logs(ray: Any) -> str:
     """All that Ray has written to files since it began."""
     folder = Path(ray._private.worker.global_worker.node.get_session_dir_path())
