@@ -301,11 +301,10 @@ def _certificate(
 
     return {
         "policy": policy.name,
+        **policy.parameters(),
         "metric_before": judge.before.metric,
         "metric_after": trial.accepted.metric,
         "metric_drop": judge.before.metric - trial.accepted.metric,
-        "max_drop": float(policy.max_drop),
-        "confidence": None if policy.confidence is None else float(policy.confidence),
         "bound": bound,
         "rows": {
             "all": count(judge.before.scores),
@@ -313,9 +312,6 @@ def _certificate(
             "judging": count(judge.judging),
         },
         "evaluations": trial.evaluations,
-        "order": policy.order,
-        "search": policy.search,
-        "seed": int(policy.seed),
         "noise": judge.noise,
         "blocks": len(replacements),
         "replaced": int((levels >= 0).sum()),

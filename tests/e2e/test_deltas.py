@@ -283,8 +283,10 @@ def test_explain_says_what_is_a_delta_and_how_far_it_is(store: pydedup.Store) ->
     store.add("exact", variant)
     report = store.add("close", fine_tuned(base, 2), policy=policies.Bounded(0.001))
     by_name = {t.tensor.name: t for t in store.explain("close").tensors}
-    assert by_name["hidden"].delta_blocks == by_name["hidden"].blocks == 20
-    assert 0 < by_name["hidden"].largest_error <= 0.001
+    hidden = by_name["hidden"]
+    assert hidden.delta_blocks == hidden.blocks == hidden.distinct_blocks == 20
+    assert hidden.shared_blocks == 0 < hidden.shared_bytes  # those of the bases
+    assert 0 < hidden.largest_error <= 0.001
     assert (
         max(t.largest_error for t in by_name.values())
         == (report.certificate["largest_block_error"])

@@ -381,6 +381,9 @@ def test_explain_says_what_removal_frees(store: pydedup.Store) -> None:
     assert {other.model for other in before.shared_with} == {"tenant-0@1", "tenant-2@1"}
     assert 0 < before.removal_frees_bytes < before.used_bytes
     assert before.removal_frees_bytes + before.shared_bytes == before.used_bytes
+    shares = [bool(tensor.shared_with) for tensor in before.tensors]
+    assert shares == [tensor.shared_bytes > 0 for tensor in before.tensors]
+    assert set(shares) == {True, False}
     pages = store.stats().page_bytes
     store.remove("tenant-1")
     store.vacuum()
