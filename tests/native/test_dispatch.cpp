@@ -34,6 +34,18 @@ void wrong_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_byte
     kScalarKernels.hash.hash_rows(data, rows, row_bytes, stride, seed, out);
     if (row_bytes == 200) out[1] ^= 1;
 }
+// Right up to a group of stripes, after which the state is scrambled.
+void wrong_long_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes,
+                     std::size_t stride, std::uint64_t seed, std::uint64_t* out) noexcept {
+    kScalarKernels.hash.hash_rows(data, rows, row_bytes, stride, seed, out);
+    if (rows * row_bytes >= 1024) out[0] ^= 1;
+}
+void wrong_long_panel(const std::uint8_t* data, std::size_t blocks, std::size_t rows,
+                      std::size_t row_bytes, std::size_t stride, std::uint64_t seed,
+                      std::uint64_t* out) noexcept {
+    kScalarKernels.hash.hash_panel(data, blocks, rows, row_bytes, stride, seed, out);
+    if (rows > 8) out[0] ^= 1;
+}
 void wrong_panel(const std::uint8_t* data, std::size_t blocks, std::size_t rows,
                  std::size_t row_bytes, std::size_t stride, std::uint64_t seed,
                  std::uint64_t* out) noexcept {
@@ -151,6 +163,20 @@ void wrong_compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8
     kScalarKernels.similarity.f16.compare(a, a_stride, b, b_stride, rows, cols, eps, limit, out);
     ++out.within;
 }
+void wrong_long_compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
+                        std::size_t b_stride, std::size_t rows, std::size_t cols, double eps,
+                        double limit, Comparison& out) noexcept {
+    kScalarKernels.similarity.f32.compare(a, a_stride, b, b_stride, rows, cols, eps, limit, out);
+    if (rows * cols > 1024) out.squares += 1;
+}
+// Wrong where several whole strips are taken at once.
+void wrong_fold(const std::uint8_t* data, const FoldStrip& strip, std::size_t strips,
+                std::size_t pitch, const std::uint8_t* ahead, const std::uint32_t* signs,
+                const std::uint16_t* moves, float* buckets, double* squares) noexcept {
+    kScalarKernels.similarity.f64.fold(data, strip, strips, pitch, ahead, signs, moves, buckets,
+                                       squares);
+    if (strip.full && strips >= 4) squares[0] += 1;
+}
 void wrong_mix(float* buckets, const std::uint32_t* signs, std::size_t outputs,
                float* out) noexcept {
     kScalarKernels.similarity.mix(buckets, signs, outputs, out);
@@ -234,6 +260,8 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable&) {}) == "none");
     CHECK(group_of([](KernelTable& t) { t.hash.hash_rows = wrong_rows; }) == "hash");
     CHECK(group_of([](KernelTable& t) { t.hash.hash_panel = wrong_panel; }) == "hash");
+    CHECK(group_of([](KernelTable& t) { t.hash.hash_rows = wrong_long_rows; }) == "hash");
+    CHECK(group_of([](KernelTable& t) { t.hash.hash_panel = wrong_long_panel; }) == "hash");
     CHECK(group_of([](KernelTable& t) { t.codec.split_planes = wrong_split; }) == "codec");
     CHECK(group_of([](KernelTable& t) { t.codec.merge_planes = wrong_merge; }) == "codec");
     CHECK(group_of([](KernelTable& t) { t.codec.huffman_decode = wrong_decode; }) == "codec");
@@ -273,6 +301,8 @@ TEST(a_wrong_answer_of_any_function_is_found) {
         return group_of([&](KernelTable& t) { change(t.similarity); });
     };
     CHECK(similarity_of([](auto& s) { s.f16.compare = wrong_compare; }) == "similarity");
+    CHECK(similarity_of([](auto& s) { s.f32.compare = wrong_long_compare; }) == "similarity");
+    CHECK(similarity_of([](auto& s) { s.f64.fold = wrong_fold; }) == "similarity");
     CHECK(similarity_of([](auto& s) { s.mix = wrong_mix; }) == "similarity");
     CHECK(similarity_of([](auto& s) { s.sketch_distance = wrong_distance; }) == "similarity");
     CHECK(similarity_of([](auto& s) { s.select_u64.count_below = wrong_count; }) == "similarity");

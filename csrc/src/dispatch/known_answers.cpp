@@ -17,20 +17,24 @@
 namespace pydedup {
 namespace {
 
-using Question = std::array<std::uint8_t, 700>;
-
-Question fixed_question() noexcept {
-    Question question{};
+template <std::size_t N>
+std::array<std::uint8_t, N> fixed_bytes() noexcept {
+    std::array<std::uint8_t, N> bytes{};
     std::uint32_t state = 1;
-    for (std::uint8_t& byte : question) {
+    for (std::uint8_t& byte : bytes) {
         state = state * 1664525U + 1013904223U;
         byte = static_cast<std::uint8_t>(state >> 24);
     }
-    return question;
+    return bytes;
 }
 
-bool same_rows(const KernelTable& table, const Question& question) noexcept {
-    for (const std::size_t row_bytes : {std::size_t{700}, std::size_t{200}, std::size_t{128}}) {
+using Question = std::array<std::uint8_t, 700>;
+
+// More than a group of stripes, after which the state of a hash is scrambled.
+using HashQuestion = std::array<std::uint8_t, 1300>;
+
+bool same_rows(const KernelTable& table, const HashQuestion& question) noexcept {
+    for (const std::size_t row_bytes : {question.size(), std::size_t{200}, std::size_t{128}}) {
         std::array<std::uint64_t, 2> want{};
         std::array<std::uint64_t, 2> got{};
         const std::size_t rows = question.size() / row_bytes;
@@ -41,12 +45,12 @@ bool same_rows(const KernelTable& table, const Question& question) noexcept {
     return true;
 }
 
-// Three blocks side by side, of rows that are no whole stripes.
-bool same_panel(const KernelTable& table, const Question& question) noexcept {
+// Three blocks side by side, of rows that are no whole stripes, and that overlap.
+bool same_panel(const KernelTable& table, const HashQuestion& question) noexcept {
     std::array<std::uint64_t, 6> want{};
     std::array<std::uint64_t, 6> got{};
-    kScalarKernels.hash.hash_panel(question.data(), 3, 2, 110, 350, 0, want.data());
-    table.hash.hash_panel(question.data(), 3, 2, 110, 350, 0, got.data());
+    kScalarKernels.hash.hash_panel(question.data(), 3, 9, 110, 120, 0, want.data());
+    table.hash.hash_panel(question.data(), 3, 9, 110, 120, 0, got.data());
     return want == got;
 }
 
@@ -153,68 +157,91 @@ bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
     return true;
 }
 
-// A strip with short groups is folded and mixed: sketches are persisted.
-bool same_sketch(const SimilarityKernels& similarity, const SimilarityKernels& reference,
-                 const Question& question) noexcept {
-    std::array<float, 150> data{};
-    for (std::size_t i = 0; i < data.size(); ++i) {
-        data[i] = static_cast<float>(question[i]) / 3.0F - static_cast<float>(question[i + 150]);
-    }
-    FoldStrip strip{};
-    for (std::size_t row = 0; row < 3; ++row) {
-        for (std::size_t c = 0; c < 50; c += kSimLanes) {
-            strip.offset[strip.groups] = (row * 50 + c) * sizeof(float);
-            strip.lanes[strip.groups++] = static_cast<std::uint8_t>(50 - c < 16 ? 50 - c : 16);
-        }
-    }
+bool same_mix(const SimilarityKernels& similarity, const SimilarityKernels& reference,
+              const Question& question) noexcept {
     std::array<std::uint32_t, 2 * kSignWords> signs{};
     std::memcpy(signs.data(), question.data(), sizeof signs);
-    const std::uint16_t move = 0x2A5;
-    const auto answer = [&](const SimilarityKernels& kernels, float* out, double* squares) {
+    const auto answer = [&](const SimilarityKernels& kernels) {
         alignas(64) std::array<float, kFoldBuckets> buckets{};
-        const auto* bytes = reinterpret_cast<const std::uint8_t*>(data.data());
-        kernels.f32.fold(bytes, strip, 1, 0, bytes, signs.data(), &move, buckets.data(), squares);
-        kernels.mix(buckets.data(), signs.data(), 64, out);
+        for (std::size_t i = 0; i < buckets.size(); ++i) {
+            buckets[i] = static_cast<float>(question[i % question.size()]) / 3.0F - 42.0F;
+        }
+        alignas(64) std::array<float, 64> out{};
+        kernels.mix(buckets.data(), signs.data(), out.size(), out.data());
+        return out;
     };
-    alignas(64) std::array<float, 64> want{};
-    alignas(64) std::array<float, 64> got{};
-    std::array<double, kSimLanes> want_squares{};
-    std::array<double, kSimLanes> got_squares{};
-    answer(reference, want.data(), want_squares.data());
-    answer(similarity, got.data(), got_squares.data());
-    return want == got && want_squares == got_squares;
+    return answer(similarity) == answer(reference);
 }
 
-bool same_comparison(const ElementKernels& kernels, const ElementKernels& reference,
-                     const std::uint8_t* data, std::size_t item_bytes) noexcept {
-    // Rows of a whole group and a tail, that overlap: 3 of 19 elements, and the same 5 further on.
-    const std::size_t stride = 21 * item_bytes;
+// More than a strip, and than compare() adds up at a time.
+constexpr std::size_t kElements = kFoldBuckets + 76;
+
+// Strips of whole groups, of which vector kernels take several at once, and one of short groups.
+bool same_fold(const ElementKernels& kernels, const ElementKernels& reference,
+               const std::uint8_t* data, std::size_t item_bytes,
+               const Question& question) noexcept {
+    constexpr std::array<std::uint16_t, 4> kMoves{0x2A5, 0, 0x3FF, 0x110};
+    std::array<std::uint32_t, kMoves.size() * kSignWords> signs{};
+    std::memcpy(signs.data(), question.data(), sizeof signs);
+    FoldStrip whole{kFoldGroups, true, {}, {}};
+    for (std::size_t t = 0; t < kFoldGroups; ++t) {
+        whole.offset[t] = t * kSimLanes * item_bytes;
+        whole.lanes[t] = kSimLanes;
+    }
+    FoldStrip part{};
+    for (std::size_t row = 0; row < 3; ++row) {
+        for (std::size_t c = 0; c < 50; c += kSimLanes) {
+            part.offset[part.groups] = (row * 50 + c) * item_bytes;
+            part.lanes[part.groups++] = static_cast<std::uint8_t>(50 - c < 16 ? 50 - c : 16);
+        }
+    }
     const auto answer = [&](const ElementKernels& k) {
-        Comparison found{};
-        k.compare(data, stride, data + 5 * item_bytes, stride, 3, 19, 0.25, 1e300, found);
-        return std::tuple(found.squares, found.squared_difference, found.greatest_difference,
-                          found.within, k.sum_squares(data, stride, 3, 19));
+        alignas(64) std::array<float, kFoldBuckets> buckets{};
+        std::array<double, kSimLanes> squares{};
+        k.fold(data, whole, kMoves.size(), kSimLanes * item_bytes, data, signs.data(),
+               kMoves.data(), buckets.data(), squares.data());
+        k.fold(data, part, 1, 0, data, signs.data(), kMoves.data(), buckets.data(), squares.data());
+        return std::pair(buckets, squares);
     };
     return answer(kernels) == answer(reference);
 }
 
-bool same_comparisons(const SimilarityKernels& similarity, const SimilarityKernels& reference,
-                      const Question& question) noexcept {
-    std::array<float, 70> singles{};
-    std::array<double, 70> doubles{};
-    std::array<std::uint16_t, 70> halves{};
-    for (std::size_t i = 0; i < singles.size(); ++i) {
-        singles[i] = static_cast<float>(question[i]) / 97.0F - 1.0F;
-        doubles[i] = static_cast<double>(question[i + 70]) / 97.0 - 1.0;
-        halves[i] = static_cast<std::uint16_t>(0x3000U | (question[i + 140] & 0x8FU) << 8);
-    }
-    const auto bytes = [](const auto& values) {
-        return reinterpret_cast<const std::uint8_t*>(values.data());
+bool same_comparison(const ElementKernels& kernels, const ElementKernels& reference,
+                     const std::uint8_t* data, std::size_t item_bytes) noexcept {
+    const auto answer = [&](const ElementKernels& k, std::size_t rows, std::size_t cols) {
+        const std::size_t stride = (cols + 2) * item_bytes;
+        Comparison found{};
+        k.compare(data, stride, data + 5 * item_bytes, stride, rows, cols, 0.25, 1e300, found);
+        return std::tuple(found.squares, found.squared_difference, found.greatest_difference,
+                          found.within, k.sum_squares(data, stride, rows, cols));
     };
-    return same_comparison(similarity.f32, reference.f32, bytes(singles), 4) &&
-           same_comparison(similarity.f64, reference.f64, bytes(doubles), 8) &&
-           same_comparison(similarity.f16, reference.f16, bytes(halves), 2) &&
-           same_comparison(similarity.bf16, reference.bf16, bytes(halves), 2);
+    // Rows of a whole group and a tail, and one long row, each beside what is 5 elements further
+    // on.
+    return answer(kernels, 3, 19) == answer(reference, 3, 19) &&
+           answer(kernels, 1, kElements - 5) == answer(reference, 1, kElements - 5);
+}
+
+bool same_elements(const SimilarityKernels& similarity, const SimilarityKernels& reference,
+                   const Question& question) noexcept {
+    std::array<float, kElements> singles{};
+    std::array<double, kElements> doubles{};
+    std::array<std::uint16_t, kElements> halves{};
+    for (std::size_t i = 0; i < kElements; ++i) {
+        const auto byte = [&](std::size_t at) { return question[(i + at) % question.size()]; };
+        singles[i] = static_cast<float>(byte(0)) / 97.0F - 1.0F;
+        doubles[i] = static_cast<double>(byte(70)) / 97.0 - 1.0;
+        halves[i] = static_cast<std::uint16_t>(0x3000U | (byte(140) & 0x8FU) << 8);
+    }
+    const auto same = [&](const ElementKernels& kernels, const ElementKernels& wanted,
+                          const auto& values) {
+        const auto* data = reinterpret_cast<const std::uint8_t*>(values.data());
+        return same_fold(kernels, wanted, data, sizeof values[0], question) &&
+               same_comparison(kernels, wanted, data, sizeof values[0]);
+    };
+    return same(similarity.f32, reference.f32, singles) &&
+           same(similarity.f64, reference.f64, doubles) &&
+           same(similarity.f16, reference.f16, halves) &&
+           same(similarity.bf16, reference.bf16, halves);
 }
 
 template <class Key>
@@ -339,8 +366,9 @@ bool same_pairs(const Bf16GemmKernels& bf16, const Question& question) noexcept 
 }  // namespace
 
 const char* first_wrong_group(const KernelTable& table) noexcept {
-    const Question question = fixed_question();
-    if (!same_rows(table, question) || !same_panel(table, question)) return "hash";
+    const auto question = fixed_bytes<std::tuple_size_v<Question>>();
+    const auto to_hash = fixed_bytes<std::tuple_size_v<HashQuestion>>();
+    if (!same_rows(table, to_hash) || !same_panel(table, to_hash)) return "hash";
     if (!same_codec(table.codec, kScalarKernels.codec, question)) return "codec";
     if (!same_products(table.gemm.f32, kScalarKernels.gemm.f32, question) ||
         !same_products(table.gemm.f64, kScalarKernels.gemm.f64, question) ||
@@ -350,8 +378,8 @@ const char* first_wrong_group(const KernelTable& table) noexcept {
     }
     if (!same_rows_summed(table.rows, kScalarKernels.rows, question)) return "rows";
     const SimilarityKernels& similarity = kScalarKernels.similarity;
-    if (!same_sketch(table.similarity, similarity, question) ||
-        !same_comparisons(table.similarity, similarity, question) ||
+    if (!same_mix(table.similarity, similarity, question) ||
+        !same_elements(table.similarity, similarity, question) ||
         !same_keys(table.similarity, similarity, question) ||
         !same_sketch_distance(table.similarity, similarity, question)) {
         return "similarity";
