@@ -30,15 +30,12 @@ from pydedup.ingest.match import Matcher, pieces_of
 from pydedup.ingest.places import by_shape, stack_blocks, values_of
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
-from pydedup.ingest.similar import Pairs, best_pairs, exact_distances, pairs_of
+from pydedup.ingest.similar import FARTHEST, Pairs, best_pairs, exact_distances, pairs_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.trial import changes
 from pydedup.similarity import magnitude
 
 __all__ = ["Chosen", "choose_blocks"]
-
-# Error bounds of the quantised deltas that are tried where a stored block is too far away.
-_BOUNDS = GENTLE[::-1]
 
 _Content = Callable[[], NDArray[Any]]
 # What a block may become: its content, the bytes that saves, the delta behind it if there is one,
@@ -173,6 +170,8 @@ class _Tensor:
         self._name = entry.name
         self._view = view
         self._farthest = farthest
+        # Error bounds of the quantised deltas that are tried where a stored block is too far away.
+        self._bounds = sorted({min(bound, farthest) for bound in GENTLE} - {0.0}, reverse=True)
         self._spread = _spread(view)
         self._before = np.full(view.grid.count, NO_BASE, np.int64)
         if previous is not None:
@@ -244,8 +243,10 @@ class _Tensor:
         levels: list[list[_Level]],
     ) -> NDArray[np.int64]:
         """Offer the nearest stored block, and quantised deltas on it; return its reference."""
-        pairs = pairs_of(self._matcher.similar.pairs(blocks, self._farthest, aligned), rest)
-        away = [exact_distances(blocks, some, self._farthest) for some in pairs]
+        # Bases of deltas may be farther than what is shared.
+        limit = max(self._farthest, FARTHEST)
+        pairs = pairs_of(self._matcher.similar.pairs(blocks, limit, aligned), rest)
+        away = [exact_distances(blocks, some, limit) for some in pairs]
         least, best = best_pairs(pairs, away, len(plain))
         taken = np.full(len(plain), NO_BASE, np.int64)
         for some in best:
@@ -254,9 +255,10 @@ class _Tensor:
             if some.bases.dtype == blocks.dtype:
                 contents = values_of(some.bases)
                 for row, base in zip(rows.tolist(), some.base_index, strict=True):
-                    content = partial(_same, contents[base])
-                    levels[row].append((content, int(plain[row]), None, float(least[row])))
-            for bound in _BOUNDS:
+                    if least[row] <= self._farthest:
+                        content = partial(_same, contents[base])
+                        levels[row].append((content, int(plain[row]), None, float(least[row])))
+            for bound in self._bounds:
                 for worth in pairs_of([some], least > bound):
                     self._quantise(blocks, worth, plain, bound, levels)
         return taken

@@ -28,6 +28,7 @@ from pydedup.similarity import distances, upper_bounds
 from pydedup.types import DType
 
 __all__ = [
+    "FARTHEST",
     "Kept",
     "LookedAt",
     "Pairs",
@@ -40,8 +41,8 @@ __all__ = [
 
 # Candidates of one dtype that are looked at.
 _NEAREST = 3
-# Estimated distance up to which a candidate is one: a delta of that size saves about 5 %.
-_FARTHEST = 0.5
+#: Estimated distance up to which a candidate is one: a delta of that size saves about 5 %.
+FARTHEST = 0.5
 
 
 @dataclass(slots=True)
@@ -269,7 +270,7 @@ class Similar:
         aligned: Sequence[NDArray[np.int64]],
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
-        pairs = self.pairs(blocks, _FARTHEST, aligned)
+        pairs = self.pairs(blocks, FARTHEST, aligned)
         if policy.max_rel_error > 0 and blocks.dtype.has_distances:
             for some in pairs:
                 if some.bases.dtype == blocks.dtype:
