@@ -49,8 +49,8 @@ def test_requests_under_way_finish_and_new_ones_are_turned_away(
         assert "stopping" in answer.error
         assert answer.headers["connection"] == "close"
         assert "retry-after" in answer.headers
-        # It ends by a clock of ten ticks a second, of which every tenth sets the date: one that does
-        # not wait for requests still answered all of the above before the first of them.
+        # It ends by a clock of ten ticks a second, of which every tenth sets the date: one that
+        # does not wait for requests still answered all of the above before the first of them.
         live = server.ask("GET", "/v2/health/live")
         assert live.status == 200
         date = live.headers["date"]
