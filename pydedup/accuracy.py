@@ -7,13 +7,13 @@ Not here: the search that keeps the promise (``ingest/accuracy.py``).
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeAlias, get_args
 
 from numpy.typing import NDArray
 
+from pydedup.arguments import as_count
 from pydedup.errors import ArgumentError
 from pydedup.words import Order, Search, check_word
 
@@ -126,9 +126,7 @@ class Accuracy:
         ):
             if count is None:
                 continue
-            if _integer(name, count) < least:
-                raise ArgumentError(f"{name} must be {least} or more, got {count!r}")
-            object.__setattr__(self, name, _integer(name, count))
+            object.__setattr__(self, name, as_count(name, count, least=least, most=2**64 - 1))
         self._check_scores()
 
     def parameters(self) -> dict[str, Any]:
@@ -188,10 +186,3 @@ def number(name: str, value: Any) -> float:
     if not math.isfinite(converted):
         raise ArgumentError(f"{name} must be finite, got {value!r}")
     return converted
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise ArgumentError(f"{name} must be an integer, got {value!r}") from error

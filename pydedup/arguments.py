@@ -20,9 +20,9 @@ from pydedup.errors import ArgumentError
 __all__ = [
     "as_array",
     "as_block_shape",
+    "as_count",
     "as_dtype",
     "as_integers",
-    "as_unsigned",
     "check_array",
 ]
 
@@ -53,40 +53,44 @@ def as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         return array.astype(dtype, order="C", copy=False)
 
 
-def as_block_shape(shape: object) -> tuple[int, int]:
+def as_block_shape(shape: object, *, most: int = 2**63 - 1) -> tuple[int, int]:
     """Return a block shape that a caller gave as plain integers.
 
     Raises
     ------
     ArgumentError
-        When it is not two integers from 1 to 2**63 - 1.
+        When it is not two integers from 1 to ``most``.
     """
     if not isinstance(shape, Sequence) or len(shape) != 2:
         raise ArgumentError(f"block_shape must be (rows, cols), not {shape!r}")
-    try:
-        rows, cols = (operator.index(side) for side in shape)
-    except TypeError as error:
-        raise ArgumentError(f"block_shape must hold integers, not {shape!r}") from error
-    if not (1 <= rows < 2**63 and 1 <= cols < 2**63):
-        raise ArgumentError(f"block shape {shape!r} must be at least (1, 1) and below 2**63")
+    name = f"each side of block_shape {shape!r}"
+    rows, cols = (as_count(name, side, least=1, most=most) for side in shape)
     return rows, cols
 
 
-def as_unsigned(name: str, value: object, bits: int) -> int:
+def as_count(name: str, value: object, *, least: int = 0, most: int = 2**31 - 1) -> int:
     """Return an integer that a caller gave as ``name``, such as threads, as a plain one.
 
     Raises
     ------
     ArgumentError
-        When it is no integer from 0 to ``2**bits - 1``.
+        When it is no integer from ``least`` to ``most``; neither True nor False is one.
     """
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError as error:
-        raise ArgumentError(f"{name} must be an integer, got {value!r}") from error
-    if not 0 <= number < 1 << bits:
-        raise ArgumentError(f"{name} must be from 0 to 2**{bits} - 1, got {number}")
+        raise ArgumentError(f"{name} must be an integer, not {value!r}") from error
+    if isinstance(value, bool) or not least <= number <= most:
+        raise ArgumentError(
+            f"{name} must be an integer from {least} to {_as_power(most)}, not {value!r}"
+        )
     return number
+
+
+def _as_power(most: int) -> str:
+    # As people read it.
+    exponent = (most + 1).bit_length() - 1
+    return f"2**{exponent} - 1" if most > 1 << 20 and most + 1 == 1 << exponent else f"{most:,}"
 
 
 def as_integers(name: str, values: ArrayLike) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.arguments import as_unsigned
+from pydedup.arguments import as_count
 from pydedup.blocks import MatrixView
 from pydedup.encoding import (
     EncodedBlocks,
@@ -210,7 +210,7 @@ def page_digests(page: Page, *, threads: int = 0) -> NDArray[np.uint64]:
     The result is uint64 of shape (n_slots, 2). Raises CorruptStoreError when a block does not
     decode, which deltas never do here: `block_digests` takes their bases.
     """
-    return _core.page_digests(page, as_unsigned("threads", threads, 31))
+    return _core.page_digests(page, as_count("threads", threads))
 
 
 def block_digests(
@@ -229,7 +229,7 @@ def block_digests(
     return _core.block_digests(
         *_stored(pages, page_index, slots),
         bases_for_core(bases),
-        as_unsigned("threads", threads, 31),
+        as_count("threads", threads),
     )
 
 
@@ -279,7 +279,7 @@ def read_blocks(
         column(indices, np.int64, "indices"),
         *view.for_core,
         bases_for_core(bases),
-        as_unsigned("threads", threads, 31),
+        as_count("threads", threads),
     )
 
 
@@ -308,7 +308,7 @@ def blocks_equal(
         column(indices, np.int64, "indices"),
         *_stored(pages, page_index, slots),
         bases_for_core(bases),
-        as_unsigned("threads", threads, 31),
+        as_count("threads", threads),
     )
 
 

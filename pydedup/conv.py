@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.arguments import as_unsigned
+from pydedup.arguments import as_count
 from pydedup.blocks import BlockGrid, BlockMap
 from pydedup.errors import ArgumentError
 from pydedup.matmul import (
@@ -177,7 +177,7 @@ def conv2d(
         window.padding,
         window.dilation,
         groups,
-        as_unsigned("threads", threads, 31),
+        as_count("threads", threads),
     )
     if y.size:
         feed_blocks(product, block_map, pool)

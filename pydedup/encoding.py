@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.arguments import as_unsigned
+from pydedup.arguments import as_count
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 
@@ -118,7 +118,7 @@ def encode_blocks(
         *view.for_core,
         column(indices, np.int64, "indices"),
         planes,
-        as_unsigned("threads", threads, 31),
+        as_count("threads", threads),
     )
     return EncodedBlocks(*columns)
 
@@ -186,7 +186,7 @@ def encode_deltas(
         column(base_indices, np.int64, "base_indices"),
         most,
         _error_bound(max_rel_error),
-        as_unsigned("threads", threads, 31),
+        as_count("threads", threads),
     )
     return EncodedBlocks(*columns)
 
@@ -216,7 +216,7 @@ def estimate_deltas(
         *base_view.for_core,
         column(base_indices, np.int64, "base_indices"),
         _error_bound(max_rel_error),
-        as_unsigned("threads", threads, 31),
+        as_count("threads", threads),
     )
 
 

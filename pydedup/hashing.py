@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup.arguments import as_block_shape, as_unsigned, check_array
+from pydedup.arguments import as_block_shape, as_count, check_array
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 
@@ -66,7 +66,7 @@ def hash_blocks(
 def hash_view(view: MatrixView, *, seed: int = 0, threads: int = 0) -> NDArray[np.uint64]:
     """Return the digests of a matrix view's blocks, as `hash_blocks` does."""
     return _core.hash_blocks(
-        *view.for_core, as_unsigned("seed", seed, 64), as_unsigned("threads", threads, 31)
+        *view.for_core, as_count("seed", seed, most=2**64 - 1), as_count("threads", threads)
     )
 
 

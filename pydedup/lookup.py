@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.arguments import as_array, as_unsigned
+from pydedup.arguments import as_array, as_count
 from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import Shape, compute_dtype, real_array, room_for, shape_of
@@ -54,7 +54,7 @@ def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had, or there is no memory for the result.
     """
-    threads = as_unsigned("threads", threads, 31)
+    threads = as_count("threads", threads)
     wanted = _ids(ids)
     flat = wanted.reshape(-1)
     cols = block_map.grid.cols
@@ -110,7 +110,7 @@ def bag(
         When the pages cannot be had, or there is no memory for the result.
     """
     check_word("mode", mode, BAG_MODES)
-    threads = as_unsigned("threads", threads, 31)
+    threads = as_count("threads", threads)
     wanted = _ids(ids)
     edges = _bag_edges(wanted, offsets)
     dtype = compute_dtype(block_map.dtype)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.arguments import as_array, as_dtype, as_unsigned
+from pydedup.arguments import as_array, as_count, as_dtype
 from pydedup.blocks import BlockMap, MatrixView
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.pool import PagePool
@@ -141,7 +141,7 @@ def matmul(
         activation or "none",
         transpose,
         y,
-        as_unsigned("threads", threads, 31),
+        as_count("threads", threads),
         None if among is None else among.variants,
         None if among is None else among.places,
     )
@@ -270,7 +270,7 @@ def activate(x: NDArray[Any], activation: Activation, *, threads: int = 0) -> ND
     if x.dtype not in (np.float32, np.float64):
         raise ArgumentError(f"activate takes float32 or float64 values, got {x.dtype}")
     out = np.array(x, order="C")
-    _core.activate(out, activation, as_unsigned("threads", threads, 31))
+    _core.activate(out, activation, as_count("threads", threads))
     return out
 
 

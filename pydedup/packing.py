@@ -9,7 +9,6 @@ Deliberately not here: pages as bytes (`pydedup.codec`) and where they are store
 from __future__ import annotations
 
 import itertools
-import operator
 from array import array as array_of
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.arguments import as_array, as_integers
+from pydedup.arguments import as_array, as_count, as_integers
 from pydedup.errors import ArgumentError
 from pydedup.sets import distinct
 from pydedup.words import Algorithm, check_word
@@ -217,7 +216,7 @@ def pack(
     check_word("packing algorithm", algorithm, get_args(Algorithm))
     owner_indptr, owner_ids = _as_rows(owners, "owners")
     existing_indptr, existing_ids = _as_rows(() if existing is None else existing, "existing")
-    page_capacity = _as_capacity(capacity)
+    page_capacity = as_count("capacity", capacity, least=1, most=2**63 - 1)
     indptr, page_ids, read_indptr, read_pages, least_reads, lower_bound, optimal = _core.pack_pages(
         owner_indptr,
         owner_ids,
@@ -277,16 +276,6 @@ def _as_integers(values: Any, name: str) -> NDArray[np.int64]:
         except (TypeError, OverflowError):
             values = list(values)
     return as_integers(name, values)
-
-
-def _as_capacity(capacity: int) -> int:
-    try:
-        value = operator.index(capacity)
-    except TypeError as error:
-        raise ArgumentError(f"capacity must be an integer, not {capacity!r}") from error
-    if isinstance(capacity, bool) or not 1 <= value <= np.iinfo(np.int64).max:
-        raise ArgumentError(f"capacity must be an integer from 1 to 2**63 - 1, not {capacity!r}")
-    return value
 
 
 def _as_sizes(sizes: Sizes, owner_ids: NDArray[np.int64]) -> NDArray[np.int64]:

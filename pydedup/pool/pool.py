@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.arguments import as_unsigned
+from pydedup.arguments import as_count
 from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, UnavailableError
 from pydedup.pool.admission import Held, Reservation, Shares
 from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
@@ -299,7 +299,7 @@ class PagePool(Walks):
 
         Raises BudgetError when there is no memory for so many; what was recorded stays.
         """
-        uses = as_unsigned("max_uses", max_uses, 32)
+        uses = as_count("max_uses", max_uses, most=2**32 - 1)
         try:
             self._core.record(uses)
         except MemoryError as exc:

@@ -7,8 +7,6 @@ Deliberately not here: strides and sizes of arrays, which the native core checks
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,23 +47,6 @@ def as_float(dtype: np.dtype[Any], name: str) -> DType:
             return member
     known = ", ".join(member.label for member in _FLOATS)
     raise ArgumentError(f"{name} has dtype {dtype}; similarity takes {known} in native byte order")
-
-
-def as_shape(shape: object) -> tuple[int, int]:
-    if not isinstance(shape, Sequence) or len(shape) != 2:
-        raise ArgumentError(f"block_shape must be (rows, cols), not {shape!r}")
-    rows, cols = (as_count(side, "block_shape", least=1) for side in shape)
-    return rows, cols
-
-
-def as_count(value: object, name: str, *, least: int = 0, most: int = 2**31 - 1) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ArgumentError(f"{name} must be an integer, not {value!r}") from error
-    if isinstance(value, bool) or not least <= number <= most:
-        raise ArgumentError(f"{name} must be an integer from {least} to {most}, not {value!r}")
-    return number
 
 
 def as_number(value: object, name: str) -> float:

@@ -16,14 +16,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pydedup import _core
-from pydedup.arguments import as_integers, check_array
+from pydedup.arguments import as_block_shape, as_count, as_integers, check_array
 from pydedup.errors import ArgumentError
 from pydedup.similarity._arguments import (
-    as_count,
     as_dtype,
     as_float,
     as_number,
-    as_shape,
 )
 from pydedup.types import DType
 
@@ -99,14 +97,14 @@ class L2LSH:
         seed: int = 0,
     ) -> None:
         self._dtype = as_float(as_dtype(dtype), "dtype")
-        self._shape = as_shape(block_shape)
+        self._shape = as_block_shape(block_shape, most=2**31 - 1)
         self._index = _core.L2Index(
             self._dtype.code,
             *self._shape,
             as_number(r, "r"),
-            as_count(bands, "bands"),
-            as_count(rows, "rows"),
-            as_count(seed, "seed", most=2**64 - 1),
+            as_count("bands", bands),
+            as_count("rows", rows),
+            as_count("seed", seed, most=2**64 - 1),
         )
 
     @classmethod
@@ -212,7 +210,7 @@ class L2LSH:
             When shapes or dtypes do not fit, or an id is negative, taken or given twice.
         """
         self._check(blocks, "blocks")
-        self._index.add(blocks, as_integers("ids", ids), False, as_count(threads, "threads"))
+        self._index.add(blocks, as_integers("ids", ids), False, as_count("threads", threads))
 
     def add_matrix(self, matrix: NDArray[Any], ids: _Ids, *, threads: int = 0) -> None:
         """Add the whole blocks of a matrix, row-major, without copying them.
@@ -221,7 +219,7 @@ class L2LSH:
         columns // columns) ids. Raises as `add` does.
         """
         self._check(matrix, "matrix")
-        self._index.add(matrix, as_integers("ids", ids), True, as_count(threads, "threads"))
+        self._index.add(matrix, as_integers("ids", ids), True, as_count("threads", threads))
 
     def merge(self, other: L2LSH, *, threads: int = 0) -> None:
         """Add the blocks of another index whose ids this one does not have; all or none.
@@ -235,7 +233,7 @@ class L2LSH:
         """
         if not isinstance(other, L2LSH):
             raise ArgumentError(f"other must be an L2LSH, not {type(other).__name__}")
-        self._index.merge(other._index, as_count(threads, "threads"))
+        self._index.merge(other._index, as_count("threads", threads))
 
     def select(self, ids: _Ids, new_ids: _Ids) -> L2LSH:
         """Return a new index of some of the blocks, under other ids.
@@ -304,13 +302,13 @@ class L2LSH:
         Those of a block that is zero or not finite are the least int32.
         """
         self._check(blocks, "blocks")
-        return self._index.hashes(blocks, False, as_count(threads, "threads"))
+        return self._index.hashes(blocks, False, as_count("threads", threads))
 
     def _query(
         self, blocks: NDArray[Any], k: int, fetch: Fetch | None, whole: bool, threads: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        wanted = as_count(k, "k", least=1, most=1 << 20)
-        workers = as_count(threads, "threads")
+        wanted = as_count("k", k, least=1, most=1 << 20)
+        workers = as_count("threads", threads)
         if fetch is None:
             return self._index.query(blocks, wanted, whole, workers)
         if not callable(fetch):

@@ -14,13 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import _core
-from pydedup.arguments import as_integers, check_array
+from pydedup.arguments import as_block_shape, as_count, as_integers, check_array
 from pydedup.errors import ArgumentError
 from pydedup.similarity._arguments import (
-    as_count,
     as_float,
     as_number,
-    as_shape,
     blocks_of,
 )
 
@@ -120,7 +118,7 @@ def distances(
         as_integers("pairs[1]", of_b),
         0.0 if eps is None else as_number(eps, "eps"),
         math.inf if limit is None else as_number(limit, "limit"),
-        as_count(threads, "threads"),
+        as_count("threads", threads),
     )
     return Distances(found[:, 0], found[:, 1], None if eps is None else found[:, 2])
 
@@ -164,13 +162,13 @@ def magnitude(
     """
     check_array(blocks, "blocks")
     dtype = as_float(blocks.dtype, "blocks")
-    workers = as_count(threads, "threads")
+    workers = as_count("threads", threads)
     if block_shape is None:
         batch, shape = blocks_of(blocks, "blocks")
         return _core.block_magnitudes(batch, dtype.code, *shape, False, workers)
     if blocks.ndim != 2:
         raise ArgumentError(f"blocks is {blocks.ndim}-D; with a block_shape give a matrix")
-    height, width = as_shape(block_shape)
+    height, width = as_block_shape(block_shape, most=2**31 - 1)
     down, across = blocks.shape[0] // height, blocks.shape[1] // width
     bottom, right = blocks.shape[0] - down * height, blocks.shape[1] - across * width
     out = np.empty((down + (bottom > 0), across + (right > 0)))

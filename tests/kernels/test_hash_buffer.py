@@ -84,12 +84,13 @@ def test_bad_arguments_are_named(
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"seed": -1}, "seed must be from 0"),
-        ({"seed": 2**64}, "seed must be from 0"),
+        ({"seed": -1}, r"seed must be an integer from 0 to 2\*\*64 - 1, not -1"),
+        ({"seed": 2**64}, "seed must be an integer from 0"),
         ({"seed": "1"}, "seed must be an integer"),
-        ({"threads": -1}, "threads must be from 0"),
-        ({"threads": 2**31}, "threads must be from 0"),
+        ({"threads": -1}, "threads must be an integer from 0"),
+        ({"threads": 2**31}, r"threads must be an integer from 0 to 2\*\*31 - 1"),
         ({"threads": 1.5}, "threads must be an integer"),
+        ({"threads": True}, "threads must be an integer"),
     ],
 )
 def test_bad_arguments_of_hash_blocks_are_named(named: dict[str, object], message: str) -> None:
