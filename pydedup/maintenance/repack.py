@@ -44,12 +44,13 @@ from pydedup.layout import (
 )
 from pydedup.maintenance.maps import replace_maps
 from pydedup.maintenance.rows import lost_models, wrong_reads
+from pydedup.maintenance.unused import UNUSED_PART
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
 from pydedup.sets import distinct, is_among
 from pydedup.types import Progress
 
-__all__ = ["UNUSED_PART", "RepackPlan", "Repacked", "plan_repack", "repack"]
+__all__ = ["RepackPlan", "Repacked", "plan_repack", "repack"]
 
 _PAGES_PER_TRANSACTION = 16
 _ROWS_PER_TRANSACTION = 20_000
@@ -59,8 +60,6 @@ _GOOD_PART = 0.9
 #: A new page is written for so many that are no longer stored, or no longer read, at least; what
 #: nobody uses counts as a part of its page.
 _LEAST_GAIN = 0.1
-#: A page is written anew for itself when nobody uses so much of it.
-UNUSED_PART = 0.25
 
 
 @dataclass(slots=True)

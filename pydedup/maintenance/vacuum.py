@@ -20,8 +20,9 @@ from pydedup.catalog import Catalog, page_readers
 from pydedup.errors import CorruptStoreError, ReadOnlyError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
-from pydedup.maintenance.repack import UNUSED_PART, Repacked, RepackPlan, plan_repack, repack
+from pydedup.maintenance.repack import Repacked, RepackPlan, plan_repack, repack
 from pydedup.maintenance.rows import refuse_pages_in_use
+from pydedup.maintenance.unused import UNUSED_PART, is_much_unused
 from pydedup.maintenance.versions import retire_pages
 from pydedup.pool import PagePool
 from pydedup.signatures import drop_dead_segments, drop_segment
@@ -133,14 +134,14 @@ def vacuum_store(
     live_before = adapter.page_rows(state=LIVE)
     abandoned = _collect_and_retire(adapter, lease_seconds)
     repacked, not_repacked, damage = Repacked(), None, None
-    if _wants_repack(adapter, adapter.page_rows(state=LIVE)):
-        try:
+    try:
+        if _wants_repack(adapter, pool, adapter.page_rows(state=LIVE)):
             repacked = repack(adapter, catalog, pool, progress=progress)
-        except (UnavailableError, ReadOnlyError) as error:
-            # Of one of several servers, with pages. If it is the only one, what follows says so.
-            not_repacked = str(error)
-        except CorruptStoreError as error:
-            damage = error  # all else does without a new layout
+    except (UnavailableError, ReadOnlyError) as error:
+        # Of one of several servers, with pages. If it is the only one, what follows says so.
+        not_repacked = str(error)
+    except CorruptStoreError as error:
+        damage = error  # all else does without a new layout
     freed, freed_bytes, waiting = _free_retired(adapter, grace_seconds, progress)
     drop_dead_segments(adapter)
     adapter.compact()
@@ -197,7 +198,7 @@ def plan_vacuum(
             newly += [row for row in adapter.page_rows(state=STAGING) if row.id not in owned]
         reads_before = reads_after = read_amplification(adapter)
         plan: RepackPlan | None = None
-        if _wants_repack(adapter, live, gone):
+        if _wants_repack(adapter, pool, live, gone):
             plan = plan_repack(adapter, pool, live_pages=len(live))
         kept: list[PageRow] = live
         if plan is not None:
@@ -311,7 +312,9 @@ def _dead_stagings(adapter: Adapter, lease_seconds: float) -> tuple[list[int], l
     return abandoned, [job[0] for job in dead], len(dead) == len(jobs)
 
 
-def _wants_repack(adapter: Adapter, live: Sequence[PageRow], gone: Collection[int] = ()) -> bool:
+def _wants_repack(
+    adapter: Adapter, pool: PagePool, live: Sequence[PageRow], gone: Collection[int] = ()
+) -> bool:
     """Whether a new layout may pay: too many pages read, too many stored, or much of them dead.
 
     ``gone`` are models to leave out of account.
@@ -329,11 +332,16 @@ def _wants_repack(adapter: Adapter, live: Sequence[PageRow], gone: Collection[in
         return True
     # What all models use of a page is at most the sum, and at least what one of them uses: cheap
     # to know, and repack decides.
+    if stored > TARGET_AMPLIFICATION * (sum(largest.values()) + len(live)):
+        return True
+    in_doubt: list[int] = []
     for row in live:
-        blocks = row.payload_bytes - codec.PAGE_OVERHEAD_BYTES
-        if together.get(row.id, 0) < (1 - UNUSED_PART) * blocks:
+        enough = (1 - UNUSED_PART) * (row.payload_bytes - codec.PAGE_OVERHEAD_BYTES)
+        if together.get(row.id, 0) < enough:
             return True
-    return stored > TARGET_AMPLIFICATION * (sum(largest.values()) + len(live))
+        if largest.get(row.id, 0) < enough:
+            in_doubt.append(row.id)
+    return is_much_unused(adapter, pool, in_doubt)
 
 
 def _free_retired(

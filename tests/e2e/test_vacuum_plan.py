@@ -110,6 +110,45 @@ def test_what_a_removed_model_leaves_on_a_page_of_others_is_freed(
     assert store.vacuum(dry_run=True).repacked_pages == 0
 
 
+def test_what_is_left_beside_blocks_that_others_share_is_freed(store: pydedup.Store) -> None:
+    """What two models use of a page counted twice, so that vacuum left half of it unused."""
+    rng = np.random.default_rng(0)
+    store.add("large", {"w": rng.random((6000, 512), np.float32)}, policy=policies.Exact())
+    full = live_pages(store)
+    shared = {"w": rng.random((320, 320), np.float32)}
+    models = {"gone": {"w": rng.random((380, 320), np.float32)}, "a": shared, "b": shared}
+    store.add_many(models, policy=policies.Exact())
+    assert len(live_pages(store) - full) == 1
+    promised = store.explain("gone").removal_frees_bytes
+    stored = store.stats().page_bytes
+    store.remove("gone")
+    dry = store.vacuum(dry_run=True)
+    wet = store.vacuum()
+    assert stored - store.stats().page_bytes == pytest.approx(promised, rel=0.01)
+    same_but_for_the_file(dry, wet)
+    for name in "ab":
+        np.testing.assert_array_equal(store.load(name)["w"], shared["w"])
+    assert store.verify().ok
+
+
+def test_pages_that_several_models_use_whole_are_not_read(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model has three quarters of the page; that all together have it, the tables tell."""
+    rng = np.random.default_rng(0)
+    tables = [rng.random((220, 320), np.float32) for _ in range(3)]
+    models = {str(i): {"w": tables[i], "v": tables[(i + 1) % 3][:64]} for i in range(len(tables))}
+    store.add_many(models, policy=policies.Exact())
+    assert len(live_pages(store)) == 1
+    store.add("large", {"w": rng.random((6000, 512), np.float32)}, policy=policies.Exact())
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("pages were read")
+
+    monkeypatch.setattr(store._pool, "windows", refused)
+    assert store.vacuum().rewritten_pages == 0
+
+
 def test_block_maps_of_what_stays_are_not_written_anew(
     store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

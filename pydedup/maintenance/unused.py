@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether much of a page is blocks that no model uses, where that takes the block maps to know.
+
+Deliberately not here: what becomes of such pages (`pydedup.maintenance.repack`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import Adapter
+from pydedup.catalog import ParsedMaps, StoredModel
+from pydedup.layout import block_costs, block_places, find_places, joined, split_places, used_places
+from pydedup.pool import PagePool
+from pydedup.sets import distinct, is_among
+
+__all__ = ["UNUSED_PART", "is_much_unused"]
+
+#: A page is written anew for itself when nobody uses so much of it.
+UNUSED_PART = 0.25
+_PAGES_AT_ONCE = 4096
+
+
+def is_much_unused(adapter: Adapter, pool: PagePool, page_ids: Sequence[int]) -> bool:
+    """Return whether live models leave `UNUSED_PART` of one of these pages, or more, to nobody.
+
+    Reads the block maps of the models that read them, one at a time, and those of the pages that
+    have a block which no model uses. Memory: 9 bytes per block on these pages. Raises
+    CorruptStoreError.
+    """
+    if not page_ids:
+        return False
+    with adapter.snapshot():
+        places = _recorded(adapter, sorted(page_ids))
+        is_used = np.zeros(len(places), np.bool_)
+        readers = {model_id for model_id, _ in adapter.readers_of(page_ids)}
+        parsed = ParsedMaps()
+        for row in adapter.models():
+            if row.id in readers:
+                used = used_places(StoredModel(adapter, row, parsed=parsed).block_maps())
+                at, there = find_places(places, used)
+                is_used[at[there]] = True
+        if is_used.all():
+            return False
+        gaps = distinct(split_places(places[~is_used])[0])
+        asked = is_among(split_places(places)[0], gaps)
+        costs = block_costs(pool, places[asked])
+    _, at = np.unique(split_places(places[asked])[0], return_inverse=True)
+    unused = np.bincount(at, np.where(is_used[asked], 0, costs)) / np.bincount(at, costs)
+    return bool((unused >= UNUSED_PART).any())
+
+
+def _recorded(adapter: Adapter, page_ids: Sequence[int]) -> NDArray[np.int64]:
+    """Return the places of all blocks that are recorded on these pages, ascending."""
+    parts = []
+    for start in range(0, len(page_ids), _PAGES_AT_ONCE):
+        blocks = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE])
+        pairs = np.array([(block.page_id, block.slot) for block in blocks], np.int64)
+        parts.append(block_places(*pairs.reshape(-1, 2).T))
+    return distinct(joined(parts))
