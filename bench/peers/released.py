@@ -270,6 +270,10 @@ def controls() -> Iterator[Finding]:
         taken = sum(map(zstd_bytes, models.values()))
         yield Finding(case, "zstd-19 of the bytes", 100 * taken / size, "%")
         yield Finding(case, "pydedup, file, of zstd-19's", file / taken, "", most=1)
+        with Scratch() as scratch:
+            for name, weights in models.items():
+                scratch.add(name, weights, Bounded(0.001))
+            yield Finding(case, "pydedup, file, within 0.1 %", 100 * scratch.size() / size, "%")
         yield from search_cost(case, models)
     minilm = {"MiniLM": load_safetensors(only(members("base", "model.safetensors")))}
     yield from search_cost("MiniLM alone", minilm)

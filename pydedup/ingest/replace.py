@@ -30,7 +30,7 @@ from pydedup.ingest.match import Matcher, pieces_of
 from pydedup.ingest.places import by_shape, stack_blocks, values_of
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
-from pydedup.ingest.similar import FARTHEST, Pairs, best_pairs, exact_distances, pairs_of
+from pydedup.ingest.similar import Pairs, best_pairs, exact_distances, farthest_base, pairs_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.trial import changes
 from pydedup.similarity import magnitude
@@ -244,7 +244,7 @@ class _Tensor:
     ) -> NDArray[np.int64]:
         """Offer the nearest stored block, and quantised deltas on it; return its reference."""
         # Bases of deltas may be farther than what is shared.
-        limit = max(self._farthest, FARTHEST)
+        limit = max(self._farthest, farthest_base(self._farthest))
         pairs = pairs_of(self._matcher.similar.pairs(blocks, limit, aligned), rest)
         away = [exact_distances(blocks, some, limit) for some in pairs]
         least, best = best_pairs(pairs, away, len(plain))

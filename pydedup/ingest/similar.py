@@ -28,21 +28,28 @@ from pydedup.similarity import distances, upper_bounds
 from pydedup.types import DType
 
 __all__ = [
-    "FARTHEST",
     "Kept",
     "LookedAt",
     "Pairs",
     "Similar",
     "best_pairs",
     "exact_distances",
+    "farthest_base",
     "look_at",
     "pairs_of",
 ]
 
 # Candidates of one dtype that are looked at.
 _NEAREST = 3
-#: Estimated distance up to which a candidate is one: a delta of that size saves about 5 %.
-FARTHEST = 0.5
+
+
+def farthest_base(max_rel_error: float) -> float:
+    """Return the relative L2 distance up to which a block may be the base of a delta.
+
+    An exact delta on a base half the block's norm away saves about 5 %. A quantised one saves more
+    the larger its error may be: any base will do that is clearly nearer than a block of zeros.
+    """
+    return 0.95 if max_rel_error > 0 else 0.5
 
 
 @dataclass(slots=True)
@@ -270,7 +277,7 @@ class Similar:
         aligned: Sequence[NDArray[np.int64]],
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
-        pairs = self.pairs(blocks, FARTHEST, aligned)
+        pairs = self.pairs(blocks, farthest_base(policy.max_rel_error), aligned)
         if policy.max_rel_error > 0 and blocks.dtype.has_distances:
             for some in pairs:
                 if some.bases.dtype == blocks.dtype:

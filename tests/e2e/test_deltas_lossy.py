@@ -49,6 +49,23 @@ def test_bounded_keeps_every_block_within_its_error(store: pydedup.Store, bound:
     assert same(store.load("base"), base)
 
 
+@pytest.mark.parametrize("bound", [0.03, 0.001])
+def test_what_is_hardly_near_becomes_quantised_deltas(store: pydedup.Store, bound: float) -> None:
+    """Only bases that make an exact delta pay were looked for, half as far away."""
+    base = {"w": base_model()["hidden"]}
+    store.add("base", base)
+    model = fine_tuned(base, 1, 0.8)
+    exact = store.add("exact", model, policy=policies.Lossless(), dry_run=True)
+    assert exact.delta_blocks == 0
+    report = store.add("m", model, policy=policies.Bounded(bound))
+    assert report.delta_blocks == report.blocks
+    assert report.stored_bytes < {0.03: 0.2, 0.001: 0.4}[bound] * report.logical_bytes
+    assert bound / 2 < rel(store.load("m")["w"], model["w"]) <= bound
+    others = {"w": base_model(7)["hidden"]}  # farther away than zeros are
+    assert store.add("o", others, policy=policies.Bounded(bound)).delta_blocks == 0
+    assert same(store.load("o"), others)
+
+
 @pytest.mark.parametrize("renamed", [False, True])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bounded_model_that_is_added_again_takes_no_more(
@@ -138,13 +155,14 @@ def test_accuracy_replaces_by_nothing_beyond_max_rel_error(store: pydedup.Store)
 
 
 @pytest.mark.parametrize("bound", [0.0005, 0.002, 0.03])
+@pytest.mark.parametrize("away", [0.3, 0.8])
 def test_accuracy_makes_deltas_on_bases_beyond_max_rel_error(
-    store: pydedup.Store, bound: float
+    store: pydedup.Store, bound: float, away: float
 ) -> None:
     """No base was looked for that is farther than what may be shared, 0.25 by default."""
     base = {"w": base_model()["hidden"]}
     store.add("base", base)
-    model = fine_tuned(base, 1, 0.3)
+    model = fine_tuned(base, 1, away)
     bounded = store.add("m", model, policy=policies.Bounded(bound), dry_run=True)
     policy = policies.Accuracy(lambda _: 1.0, 0.0, max_rel_error=bound)
     report = store.add("m", model, policy=policy)
