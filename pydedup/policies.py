@@ -82,8 +82,9 @@ class Bounded:
     """Each block of floats within a relative error: shared, else a quantised delta, else the bits.
 
     What is stored for a block v differs from it by at most ``max_rel_error * |v|`` (Euclidean
-    norms), which is checked for each block. A block with a NaN or an infinity, or of another dtype
-    than floats, keeps its bits. Elements that are 0 stay 0 in a quantised delta.
+    norms), which is checked for each block. A block with a NaN or an infinity, of fewer than 1,024
+    elements, or of another dtype than f64, f32, f16 and bf16 keeps its bits. Elements that are 0
+    stay 0 in a quantised delta.
 
     Attributes
     ----------

@@ -4,7 +4,8 @@
 Each version keeps the hashes of its source's blocks. A block whose 128-bit hash is that of the
 block at the same position of the same tensor counts as unchanged and refers to what is stored for
 that one, which is not read: hashing the source is all that it costs. Two different blocks with one
-hash, which elsewhere are told apart by their bytes, would be met here once in 2**128 pairs.
+hash, which elsewhere are told apart by their bytes, are met here by chance once in 2**128 pairs,
+and wherever somebody made them so: the hash is not cryptographic (docs/format.md, "Block hash").
 """
 
 from __future__ import annotations
