@@ -105,11 +105,12 @@ class Neighbours:
         """Return a candidate for each of these blocks."""
         if self._relation.is_stranger:
             return np.full(len(numbers), NO_BASE, np.int64)
-        self._relation.asked += len(numbers)
         return self._find(numbers)
 
     def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_]) -> None:
         """Remember whether the model that the candidates are of is a relative."""
+        # Not before: blocks of several tensors are asked about together (tensors.py).
+        self._relation.asked += len(numbers)
         self._relation.is_near |= bool(helped.any())
 
 

@@ -49,6 +49,25 @@ def test_bounded_keeps_every_block_within_its_error(store: pydedup.Store, bound:
     assert same(store.load("base"), base)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_all_small_tensors_of_a_relative_are_compared(store: pydedup.Store, joint: bool) -> None:
+    """They are matched together; those behind the first 32 blocks had no candidate by their place.
+
+    It is too far for the similarity index to find all of them.
+    """
+    rng = np.random.default_rng(5)
+    base = {f"w{i}": rng.standard_normal((192, 256)).astype(np.float32) for i in range(8)}
+    noise = {name: rng.standard_normal(w.shape).astype(np.float32) for name, w in base.items()}
+    model = {name: w + np.float32(0.4) * noise[name] for name, w in base.items()}
+    policy = policies.Bounded(0.03)
+    if joint:
+        _, report = store.add_many({"base": base, "m": model}, policy=policy)
+    else:
+        store.add("base", base, policy=policies.Exact())
+        report = store.add("m", model, policy=policy)
+    assert report.delta_blocks == report.blocks == 96
+
+
 @pytest.mark.parametrize("bound", [0.03, 0.001])
 def test_what_is_hardly_near_becomes_quantised_deltas(store: pydedup.Store, bound: float) -> None:
     """Only bases that make an exact delta pay were looked for, half as far away."""
