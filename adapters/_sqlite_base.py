@@ -51,8 +51,9 @@ DIALECT: Final = Dialect(
 
 _CONNECTION_NUMBERS: Final = itertools.count()
 _LAST_ID: Final = (1 << 63) - 1
-# A commit leaves the log alone: `settle` moves it, and may be at it.
-_BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 0", "BEGIN IMMEDIATE")
+# A commit leaves a log of up to 256 MiB alone: `settle` moves it, and may be at it. Many small
+# models, copied one by one, give nobody reason to.
+_BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 4000", "BEGIN IMMEDIATE")
 
 #: Between slices of waiting for the writer's lock, Ctrl-C is heard.
 WAIT_SLICE_SECONDS: Final = 0.25
