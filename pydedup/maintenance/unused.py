@@ -21,7 +21,7 @@ __all__ = ["UNUSED_PART", "is_much_unused"]
 
 #: A page is written anew for itself when nobody uses so much of it.
 UNUSED_PART = 0.25
-_PAGES_AT_ONCE = 4096
+_PAGES_AT_ONCE = 64
 
 
 def is_much_unused(adapter: Adapter, pool: PagePool, page_ids: Sequence[int]) -> bool:
