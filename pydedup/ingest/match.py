@@ -213,7 +213,7 @@ class Matcher:
         unknown = [key for key in dict.fromkeys(keys) if key not in self._looked_up]
         self.ask(unknown)
         self._looked_up.update(unknown)
-        rows = [row for key in unknown for row in self._answers.pop(key)]
+        rows = [row for key in unknown for row in sorted(self._answers.pop(key), key=_place)]
         for row, reference in zip(rows, self.stored.references(rows), strict=True):
             # Stored blocks first: sharing with the store beats sharing within the batch.
             self._known.add(row.hash128, reference, first=True)
@@ -228,7 +228,7 @@ class Matcher:
         self._answers.update(dict.fromkeys(unknown, ()))
         with only_sound_rows(self.adapter):  # what others hold is nothing that can be shared
             rows = self.with_live_bases(self.adapter.find_blocks(unknown))
-        for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
+        for row in rows:
             self._answers[row.hash128] += (row,)
 
     def is_known(self, key: bytes) -> bool:
@@ -383,6 +383,10 @@ class _Known:
         if first:
             self._first[key], reference = reference, known
         others.insert(0 if first else len(others), reference)
+
+
+def _place(row: BlockRow) -> tuple[int, int]:
+    return row.page_id, row.slot
 
 
 def _same_bytes(view: MatrixView, a: int, b: int) -> bool:
