@@ -308,22 +308,31 @@ def test_replicas_come_with_requests(server: Server, apps: dict[str, Any]) -> No
 
 @pytest.mark.long
 def test_families_meet_by_the_routing_of_ray_as_well(server: Server, url: str) -> None:
-    """Once Ray has heard where a family is, none of its requests goes elsewhere."""
+    """Once Ray has heard where a family is, hardly any of its requests goes elsewhere.
+
+    Some do where a replica is slow to say how much it has to do. Two replicas that were drawn by
+    lot would have less than four fifths each, all but once in 100,000 times.
+    """
     options = {"memory": MEMORY, "num_cpus": 0.1, "num_replicas": 2, "routing": "multiplexed"}
     serve.run(deployment(url, **options), name="multiplexed", route_prefix="/multiplexed")
     handle = serve.get_deployment_handle("Models", "multiplexed")
 
-    def busy() -> int:
-        """Ask for the models of a family; returns how many replicas used pages for that."""
-        before = pools(handle)
-        for n in range(30):
+    def used() -> dict[str, int]:
+        """How often each replica used a page."""
+        return {name: stats["hits"] + stats["misses"] for name, (_, stats) in pools(handle).items()}
+
+    def most() -> float:
+        """Ask for the models of a family; returns the part of the replica that did most of it."""
+        before = used()
+        for n in range(60):
             path = f"/multiplexed/v2/models/family0%2Fvariant{n % VARIANTS}/infer"
             assert server.ask("POST", path, asked()).status == 200
-        return sum(stats != before.get(name) for name, stats in pools(handle).items())
+        done = [count - before.get(name, 0) for name, count in used().items()]
+        return max(done) / sum(done)
 
     try:
         assert len(pools(handle)) == 2
-        eventually(lambda: busy() == 1)
+        eventually(lambda: most() >= 0.8)
     finally:
         serve.delete("multiplexed")
 
