@@ -33,7 +33,6 @@ __all__ = [
     "by_kind",
     "by_page",
     "copy_page",
-    "find_places",
     "joined",
     "least_pages",
     "map_at",
@@ -92,16 +91,6 @@ def block_at(pool: PagePool, place: int) -> tuple[codec.Page, int]:
     page_id, slot = split_place(place)
     (page,) = pool.pages([page_id])
     return page, slot
-
-
-def find_places(
-    ascending: NDArray[np.int64], places: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return where each of these places is among ascending ones, and whether it is there at all."""
-    if not len(ascending):
-        return np.zeros(len(places), np.int64), np.zeros(len(places), np.bool_)
-    at = np.minimum(np.searchsorted(ascending, places), len(ascending) - 1)
-    return at, ascending[at] == places
 
 
 def slot_entries(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["common", "distinct", "is_among", "union", "without"]
+__all__ = ["common", "distinct", "find_among", "is_among", "union", "without"]
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -26,14 +26,22 @@ def distinct(values: NDArray[_T]) -> NDArray[_T]:
     return ordered[is_new]
 
 
+def find_among(
+    ascending: NDArray[Any], values: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return where each of these numbers is among ascending ones, and whether it is there at all.
+
+    Both in the shape of ``values``.
+    """
+    if not len(ascending):
+        return np.zeros(values.shape, np.int64), np.zeros(values.shape, np.bool_)
+    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return at, ascending[at] == values
+
+
 def is_among(values: NDArray[Any], others: ArrayLike) -> NDArray[np.bool_]:
     """Return which of these numbers are among others, in the shape of ``values``."""
-    known = distinct(np.asarray(others))
-    if not len(known):
-        return np.zeros(values.shape, np.bool_)
-    at = np.searchsorted(known, values)
-    found: NDArray[np.bool_] = known[np.minimum(at, len(known) - 1)] == values
-    return found
+    return find_among(distinct(np.asarray(others)), values)[1]
 
 
 def common(one: NDArray[_T], other: NDArray[_T]) -> NDArray[_T]:

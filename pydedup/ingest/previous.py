@@ -35,7 +35,7 @@ from pydedup.layout import (
     used_places,
 )
 from pydedup.policies import Policy
-from pydedup.sets import distinct, is_among
+from pydedup.sets import distinct, find_among
 
 __all__ = ["Previous", "split_sums"]
 
@@ -160,23 +160,22 @@ class Previous:
         if not len(unknown):
             return
         pages = distinct(self._stored.pages(unknown))
-        mine = stored[is_among(self._stored.pages(stored), pages)]
-        places = self._stored.places(mine)
-        page_of = np.searchsorted(pages, split_places(places)[0])
+        page_of, here = find_among(pages, self._stored.pages(stored))
+        mine, page_of = stored[here], page_of[here]
         before, raw = self._raw_costs()
-        here = is_among(split_places(before)[0], pages)
-        before, raw = before[here], raw[here]
-        page_before = np.searchsorted(pages, split_places(before)[0])
+        page_before, here = find_among(pages, split_places(before)[0])
+        before, raw, page_before = before[here], raw[here], page_before[here]
+        place, is_old = find_among(before, self._stored.places(mine))
         blocks, sizes = self._recorded(pages)
         # Pages of which what is recorded is of the blocks that this version has, and no others.
         is_known = np.bincount(page_before, minlength=len(pages)) == blocks
-        is_known[page_of[~is_among(places, before)]] = False
+        is_known[page_of[~is_old]] = False
         raw_sizes = np.zeros(len(pages), np.int64)
         np.add.at(raw_sizes, page_before, raw)
         # None takes more than raw, so each takes as much.
         is_raw = is_known & (raw_sizes == sizes)
         at = np.flatnonzero(is_raw[page_of])
-        self._stored.set_costs(mine[at], raw[np.searchsorted(before, places[at])])
+        self._stored.set_costs(mine[at], raw[place[at]])
         is_same = is_known & ~is_raw & (np.bincount(page_of, minlength=len(pages)) == blocks)
         at = np.flatnonzero(is_same[page_of])
         for page, some in by_page(page_of[at]):
@@ -186,8 +185,7 @@ class Previous:
     def _recorded(self, pages: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return how many blocks this version has of each page, and their bytes; 0 of others."""
         known, blocks, sizes = self._pages[np.argsort(self._pages[:, 0])].T
-        at = np.searchsorted(known, pages)
-        is_there = is_among(pages, known)
+        at, is_there = find_among(known, pages)
         found = np.zeros((2, len(pages)), np.int64)
         found[:, is_there] = blocks[at[is_there]], sizes[at[is_there]]
         return found[0], found[1]

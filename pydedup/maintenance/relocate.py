@@ -20,7 +20,6 @@ from pydedup.layout import (
     base_places,
     block_costs,
     block_places,
-    find_places,
     map_at,
     pages_read,
     split_place,
@@ -30,7 +29,7 @@ from pydedup.layout import (
 from pydedup.maintenance.maps import replace_maps
 from pydedup.maintenance.survey import sound_models, stored_model
 from pydedup.pool import PagePool
-from pydedup.sets import distinct, is_among, without
+from pydedup.sets import distinct, find_among, is_among, without
 
 __all__ = ["Left", "Moves", "relocate"]
 
@@ -73,7 +72,7 @@ class _Table:
 
     def find(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return which places moved, and their entries here."""
-        entries, is_there = find_places(self.old, places)
+        entries, is_there = find_among(self.old, places)
         moved = np.flatnonzero(is_there)
         return moved, entries[moved]
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import ParsedMaps, StoredModel
-from pydedup.layout import block_costs, block_places, find_places, joined, split_places, used_places
+from pydedup.layout import block_costs, block_places, joined, split_places, used_places
 from pydedup.pool import PagePool
-from pydedup.sets import distinct, is_among
+from pydedup.sets import distinct, find_among, is_among
 
 __all__ = ["UNUSED_PART", "is_much_unused"]
 
@@ -41,7 +41,7 @@ def is_much_unused(adapter: Adapter, pool: PagePool, page_ids: Sequence[int]) ->
         for row in adapter.models():
             if row.id in readers:
                 used = used_places(StoredModel(adapter, row, parsed=parsed).block_maps())
-                at, there = find_places(places, used)
+                at, there = find_among(places, used)
                 is_used[at[there]] = True
         if is_used.all():
             return False

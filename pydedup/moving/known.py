@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.layout import NO_PLACE, by_page, find_places, split_places
-from pydedup.sets import is_among
+from pydedup.layout import NO_PLACE, by_page, split_places
+from pydedup.sets import find_among, is_among
 
 __all__ = ["Known", "Scope", "Whereabouts"]
 
@@ -65,7 +65,7 @@ class Known:
         for page_id, rows in by_page(split_places(places)[0]):
             if page_id in self._pages:
                 noted, whereabouts = self._pages[page_id]
-                entries, same = find_places(noted, places[rows])
+                entries, same = find_among(noted, places[rows])
                 found.put(rows[same], whereabouts.take(entries[same]))
         return found
 

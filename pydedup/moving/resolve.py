@@ -22,13 +22,13 @@ from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.places import stack_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.layout import NO_PLACE, block_places, by_page, find_places, joined, split_places
+from pydedup.layout import NO_PLACE, block_places, by_page, joined, split_places
 from pydedup.moving.known import Scope, Whereabouts
 from pydedup.moving.pieces import Piece, stored_pieces
 from pydedup.moving.source import End, SourceModel, recorded
 from pydedup.moving.whole import WholePages
 from pydedup.policies import Lossless
-from pydedup.sets import distinct, is_among
+from pydedup.sets import distinct, find_among, is_among
 
 __all__ = ["NotWholeError", "Resolved", "Resolver"]
 
@@ -197,7 +197,7 @@ class Resolver:
                 raise NotWholeError(distinct(page_ids[wrong]))
         numbers = self._spool.list_blocks(page_ids, slots, rows.digests[chosen], bases)
         self._out.places.append(places)
-        mine, is_mine = find_places(self._model.places, places)
+        mine, is_mine = find_among(self._model.places, places)
         self._out.references[mine[is_mine]] = numbers[is_mine]
         if deltas:
             every = [rows.places[entries] for entries in whole.entries.values()]
@@ -208,7 +208,7 @@ class Resolver:
         spooled = joined(self._out.places)
         self._out.places = [spooled]
         order = np.argsort(spooled, kind="stable")
-        at, is_there = find_places(spooled[order], places)
+        at, is_there = find_among(spooled[order], places)
         numbers = np.full(len(places), -1, np.int64)
         numbers[is_there] = order[at[is_there]]
         return numbers
@@ -216,7 +216,7 @@ class Resolver:
     def _base_references(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return references of bases, by their places at the source."""
         model = self._model
-        at, is_mine = find_places(model.places, places)
+        at, is_mine = find_among(model.places, places)
         references = self._out.references[at]
         others = np.flatnonzero(~is_mine)
         if len(others):  # of deltas that come along with the model

@@ -22,12 +22,11 @@ from pydedup.layout import (
     NO_PLACE,
     base_places,
     block_places,
-    find_places,
     split_places,
     used_places,
 )
 from pydedup.pool import PagePool
-from pydedup.sets import distinct
+from pydedup.sets import distinct, find_among
 
 __all__ = ["End", "Recorded", "SourceModel", "read_model", "recorded"]
 
@@ -81,7 +80,7 @@ class Recorded:
 
         Raises CorruptStoreError when one is missing.
         """
-        entries, found = find_places(self.places, places)
+        entries, found = find_among(self.places, places)
         if not found.all():
             page_ids, slots = split_places(places[~found])
             raise CorruptStoreError(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.layout import find_places, joined
-from pydedup.sets import distinct, union
+from pydedup.layout import joined
+from pydedup.sets import distinct, find_among, union
 from pydedup.usage import Readers
 
 __all__ = ["Common", "common_blocks", "families"]
@@ -55,7 +55,7 @@ class Common:
 
     def others(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return how many models beside one of them use each of its blocks at these places."""
-        at, is_used = find_places(self.places, places)
+        at, is_used = find_among(self.places, places)
         others = np.zeros(len(places), np.int64)
         others[is_used] = self.counts[at[is_used]] - 1
         return others
