@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What torch's functions do when they are given a stored tensor: stream it, where a kernel can.
 
-Products, convolutions and look-ups are here; the views of a matrix that lead to them are in
-:mod:`pydedup.serving.attached.views`. A handler returns ``NotImplemented`` for what it cannot
-stream: the tensor is then loaded. Arrays pass between torch and numpy without a copy. Kernels
-compute in float32 (float64 where weights are stored so), and results are cast to the dtype that
-torch would return.
+Products and convolutions are here; look-ups of rows are in :mod:`pydedup.serving.attached.rows`,
+the views of a matrix that lead to both in :mod:`pydedup.serving.attached.views`. A handler returns
+``NotImplemented`` for what it cannot stream: the tensor is then loaded. Arrays pass between torch
+and numpy without a copy. Kernels compute in float32 (float64 where weights are stored so), and
+results are cast to the dtype that torch would return.
 """
 
 from __future__ import annotations
@@ -21,15 +21,12 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from pydedup.errors import ArgumentError
-from pydedup.formats.torch_tensors import to_torch
 from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
-from pydedup.serving.engine import from_front, until_last, without_padding
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
-from pydedup.words import BagMode
 
-__all__ = ["as_input", "rows_of"]
+__all__ = ["as_floats", "as_input", "as_numpy", "as_result", "streamed"]
 
 _Tensor = torch.Tensor
 _HALVES = (torch.bfloat16, torch.float16)
@@ -54,7 +51,9 @@ def as_input(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
     return x
 
 
-def _array(x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False) -> NDArray[Any]:
+def as_floats(
+    x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False
+) -> NDArray[Any]:
     """Return an input as kernels take it, without a copy where it is float32 or float64.
 
     Products take bfloat16 as it is, which ``keeps_bf16`` asks for.
@@ -62,12 +61,12 @@ def _array(x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False
     x = as_input(x, weight)
     dtype = x.dtype
     if keeps_bf16 and dtype is torch.bfloat16:  # which numpy does not know
-        return _numpy(x.view(torch.int16), weight).view(DType.BF16.numpy)
+        return as_numpy(x.view(torch.int16), weight).view(DType.BF16.numpy)
     if dtype in _HALVES:
         x = x.float()
     elif dtype is not torch.float32 and dtype is not torch.float64:
         raise ArgumentError(f"the input of {weight.label} is {dtype}; floats are needed")
-    return _numpy(x, weight)
+    return as_numpy(x, weight)
 
 
 def _cast(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
@@ -84,7 +83,8 @@ def _cast(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
     return x
 
 
-def _numpy(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
+def as_numpy(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
+    """Return an input as an array, or raise ArgumentError for what is no plain tensor."""
     try:
         return (x if x.is_contiguous() else x.contiguous()).numpy()  # torch's copies are counted
     except (RuntimeError, TypeError) as exc:
@@ -94,7 +94,8 @@ def _numpy(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
         ) from exc
 
 
-def _result(y: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+def as_result(y: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """Return what a kernel gave as a tensor of this dtype, whose memory is counted."""
     result = made(torch.from_numpy(y))
     return result if result.dtype is dtype else result.to(dtype)
 
@@ -118,7 +119,7 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tensor.slot.shape if isinstance(tensor, StoredParameter) else tuple(tensor.shape)
 
 
-def _streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
+def streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
     """Return what streams this weight with this input; ``None`` to load it."""
     if type(weight) is not StoredParameter or type(x) is StoredParameter:
         return None
@@ -147,14 +148,14 @@ def _product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, transpose: bool
 ) -> Any:
     """Return x @ weight.T + bias, or x @ weight + bias with ``transpose``."""
-    stored = _streamed(weight, x)
+    stored = streamed(weight, x)
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
     if bias is not None and len(_shape(bias)) > 1:
         return NotImplemented
     x = _cast(x, weight)
-    given = _array(x, weight, keeps_bf16=True)
+    given = as_floats(x, weight, keeps_bf16=True)
     x_bytes = given.size * max(given.itemsize, 4)
     transpose = weight.transposed is not transpose
     if weight.rows is None:
@@ -171,7 +172,7 @@ def _product(
             if offset is not None and offset.size == 1:  # torch adds it to every column
                 offset = offset.repeat(outer)
             y = stored.matmul(given, bias=offset, transpose=transpose)
-        return _result(y, x.dtype)
+        return as_result(y, x.dtype)
     if transpose:
         return NotImplemented
     count = weight.rows[1] - weight.rows[0]
@@ -183,7 +184,7 @@ def _product(
     y = np.ascontiguousarray(part.matmul(given)[..., before : before + count])
     if offset is not None:
         y += offset
-    return _result(y, x.dtype)
+    return as_result(y, x.dtype)
 
 
 @handles(torch.matmul, _Tensor.matmul, _Tensor.__matmul__)
@@ -266,16 +267,16 @@ def _convolution(
     options: Mapping[str, Any],
 ) -> Any:
     """Return the convolution of images, or of rows, which are images of height 1."""
-    stored = _streamed(weight, x, 2 + n_axes)
+    stored = streamed(weight, x, 2 + n_axes)
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
     x = _cast(x, weight)
-    given = _array(x, weight)
+    given = as_floats(x, weight)
     if n_axes == 2:
-        return _result(stored.conv2d(given, bias=_bias(bias), **options), x.dtype)
+        return as_result(stored.conv2d(given, bias=_bias(bias), **options), x.dtype)
     y = stored.conv2d(given[..., None, :], bias=_bias(bias), **options)
-    return _result(y[..., 0, :], x.dtype)
+    return as_result(y[..., 0, :], x.dtype)
 
 
 def _single(size: Any) -> int:
@@ -285,104 +286,6 @@ def _single(size: Any) -> int:
 def _sizes(size: Any) -> Any:
     # torch takes (n,) for n in both directions
     return int(size[0]) if isinstance(size, Sequence) and len(size) == 1 else size
-
-
-# ---- rows ---------------------------------------------------------------------------------------
-
-
-def _ids(ids: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
-    return _numpy(ids.detach() if ids.is_meta else ids.detach().cpu(), weight)
-
-
-@handles(functional.embedding)
-def _embedding(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    rows = rows_of(weight, input)
-    if rows is NotImplemented or max_norm is None:
-        return rows
-    norms = rows.norm(norm_type, dim=-1, keepdim=True)
-    return torch.where(norms > max_norm, rows * (max_norm / (norms + 1e-7)), rows)
-
-
-def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, from_end: bool = False) -> Any:
-    """Return the entries of the first axis with these numbers, or ``NotImplemented``.
-
-    With ``from_end``, negative ones count from the end.
-    """
-    if type(weight) is not StoredParameter or weight.transposed or type(ids) is StoredParameter:
-        return NotImplemented
-    stored = weight.stored()
-    if len(stored.shape) < 2 or ids.dtype.is_floating_point:
-        return NotImplemented
-    taken = _ids(ids, weight)
-    if from_end:
-        taken = from_front(taken, weight.shape[0])
-    if weight.rows is not None:
-        if taken.size and not 0 <= taken.min() <= taken.max() < weight.shape[0]:
-            raise ArgumentError(
-                f"ids from {taken.min()} to {taken.max()} for {weight.shape[0]} rows of "
-                f"{weight.label}"
-            )
-        taken = taken + weight.rows[0]
-    return made(to_torch(stored.take(taken))).to(weight.slot.dtype)
-
-
-@handles(functional.embedding_bag)
-def _embedding_bag(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    offsets: torch.Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    mode: BagMode = "mean",
-    sparse: bool = False,
-    per_sample_weights: torch.Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Any:
-    if type(weight) is not StoredParameter or type(input) is StoredParameter:
-        return NotImplemented
-    if weight.transposed or weight.rows is not None:
-        return NotImplemented
-    if max_norm is not None:  # torch shrinks the rows of its own table
-        used, places = np.unique(_ids(input, weight), return_inverse=True)
-        padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-        at = np.flatnonzero(used == padding)
-        return functional.embedding_bag(
-            torch.from_numpy(places.reshape(input.shape)).to(input.dtype),
-            _embedding(torch.from_numpy(used), weight, None, max_norm, norm_type),
-            offsets,
-            mode=mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=include_last_offset,
-            padding_idx=int(at[0]) if at.size else None,
-        )
-    stored = _streamed(weight, input)
-    if stored is None:
-        return NotImplemented
-    ids = _ids(input, weight)
-    starts = None if offsets is None else _ids(offsets, weight)
-    factors = None if per_sample_weights is None else _array(per_sample_weights, weight)
-    if starts is not None and include_last_offset:
-        ids, starts = until_last(ids, starts)
-        factors = None if factors is None else factors[: len(ids)]
-    if padding_idx is not None:
-        if not -weight.shape[0] <= padding_idx < weight.shape[0]:
-            raise ArgumentError(
-                f"padding_idx {padding_idx} is none of the {weight.shape[0]} rows of {weight.label}"
-            )
-        padding = padding_idx % weight.shape[0]
-        ids, starts, factors = without_padding(ids, starts, padding, factors)
-    bags = stored.bag(ids, starts, mode, weights=factors)
-    return _result(bags, weight.slot.dtype)
 
 
 # ---- functions made of others -------------------------------------------------------------------

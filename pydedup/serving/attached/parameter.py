@@ -3,8 +3,8 @@
 
 It has shape, dtype and device, and no elements. A torch function that is given one goes through
 `StoredParameter.__torch_function__`: functions with a kernel of ours are in a table, filled by
-:mod:`pydedup.serving.attached.functions` and ``views``; all others are called with the loaded
-tensor instead.
+:mod:`pydedup.serving.attached.functions`, ``rows`` and ``views``; all others are called with the
+loaded tensor instead.
 What reaches torch's dispatcher unseen by the first does so through ``__torch_dispatch__``.
 """
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from pydedup.errors import ArgumentError
-from pydedup.serving.attached.functions import rows_of
 from pydedup.serving.attached.parameter import StoredParameter, handles
+from pydedup.serving.attached.rows import rows_of
 
 __all__: list[str] = []
 
