@@ -2,10 +2,11 @@
 """Candidates by position: what other models have in the same place of a tensor of the same name.
 
 The variants of a family are cut alike, so the block at the same place is near even where it is too
-far for the similarity index to find it for certain. Where that block is itself a delta, its base is
-the candidate: so all of a family come to lie around the blocks of one model. A model that helped
-none of another's first blocks is no relative of it, and asked no more: models of one architecture
-that were trained separately have all names in common and nothing else.
+far for the similarity index to find it for certain; a prefix that all names of one have makes no
+difference (names.py). Where that block is itself a delta, its base is the candidate: so all of a
+family come to lie around the blocks of one model. A model that helped none of another's first
+blocks is no relative of it, and asked no more: models of one architecture that were trained
+separately have all names in common and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
-from pydedup.ingest.candidates import can_be_delta
+from pydedup.ingest.names import ByName
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
@@ -36,7 +37,7 @@ from pydedup.types import DType, TensorInfo
 
 __all__ = ["Aligned", "ByPosition", "Neighbours"]
 
-# Models that may be looked at, and how many with the tensor are enough.
+# Models, of the store and of this add, that may be looked at, and how many are asked at a time.
 _NEWEST = 32
 _ENOUGH = 2
 # Blocks of another model that were compared with and no use, after which it is not asked again;
@@ -46,8 +47,9 @@ _PATIENCE = 32
 _STRANGERS = 8
 
 
-# Name, shape and dtypes of bases of a tensor.
-_Key = tuple[str, tuple[int, ...], tuple[DType, ...]]
+# Shape of a tensor, and the dtypes of its bases.
+_Kind = tuple[tuple[int, ...], tuple[DType, ...]]
+_Find = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 _Other = TypeVar("_Other")
 
 
@@ -56,14 +58,13 @@ class _Stored:
     """A model of the store, and its tensors."""
 
     model: StoredModel
-    tensors: dict[_Key, TensorInfo]
+    tensors: dict[_Kind, ByName[TensorInfo]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Matched:
-    """A tensor of a model of this add, which has this address."""
+    """A tensor of a model of this add."""
 
-    address: str
     grid: BlockGrid
     references: NDArray[np.int64]
 
@@ -75,6 +76,11 @@ class _Relation:
     asked: int = 0
     is_near: bool = False
 
+    def note(self, helped: NDArray[np.bool_]) -> None:
+        """Remember which of some blocks it helped."""
+        self.asked += len(helped)
+        self.is_near |= bool(helped.any())
+
     @property
     def is_stranger(self) -> bool:
         """Whether it was asked often enough to no avail."""
@@ -85,33 +91,38 @@ class ByPosition(Protocol):
     """What gives candidates for the blocks of a matrix."""
 
     def __call__(self, numbers: NDArray[np.int64], /) -> NDArray[np.int64]:
-        """Return references of a candidate for each of these blocks, none of a delta.
+        """Return references of k candidates for each of these n blocks, int64 (k, n).
 
-        `NO_BASE` for blocks that have none.
+        None of a delta; `NO_BASE` where there is none.
         """
 
-    def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_], /) -> None:
-        """Say which of these blocks, that were asked about, were helped by their candidates."""
+    def note(self, helped: NDArray[np.bool_], /) -> None:
+        """Say which of the candidates that were returned last were of help, bool (k, n)."""
 
 
-@dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Candidates for the blocks of one tensor, from one other model (a `ByPosition`)."""
+    """Candidates for the blocks of one tensor, from other models (a `ByPosition`).
 
-    _find: Callable[[NDArray[np.int64]], NDArray[np.int64]]
-    _relation: _Relation
+    ``others`` gives what finds them, and what is known of the model that they are of.
+    """
+
+    def __init__(self, others: Callable[[], Iterator[tuple[_Find, _Relation]]]) -> None:
+        self._others = others
+        self._asked: list[_Relation] = []
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return a candidate for each of these blocks."""
-        if self._relation.is_stranger:
-            return np.full(len(numbers), NO_BASE, np.int64)
-        return self._find(numbers)
+        """Return candidates from models that are no strangers by now."""
+        found = np.full((_ENOUGH, len(numbers)), NO_BASE, np.int64)
+        self._asked.clear()
+        for row, (find, relation) in zip(found, self._others(), strict=False):
+            row[:] = find(numbers)
+            self._asked.append(relation)
+        return found
 
-    def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_]) -> None:
-        """Remember whether the model that the candidates are of is a relative."""
-        # Not before: blocks of several tensors are asked about together (tensors.py).
-        self._relation.asked += len(numbers)
-        self._relation.is_near |= bool(helped.any())
+    def note(self, helped: NDArray[np.bool_]) -> None:
+        """Remember whether the models that the candidates are of are relatives."""
+        for row, relation in zip(helped, self._asked, strict=False):
+            relation.note(row)
 
 
 class Aligned:
@@ -126,7 +137,8 @@ class Aligned:
         self._reader = reader
         self._rows: list[ModelRow] | None = None  # newest first
         self._stored_models: dict[int, _Stored | None] = {}  # by model id
-        self._matched: dict[_Key, list[_Matched]] = {}  # of this add, newest last
+        # Of this add, by address, newest last.
+        self._matched: dict[_Kind, dict[str, ByName[_Matched]]] = {}
         # Of the model that asks now: by model id, those of this add by address.
         self._relations: dict[int | str, _Relation] = {}
         self._asker = ""
@@ -135,38 +147,48 @@ class Aligned:
         self, request: Request, entry: TensorEntry, grid: BlockGrid, references: NDArray[np.int64]
     ) -> None:
         """Remember a tensor of a model of this add."""
-        matched = _Matched(request.address, grid, references)
-        self._matched.setdefault(_key_of(entry), []).append(matched)
+        tensors = self._matched.setdefault(_kind_of(entry), {})
+        tensors.setdefault(request.address, ByName())[entry.name] = _Matched(grid, references)
 
-    def neighbours(self, request: Request, entry: TensorEntry, grid: BlockGrid) -> list[Neighbours]:
-        """Return what gives candidates for the blocks of a tensor, per model that has such a one.
+    def neighbours(self, request: Request, entry: TensorEntry, grid: BlockGrid) -> Neighbours:
+        """Return what gives candidates for the blocks of a tensor.
 
-        Models of the same add come first, then older versions of the model that is asked for. None
-        where the policy takes no deltas, or such blocks can be none.
+        They are of models of the same add first, then of older versions of the model that is asked
+        for.
         """
-        if not request.policy.uses_deltas or not can_be_delta(grid.block_shape):
-            return []
         if request.address != self._asker:
             self._relations.clear()
             self._asker = request.address
-        key = _key_of(entry)
-        found = list(islice(self._in_this_add(key, grid), _ENOUGH))
-        return found + list(islice(self._in_the_store(request, key, grid), _ENOUGH - len(found)))
 
-    def _in_this_add(self, key: _Key, grid: BlockGrid) -> Iterator[Neighbours]:
-        matched = reversed(self._matched.get(key, []))
-        for other, relation in self._but_strangers((one.address, one) for one in matched):
-            if other.grid == grid:
-                yield Neighbours(partial(self._matched_blocks, other.references), relation)
+        def others() -> Iterator[tuple[_Find, _Relation]]:
+            yield from self._in_this_add(request, entry, grid)
+            yield from self._in_the_store(request, entry, grid)
 
-    def _in_the_store(self, request: Request, key: _Key, grid: BlockGrid) -> Iterator[Neighbours]:
+        return Neighbours(others)
+
+    def _in_this_add(
+        self, request: Request, entry: TensorEntry, grid: BlockGrid
+    ) -> Iterator[tuple[_Find, _Relation]]:
+        models = self._matched.get(_kind_of(entry), {})
+        newest = (one for one in reversed(models.items()) if one[0] != request.address)
+        for tensors, relation in self._but_strangers(islice(newest, _NEWEST)):
+            other = tensors.get(entry.name)
+            if other is not None and other.grid == grid:
+                yield partial(self._matched_blocks, other.references), relation
+
+    def _in_the_store(
+        self, request: Request, entry: TensorEntry, grid: BlockGrid
+    ) -> Iterator[tuple[_Find, _Relation]]:
+        kind = _kind_of(entry)
         newest = sorted(self._newest(), key=lambda row: row.name != request.name)
         for row, relation in self._but_strangers((row.id, row) for row in newest):
             other = self._stored_model(row)
-            info = None if other is None else other.tensors.get(key)
-            if other is not None and info is not None and info.block_shape == grid.block_shape:
+            if other is None or kind not in other.tensors:
+                continue
+            info = other.tensors[kind].get(entry.name)
+            if info is not None and info.block_shape == grid.block_shape:
                 # The map is read when a block asks: in a new version of a model few do.
-                yield Neighbours(partial(self._stored_blocks, other.model, key[0]), relation)
+                yield partial(self._stored_blocks, other.model, info.name), relation
 
     def _but_strangers(
         self, others: Iterable[tuple[int | str, _Other]]
@@ -220,11 +242,12 @@ class Aligned:
             known = None
             with suppress(CorruptStoreError):
                 model = self._catalog.of_row(row)
-                tensors = {_key_of(info): info for info in model.tensors}
-                known = _Stored(model, tensors)
+                known = _Stored(model, {})
+                for info in model.tensors:
+                    known.tensors.setdefault(_kind_of(info), ByName())[info.name] = info
             self._stored_models[row.id] = known
         return self._stored_models[row.id]
 
 
-def _key_of(tensor: TensorEntry | TensorInfo) -> _Key:
-    return tensor.name, tensor.shape, tensor.dtype.base_dtypes
+def _kind_of(tensor: TensorEntry | TensorInfo) -> _Kind:
+    return tensor.shape, tensor.dtype.base_dtypes

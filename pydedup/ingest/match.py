@@ -87,13 +87,13 @@ class Hints:
     Attributes
     ----------
     aligned
-        What gives candidates by position (aligned.py).
+        What gives candidates by position (aligned.py), if anything does.
     deltas
         What some blocks are to be, unless an identical one is stored, by number; under a policy
         that keeps bits.
     """
 
-    aligned: Sequence[ByPosition] = ()
+    aligned: ByPosition | None = None
     deltas: Mapping[int, Delta] = field(default_factory=dict)
 
 
@@ -314,24 +314,24 @@ class Matcher:
         policy: Policy,
         hints: Hints,
     ) -> None:
-        aligned: list[tuple[ByPosition, NDArray[np.int64]]] = []
-        if can_be_delta(view.grid.block_shape):
-            aligned = [(neighbours, neighbours(piece)) for neighbours in hints.aligned]
+        aligned = None
+        if policy.uses_deltas and hints.aligned and can_be_delta(view.grid.block_shape):
+            aligned = hints.aligned(piece)
         kept = self.similar.keep(
             looked,
             piece,
             matched.digests[piece],
             policy,
-            aligned=[references for _, references in aligned],
+            aligned=aligned,
             deltas=hints.deltas,
         )
         # What a lossy delta holds may be there: the same source was added before, as such a delta.
         for at, content in kept.lossy:
             found = self.find(content, kept.digests[at])
             kept.shared[at[found != NO_BASE]] = found[found != NO_BASE]
-        for neighbours, references in aligned:
-            helped = (references == kept.bases) | (references == kept.shared)
-            neighbours.note(piece, helped & (references != NO_BASE))
+        if hints.aligned and aligned is not None:
+            helped = (aligned == kept.bases) | (aligned == kept.shared)
+            hints.aligned.note(helped & (aligned != NO_BASE))
         is_new = kept.shared == NO_BASE
         matched.references[piece[~is_new]] = kept.shared[~is_new]
         new = np.flatnonzero(is_new)

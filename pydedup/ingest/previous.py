@@ -10,7 +10,7 @@ and wherever somebody made them so: the hash is not cryptographic (docs/format.m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from pydedup.catalog import Catalog, SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import digests_of
+from pydedup.ingest.names import ByName
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
@@ -60,9 +61,9 @@ class Previous:
         self._model = model
         self._maps = model.block_maps()
         self._hashes = hashes
-        self._ordinals = {info.name: i for i, info in enumerate(self._model.tensors)}
-        #: By the end of a name, behind any of its dots: the one tensor that has it.
-        self._ends: dict[str, int | None] | None = None
+        self._ordinals: ByName[int] = ByName()
+        for ordinal, info in enumerate(model.tensors):
+            self._ordinals[info.name] = ordinal
         self._references = self._all_references()
         pages = [row[1:] for row in adapter.model_pages(model.row.id)]
         #: Page, distinct blocks that this version has of it, and their bytes; int64 (n, 3).
@@ -102,7 +103,7 @@ class Previous:
         That is the greatest relative L2 difference of the tensor's blocks to what is stored.
         """
         found = np.full(grid.count, NO_BASE, np.int64)
-        ordinal = self._ordinal(entry.name)
+        ordinal = self._ordinals.get(entry.name)
         if ordinal is None:
             return found, 0.0
         info = self._model.tensors[ordinal]
@@ -116,22 +117,6 @@ class Previous:
         same = np.flatnonzero((digests_of(source) == digests).all(axis=1))
         found[same] = self._stored.readable(self._references[ordinal][same])
         return found, error
-
-    def _ordinal(self, name: str) -> int | None:
-        """Return which tensor has that name, or had it before all were given another prefix.
-
-        So ``module.`` comes and goes with a wrapper; blocks are compared by their hashes anyway.
-        """
-        ordinal = self._ordinals.get(name)
-        if ordinal is not None:
-            return ordinal
-        if self._ends is None:
-            self._ends = {}
-            for full, number in self._ordinals.items():
-                for end in _ends(full):
-                    self._ends[end] = None if end in self._ends else number
-        ends = self._ends
-        return next((ends[end] for end in _ends(name) if end in ends), None)
 
     def _all_references(self) -> list[NDArray[np.int64]]:
         """Return the references of all blocks, tensor by tensor, and make those of their bases.
@@ -204,13 +189,6 @@ class Previous:
         raw = np.full(len(used), _UNKNOWN)
         raw[np.searchsorted(used, joined(places))] = joined(costs)
         return used, raw
-
-
-def _ends(name: str) -> Iterator[str]:
-    """Yield a name, and what is behind each of its dots."""
-    while name:
-        yield name
-        name = name.partition(".")[2]
 
 
 def split_sums(

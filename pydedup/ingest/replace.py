@@ -8,7 +8,7 @@ it is being changed, and the stored blocks that are near to its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -163,7 +163,7 @@ class _Tensor:
         digests: NDArray[np.uint64],
         farthest: float,
         previous: Previous | None,
-        aligned: Sequence[ByPosition],
+        aligned: ByPosition,
     ) -> None:
         self._aligned = aligned
         self._matcher = matcher
@@ -193,10 +193,9 @@ class _Tensor:
         plain = codec.encode_blocks(view, numbers, planes=True).lengths
         levels: list[list[_Level]] = [[] for _ in numbers]
         rest = self._as_before(numbers, shape, plain, levels)
-        near = [neighbours(numbers) for neighbours in self._aligned]
+        near = self._aligned(numbers)
         taken = self._as_others(blocks, near, plain, rest, levels)
-        for neighbours, references in zip(self._aligned, near, strict=True):
-            neighbours.note(numbers, (references == taken) & (references != NO_BASE))
+        self._aligned.note((near == taken) & (near != NO_BASE))
         for row, number in enumerate(numbers.tolist()):
             if not levels[row]:
                 continue
@@ -237,7 +236,7 @@ class _Tensor:
     def _as_others(
         self,
         blocks: MatrixView,
-        aligned: Sequence[NDArray[np.int64]],
+        aligned: NDArray[np.int64],
         plain: NDArray[np.int64],
         rest: NDArray[np.bool_],
         levels: list[list[_Level]],

@@ -190,7 +190,7 @@ class Similar:
         indices: NDArray[np.int64],
         digests: NDArray[np.uint64],
         policy: Policy,
-        aligned: Sequence[NDArray[np.int64]] = (),
+        aligned: NDArray[np.int64] | None = None,
         deltas: Mapping[int, Delta] | None = None,
     ) -> Kept:
         """Decide about blocks of a matrix with these numbers and digests.
@@ -200,7 +200,7 @@ class Similar:
         looked
             What `look_at` says of them.
         aligned
-            References of candidates for these blocks (aligned.py).
+            References of candidates for these blocks, int64 (k, n) (aligned.py).
         deltas
             What some blocks are to be, by their number in the matrix.
         """
@@ -214,7 +214,7 @@ class Similar:
             errors=np.zeros(count),
         )
         for at, blocks in looked.stacks:
-            near = [references[at] for references in aligned]
+            near = None if aligned is None else aligned[:, at]
             self._improve(kept, blocks, at, policy, near)
             kept.stacks.append((at, blocks))
         if deltas:
@@ -232,11 +232,11 @@ class Similar:
                 self._candidates.add(_rows_of(blocks, rows), numbers[at[rows]])
 
     def pairs(
-        self, blocks: MatrixView, farthest: float, aligned: Sequence[NDArray[np.int64]] = ()
+        self, blocks: MatrixView, farthest: float, aligned: NDArray[np.int64] | None = None
     ) -> list[Pairs]:
         """Return the candidates of stacked blocks that seem to be at most that far away.
 
-        ``aligned`` are references of further candidates (aligned.py), one per block or `NO_BASE`.
+        ``aligned`` are references of k further ones (aligned.py), int64 (k, n), or `NO_BASE`.
         """
         shape = blocks.grid.block_shape
         found: dict[DType, list[_Columns]] = {}
@@ -246,7 +246,7 @@ class Similar:
                 references = self._candidates.references(ids[rows, columns])
                 column = (rows, references, estimates[rows, columns])
                 found.setdefault(dtype, []).append(column)
-        for references in aligned:
+        for references in () if aligned is None else aligned:
             given = np.flatnonzero(references != NO_BASE)
             dtypes = self._reader.dtypes_of(references[given])
             for dtype in (one for one in blocks.dtype.base_dtypes if one in dtypes):
@@ -274,7 +274,7 @@ class Similar:
         blocks: MatrixView,
         at: NDArray[np.int64],
         policy: Policy,
-        aligned: Sequence[NDArray[np.int64]],
+        aligned: NDArray[np.int64] | None,
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
         pairs = self.pairs(blocks, farthest_base(policy.max_rel_error), aligned)

@@ -10,8 +10,8 @@ whichever tensors they are of, are stacked and matched as one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -144,34 +144,30 @@ class _Waiting:
 
 @dataclass(frozen=True, slots=True)
 class _Together:
-    """Candidates for stacked blocks: those that neighbour ``column`` of each tensor has.
+    """Candidates for stacked blocks (a `pydedup.ingest.aligned.ByPosition`).
 
     ``owners`` says which tensor each block of the stack is of, ``numbers`` which block of that.
     """
 
-    neighbours: Sequence[Sequence[Neighbours]]
+    neighbours: Sequence[Neighbours]
     owners: NDArray[np.int64]
     numbers: NDArray[np.int64]
-    column: int
+    asked: list[tuple[Neighbours, slice]] = field(default_factory=list)
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        found = np.full(len(rows), NO_BASE, np.int64)
-        for neighbours, at in self._asked(rows):
-            found[at] = neighbours(self.numbers[rows[at]])
-        return found
-
-    def note(self, rows: NDArray[np.int64], helped: NDArray[np.bool_]) -> None:
-        for neighbours, at in self._asked(rows):
-            neighbours.note(self.numbers[rows[at]], helped[at])
-
-    def _asked(self, rows: NDArray[np.int64]) -> Iterator[tuple[Neighbours, slice]]:
         owners = self.owners[rows]
         # The blocks of a tensor follow one another.
         edges = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
-        for start, stop in pairwise(edges):
-            neighbours = self.neighbours[owners[start]]
-            if self.column < len(neighbours):
-                yield neighbours[self.column], slice(start, stop)
+        parts = [slice(start, stop) for start, stop in pairwise(edges)]
+        self.asked[:] = [(self.neighbours[owners[at.start]], at) for at in parts]
+        return np.concatenate(
+            [neighbours(self.numbers[rows[at]]) for neighbours, at in self.asked], axis=1
+        )
+
+    def note(self, helped: NDArray[np.bool_]) -> None:
+        # Only now is known who is a relative: the tensors were asked about together.
+        for neighbours, at in self.asked:
+            neighbours.note(helped[:, at])
 
 
 class _Bundle:
@@ -225,7 +221,7 @@ class _Bundle:
             digests[blocks] = hash_view(view)
         references = np.full(count, NO_BASE, np.int64)
         errors = np.zeros(count)
-        neighbours: list[Sequence[Neighbours]] = []
+        neighbours: list[Neighbours] = []
         owners = np.empty(count, np.int64)
         for number, waiting in enumerate(tensors):
             here, entry, grid = waiting.blocks, waiting.entry, waiting.grid
@@ -235,7 +231,6 @@ class _Bundle:
             errors[here] = known.errors
             neighbours.append(self._matcher.aligned.neighbours(self._request, entry, grid))
         starts = np.array([waiting.start for waiting in tensors], np.int64)
-        columns = range(max(map(len, neighbours), default=0))
         for view, blocks in stacks:
             of = owners[blocks]
             numbers = blocks - starts[of]
@@ -244,7 +239,7 @@ class _Bundle:
                 digests=digests[blocks],
                 known=references[blocks],
                 policy=self._request.policy,
-                hints=Hints([_Together(neighbours, of, numbers, i) for i in columns]),
+                hints=Hints(_Together(neighbours, of, numbers)),
             )
             references[blocks] = found.references
             errors[blocks] = np.maximum(errors[blocks], found.errors)

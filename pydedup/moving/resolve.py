@@ -269,7 +269,7 @@ class Resolver:
                     stack,
                     policy=Lossless(),
                     digests=digests[again],
-                    hints=Hints(aligned=[_Given(near)]),
+                    hints=Hints(aligned=_Given(near)),
                 ).references
                 made = self._spool.count - before
                 self._out.places.append(np.full(made, NO_PLACE, np.int64))
@@ -309,8 +309,8 @@ class _Given:
     references: NDArray[np.int64]
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the candidates of these blocks."""
-        return self.references[numbers]
+        """Return the candidate of each of these blocks."""
+        return self.references[numbers][np.newaxis]
 
-    def note(self, numbers: NDArray[np.int64], helped: NDArray[np.bool_]) -> None:
+    def note(self, helped: NDArray[np.bool_]) -> None:
         """Take no notice: they are asked for once."""

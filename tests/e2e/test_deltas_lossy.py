@@ -68,6 +68,47 @@ def test_all_small_tensors_of_a_relative_are_compared(store: pydedup.Store, join
     assert report.delta_blocks == report.blocks == 96
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("shape", [(192, 256), (512, 1024)])
+@pytest.mark.parametrize("prefixes", [("", "bert."), ("bert.", ""), ("model.bert.", "encoder.")])
+def test_a_relative_under_another_prefix_is_compared_by_position(
+    store: pydedup.Store, joint: bool, shape: tuple[int, int], prefixes: tuple[str, str]
+) -> None:
+    """A head on top puts a prefix before all names; only the index was asked then."""
+    rng = np.random.default_rng(6)
+    layers = {f"layer.{i}.weight": rng.standard_normal(shape).astype("f4") for i in range(3)}
+    base = {prefixes[0] + name: w for name, w in layers.items()}
+    model = {
+        prefixes[1] + name: w + 0.4 * rng.standard_normal(shape).astype("f4")
+        for name, w in layers.items()
+    }
+    policy = policies.Bounded(0.03)
+    if joint:
+        _, report = store.add_many({"base": base, "m": model}, policy=policy)
+    else:
+        store.add("base", base, policy=policies.Exact())
+        report = store.add("m", model, policy=policy)
+    assert report.delta_blocks == report.blocks
+
+
+def test_strangers_do_not_hide_a_relative_of_small_tensors(store: pydedup.Store) -> None:
+    """Who was asked was settled for all that are matched together before anybody answered."""
+    rng = np.random.default_rng(7)
+
+    def drawn() -> Model:
+        return {f"w{i}": rng.standard_normal((192, 256)).astype("f4") for i in range(20)}
+
+    base = drawn()
+    store.add("base", base)
+    for number in range(3):
+        store.add(f"stranger{number}", drawn())
+    model = {k: w + 0.4 * rng.standard_normal(w.shape).astype("f4") for k, w in base.items()}
+    report = store.add("m", model, policy=policies.Bounded(0.03))
+    assert report.blocks == 240
+    # The first 128 are looked at in one go, and meet strangers.
+    assert report.delta_blocks >= 112
+
+
 @pytest.mark.parametrize("bound", [0.03, 0.001])
 def test_what_is_hardly_near_becomes_quantised_deltas(store: pydedup.Store, bound: float) -> None:
     """Only bases that make an exact delta pay were looked for, half as far away."""

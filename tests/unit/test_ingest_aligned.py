@@ -11,6 +11,7 @@ import pytest
 
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.aligned import Aligned
+from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Lossless
 from pydedup.types import DType
 
@@ -33,7 +34,8 @@ def test_of_many_models_in_one_add_the_newest_are_looked_at(
 ) -> None:
     """Each looked at all before it: of 1,500 models a million comparisons, for two candidates."""
     nobody: Any = None
-    aligned, grid = Aligned(nobody, nobody, nobody, nobody), CountedGrid()
+    reader: Any = SimpleNamespace(bases_of=lambda chosen: np.full(len(chosen), NO_BASE))
+    aligned, grid = Aligned(nobody, nobody, nobody, reader), CountedGrid()
     monkeypatch.setattr(aligned, "_newest", list)  # the store has none
     entry = TensorEntry("w", DType.F32, (64, 64), "w")
     for number in range(500):
@@ -41,4 +43,5 @@ def test_of_many_models_in_one_add_the_newest_are_looked_at(
         aligned.note(other, entry, grid, np.array([number]))  # type: ignore[arg-type]
     last = SimpleNamespace(name="m", address="m@v1", policy=Lossless())
     found = aligned.neighbours(last, entry, grid)  # type: ignore[arg-type]
-    assert len(found) == CountedGrid.compared == 2
+    assert found(np.array([0])).tolist() == [[499], [498]]
+    assert CountedGrid.compared == 2

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors by name, which others may have under another prefix.
+
+A wrapper puts ``module.`` before all names and its removal takes it away, a head on top puts
+``bert.`` there; what a tensor holds tells then whether it is the one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+__all__ = ["ByName"]
+
+_Value = TypeVar("_Value")
+
+
+class ByName(Generic[_Value]):
+    """Something for each of some names."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, _Value] = {}
+        # By the end of a name, behind any of its dots; None where several names end so.
+        self._ends: dict[str, _Value | None] | None = None
+
+    def __setitem__(self, name: str, value: _Value) -> None:
+        self._values[name] = value
+        self._ends = None
+
+    def get(self, name: str) -> _Value | None:
+        """Return what has that name, else the only one whose name has the longest common end."""
+        value = self._values.get(name)
+        if value is not None:
+            return value
+        if self._ends is None:
+            self._ends = {}
+            for full, other in self._values.items():
+                for end in _ends(full):
+                    self._ends[end] = None if end in self._ends else other
+        ends = self._ends
+        return next((ends[end] for end in _ends(name) if end in ends), None)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a name, and what is behind each of its dots."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
