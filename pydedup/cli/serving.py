@@ -176,7 +176,7 @@ def _serve_here(
     with Watch("opening the store"):
         store = ServedStore.connect(url, memory, replacement)
     with store:
-        names = [entry.name for entry in store.index() if entry.has_graph]
+        names = [entry.name for entry in store.index() if not entry.hindrance]
 
         def started(address: str) -> None:
             _say_hello(address, store.url, names, secured=chosen.token is not None)

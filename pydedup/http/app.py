@@ -174,12 +174,10 @@ class App(Endpoint):
             raise bad("ready", "it must be true or false")
         entries: list[dict[str, str]] = []
         for one in await self._in("ask", self._store.index):
-            entry = {"name": one.name, "version": one.version}
-            if one.has_graph:
-                entries.append({**entry, "state": "READY", "reason": ""})
-            elif not ready:
-                reason = "it has no graph to predict with"
-                entries.append({**entry, "state": "UNAVAILABLE", "reason": reason})
+            state = "UNAVAILABLE" if one.hindrance else "READY"
+            entry = {"name": one.name, "version": one.version, "state": state}
+            if not (ready and one.hindrance):
+                entries.append({**entry, "reason": one.hindrance})
         return responses.json_reply(entries)
 
     async def _load(self, exchange: Exchange) -> Reply:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydedup.errors import FormatError, UnsupportedFormatError, not_installed
+from pydedup.errors import FormatError
 from pydedup.serving.signature import Signature, TensorSpec
 
 __all__ = ["onnx_signature"]
@@ -32,13 +32,14 @@ _DATATYPES = {
 def onnx_signature(payload: bytes) -> Signature:
     """Return what a model without its weights declares.
 
-    Raises UnsupportedFormatError when onnx is not installed, FormatError when the model does not
-    parse.
+    Raises UnsupportedFormatError where what runs it is not installed, FormatError when the model
+    does not parse.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise UnsupportedFormatError(not_installed("this ONNX model", error, "onnx")) from error
+    from pydedup.serving.onnx_session import import_onnxruntime
+
+    import_onnxruntime()
+    import onnx
+
     try:
         graph = onnx.ModelProto.FromString(payload).graph
     except Exception as error:  # DecodeError lives in the protobuf package

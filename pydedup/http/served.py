@@ -70,11 +70,11 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """One line of the repository's index."""
+    """One line of the repository's index; ``hindrance``, if any, says why it cannot predict."""
 
     name: str
     version: str
-    has_graph: bool
+    hindrance: str
 
 
 class ServedStore(Store):
@@ -86,7 +86,7 @@ class ServedStore(Store):
         super().__init__(adapter, memory_bytes, replacement)
         # By row, since the same name@version may be another model later.
         self._known: dict[int, Served] = {}
-        self._graphs: dict[int, bool] = {}
+        self._kinds: dict[int, str] = {}
 
     @classmethod
     def connect(
@@ -106,7 +106,8 @@ class ServedStore(Store):
     def served(self, address: str) -> Served:
         """Return what an address means now.
 
-        Raises NotFoundError when there is no such model, or it has no graph to predict with.
+        Raises NotFoundError when there is no such model, or it has no graph to predict with,
+        UnsupportedFormatError where what runs it is not installed.
         """
         row = self._catalog.resolve(address)
         found = self._known.get(row.id)
@@ -187,17 +188,21 @@ class ServedStore(Store):
 
     def index(self) -> list[IndexEntry]:
         """Return all models, ordered by name, then age, but for those whose row is damaged."""
+        from pydedup.serving.onnx_session import is_installed
+
         with only_sound_rows(self._adapter):
             rows = sorted(self._adapter.models(), key=lambda row: (row.name, row.id))
-        known, graphs = self._graphs, {}
+        known, kinds = self._kinds, {}
         for row in rows:
-            has_graph = known.get(row.id)
-            if has_graph is None:  # a published model's artifacts never change
+            kind = known.get(row.id)
+            if kind is None:  # a published model's artifacts never change
                 names = {name for name, _ in self._adapter.artifacts(row.id)}
-                has_graph = bool(names & {GRAPH_ARTIFACT, ONNX_GRAPH})
-            graphs[row.id] = has_graph
-        self._graphs = graphs  # as a whole: others may be making theirs
-        return [IndexEntry(row.name, row.version, graphs[row.id]) for row in rows]
+                kind = next((one for one in (GRAPH_ARTIFACT, ONNX_GRAPH) if one in names), "")
+            kinds[row.id] = kind
+        self._kinds = kinds  # as a whole: others may be making theirs
+        hindrances = {GRAPH_ARTIFACT: "", "": "it has no graph to predict with"}
+        hindrances[ONNX_GRAPH] = "" if is_installed() else "the extra onnx is not installed here"
+        return [IndexEntry(row.name, row.version, hindrances[kinds[row.id]]) for row in rows]
 
     def ping(self) -> None:
         """Ask the database something small. Raises UnavailableError when it does not answer."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import math
 import os
 import threading
@@ -38,7 +39,7 @@ from pydedup.serving.predict import as_input, by_name
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
-__all__ = ["run_onnx"]
+__all__ = ["import_onnxruntime", "is_installed", "run_onnx"]
 
 #: Graphs that are kept ready, and sessions; the weights are not in them.
 _KEPT = 64
@@ -101,6 +102,21 @@ def run_onnx(
     # What others keep as long as they run may have left no room: once more, with nobody beside.
     with runner.alone():
         return _run(runner, model, payload, tensor, pool, x)
+
+
+def is_installed() -> bool:
+    """Return whether the packages are there that run such models; loads none of them."""
+    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+
+
+def import_onnxruntime() -> Any:
+    """Return ONNX Runtime. Raises UnsupportedFormatError where it or onnx cannot be imported."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # type: ignore[import-untyped]
+    except ImportError as exc:
+        raise UnsupportedFormatError(not_installed("this ONNX model", exc, "onnx")) from exc
+    return onnxruntime
 
 
 # ---- inside -------------------------------------------------------------------------------------
@@ -196,7 +212,7 @@ class _Runner:
                 self._models.move_to_end(number)
                 return known
         infos = {info.name: info for info in model.tensors}
-        _import_onnxruntime()
+        import_onnxruntime()
         graph = open_graph(payload, infos, lambda name: tensor(name).numpy())
         session = self._session(graph, model.address, pool)
         ready = replace(graph, model=b""), session
@@ -260,7 +276,7 @@ def _within(pool: PagePool, n_bytes: int, make: Callable[[], _T]) -> tuple[_T, R
 
 
 def _new_session(model: bytes, address: str) -> Any:
-    ort = _import_onnxruntime()
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     if "PYDEDUP_THREADS" in os.environ:
         options.intra_op_num_threads = config.threads()
@@ -296,7 +312,7 @@ _contents: dict[int, tuple[weakref.ref[NDArray[np.int64]], tuple[int, ...], byte
 
 def _as_value(array: NDArray[Any], kind: int) -> Any:
     """Return an array as the runtime takes it; the memory stays the array's."""
-    ort = _import_onnxruntime()
+    ort = import_onnxruntime()
     if array.dtype.kind in "biuf":
         return ort.OrtValue.ortvalue_from_numpy(array)
     plain = array.view(np.dtype(f"u{array.dtype.itemsize}"))  # bf16 and f8 have no numpy type
@@ -343,15 +359,6 @@ def _as_output(value: Any, what: str) -> NDArray[Any]:
 def _shorten(kept: OrderedDict[Any, Any]) -> None:
     while len(kept) > _KEPT:
         kept.popitem(last=False)
-
-
-def _import_onnxruntime() -> Any:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # type: ignore[import-untyped]
-    except ImportError as exc:
-        raise UnsupportedFormatError(not_installed("this ONNX model", exc, "onnx")) from exc
-    return onnxruntime
 
 
 _runners: weakref.WeakKeyDictionary[PagePool, _Runner] = weakref.WeakKeyDictionary()

@@ -136,3 +136,28 @@ def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path
         answer = server.infer(kind, {"inputs": [entry]})
         assert answer.status == 501
         assert f"{kind}@1 gives 'p'" in answer.error
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_without_the_runtime_it_is_not_ready(
+    start: Start, own_url: str, tmp_path: Path, missing: str
+) -> None:
+    """The index called it READY, and so did its own path where onnx alone was there."""
+    model(tmp_path / "m.onnx")
+    with pydedup.open(own_url) as store:
+        store.add("ceil@1", tmp_path / "m.onnx")
+    hide = f"import sys\nsys.modules[{missing!r}] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    server = start(own_url, env={"PYTHONPATH": str(tmp_path)})
+    for method, path in (("GET", ""), ("GET", "/ready"), ("GET", "/config"), ("POST", "/infer")):
+        x = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [0] * 64}
+        answer = server.ask(method, f"/v2/models/ceil{path}", {"inputs": [x]})
+        assert answer.status == 501, path
+        assert f"import of {missing}" in answer.error
+        assert "pydedup[onnx]" in answer.error
+    for ready in (False, True):
+        index = server.ask("POST", "/v2/repository/index", {"ready": ready}).json
+        found = {entry["name"]: (entry["state"], entry["reason"]) for entry in index}
+        told = ("UNAVAILABLE", "the extra onnx is not installed here")
+        assert found.get("ceil") == (None if ready else told)
+        assert found["dense"] == ("READY", "")

@@ -76,4 +76,4 @@ def _served(url: str) -> list[str]:
     from pydedup.http.served import ServedStore
 
     with ServedStore.connect(url, _LEAST_MEMORY) as store:
-        return [entry.name for entry in store.index() if entry.has_graph]
+        return [entry.name for entry in store.index() if not entry.hindrance]
