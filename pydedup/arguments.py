@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +25,8 @@ __all__ = [
     "as_integers",
     "check_array",
 ]
+
+_Integer = TypeVar("_Integer", bound=np.integer[Any])
 
 
 def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
@@ -93,21 +95,26 @@ def _as_power(most: int) -> str:
     return f"2**{exponent} - 1" if most > 1 << 20 and most + 1 == 1 << exponent else f"{most:,}"
 
 
-def as_integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+def as_integers(name: str, values: ArrayLike, dtype: type[_Integer]) -> NDArray[_Integer]:
     """Return integers that a caller gave as ``name``, such as ids: contiguous and aligned, 1-D.
 
     Raises
     ------
     ArgumentError
-        When they are not integers of 64 bits in one dimension, or some are masked.
+        When they are not integers in one dimension that fit the dtype, or some are masked.
     """
     array = as_array(values, name)
     if array.ndim != 1:
         raise ArgumentError(f"{name} must hold integers in one dimension, not {array.ndim}")
     if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu" or (
-        array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max
-    ):
-        raise ArgumentError(f"{name} must hold 64-bit integers, not {array.dtype}")
-    return np.require(array, np.int64, ["C", "A"])
+        return np.empty(0, dtype)
+    if array.dtype.kind not in "iu":
+        raise ArgumentError(f"{name} must hold integers of {dtype.__name__}, not {array.dtype}")
+    if not np.can_cast(array.dtype, dtype):
+        least, most = int(array.min()), int(array.max())
+        limits = np.iinfo(dtype)
+        if least < limits.min or most > limits.max:
+            raise ArgumentError(
+                f"{name} must hold integers of {dtype.__name__}, not of {least} to {most}"
+            )
+    return np.require(array, dtype, ["C", "A"])

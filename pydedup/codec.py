@@ -18,12 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
 from pydedup._core import Page
-from pydedup.arguments import as_count
+from pydedup.arguments import as_count, as_integers
 from pydedup.blocks import MatrixView
 from pydedup.encoding import (
     EncodedBlocks,
     Encoding,
-    column,
     encode_blocks,
     encode_deltas,
     estimate_deltas,
@@ -144,17 +143,17 @@ def build_page(
         When the columns differ in length, a block lies outside of the arena, or a length does not
         fit dtype, shape and encoding.
     """
-    starts = column(offsets, np.int64, "offsets")
+    starts = as_integers("offsets", offsets, np.int64)
     no_bases = np.zeros(len(starts), np.uint64)
     return _core.build_page(
         arena,
         starts,
-        column(lengths, np.int64, "lengths"),
-        column(encodings, np.uint8, "encodings"),
-        column(dtypes, np.uint8, "dtypes"),
-        column(rows, np.uint32, "rows"),
-        column(cols, np.uint32, "cols"),
-        no_bases if bases is None else column(bases, np.uint64, "bases"),
+        as_integers("lengths", lengths, np.int64),
+        as_integers("encodings", encodings, np.uint8),
+        as_integers("dtypes", dtypes, np.uint8),
+        as_integers("rows", rows, np.uint32),
+        as_integers("cols", cols, np.uint32),
+        no_bases if bases is None else as_integers("bases", bases, np.uint64),
     )
 
 
@@ -276,7 +275,7 @@ def read_blocks(
         stored,
         at,
         slot_of,
-        column(indices, np.int64, "indices"),
+        as_integers("indices", indices, np.int64),
         *view.for_core,
         bases_for_core(bases),
         as_count("threads", threads),
@@ -305,7 +304,7 @@ def blocks_equal(
     """
     return _core.blocks_equal(
         *view.for_core,
-        column(indices, np.int64, "indices"),
+        as_integers("indices", indices, np.int64),
         *_stored(pages, page_index, slots),
         bases_for_core(bases),
         as_count("threads", threads),
@@ -332,7 +331,11 @@ def _stored(
     pages: Sequence[Page], page_index: ArrayLike, slots: ArrayLike
 ) -> tuple[Sequence[Page], NDArray[np.uint32], NDArray[np.uint32]]:
     """Return where stored blocks are as the functions of the core take it."""
-    return pages, column(page_index, np.uint32, "page_index"), column(slots, np.uint32, "slots")
+    return (
+        pages,
+        as_integers("page_index", page_index, np.uint32),
+        as_integers("slots", slots, np.uint32),
+    )
 
 
 def bases_for_core(bases: StoredBases | None) -> _core.Bases | None:
@@ -341,6 +344,6 @@ def bases_for_core(bases: StoredBases | None) -> _core.Bases | None:
         return None
     return (
         bases.pages,
-        column(bases.page_index, np.int64, "bases.page_index"),
-        column(bases.slots, np.uint32, "bases.slots"),
+        as_integers("bases.page_index", bases.page_index, np.int64),
+        as_integers("bases.slots", bases.slots, np.uint32),
     )

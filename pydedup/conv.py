@@ -63,9 +63,9 @@ class Window:
         ArgumentError
             When one is no integer, out of range, or of a wrong length; the message names it.
         """
-        size = _pair(kernel, "kernel", 1)
-        step = _pair(stride, "stride", 1)
-        apart = _pair(dilation, "dilation", 1)
+        size = _pair(kernel, "kernel")
+        step = _pair(stride, "stride")
+        apart = _pair(dilation, "dilation")
         return cls(size, step, _padding(padding, size, step, apart), apart)
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
@@ -155,7 +155,7 @@ def conv2d(
             + ("; 3-D convolutions are not supported" if given.ndim == 5 else "")
         )
     images = given if given.ndim == 4 else given[None]
-    (groups,) = _sizes(groups, "groups", (), 1)
+    groups = as_count("groups", groups, least=1)
     _check_channels(grid, images.shape[1], groups, window)
     check_activation(activation)
     offset = checked_bias(bias, dtype, grid.rows)
@@ -186,9 +186,6 @@ def conv2d(
 
 # ---- inside -------------------------------------------------------------------------------------
 
-#: What the core counts with.
-_LARGEST = 2**31 - 1
-
 
 def _check_channels(grid: BlockGrid, channels: int, groups: int, window: Window) -> None:
     """Refuse images whose channels, in so many groups, the weight does not take."""
@@ -208,23 +205,16 @@ def _sizes(value: object, name: str, lengths: tuple[int, ...], least: int) -> tu
     """Return an integer, or a sequence of as many as ``lengths`` allow, as a tuple."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    several = isinstance(value, Sequence)
-    values = list(value) if isinstance(value, Sequence) else [value]
-    if isinstance(value, str) or (several and len(values) not in lengths):
-        wanted = "".join(f" or {length} of them" for length in lengths)
-        raise ArgumentError(f"{name} is {value!r}; give an integer{wanted}")
-    sizes = []
-    for size in values:
-        if isinstance(size, bool) or not isinstance(size, int | np.integer):
-            raise ArgumentError(f"{name} is {value!r}; it must hold integers")
-        if not least <= size <= _LARGEST:
-            raise ArgumentError(f"{name} is {value!r}; sizes are from {least} to 2**31 - 1")
-        sizes.append(int(size))
-    return tuple(sizes)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return (as_count(name, value, least=least),)
+    if len(value) not in lengths:
+        wanted = " or ".join(map(str, lengths))
+        raise ArgumentError(f"{name} is {value!r}; give an integer, or {wanted} of them")
+    return tuple(as_count(f"each of {name} {value!r}", size, least=least) for size in value)
 
 
-def _pair(value: object, name: str, least: int) -> tuple[int, int]:
-    sizes = _sizes(value, name, (2,), least)
+def _pair(value: object, name: str) -> tuple[int, int]:
+    sizes = _sizes(value, name, (2,), 1)
     return sizes[0], sizes[-1]
 
 

@@ -10,20 +10,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.arguments import as_count
+from pydedup.arguments import as_count, as_integers
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 
 __all__ = [
     "EncodedBlocks",
     "Encoding",
-    "column",
     "encode_blocks",
     "encode_deltas",
     "estimate_deltas",
@@ -116,7 +114,7 @@ def encode_blocks(
     """
     columns = _core.encode_blocks(
         *view.for_core,
-        column(indices, np.int64, "indices"),
+        as_integers("indices", indices, np.int64),
         planes,
         as_count("threads", threads),
     )
@@ -168,7 +166,7 @@ def encode_deltas(
         When an index is outside of its grid, a base has another shape or a dtype that is not
         converted, a limit is negative, or ``max_rel_error`` is not within 0 and 1.
     """
-    chosen = column(indices, np.int64, "indices")
+    chosen = as_integers("indices", indices, np.int64)
     if limits is None:
         raw = view.block_bytes()
         if chosen.size and (chosen.min() < 0 or chosen.max() >= raw.size):
@@ -178,12 +176,12 @@ def encode_deltas(
             )
         most = raw[chosen] - 1
     else:
-        most = column(limits, np.int64, "limits")
+        most = as_integers("limits", limits, np.int64)
     columns = _core.encode_deltas(
         *view.for_core,
         chosen,
         *base_view.for_core,
-        column(base_indices, np.int64, "base_indices"),
+        as_integers("base_indices", base_indices, np.int64),
         most,
         _error_bound(max_rel_error),
         as_count("threads", threads),
@@ -212,30 +210,12 @@ def estimate_deltas(
     """
     return _core.estimate_deltas(
         *view.for_core,
-        column(indices, np.int64, "indices"),
+        as_integers("indices", indices, np.int64),
         *base_view.for_core,
-        column(base_indices, np.int64, "base_indices"),
+        as_integers("base_indices", base_indices, np.int64),
         _error_bound(max_rel_error),
         as_count("threads", threads),
     )
-
-
-def column(values: ArrayLike, dtype: type[np.integer[Any]], name: str) -> NDArray[Any]:
-    """Return a contiguous 1-D array of that dtype with exactly these values.
-
-    Raises ArgumentError, by ``name``, where they are no such integers.
-    """
-    given = np.asarray(values)
-    if given.ndim == 1 and given.size == 0:
-        return np.empty(0, dtype)
-    if given.ndim != 1 or given.dtype.kind not in "iu":
-        raise ArgumentError(
-            f"{name} must be a 1-D array of integers, got {given.dtype} of shape {given.shape}"
-        )
-    limits = np.iinfo(dtype)
-    if int(given.min()) < limits.min or int(given.max()) > limits.max:
-        raise ArgumentError(f"{name} has values that do not fit {limits.dtype}")
-    return np.ascontiguousarray(given, dtype)
 
 
 def _error_bound(max_rel_error: object) -> float | None:

@@ -275,7 +275,7 @@ def _as_integers(values: Any, name: str) -> NDArray[np.int64]:
             values = np.frombuffer(array_of("q", values), np.int64)
         except (TypeError, OverflowError):
             values = list(values)
-    return as_integers(name, values)
+    return as_integers(name, values, np.int64)
 
 
 def _as_sizes(sizes: Sizes, owner_ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -210,7 +210,9 @@ class L2LSH:
             When shapes or dtypes do not fit, or an id is negative, taken or given twice.
         """
         self._check(blocks, "blocks")
-        self._index.add(blocks, as_integers("ids", ids), False, as_count("threads", threads))
+        self._index.add(
+            blocks, as_integers("ids", ids, np.int64), False, as_count("threads", threads)
+        )
 
     def add_matrix(self, matrix: NDArray[Any], ids: _Ids, *, threads: int = 0) -> None:
         """Add the whole blocks of a matrix, row-major, without copying them.
@@ -219,7 +221,9 @@ class L2LSH:
         columns // columns) ids. Raises as `add` does.
         """
         self._check(matrix, "matrix")
-        self._index.add(matrix, as_integers("ids", ids), True, as_count("threads", threads))
+        self._index.add(
+            matrix, as_integers("ids", ids, np.int64), True, as_count("threads", threads)
+        )
 
     def merge(self, other: L2LSH, *, threads: int = 0) -> None:
         """Add the blocks of another index whose ids this one does not have; all or none.
@@ -243,7 +247,7 @@ class L2LSH:
         ArgumentError
             When an id is not in the index, or a new one is negative or given twice.
         """
-        mine, theirs = as_integers("ids", ids), as_integers("new_ids", new_ids)
+        mine, theirs = as_integers("ids", ids, np.int64), as_integers("new_ids", new_ids, np.int64)
         return self._wrap(self._index.select(mine, theirs))
 
     def remove(self, ids: _Ids) -> None:
@@ -254,7 +258,7 @@ class L2LSH:
         ArgumentError
             When an id is not in the index or given twice.
         """
-        self._index.remove(as_integers("ids", ids))
+        self._index.remove(as_integers("ids", ids, np.int64))
 
     def query(
         self, blocks: NDArray[Any], k: int = 1, fetch: Fetch | None = None, *, threads: int = 0

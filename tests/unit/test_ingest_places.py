@@ -127,7 +127,9 @@ def test_slots_of_a_pooled_page_outlive_it() -> None:
     pool.clear()
     np.testing.assert_array_equal(slots, codec.Page(payload).slots)
     assert not slots.flags.writeable
-    with pytest.raises(ArgumentError, match=r"^slots must be a 1-D array of integers"):
+    with pytest.raises(ArgumentError, match=r"^slots must hold integers of uint32, not float64"):
         codec.gather_page([], [0], [0.5])
-    with pytest.raises(ArgumentError, match=r"^page_index has values that do not fit uint32"):
+    with pytest.raises(
+        ArgumentError, match=r"^page_index must hold integers of uint32, not of -1 to -1"
+    ):
         codec.gather_page([], [-1], [0])

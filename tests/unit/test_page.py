@@ -186,13 +186,13 @@ def test_pages_are_read_and_dropped_by_many_threads() -> None:
         ({"encodings": [4]}, "unknown encoding"),
         ({"encodings": [2], "lengths": [32]}, "names no base"),
         ({"encodings": [1]}, "longer than its raw block"),
-        ({"encodings": [256]}, "encodings has values that do not fit uint8"),
+        ({"encodings": [256]}, "encodings must hold integers of uint8, not of 256 to 256"),
         ({"dtypes": [0]}, "unknown dtype"),
         ({"rows": [5]}, "does not fit its shape"),
         ({"rows": [0]}, "no elements"),
         ({"rows": [4, 4]}, "differ in length"),
         ({"bases": [1]}, "base"),
-        ({"bases": [-1]}, "bases has values that do not fit uint64"),
+        ({"bases": [-1]}, "bases must hold integers of uint64, not of -1 to -1"),
     ],
 )
 def test_blocks_that_no_page_can_hold(changed: dict[str, list[int]], message: str) -> None:

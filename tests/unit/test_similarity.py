@@ -240,7 +240,7 @@ def test_wrong_batches_are_named() -> None:
         (blocks[0, 0], [0, 1], "shape"),
         (blocks, [0.0, 1.0], "integers"),
         (blocks, [[0, 1]], "one dimension"),
-        (blocks, np.array([2**63, 1], np.uint64), "64-bit"),
+        (blocks, np.array([2**63, 1], np.uint64), "integers of int64"),
         (blocks, "ab", "one dimension"),
     ]
     for given, ids, message in wrong:

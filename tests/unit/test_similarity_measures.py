@@ -101,7 +101,7 @@ def test_wrong_pairs_are_named() -> None:
             distances(a, a, eps=eps)  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="limit"):
             distances(a, a, limit=eps)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match=r"pairs\[1\] must hold 64-bit integers, not float64"):
+    with pytest.raises(ArgumentError, match=r"pairs\[1\] must hold integers of int64, not float64"):
         distances(a, a, pairs=([0], [0.5]))  # type: ignore[arg-type]
     for pairs in (5, ([0],), ([0], [0], [0])):
         with pytest.raises(ArgumentError, match="pairs must be two arrays of block numbers, not"):
