@@ -17,8 +17,9 @@ from pydedup.arguments import as_count
 from pydedup.errors import ArgumentError
 from pydedup.words import Order, Search, check_word
 
-__all__ = ["Accuracy", "number"]
+__all__ = ["Accuracy", "Arrays", "number"]
 
+#: Tensors, or what goes with them, by name.
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 

@@ -9,29 +9,21 @@ called. Not here: the search (``ingest/accuracy.py``), or anything that knows a 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup.accuracy import Arrays
+from pydedup.arguments import as_count
 from pydedup.errors import ArgumentError, EvaluationError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["torch_evaluate", "torch_finetune", "torch_saliency"]
-
-Arrays: TypeAlias = Mapping[str, NDArray[Any]]
-
-#: Types that torch has and numpy has not, carried as integers of their size.
-_AS_BITS = {
-    "bfloat16": (np.int16, "bfloat16"),
-    "float8_e4m3fn": (np.uint8, "float8_e4m3fn"),
-    "float8_e5m2": (np.uint8, "float8_e5m2"),
-}
 
 
 def torch_evaluate(
@@ -125,12 +117,12 @@ def torch_finetune(
     ArgumentError
         When ``steps`` is no whole number above 0.
     """
-    given_as: object = steps
-    if not isinstance(given_as, SupportsIndex) or operator.index(steps) < 1:
-        raise ArgumentError(f"steps must be a whole number, 1 or more, got {steps!r}")
+    count = as_count("steps", steps, least=1)
 
     def finetune(weights: Arrays, frozen: Arrays) -> dict[str, NDArray[Any]]:
         import torch
+
+        from pydedup.formats.torch_tensors import to_numpy
 
         with _holding(module, weights) as state, torch.enable_grad():
             kept = [
@@ -138,13 +130,13 @@ def torch_finetune(
                 for name, mask in frozen.items()
                 if mask.any()
             ]
-            for number in range(steps):
+            for number in range(count):
                 module.train()
                 step(module, number)
                 with torch.no_grad():
                     for tensor, mask, before in kept:
                         tensor.copy_(torch.where(mask.to(tensor.device), before, tensor))
-            return {name: _to_numpy(state[name], array) for name, array in weights.items()}
+            return {name: to_numpy(state[name]).copy() for name in weights}
 
     return finetune
 
@@ -227,17 +219,14 @@ def _refuse_training(module: torch.nn.Module) -> None:
 
 
 def _to_torch(name: str, array: NDArray[Any], state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    import torch
+    from pydedup.formats.torch_tensors import to_torch
 
     if name not in state:
         raise ArgumentError(
             f"the module has no tensor {name!r}; its state_dict must have the names of the model"
         )
     # A copy, since torch writes through arrays that numpy calls read-only.
-    bits, label = _AS_BITS.get(array.dtype.name, (array.dtype, ""))
-    tensor = torch.from_numpy(np.array(array, order="C").view(bits))
-    if label:
-        tensor = tensor.view(getattr(torch, label))
+    tensor = to_torch(np.array(array))
     there = state[name]
     if tensor.dtype != there.dtype or tensor.shape != there.shape:
         raise ArgumentError(
@@ -245,13 +234,3 @@ def _to_torch(name: str, array: NDArray[Any], state: Mapping[str, torch.Tensor])
             f"{there.dtype} {tuple(there.shape)}"
         )
     return tensor
-
-
-def _to_numpy(tensor: torch.Tensor, like: NDArray[Any]) -> NDArray[Any]:
-    import torch
-
-    tensor = tensor.detach().to("cpu", copy=True).contiguous()
-    bits, label = _AS_BITS.get(like.dtype.name, (like.dtype, ""))
-    if label:
-        tensor = tensor.view(torch.int16 if bits is np.int16 else torch.uint8)
-    return tensor.numpy().view(like.dtype)
