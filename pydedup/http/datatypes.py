@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BINARY_ONLY", "DATATYPES", "named"]
+__all__ = ["BINARY_ONLY", "DATATYPES", "NAMES", "named"]
 
 #: Datatype to dtype, little-endian as the binary form is. BYTES is left out: models take numbers.
 DATATYPES: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
@@ -25,10 +25,11 @@ DATATYPES: MappingProxyType[str, np.dtype[Any]] = MappingProxyType(
 #: What has no form in JSON.
 BINARY_ONLY = frozenset({"BF16"})
 
-_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+#: The other way round.
+NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 
 
 def named(array: NDArray[Any]) -> tuple[str, NDArray[Any]]:
     """Return an array's datatype; an array of a dtype without one becomes float32."""
-    name = _NAMES.get(array.dtype)
+    name = NAMES.get(array.dtype)
     return ("FP32", array.astype(np.float32)) if name is None else (name, array)
