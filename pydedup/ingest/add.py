@@ -55,10 +55,10 @@ def add_models(
     pool: PagePool,
     requests: Sequence[Request],
     *,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-    workers: int | None = None,
-    kept: KeptIndex | None = None,
+    dry_run: bool,
+    progress: Progress | None,
+    workers: int | None,
+    kept: KeptIndex,
 ) -> list[AddReport]:
     """Add models with one joint layout, all of them or none.
 
@@ -112,7 +112,7 @@ class _Add:
     dry_run: bool
     progress: Progress | None
     started: float
-    kept: KeptIndex | None
+    kept: KeptIndex
 
     def attempt(self, epoch: int, unreadable: Collection[int]) -> list[AddReport] | None:
         """Add once; ``None`` when pages that this add shares went away meanwhile.

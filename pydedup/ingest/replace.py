@@ -98,7 +98,7 @@ def choose_blocks(
     policy: Accuracy,
     previous: Previous | None,
     advance: Callable[[int], None],
-    tell: Callable[[int], None] | None = None,
+    tell: Callable[[int], None],
 ) -> Chosen:
     """Search for what may be replaced.
 

@@ -308,6 +308,6 @@ def base_dtypes(dtype: int) -> tuple[int, ...]:
     return tuple(sorted(codes, key=lambda code: code != dtype))
 
 
-def dtype_of_base(page: codec.Page, slot: int) -> int:
-    """Return the dtype code of the base that a delta was made from (docs/format.md)."""
-    return page.payload[int(page.slots[slot]["offset"]) + 2]
+def dtype_of_base(page: codec.Page) -> int:
+    """Return the dtype code of the base of a page's first block, a delta (docs/format.md)."""
+    return page.payload[int(page.slots[0]["offset"]) + 2]

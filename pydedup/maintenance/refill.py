@@ -79,7 +79,7 @@ class RefillReport:
         return not self.lost and not self.failed
 
 
-def refill_store(adapter: Adapter, *, progress: Progress | None = None) -> RefillReport:
+def refill_store(adapter: Adapter, *, progress: Progress | None) -> RefillReport:
     """Put back each copy of a page that is missing or damaged.
 
     Memory: the copies of 8 pages (at most 16 MiB each time, unless a single page is larger), 4096

@@ -273,11 +273,11 @@ class _Repair:
                 page = page_of_slot(payloads[page_id], slot)
                 possible = base_dtypes(of.dtypes[0])
                 named.update(dict.fromkeys(possible, 0))
-                if page is not None and dtype_of_base(page, 0) in possible:
+                if page is not None and dtype_of_base(page) in possible:
                     if page_id not in damaged:
-                        named = Counter([dtype_of_base(page, 0)])
+                        named = Counter([dtype_of_base(page)])
                         break
-                    named[dtype_of_base(page, 0)] += 1
+                    named[dtype_of_base(page)] += 1
             block.dtypes = tuple(dtype for dtype, _ in named.most_common())
 
     # ---- inside -------------------------------------------------------------------------------

@@ -108,9 +108,9 @@ def vacuum_store(
     catalog: Catalog,
     pool: PagePool,
     *,
-    grace_seconds: float = 0.0,
-    lease_seconds: float = LEASE_SECONDS,
-    progress: Progress | None = None,
+    grace_seconds: float,
+    lease_seconds: float,
+    progress: Progress | None,
 ) -> VacuumReport:
     """Vacuum a store.
 
@@ -176,8 +176,8 @@ def plan_vacuum(
     adapter: Adapter,
     pool: PagePool,
     *,
-    grace_seconds: float = 0.0,
-    lease_seconds: float = LEASE_SECONDS,
+    grace_seconds: float,
+    lease_seconds: float,
 ) -> VacuumReport:
     """Return the report that `vacuum_store` would give now; writes nothing.
 

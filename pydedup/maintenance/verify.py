@@ -25,7 +25,7 @@ from pydedup.types import Progress
 __all__ = ["VerifyReport", "verify_store"]
 
 
-def verify_store(adapter: Adapter, *, progress: Progress | None = None) -> VerifyReport:
+def verify_store(adapter: Adapter, *, progress: Progress | None) -> VerifyReport:
     """Verify everything that is live.
 
     Memory: a few pages, 64 MiB of pages with bases, 31 bytes per distinct block (39 on pages with

@@ -68,8 +68,8 @@ def backup_store(
     opened: Opener,
     *,
     replace: bool,
-    skip_damaged: bool = False,
-    progress: Progress | None = None,
+    skip_damaged: bool,
+    progress: Progress | None,
 ) -> CopyReport:
     """Write a whole store to a file; see `pydedup.Store.backup`."""
     url = file_url(path)
@@ -114,7 +114,7 @@ def backup_store(
 
 
 def restore_store(
-    path: str | os.PathLike[str], target: End, opened: Opener, *, progress: Progress | None = None
+    path: str | os.PathLike[str], target: End, opened: Opener, *, progress: Progress | None
 ) -> CopyReport:
     """Write what a file holds into an empty store; see `pydedup.Store.restore`."""
     with _opened_backup(path, opened) as source:

@@ -187,7 +187,7 @@ def diff_models(
     first: str,
     second: str,
     *,
-    progress: Progress | None = None,
+    progress: Progress | None,
 ) -> Diff:
     """Compare two models tensor by tensor. Memory: two tensors. Raises NotFoundError."""
     with adapter.snapshot():

@@ -176,7 +176,7 @@ def test_a_damaged_delta_that_names_another_dtype(
         for slot in page.slots:
             if slot["encoding"] >= codec.Encoding.DELTA:
                 payload[int(slot["offset"]) + 2] = DType.F16.code
-        assert dtype_of_base(page, 0) == DType.F32.code
+        assert dtype_of_base(page) == DType.F32.code
 
     change_page(store_url, base_page, ruin)
     change_page(store_url, near_page, misname)
