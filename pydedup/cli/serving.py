@@ -111,7 +111,11 @@ _LOOPBACK = ("127.", "::1", "localhost")
     help="With --on: how many processes, each with --memory of its own; or, with MIN:MAX, as many "
     "as requests need.",
 )
-@click.option("--access-log", is_flag=True, help="Log requests to standard error, in JSON lines.")
+@click.option(
+    "--access-log",
+    is_flag=True,
+    help="Log requests to standard error, in JSON lines; with --on, to Ray's log.",
+)
 def serve(
     url: str,
     host: str,
@@ -140,6 +144,10 @@ def serve(
         raise click.UsageError("--replicas goes with --on; without it, there is one process")
     if record is not None and on is not None:
         raise click.UsageError("--record records one process: leave out --on")
+    if limits["access_log"] and on == "local":
+        raise click.UsageError(
+            "--access-log goes to Ray's log, and that of a private Ray is deleted"
+        )
     try:
         import pydedup.http.server  # noqa: F401 (what it lacks is told here)
         from pydedup.http.access import read_token

@@ -433,6 +433,8 @@ def test_the_command_says_what_is_wrong(url: str) -> None:
     for options, status, said in (
         (["--on", "127.0.0.1:1"], 4, "no Ray cluster answers at 127.0.0.1:1"),
         (["--replicas", "2"], 2, "--replicas goes with --on"),
+        # It was taken, and nobody ever saw a line.
+        (["--on", "local", "--access-log"], 2, "--access-log goes to Ray's log"),
     ):
         done = subprocess.run([*command, *options], capture_output=True, text=True)
         assert done.returncode == status, done
