@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from pydedup.text import clean
+from pydedup.text import clean, listed
 
 __all__ = [
     "ArgumentError",
@@ -194,9 +194,8 @@ class PageNotFoundError(CorruptStoreError):
     @classmethod
     def of(cls, page_ids: Sequence[int]) -> Self:
         """Return the error for pages that do not exist."""
-        shown = ", ".join(map(str, page_ids[:10])) + (", ..." if len(page_ids) > 10 else "")
         error = cls(
-            f"{len(page_ids)} pages do not exist: {shown}; "
+            f"{len(page_ids)} pages do not exist: {listed([str(number) for number in page_ids])}; "
             "if this stays so after reopening the store, run verify on it"
         )
         error.page_ids = tuple(page_ids)

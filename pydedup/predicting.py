@@ -242,9 +242,7 @@ class StorePredictions:
 
         Raises NotFoundError, CorruptStoreError.
         """
-        model = self._catalog.model(name)
-        pages = [page for _, page, _, _ in self._adapter.model_pages(model.row.id)]
-        return self._pool.warm(pages)
+        return self._pool.warm(self._catalog.model(name).page_ids())
 
     def record(self, max_uses: int = 1_000_000) -> None:
         """Record the uses of pages from now on, 16 bytes each; ``max_uses=0`` ends it."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cutting a walk over many blocks into windows whose pages are pinned together.
 
-Only arrays of page ids go in here; what is done with a window, pool.py says.
+Only arrays of page ids go in here; what is done with a window, `pydedup.pool` says.
 """
 
 from __future__ import annotations

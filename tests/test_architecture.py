@@ -90,7 +90,7 @@ ALLOWED: dict[str, set[str]] = {
     "lookup": VALUES | {"_core", "blocks", "codec", "matmul", "pool"},
     "joint": VALUES | {"blocks", "matmul", "pool"},
     "conv": VALUES | {"_core", "blocks", "config", "matmul", "pool"},
-    "formats": VALUES | {"_lazy", "names", "graph", "blocks"},
+    "formats": VALUES | {"_lazy", "names", "graph", "blocks", "text"},
     "training": VALUES | {"accuracy", "formats"},
     "policies": VALUES | {"accuracy", "training"},
     "layout": VALUES | {"blocks", "codec", "packing", "pool"},

@@ -252,7 +252,7 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
         if not report.logical_bytes:
             output.print_note(f"{report.model}: its source holds no weights", "yellow")
         if report.left_out:
-            shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
+            shown = text.listed(report.left_out)
             output.print_note(f"{report.model}: left out, not stored: {shown}", "yellow")
         if not keeps_bits(report.certificate["policy"], report.certificate):
             for line in describe(report.certificate):

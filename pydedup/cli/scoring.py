@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -15,6 +15,7 @@ from pydedup.cli import completing, options, output
 from pydedup.cli.errors import warn
 from pydedup.cli.progress import Watch
 from pydedup.types import ScoreReport
+from pydedup.words import OnError
 
 __all__ = ["score"]
 
@@ -45,7 +46,7 @@ _SHOWN = 10
 )
 @click.option(
     "--on-error",
-    type=click.Choice(("fail", "skip")),
+    type=click.Choice(get_args(OnError)),
     default="fail",
     show_default=True,
     help="What to do when a row cannot be predicted. fail: stop, with nothing of its batch "

@@ -29,6 +29,7 @@ from pydedup.formats._files import refuse_foreign
 from pydedup.formats._paths import is_inside
 from pydedup.formats.base import DERIVED, Array, Artifact, ModelSource, TensorEntry, find_object
 from pydedup.graph import Graph
+from pydedup.text import listed
 
 __all__ = ["GRAPH_FILE", "LAYOUT", "SAFE_SUFFIX", "FolderSource", "weight_map_of"]
 
@@ -39,7 +40,6 @@ SAFE_SUFFIX = ".safetensors"
 GRAPH_FILE = "pydedup_graph.json"
 
 _MAX_ARTIFACT = 64 << 20
-_MOST_NAMED = 4
 _LARGEST_READ = 256 << 20
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _WEIGHT_SUFFIXES = {
@@ -160,10 +160,9 @@ class FolderSource(ModelSource):
         checkpoints = [name for name in skipped if name.startswith("checkpoint-")]
         if checkpoints or any(kind in kinds[:i] for i, kind in enumerate(kinds)):
             found = [*(f"{folder}/" for folder in folders), *checkpoints]
-            named = ", ".join(found[:_MOST_NAMED]) + (", ..." if found[_MOST_NAMED:] else "")
             raise FormatError(
                 f"{self.description} has no weights of its own, and each of several folders in it "
-                f"has a model's; add these one by one, as versions, say: {named}"
+                f"has a model's; add these one by one, as versions, say: {listed(found)}"
             )
 
     def _check_prefix(self, part: _Part, name: str) -> None:
@@ -257,7 +256,7 @@ def _part(path: Path, folder: str, files: Sequence[str]) -> _Part | None:
         chosen = next((name for name in usual if name in found), None)
         if chosen is None and len(found) > 1:
             raise FormatError(
-                f"{path / folder} holds several weight files ({', '.join(found[:4])}) and no "
+                f"{path / folder} holds several weight files ({listed(found)}) and no "
                 "index; give the path of one of them"
             )
         return _Part(folder, None, [chosen or found[0]])

@@ -49,6 +49,7 @@ from pydedup.formats.base import (
 )
 from pydedup.formats.infer_keras import infer_from_keras
 from pydedup.graph import Graph
+from pydedup.text import listed
 
 __all__ = ["CONFIG", "MEMBER", "STRUCTURE", "KerasSource", "write_archive", "write_hdf5"]
 
@@ -128,7 +129,7 @@ class KerasSource(ModelSource):
     def _open_weights(self, archive: ZipMembers) -> int:
         """Point ``_raw`` and ``_base`` at the HDF5 file inside the archive; return its size."""
         if _WEIGHTS not in archive.members:
-            found = ", ".join(list(archive.members)[:5])
+            found = listed(list(archive.members))
             raise FormatError(
                 f"{self.description} holds no {_WEIGHTS}; it holds {found or 'nothing'}"
             )

@@ -48,6 +48,7 @@ from pydedup.formats.ties import copies
 from pydedup.formats.torch_tensors import is_module
 from pydedup.graph import Graph
 from pydedup.names import check_path
+from pydedup.text import listed
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -329,5 +330,6 @@ def _zip_kind(path: Path) -> str:
         return "npz"
     if not names and path.suffix.lower() == ".npz":
         return "npz"  # numpy.savez without arrays
-    found = ", ".join(names[:4]) or "nothing"
-    raise UnsupportedFormatError(f"{path} is a zip archive but holds no model; it holds {found}")
+    raise UnsupportedFormatError(
+        f"{path} is a zip archive but holds no model; it holds {listed(names) or 'nothing'}"
+    )

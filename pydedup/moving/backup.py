@@ -35,6 +35,7 @@ from pydedup.moving.plan import SKIPPING, plan_copy, same_model
 from pydedup.moving.source import End
 from pydedup.names import check_path
 from pydedup.quotas import QUOTAS_NAME, Quotas
+from pydedup.text import listed
 from pydedup.types import CopyReport, Progress
 from pydedup.words import OpenMode
 
@@ -44,7 +45,6 @@ _PARTIAL = ".partial"
 #: Of a file's name, on all usual file systems.
 _NAME_BYTES = 255
 _BESIDE = ("-wal", "-shm", "-journal")
-_SHOWN = 3
 # In `meta` of a backup, from its beginning: of which store it is. Without it, a file is none.
 _BACKUP_OF = "backup_of"
 # Of `meta`: what somebody has set. All else is about one store and its history.
@@ -129,10 +129,9 @@ def restore_store(
                 or not same_model(source.adapter, mine[address], target.adapter, row)
             ]
         if strangers:
-            more = ", ..." if len(strangers) > _SHOWN else ""
             raise ArgumentError(
                 f"{target.adapter.url} has other models than {os.fspath(path)!r}: "
-                f"{', '.join(strangers[:_SHOWN])}{more}; a backup is restored into an empty store "
+                f"{listed(strangers)}; a backup is restored into an empty store "
                 "(copy adds its models to others)"
             )
         items = plan_copy(

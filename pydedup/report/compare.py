@@ -165,9 +165,9 @@ def _in_common(
 
     Those that are damaged are told instead.
     """
-    pages = {page for _, page, _, _ in adapter.model_pages(model.row.id)}
+    pages = model.page_ids().tolist()
     with telling_rows(adapter, damaged):
-        neighbours = {owner for owner, _ in adapter.readers_of(sorted(pages))} - {model.row.id}
+        neighbours = {owner for owner, _ in adapter.readers_of(pages)} - {model.row.id}
         rows = [row for row in adapter.models() if row.id in neighbours]
     found = []
     parsed = ParsedMaps()

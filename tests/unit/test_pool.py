@@ -125,7 +125,7 @@ def test_missing_pages_are_listed() -> None:
     pages, _ = pages_of(3)
     with pytest.raises(PageNotFoundError, match="2 pages do not exist: 7, 9;"):
         pages.pool().pages([1, 9, 7])
-    with pytest.raises(PageNotFoundError, match=r"19, \.\.\.;"):
+    with pytest.raises(PageNotFoundError, match=r"30 pages .*: 10, 11, 12, 13, 14 and 25 more;"):
         pages.pool().pages(list(range(10, 40)))
 
 
