@@ -99,7 +99,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": MODEL | {"text"},
     "usage": MODEL | {"catalog", "layout", "pool"},
     "quotas": MODEL | {"config", "pool", "text", "usage"},
-    "ingest": CORE,
+    "ingest": CORE | {"windows"},
     "serving": CORE,
     "maintenance": CORE | {"_lazy", "ingest"},
     "moving": CORE | {"_lazy", "ingest", "maintenance"},

@@ -20,6 +20,7 @@ from pydedup.adapter import Adapter
 from pydedup.catalog import recorded_pages
 from pydedup.errors import BudgetError, CorruptStoreError
 from pydedup.pool import PagePool
+from pydedup.windows import by_page
 
 __all__ = ["PageScan", "unreadable_pages"]
 
@@ -56,13 +57,9 @@ class PageScan:
         self, page_ids: NDArray[np.int64]
     ) -> Iterator[tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32]]]:
         """Walk over blocks as `PagePool.windows` does; raises what that raises."""
-        ids, index = np.unique(page_ids, return_inverse=True)
-        order = np.argsort(index, kind="stable")
-        starts = np.searchsorted(index[order], np.arange(0, len(ids) + _PAGES, _PAGES))
-        for number, first in enumerate(range(0, len(ids), _PAGES)):
-            rows = order[starts[number] : starts[number + 1]]
-            pages = self._pages(ids[first : first + _PAGES])
-            yield rows, pages, (index[rows] - first).astype(np.uint32)
+        for window in by_page(page_ids, None, _PAGES):
+            assert isinstance(window.rows, np.ndarray)
+            yield window.rows, self._pages(window.ids), window.page_index
 
     def _pages(self, ids: NDArray[np.int64]) -> list[codec.Page]:
         found: dict[int, codec.Page] = {}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.layout import split_places
-from pydedup.sets import union
+from pydedup.sets import find_among, union
 from pydedup.signatures import (
     BlockKind,
     covering_rows,
@@ -91,8 +91,8 @@ class StoredIndex:
         if (
             known is None
             or not _begins_with(listed, known.rows)
-            or not _among(known.live, live).all()
-            or _among(known.others, live).any()
+            or not find_among(live, known.live)[1].all()
+            or find_among(live, known.others)[1].any()
         ):
             known = self._kinds[kind] = _OfKind(new_index(kind), _NONE, _NONE, _NONE)
         pieces = read_pieces(adapter, kind, listed[len(known.rows) :].tolist())
@@ -129,7 +129,7 @@ class KeptIndex:
 def _merge(known: _OfKind, pieces: list[L2LSH], live: NDArray[np.int64]) -> None:
     ids = [piece.ids for piece in pieces]
     pages = split_places(np.concatenate(ids))[0]
-    is_live = _among(pages, live)
+    is_live = find_among(live, pages)[1]
     known.live = union(known.live, pages[is_live])
     if not is_live.all():
         known.others = union(known.others, pages[~is_live])
@@ -142,11 +142,3 @@ def _merge(known: _OfKind, pieces: list[L2LSH], live: NDArray[np.int64]) -> None
 
 def _begins_with(listed: NDArray[np.int64], rows: NDArray[np.int64]) -> bool:
     return np.array_equal(listed[: len(rows)], rows)
-
-
-def _among(pages: NDArray[np.int64], live: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Say which of some pages are among those, which ascend."""
-    at = np.searchsorted(live, pages)
-    found = at < len(live)
-    found[found] = live[at[found]] == pages[found]
-    return found

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydedup.accuracy import Accuracy
 from pydedup.blocks import matrix_shape
 from pydedup.errors import ArgumentError
-from pydedup.ingest.judging import Judge, Scorer, Verdict
+from pydedup.ingest.judging import Judge, Measure, Scorer, Verdict
 from pydedup.similarity import distances
 from pydedup.types import DType
 
@@ -160,7 +160,9 @@ class Trial:
             del self._originals[index]
         return True
 
-    def frozen(self, shared: Mapping[str, Sequence[tuple[slice, slice]]]) -> dict[str, Any]:
+    def frozen(
+        self, shared: Mapping[str, Sequence[tuple[slice, slice]]]
+    ) -> dict[str, NDArray[np.bool_]]:
         """Return masks, by name, of the elements of replaced and of shared blocks."""
         arrays = {id(array): array for array in self.weights.values()}
         by_array = {key: np.zeros(array.shape, np.bool_) for key, array in arrays.items()}
@@ -184,7 +186,7 @@ class Trial:
                 largest[name] = max(largest.get(name, 0.0), change)
         return largest
 
-    def _evaluated(self, better_than: Any = None) -> tuple[Verdict, Any]:
+    def _evaluated(self, better_than: Measure | None = None) -> tuple[Verdict, Measure]:
         measure = self._scorer.measure()
         metric = self.judge.steering_metric
         if better_than is not None and metric(measure) <= metric(better_than):

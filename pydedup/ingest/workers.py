@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, Self, TypeVar
 
 from pydedup import config
-from pydedup.errors import ArgumentError
+from pydedup.arguments import as_count
 
 __all__ = ["Task", "Workers", "worker_count"]
 
@@ -36,18 +36,13 @@ def worker_count(workers: int | None, logical_bytes: int) -> int:
     Raises
     ------
     ArgumentError
-        When ``workers`` is given and not a whole number from 1 to 256.
+        When ``workers`` is given and no integer from 1 to 256.
     """
     if workers is None:
         if logical_bytes < _WORTH_BYTES:
             return 1
         return min(_ENOUGH, config.threads())
-    if type(workers) is not int or not 1 <= workers <= _MOST:
-        raise ArgumentError(
-            f"workers must be a whole number from 1 to {_MOST}, or None for one per core up to "
-            f"{_ENOUGH}; got {workers!r}"
-        )
-    return workers
+    return as_count("workers", workers, least=1, most=_MOST)
 
 
 class Task(Generic[_Result]):

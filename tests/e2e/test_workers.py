@@ -327,7 +327,7 @@ def test_the_log_of_sqlite_does_not_grow_with_what_is_staged(
 def test_numbers_of_workers_that_are_none(new_store: Callable[[str], str], count: Any) -> None:
     with (
         pydedup.open(new_store("sqlite")) as store,
-        pytest.raises(ArgumentError, match="workers must be a whole number"),
+        pytest.raises(ArgumentError, match="workers must be an integer"),
     ):
         store.add("m", {"w": np.ones(4)}, workers=count)
 
