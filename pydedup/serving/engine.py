@@ -221,7 +221,8 @@ class _Run:
             vectors[role].reshape(along) for role in ("weight", "bias", "mean", "var")
         )
         scale = weight / np.sqrt(var + node.attr("eps"))
-        scaled = x * scale
+        # Of the widest of them, as the result then is.
+        scaled = x * scale.astype(np.result_type(scale, bias, mean), copy=False)
         scaled += bias - mean * scale
         return np.asarray(scaled)
 

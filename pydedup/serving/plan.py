@@ -21,7 +21,7 @@ from pydedup.matmul import compute_dtype
 from pydedup.operations import axes_of, flattened_from
 from pydedup.types import TensorInfo
 
-__all__ = ["Bags", "Plan", "Shape", "is_planned_by_shapes", "plan_run", "shape_after"]
+__all__ = ["Bags", "Plan", "Shape", "is_planned_by_shapes", "plan_run", "shape_after", "widening"]
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -144,7 +144,9 @@ def plan_run(
             shape = shape_after(node, given, () if weight is None else weight.shape)
         except (ValueError, IndexError, ZeroDivisionError):
             return Plan(None, most, 0, fits=False)
-        wide = wide or (weight is not None and compute_dtype(weight.dtype).itemsize == 8)
+        wide = wide or any(
+            compute_dtype(tensor(name).dtype).itemsize == 8 for name in widening(node)
+        )
         shapes[node.output] = shape
         apart[node.output] = all(apart[name] for name in node.inputs) and (
             node.inputs[0] in of_bags or _keeps_rows(node, given, shape)
@@ -285,6 +287,13 @@ def shape_after(node: Node, given: Sequence[Shape], weight: Shape) -> Shape:
         case "add" | "sub" | "mul":
             return _stretched(x, given[1])
     return x
+
+
+def widening(node: Node) -> Sequence[str]:
+    """Return the tensors any of which makes the result float64; the bias of a product does not."""
+    if node.op in ("linear", "conv2d"):
+        return (node.weights["weight"],)
+    return tuple(node.weights.values())
 
 
 def _keeps_rows(node: Node, given: list[Shape], shape: Shape) -> bool:

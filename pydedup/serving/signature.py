@@ -16,7 +16,7 @@ from pydedup.catalog import StoredModel
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
 from pydedup.operations import KEEPING_SHAPE, axes_of
-from pydedup.serving.plan import Shape, shape_after
+from pydedup.serving.plan import Shape, shape_after, widening
 from pydedup.types import DType
 
 __all__ = ["Signature", "TensorSpec", "Weight", "inputs_of", "signature_of", "weights_of"]
@@ -25,6 +25,8 @@ __all__ = ["Signature", "TensorSpec", "Weight", "inputs_of", "signature_of", "we
 Weight = tuple[Shape, DType]
 
 _TWO = frozenset(("add", "mul", "sub"))
+#: What has the dtype of its weight, whatever it is given.
+_PRODUCTS = frozenset(("linear", "conv2d", "embedding", "embedding_bag"))
 _MOVES = frozenset(("identity", "flatten", "reshape", "transpose"))
 
 
@@ -204,7 +206,6 @@ def _datatype(node: Node, given: Sequence[str], weights: Mapping[str, Weight]) -
     """Return the datatype of a node's output."""
     if node.op in _MOVES or (node.op == "concat" and set(given) == {"INT64"}):
         return given[0]
-    wide = [weights[name][1] for name in node.weights.values()]
-    if any(compute_dtype(dtype).itemsize == 8 for dtype in wide):
+    if any(compute_dtype(weights[name][1]).itemsize == 8 for name in widening(node)):
         return "FP64"
-    return "FP64" if "FP64" in given and "embedding" not in node.op else "FP32"
+    return "FP64" if "FP64" in given and node.op not in _PRODUCTS else "FP32"

@@ -29,8 +29,11 @@ ZEROS: dict[str, Any] = {
     "norm": np.zeros(4, np.float32),
     "six": np.zeros(6, np.float32),
     "after": np.zeros((3, 6), np.float32),
+    "three": np.zeros(3, np.float64),
+    "ones": np.ones(3, np.float32),
 }
 NORM = {"weight": "norm", "bias": "norm"}
+LAST = {"weight": "ones", "bias": "ones", "mean": "ones", "var": "ones"}
 BATCH = {"weight": "six", "bias": "six", "mean": "six", "var": "six"}
 
 
@@ -59,6 +62,30 @@ CASES: dict[str, tuple[Graph, list[Any], list[Any]]] = {
         make(Node("linear", ("x",), "y", {"weight": "wide"})),
         [("FP64", [-1, 4])],
         [("FP64", [-1, 3])],
+    ),
+    "a bias in double": (
+        make(Node("linear", ("x",), "y", {"weight": "w", "bias": "three"})),
+        [("FP32", [-1, 4])],
+        [("FP32", [-1, 3])],
+    ),
+    "single behind double": (
+        make(
+            Node("linear", ("x",), "h", {"weight": "wide"}),
+            Node("linear", ("h",), "y", {"weight": "w"}, {"transpose": True}),
+        ),
+        [("FP64", [-1, 4])],
+        [("FP32", [-1, 4])],
+    ),
+    "norms in double but for their weights": (
+        make(
+            Node("linear", ("x",), "h", {"weight": "w"}),
+            Node("layer_norm", ("h",), "y", {"weight": "ones", "bias": "three"}),
+            Node("batch_norm", ("h",), "z", {**LAST, "mean": "three"}, {"axis": -1}),
+            Node("batch_norm", ("h",), "v", {**LAST, "bias": "three"}, {"axis": -1}),
+            outputs=("y", "z", "v"),
+        ),
+        [("FP32", [-1, 4])],
+        [("FP64", [-1, 3])] * 3,
     ),
     "given as halves": (
         Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),), ("y",)),

@@ -15,8 +15,8 @@ from pydedup.graph import Graph, Node
 from pydedup.serving.plan import plan_run
 from pydedup.types import DType, TensorInfo
 
-_DTYPES = {"d": DType.F64}
-_SHAPES = {"d": (8, 6), "w": (8, 6), "e": (50, 6), "c": (4, 3, 3, 3), "g": (6,)}
+_DTYPES = {"d": DType.F64, "v": DType.F64}
+_SHAPES = {"d": (8, 6), "v": (6,), "w": (8, 6), "e": (50, 6), "c": (4, 3, 3, 3), "g": (6,)}
 
 
 def _norm(name: str) -> dict[str, str]:
@@ -148,6 +148,16 @@ def test_bags_are_cut_where_nothing_else_looks_at_them(
 def test_wide_weights_make_wide_activations() -> None:
     node = Node("linear", ("x",), "o", weights={"weight": "d"})
     assert planned([node], (5, 6)).nbytes == 8 * 5 * (8 + 6)
+
+
+def test_one_wide_vector_of_a_norm_makes_a_wide_result_and_a_bias_of_a_product_does_not() -> None:
+    norm = dict.fromkeys(("weight", "bias", "mean", "var"), "g")
+    for role in norm:
+        node = Node("batch_norm", ("x",), "o", {**norm, role: "v"})
+        assert planned([node], (5, 6)).out_nbytes == 8 * 30
+    assert planned([Node("batch_norm", ("x",), "o", norm)], (5, 6)).out_nbytes == 4 * 30
+    node = Node("linear", ("x",), "o", {"weight": "w", "bias": "v"})
+    assert planned([node], (5, 6)).out_nbytes == 4 * 5 * 8
 
 
 def test_wide_inputs_make_wide_activations() -> None:
