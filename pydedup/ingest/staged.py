@@ -24,6 +24,7 @@ from pydedup.hashing import digest_bytes
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
+from pydedup.layout import joined
 from pydedup.types import GRAPH_ARTIFACT, TensorInfo
 
 __all__ = ["MatchedModel", "MatchedTensor", "StagedModel"]
@@ -114,8 +115,7 @@ class StagedModel(abc.ABC):
 
     def references(self, reader: BlockReader | None = None) -> NDArray[np.int64]:
         """Return the references of all blocks; with ``reader``, those of the bases behind them."""
-        parts = [tensor.references for tensor in self.tensors]
-        references = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        references = joined(tensor.references for tensor in self.tensors)
         if reader is None:
             return references
         bases = reader.bases_of(references)

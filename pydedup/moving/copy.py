@@ -303,7 +303,7 @@ def _lay_out(
 ) -> list[NDArray[np.int64]]:
     """Return the new pages: whole ones, then all other new blocks in the order of the source."""
     pages = list(resolved.whole)
-    rest = without(references[references >= 0], np.concatenate([references[:0], *pages]))
+    rest = without(references[references >= 0], joined(pages))
     ends = np.cumsum(spool.costs[rest])
     start = 0
     while start < len(rest):
@@ -329,7 +329,7 @@ def _report(
 ) -> CopiedModel:
     references = copy.references()
     new = references[references >= 0]
-    written = np.concatenate([new[:0], *layout])
+    written = joined(layout)
     return CopiedModel(
         model=item.address,
         status="replaced" if item.replaces else "copied",

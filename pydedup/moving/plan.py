@@ -14,13 +14,13 @@ from pydedup.catalog import Catalog, aliases_of, certificate_of, wrong_aliases
 from pydedup.errors import ArgumentError, CorruptStoreError, DuplicateError
 from pydedup.maintenance.rows import lost_models
 from pydedup.names import parse_address
+from pydedup.text import listed
 from pydedup.words import OnConflict, check_word
 
 __all__ = ["SKIPPING", "Item", "plan_copy", "same_model"]
 
 #: What may be done about damage.
 SKIPPING = "; copying with skip_damaged (--skip-damaged) leaves out what is damaged"
-_SHOWN = 5
 
 
 @dataclass(slots=True)
@@ -194,11 +194,10 @@ def _settle_clashes(
         item.aliases, refused = _free_aliases(item, there, pointed, on_conflict)
         clashes += refused
     if clashes and on_conflict == "error":
-        shown = ", ".join(clashes[:_SHOWN])
-        more = f" and {len(clashes) - _SHOWN} more" if len(clashes) > _SHOWN else ""
         raise DuplicateError(
-            f"{target.url} uses these names for something else: {shown}{more}; nothing was copied. "
-            "on_conflict (--on-conflict) says whether to skip what is taken or to replace it"
+            f"{target.url} uses these names for something else: {listed(clashes)}; nothing was "
+            "copied. on_conflict (--on-conflict) says whether to skip what is taken or to replace "
+            "it"
         )
 
 

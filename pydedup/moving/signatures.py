@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydedup.errors import CorruptStoreError
 from pydedup.ingest.candidates import cut_pieces, index_pages
 from pydedup.ingest.spool import NO_BASE, Spool
-from pydedup.layout import block_places, split_places
+from pydedup.layout import block_places, joined, split_places
 from pydedup.moving.source import End
 from pydedup.sets import common, distinct, is_among, without
 from pydedup.signatures import BlockKind, Segment, load_piece, new_index, segment_rows
@@ -31,7 +31,7 @@ class SourceIndex:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
-        pages = np.concatenate([np.empty(0, np.int64), *(one.page_ids for one in segments)])
+        pages = joined(one.page_ids for one in segments)
         owners = np.repeat(np.arange(len(segments)), [len(one.page_ids) for one in segments])
         order = np.argsort(pages)
         self._pages, self._owners = pages[order], owners[order]

@@ -22,6 +22,7 @@ from pydedup.layout import (
     NO_PLACE,
     base_places,
     block_places,
+    joined,
     split_places,
     used_places,
 )
@@ -118,8 +119,8 @@ def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
 
 def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
     """Read what is recorded of all blocks on these pages."""
-    places: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    bases: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    places: list[NDArray[np.int64]] = []
+    bases: list[NDArray[np.int64]] = []
     hashes: list[bytes] = []
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
         with only_sound_rows(adapter):  # of a block that is not seen so `Recorded.at` tells
@@ -129,8 +130,6 @@ def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
         needed = [NO_PLACE if row.base_id is None else row.base_id for row in rows]
         bases.append(np.array(needed, np.int64))
         hashes.append(b"".join(row.hash128 for row in rows))
-    all_places = np.concatenate(places)
+    all_places = joined(places)
     order = np.argsort(all_places)
-    return Recorded(
-        all_places[order], digests_of(b"".join(hashes))[order], np.concatenate(bases)[order]
-    )
+    return Recorded(all_places[order], digests_of(b"".join(hashes))[order], joined(bases)[order])

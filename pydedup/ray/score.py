@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from pydedup import config, errors
+from pydedup.arguments import as_count
 from pydedup.errors import ArgumentError, ClusterError, PydedupError
 from pydedup.ray.cluster import attached, import_ray, on_each_node
 from pydedup.ray.score_feed import scored
@@ -95,8 +96,10 @@ def score(
     """
     begun = time.monotonic()
     import_ray()
-    _check(workers=workers, cpus_per_worker=cpus_per_worker, batch=batch, part_rows=part_rows)
-    _check(max_deaths=max_deaths)
+    cpus_per_worker = _count("cpus_per_worker", cpus_per_worker)
+    batch, max_deaths = _count("batch", batch), _count("max_deaths", max_deaths)
+    workers = None if workers is None else _count("workers", workers)
+    part_rows = MOST_ROWS if part_rows is None else _count("part_rows", part_rows)
     check_word("on_error", on_error, get_args(OnError))
     if columns is not None:
         columns = _names(columns)
@@ -115,7 +118,7 @@ def score(
             ray = left.enter_context(attached(on, cpus=cpus))
             count = _workers(ray, workers, cpus_per_worker, reads=job.dataset is not None)
             on_each_node(ray, hindrance, settings, _version())
-            settings = job.cut(settings, part_rows or MOST_ROWS, count)
+            settings = job.cut(settings, part_rows, count)
         except BaseException:
             job.take_back()
             raise
@@ -128,10 +131,8 @@ def score(
             raise
 
 
-def _check(**given: int | None) -> None:
-    for name, value in given.items():
-        if value is not None and (type(value) is not int or not 1 <= value <= 1 << 20):
-            raise ArgumentError(f"{name} is {value!r}; it must be a whole number, 1 to {1 << 20}")
+def _count(name: str, value: int) -> int:
+    return as_count(name, value, least=1, most=1 << 20)
 
 
 def _names(columns: Any) -> list[str]:

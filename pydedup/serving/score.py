@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowAdapter, RowColumn
+from pydedup.arguments import as_count
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import ArgumentError, ConflictError, NotFoundError, PydedupError
 from pydedup.serving.features import (
@@ -33,6 +34,7 @@ from pydedup.serving.features import (
 )
 from pydedup.serving.pin import Pin
 from pydedup.serving.score_table import Line, PredictionTable, Repeated, comparable, key_of
+from pydedup.text import listed
 from pydedup.types import Progress, RowFailure, ScoreReport
 from pydedup.words import OnError, check_word
 
@@ -44,8 +46,6 @@ Predict = Callable[[StoredModel, Array], Any]
 
 #: Rows that failed are all counted, and so many are kept with their reasons.
 MOST_FAILURES: Final = 20
-#: Of the columns of a query, a message names no more than so many.
-_SHOWN: Final = 20
 #: How often a batch is written that is refused, and of which no row is there.
 _TRIES: Final = 5
 #: Of keys that a table may take for one, so many are named.
@@ -97,8 +97,7 @@ def score_rows(
         The database that the query is run in and predictions are written to.
     """
     check_word("on_error", on_error, get_args(OnError))
-    if not hasattr(batch, "__index__") or not 1 <= batch <= 1 << 20:
-        raise ArgumentError(f"batch is {batch!r}; it must be 1 to {1 << 20} rows")
+    batch = as_count("batch", batch, least=1, most=1 << 20)
     for name, text in (("query", query), ("model", model), ("into", into)):
         if not isinstance(text, str):
             raise ArgumentError(f"{name} must be a string, not {type(text).__name__}")
@@ -189,7 +188,7 @@ class Scoring:
             raise ArgumentError(
                 f"{self._model.address} takes {width} features, and there are "
                 f"{len(self._names)} columns beside the key {self._key.name!r}: "
-                f"{', '.join(self._names[:_SHOWN])}{', ...' if len(self._names) > _SHOWN else ''}"
+                f"{listed(self._names)}"
             )
         self.target.look()
 

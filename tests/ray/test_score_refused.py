@@ -39,7 +39,7 @@ def test_what_is_wrong_is_said_before_work_begins(
     for data, into, options, said in (
         (query, "p", {"workers": 3}, "CPUs for 2 workers of 1, and 3 are asked for"),
         (query, "p", {"cpus_per_worker": 4, "workers": None}, "CPUs for 0 workers of 4"),
-        (query, "p", {"workers": 0}, "workers is 0"),
+        (query, "p", {"workers": 0}, "workers must be an integer from 1 to 1,048,576, not 0"),
         (query, "p", {"on_error": "no"}, "choose one of: fail, skip"),
         (query, "p", {"key": "nothing"}, "no column 'nothing' for the key"),
         (query, "p", {"columns": ["id"]}, "names its columns itself"),
