@@ -15,6 +15,7 @@ from pydedup.errors import CorruptStoreError, DuplicateError
 from ._base import DbApiBase, check_state
 from ._errors import KeyTakenError
 from ._schema import TABLES
+from ._values import Row
 
 __all__ = ["CatalogCalls"]
 
@@ -193,6 +194,15 @@ class CatalogCalls(DbApiBase):
         rows = self._recorded("tensors", self._sql.tensors, [model_id])
         return [TensorRow(*row) for row in rows]
 
+    def tensors_of(self, model_ids: Sequence[int]) -> list[TensorRow]:
+        """Return tensor rows of several models, by model and ordinal."""
+        found: list[Row] = []
+        for piece in self._members(model_ids):
+            of_models, order = ("model_id", len(piece)), ("model_id", "ordinal")
+            sql = self._sql.select("tensors", members=of_models, order=order)
+            found += self._recorded("tensors", sql, piece)
+        return [TensorRow(*row) for row in found]
+
     def insert_block_maps(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""
         self._insert_parts("block_maps", rows)
@@ -214,6 +224,16 @@ class CatalogCalls(DbApiBase):
         """Return (ordinal, payload) of all parts of a model, by ordinal and part."""
         columns = ["ordinal", "payload"]
         return self._recorded("block_maps", self._sql.block_maps, [model_id], columns)
+
+    def block_maps_of(self, model_ids: Sequence[int]) -> list[tuple[int, int, bytes]]:
+        """Return (model_id, ordinal, payload) of all parts of several models, in that order."""
+        found: list[Row] = []
+        columns, order = ["model_id", "ordinal", "payload"], ("model_id", "ordinal", "part")
+        for piece in self._members(model_ids):
+            of_models = ("model_id", len(piece))
+            sql = self._sql.select("block_maps", columns, members=of_models, order=order)
+            found += self._recorded("block_maps", sql, piece, columns)
+        return found
 
     def insert_source_hashes(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""

@@ -269,6 +269,9 @@ class Adapter(Protocol):
     def tensors(self, model_id: int) -> list[TensorRow]:
         """Return tensor rows by ordinal."""
 
+    def tensors_of(self, model_ids: Sequence[int]) -> list[TensorRow]:
+        """Return tensor rows of several models, by model and ordinal."""
+
     def insert_block_maps(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""
 
@@ -280,6 +283,9 @@ class Adapter(Protocol):
 
     def block_maps(self, model_id: int) -> list[tuple[int, bytes]]:
         """Return (ordinal, payload) of all parts of a model, by ordinal and part."""
+
+    def block_maps_of(self, model_ids: Sequence[int]) -> list[tuple[int, int, bytes]]:
+        """Return (model_id, ordinal, payload) of all parts of several models, in that order."""
 
     def insert_source_hashes(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""

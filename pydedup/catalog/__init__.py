@@ -8,6 +8,7 @@ adding and publishing (`pydedup.ingest`).
 
 from __future__ import annotations
 
+from pydedup.catalog.ahead import ModelsAhead
 from pydedup.catalog.aliases import aliases_of, point_alias, recorded_aliases, wrong_aliases
 from pydedup.catalog.catalog import Catalog
 from pydedup.catalog.digests import (
@@ -36,6 +37,7 @@ __all__ = [
     "TAG_BYTES",
     "Catalog",
     "ModelDigest",
+    "ModelsAhead",
     "ParsedMaps",
     "SourceHashes",
     "StoredModel",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
+from pydedup.catalog.ahead import ModelsAhead
 from pydedup.catalog.digests import ModelDigest, map_digest, tensors_digest
 from pydedup.catalog.pages import tags_in
 from pydedup.catalog.parsed import ParsedMaps
@@ -51,7 +52,7 @@ class StoredModel:
     """One published model: its tensors and where their blocks are.
 
     ``expect`` is told the tags of the pages that it reads, before their places are. ``parsed`` is
-    for whoever reads the block maps of several models.
+    for whoever reads the block maps of several models, ``ahead`` where their order is known.
 
     Raises NotFoundError when it was removed, CorruptStoreError when what is recorded of a tensor
     cannot be read.
@@ -63,9 +64,12 @@ class StoredModel:
         row: ModelRow,
         expect: Callable[[Mapping[int, bytes]], None] | None = None,
         parsed: ParsedMaps | None = None,
+        ahead: ModelsAhead | None = None,
     ) -> None:
         self.row = row
         self._adapter = adapter
+        #: What its rows are first read from.
+        self._source = adapter if ahead is None else ahead
         self._expect = expect
         self._parse_parts = BlockMap.from_parts if parsed is None else parsed.parse
         self._maps: dict[int, BlockMap] = {}
@@ -81,7 +85,7 @@ class StoredModel:
             )
         self.tensors = tuple(
             tensor_info(self.address, ordinal, tensor)
-            for ordinal, tensor in enumerate(adapter.tensors(row.id))
+            for ordinal, tensor in enumerate(self._source.tensors(row.id))
         )
         if not self.tensors:
             self.check_live()
@@ -166,7 +170,7 @@ class StoredModel:
         maps = dict(self._maps)  # which another thread may refresh
         if len(maps) < len(self.tensors):
             parts: dict[int, list[bytes]] = {}
-            for ordinal, part in self._adapter.block_maps(self.row.id):
+            for ordinal, part in self._source.block_maps(self.row.id):
                 parts.setdefault(ordinal, []).append(part)
             for ordinal in range(len(self.tensors)):
                 if ordinal not in maps:

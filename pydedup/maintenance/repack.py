@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, Adapter, ModelRow
-from pydedup.catalog import Catalog, StoredModel, tags_of
+from pydedup.catalog import Catalog, ModelsAhead, StoredModel, tags_of
 from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
@@ -158,7 +158,9 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
                 f"the row of the model with id {min(lost)} is damaged or lost, so its pages stay "
                 "as they are; run verify on the store"
             )
-        models = [StoredModel(adapter, row, pool.expect) for row in adapter.models()]
+        rows = adapter.models()
+        ahead = ModelsAhead(adapter, rows)
+        models = [StoredModel(adapter, row, pool.expect, ahead=ahead) for row in rows]
         places = _places(adapter, pool, models)
     if not len(places.places):
         return None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
-from pydedup.catalog import ParsedMaps, StoredModel
+from pydedup.catalog import ModelsAhead, ParsedMaps, StoredModel
 from pydedup.layout import block_costs, block_places, joined, split_places, used_places
 from pydedup.pool import PagePool
 from pydedup.sets import distinct, find_among, is_among
@@ -37,12 +37,12 @@ def is_much_unused(adapter: Adapter, pool: PagePool, page_ids: Sequence[int]) ->
         places = _recorded(adapter, sorted(page_ids))
         is_used = np.zeros(len(places), np.bool_)
         readers = {model_id for model_id, _ in adapter.readers_of(page_ids)}
-        parsed = ParsedMaps()
-        for row in adapter.models():
-            if row.id in readers:
-                used = used_places(StoredModel(adapter, row, parsed=parsed).block_maps())
-                at, there = find_among(places, used)
-                is_used[at[there]] = True
+        rows = [row for row in adapter.models() if row.id in readers]
+        parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
+        for row in rows:
+            model = StoredModel(adapter, row, parsed=parsed, ahead=ahead)
+            at, there = find_among(places, used_places(model.block_maps()))
+            is_used[at[there]] = True
         if is_used.all():
             return False
         gaps = distinct(split_places(places[~is_used])[0])

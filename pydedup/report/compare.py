@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydedup import matmul
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog, ParsedMaps, StoredModel
+from pydedup.catalog import Catalog, ModelsAhead, ParsedMaps, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_costs, block_places, joined, map_places, used_places
 from pydedup.pool import PagePool
@@ -170,10 +170,10 @@ def _in_common(
         neighbours = {owner for owner, _ in adapter.readers_of(pages)} - {model.row.id}
         rows = [row for row in adapter.models() if row.id in neighbours]
     found = []
-    parsed = ParsedMaps()
+    parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
     for row in rows:
         try:
-            other = StoredModel(adapter, row, parsed=parsed)
+            other = StoredModel(adapter, row, parsed=parsed, ahead=ahead)
             found.append((other.address, is_among(used, used_places(other.block_maps()))))
         except CorruptStoreError as exc:
             damaged.append(str(exc))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydedup.adapter import LIVE, Adapter
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog, StoredModel, aliases_of, model_info
+from pydedup.catalog import Catalog, ModelsAhead, StoredModel, aliases_of, model_info
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.layout import least_pages
 from pydedup.types import GRAPH_ARTIFACT, ModelInfo, TensorInfo
@@ -117,11 +117,12 @@ def store_stats(adapter: Adapter, catalog: Catalog, pool: Mapping[str, int]) -> 
         pages = adapter.page_rows()
         adapter.model_pages()  # rows of it may be damaged
         live = [page for page in pages if page.state == LIVE]
+        ahead = ModelsAhead(adapter, rows)
         return StoreStats(
             url=adapter.url,
             models=len({row.name for row in rows}),
             versions=len(rows),
-            tensors=sum(len(adapter.tensors(row.id)) for row in rows),
+            tensors=sum(len(ahead.tensors(row.id)) for row in rows),
             pages=len(live),
             page_bytes=sum(page.payload_bytes for page in live),
             retired_pages=len(pages) - len(live),

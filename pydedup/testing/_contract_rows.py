@@ -337,6 +337,9 @@ class RowsContract(ContractBase):
         assert [row.ordinal for row in adapter.tensors(1)] == [0, 1, 2, 10]
         assert adapter.tensors(2) == [tensor_row(2, 0, "other")]
         assert adapter.tensors(3) == []
+        both = [*adapter.tensors(1), *adapter.tensors(2)]
+        assert adapter.tensors_of([2, 3, 1, 2]) == both
+        assert (adapter.tensors_of([3]), adapter.tensors_of([])) == ([], [])
 
     def test_parts_come_back_in_order(self, adapter: Adapter) -> None:
         """Block maps and source hashes keep their parts, bytes and order."""
@@ -358,6 +361,9 @@ class RowsContract(ContractBase):
         assert adapter.block_maps(1) == [*((0, part) for part in parts), (1, b"x")]
         assert {type(part) for _, part in adapter.block_maps(1)} == {bytes}
         assert (adapter.block_maps(2), adapter.block_maps(3)) == ([(0, b"y")], [])
+        of_both = [*((1, *part) for part in adapter.block_maps(1)), (2, 0, b"y")]
+        assert adapter.block_maps_of([2, 3, 1, 2]) == of_both
+        assert (adapter.block_maps_of([3]), adapter.block_maps_of([])) == ([], [])
 
     def test_a_block_map_is_replaced_whole(self, adapter: Adapter) -> None:
         """Fewer parts than before leave no old one behind."""

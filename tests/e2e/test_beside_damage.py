@@ -340,3 +340,25 @@ def test_a_model_whose_state_is_damaged_can_be_removed(tmp_path: Path) -> None:
             store.vacuum()
             assert store.verify().ok
             assert [info.name for info in store.models()] == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize("table", ["tensors", "block_maps"])
+def test_models_read_together_with_a_damaged_one_are_in_the_figures(
+    table: str, tmp_path: Path
+) -> None:
+    """What is read of several at once fails as a whole; only one of them is damaged."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((64, 64))
+    path = tmp_path / "store.db"
+    with pydedup.open(path) as store:
+        for number in range(5):
+            tensors = {"base": base, "own": rng.standard_normal((8, 64))}
+            store.add(f"m{number}", tensors, metadata={"t": str(number % 2)})
+        lost = store._catalog.resolve("m3").id
+    assert put(path, f"pydedup_{table}", "ordinal", "'text'", f"model_id = {lost} AND ordinal = 1")
+    with pydedup.open(path) as store:
+        explained = store.explain("m0")
+        assert {other.model for other in explained.shared_with} == {"m1@1", "m2@1", "m4@1"}
+        assert len(explained.damaged) == 1
+        usage = store.stats(by="t")
+        assert {value.value: value.models for value in usage.values} == {"0": 3, "1": 1}

@@ -2,7 +2,7 @@
 """Stores of many models: what is about a few of them asks the database about no others.
 
 Counted are the rows that it answers with, so that no clock is needed; the plans of its own are
-those of SQLite.
+those of SQLite. What is about all models of a family asks for several of them at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 import pydedup
 from pydedup.adapter import LIVE, ModelRow
-from pydedup.catalog import aliases, catalog
+from pydedup.catalog import ahead, aliases, catalog
 from pydedup.errors import ArgumentError, NotFoundError
 
 Ask = Callable[[pydedup.Store], object]
@@ -175,3 +175,70 @@ def test_block_maps_of_models_asked_for_last_are_remembered(
         ask(0, 5, 0, 6, 0, 7, 0, 8)  # the first of them is asked for again and again
         assert ask(0) == 0
         assert ask(1) == (0 if small else 1)
+
+
+ABOUT_ALL: dict[str, Ask] = {
+    "stats": lambda store: store.stats().tensors,
+    "stats by": lambda store: store.stats(by="tenant"),
+    "explain": lambda store: store.explain("m0"),
+    "vacuum": lambda store: store.vacuum(dry_run=True),
+}
+
+
+@pytest.fixture
+def family(store_url: str) -> Callable[[int], pydedup.Store]:
+    """Return what fills a store with models on one base, of three tenants, up to a number."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((32, 64), np.float32)
+    store = pydedup.open(store_url)
+
+    def filled_up_to(number: int) -> pydedup.Store:
+        for at in range(len(store.models()), number):
+            tensors = {"base": base, "own": rng.standard_normal((8, 64), np.float32)}
+            store.add(f"m{at}", tensors, metadata={"tenant": at % 3})
+        return store
+
+    return filled_up_to
+
+
+def of_models(store: pydedup.Store, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how many statements ask for tensors or block maps of models."""
+    adapter: Any = store._adapter
+    asked: list[str] = []
+    query = adapter._query
+
+    def noting(sql: str, parameters: Any = ()) -> Any:
+        asked.append(sql)
+        return query(sql, parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "_query", noting)
+        ask(store)
+    columns = ("model_id, ordinal, name, dtype", "payload FROM")
+    return sum("ordinal" in sql and any(some in sql for some in columns) for sql in asked)
+
+
+def test_models_of_a_family_are_read_several_at_once(
+    family: Callable[[int], pydedup.Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server was waited for twice for each: 4,000 times to explain one of 2,000."""
+    with family(6) as store:
+        few = {name: of_models(store, ask, monkeypatch) for name, ask in ABOUT_ALL.items()}
+        family(18)
+        many = {name: of_models(store, ask, monkeypatch) for name, ask in ABOUT_ALL.items()}
+    assert many == few
+    assert min(few.values()) > 0
+
+
+@pytest.mark.parametrize(("models", "nbytes"), [(4, 1 << 30), (64, 1), (64, 40_000)])
+def test_how_many_are_read_at_once_changes_no_answer(
+    family: Callable[[int], pydedup.Store],
+    monkeypatch: pytest.MonkeyPatch,
+    models: int,
+    nbytes: int,
+) -> None:
+    with family(10) as store:
+        wanted = [ask(store) for ask in ABOUT_ALL.values()]
+        monkeypatch.setattr(ahead, "_MODELS", models)
+        monkeypatch.setattr(ahead, "_LOGICAL_BYTES", nbytes)
+        assert [ask(store) for ask in ABOUT_ALL.values()] == wanted
