@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -76,6 +77,13 @@ def test_what_cannot_start_says_why(
             assert done.returncode == status, (arguments, done.stderr)
             assert "Traceback" not in done.stderr
             assert all(word in done.stderr for word in words), done.stderr
+        # It served, was ready, and called each request wrong.
+        command = [sys.executable, "-P", "-m", "pydedup", "serve", store_url, "--port", str(port)]
+        for name in ("PYDEDUP_KERNEL", "PYDEDUP_THREADS"):
+            env = {**os.environ, name: "none"}
+            ended = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+            assert ended.returncode == 2
+            assert f"error: {name}: " in ended.stderr
     done = run_here("serve", store_url, env={"PYDEDUP_TOKEN": "has space"})
     assert done.returncode == 2
     assert "has space" not in done.stderr
