@@ -19,7 +19,7 @@ from ._schema import TABLES, VIEWS
 from ._sql import batches
 from ._values import Row
 
-__all__ = ["DbApiAdapter"]
+__all__ = ["PAYLOADS_PER_READ", "DbApiAdapter"]
 
 T = TypeVar("T", int, bytes)
 

@@ -26,7 +26,7 @@ from ._errors import (
 )
 from ._mysql_url import Place
 
-__all__ = ["LOST", "DefinedError", "RefusedError", "meaning", "packet_advice"]
+__all__ = ["LOST", "PACKET_BYTES", "DefinedError", "RefusedError", "meaning", "packet_advice"]
 
 
 class DefinedError(StoreError):

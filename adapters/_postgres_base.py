@@ -19,7 +19,7 @@ from ._schema import TABLES, Dialect, literal
 from ._sessions import Session
 from ._values import Row
 
-__all__ = ["CAPABILITIES", "SHARDS", "PostgresBase", "dialect_of"]
+__all__ = ["CAPABILITIES", "CREATING", "SHARDS", "PostgresBase", "dialect_of"]
 
 CAPABILITIES: Final = Capabilities(
     # Larger values could be stored, but not dumped by pg_dump, which doubles them on their way.

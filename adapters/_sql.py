@@ -14,7 +14,7 @@ from pydedup.adapter import LIVE, RETIRED, STAGING
 
 from ._schema import TABLES, VIEWS, Dialect, literal
 
-__all__ = ["Statements", "batches", "insert_pieces"]
+__all__ = ["MAX_MEMBERS", "Statements", "batches", "insert_pieces"]
 
 T = TypeVar("T")
 

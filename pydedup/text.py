@@ -15,6 +15,7 @@ __all__ = [
     "count",
     "did_you_mean",
     "duration",
+    "is_cut",
     "it_has",
     "listed",
     "moment",

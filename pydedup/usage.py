@@ -32,6 +32,7 @@ __all__ = [
     "Usage",
     "ValueUsage",
     "beside_damage",
+    "bytes_by_group",
     "marginal_bytes",
     "text_of",
     "usage_by",

@@ -24,7 +24,7 @@ from pydedup.words import Replacement
 if TYPE_CHECKING:
     from pydedup.http.options import ServeOptions
 
-__all__ = ["serve"]
+__all__ = ["TOKEN_VARIABLE", "serve"]
 
 TOKEN_VARIABLE = "PYDEDUP_TOKEN"
 _LOOPBACK = ("127.", "::1", "localhost")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["survives"]
+__all__ = ["Window", "survives"]
 
 #: CPU time for any file, and the bytes for which it gets another second. Walking a file with
 #: 10,000 datasets takes about 4 s, and those take at least 5 MB.

@@ -41,6 +41,7 @@ __all__ = [
     "checked_entries",
     "find_artifact",
     "find_object",
+    "name_problem",
 ]
 
 Array: TypeAlias = npt.NDArray[Any]

@@ -20,7 +20,7 @@ from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.hashing import hash_buffer
 from pydedup.ingest.confidence import Bets, rows_needed, split_rows
 
-__all__ = ["Evaluate", "Judge", "Measure", "Scorer", "Verdict"]
+__all__ = ["Evaluate", "Judge", "Measure", "Scorer", "Verdict", "read_only"]
 
 #: What `Accuracy` calls ``evaluate``.
 Evaluate: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Any]

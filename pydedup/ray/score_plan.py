@@ -36,7 +36,9 @@ __all__ = [
     "QueryPart",
     "Settings",
     "TableNotes",
+    "from_json",
     "part_file",
+    "to_json",
 ]
 
 #: Folder of notes beside Parquet files; who reads those skips names that begin so.

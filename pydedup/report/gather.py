@@ -25,7 +25,7 @@ from pydedup.sets import distinct, is_among
 from pydedup.types import ModelInfo
 from pydedup.usage import Readers, beside_damage, bytes_by_group
 
-__all__ = ["Called", "Detail", "ModelLine", "StoreReport", "gather"]
+__all__ = ["FILL_BINS", "Called", "Detail", "ModelLine", "StoreReport", "gather"]
 
 #: Bins of the histogram of how full pages are.
 FILL_BINS = 10

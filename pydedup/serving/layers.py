@@ -27,7 +27,7 @@ from pydedup.serving.attached import (  # noqa: F401  (they register)
 )
 from pydedup.serving.attached.modules import attachment_of, enclose, release
 from pydedup.serving.attached.parameter import StoredParameter
-from pydedup.serving.attached.slots import named_modules, tensors
+from pydedup.serving.attached.slots import name_in_tree, named_modules, tensors
 from pydedup.serving.attached.weights import Attachment
 from pydedup.text import listed
 
@@ -71,13 +71,12 @@ def attach(
         before = attachment_of(inner)
         if before is not None:
             raise ArgumentError(
-                f"{f'{path!r} in the module' if path else 'the module'} is attached to "
-                f"{before.address} already; detach it first"
+                f"{name_in_tree(path)} is attached to {before.address} already; detach it first"
             )
         if isinstance(inner, torch.jit.ScriptModule):
             raise ArgumentError(
-                f"{f'{path!r} in the module' if path else 'the module'} is TorchScript, whose code "
-                "is not Python's; attach the module that it was made from"
+                f"{name_in_tree(path)} is TorchScript, whose code is not Python's; attach the "
+                "module that it was made from"
             )
     training = [path or "the module itself" for path, m in named_modules(module) if m.training]
     if training:

@@ -19,6 +19,7 @@ __all__ = [
     "EVERY_BYTE",
     "HOSTILE_NAMES",
     "META",
+    "PATIENCE_SECONDS",
     "ContractBase",
     "add_pages",
     "add_random_pages",

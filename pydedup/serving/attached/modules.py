@@ -20,7 +20,7 @@ from torch import nn
 from pydedup.errors import ArgumentError
 from pydedup.serving.attached.parameter import refuse_tracing
 from pydedup.serving.attached.pieces import in_pieces
-from pydedup.serving.attached.slots import named_modules, tensors
+from pydedup.serving.attached.slots import name_in_tree, named_modules, tensors
 from pydedup.serving.attached.weights import Attachment
 
 __all__ = ["attachment_of", "enclose", "release"]
@@ -162,9 +162,8 @@ def release(module: nn.Module) -> None:
     for path, inner in attached:
         if type(inner).__bases__[0] is not _Attached:
             raise ArgumentError(
-                f"{f'{path!r} in the module' if path else 'the module'} has become a "
-                f"{type(inner).__name__} since it was attached; undo that first, as with "
-                "torch.nn.utils.parametrize.remove_parametrizations"
+                f"{name_in_tree(path)} has become a {type(inner).__name__} since it was attached; "
+                "undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
             )
     for _, inner in attached:
         inner.__dict__.pop(_KEY, None)

@@ -17,7 +17,7 @@ from torch import nn
 from pydedup.errors import ArgumentError
 from pydedup.text import listed
 
-__all__ = ["Slot", "find_slots", "named_modules", "tensors"]
+__all__ = ["Slot", "find_slots", "name_in_tree", "named_modules", "tensors"]
 
 #: Kinds of tensors that are known to be nothing but their elements.
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -110,6 +110,11 @@ def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, one
         before = f"{path}." if path else ""
         left += [(before + name, part) for name, part in reversed(one._modules.items())]
+
+
+def name_in_tree(path: str) -> str:
+    """Return what messages call a module of a tree."""
+    return f"{path!r} in the module" if path else "the module"
 
 
 def _state_names(module: nn.Module) -> dict[int, list[str]]:
