@@ -53,6 +53,7 @@ def connect_store(
     """
     url = registry.place_of(url)
     config.threads()  # refuses a setting that the core would take for none
+    config.kernels()  # or one that is no fault of what is computed later: a row, a request, a page
     adapter = registry.connect(url, mode=mode, schema=schema)
     try:
         _check_schema(adapter, mode)

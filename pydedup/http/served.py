@@ -96,7 +96,6 @@ class ServedStore(Store):
         url = place_of(url)
         budget = config.parse_memory(memory)
         check_policy(replacement)
-        config.kernels()  # so that one that is demanded and not there ends it now, not each request
         adapter = connect_store(url, mode="r")
         try:
             return cls(adapter, budget, replacement)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup.errors import ArgumentError, KernelUnavailableError
+from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
 from pydedup.matmul import widened
 from pydedup.serving.stacks import Stacks, fusable
@@ -131,8 +131,6 @@ def _compute(states: Sequence[_Run], node: Node, activation: Activation | None) 
             _OPS[node.op](state, node, *(state.values[name] for name in node.inputs))
             for state in states
         ]
-    except KernelUnavailableError:
-        raise  # whatever the node
     except ArgumentError as exc:
         raise ArgumentError(f"node {node.op!r} that makes {node.output!r}: {exc}") from exc
     except ValueError as exc:  # numpy: axes or shapes that do not go together

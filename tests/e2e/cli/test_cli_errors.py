@@ -311,21 +311,26 @@ def test_damage_is_found_and_said(url: str) -> None:
     fail("load", url, "m@1", status=4)
 
 
-def test_a_mistyped_kernel_is_no_damage(kept: str) -> None:
-    for options in ([], ["--json"]):
-        mistyped = {"PYDEDUP_KERNEL": "foo"}
-        said = fail("verify", kept, *options, status=2, run=run_process, env=mistyped)
-        assert "kernel 'foo' is unknown" in said
-
-
-def test_a_mistyped_kernel_is_no_fault_of_a_layer(tmp_path: Path) -> None:
+def test_a_mistyped_kernel_is_no_fault_of_what_is_computed(kept: str, tmp_path: Path) -> None:
+    """Such as a page, a layer or a row: with ``skip`` all rows were left out, with status 0."""
     graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
     with pydedup.open(tmp_path / "m.db") as store:
         store.add("m", {"w": np.ones((2, 3), np.float32)}, graph=graph)
     (tmp_path / "x.json").write_text("[[1, 2, 3]]")
-    words = ("predict", tmp_path / "m.db", "m", tmp_path / "x.json")
-    said = fail(*words, status=2, run=run_process, env={"PYDEDUP_KERNEL": "foo"})
-    assert said.startswith("pydedup: error: PYDEDUP_KERNEL: kernel 'foo' is unknown")
+    with closing(sqlite3.connect(tmp_path / "m.db")) as rows:
+        rows.execute("CREATE TABLE scores (k PRIMARY KEY, prediction_0, prediction_1)")
+        rows.commit()
+    query = ["--query", "SELECT 1 AS k, 2, 3, 4", "--into", "scores", "--on-error", "skip"]
+    for words in (
+        ["verify", kept],
+        ["verify", kept, "--json"],
+        ["predict", tmp_path / "m.db", "m", tmp_path / "x.json"],
+        ["score", tmp_path / "m.db", "--model", "m", *query],
+        ["copy", kept, tmp_path / "new.db"],
+    ):
+        said = fail(*words, status=2, run=run_process, env={"PYDEDUP_KERNEL": "foo"})
+        assert said.startswith("pydedup: error: PYDEDUP_KERNEL: kernel 'foo' is unknown")
+    assert not (tmp_path / "new.db").exists()
 
 
 # ---- 5 and 6: files, duplicates -----------------------------------------------------------------
