@@ -46,6 +46,13 @@ _KEEPS: Final[Mapping[str, frozenset[type]]] = MappingProxyType(
     dict.fromkeys(("bigint", "integer", "smallint"), frozenset((int,)))
     | dict.fromkeys(("text", "character varying"), frozenset((str,)))
 )
+#: The columns of a table, by its schema and name; those of the system, and dropped ones, included.
+_COLUMNS: Final = (
+    "FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
+    "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %b AND c.relname = %b "
+)
+#: Which of them users see.
+_SEEN: Final = "AND a.attnum > 0 AND NOT a.attisdropped "
 #: Values sent as one array, of which the server takes 1 GB.
 ROWS_PER_ARRAY: Final = 8192
 
@@ -211,10 +218,8 @@ class PostgresRows(RowCalls):
 
     def _kept_types(self, schema: str, table: str, key: str) -> frozenset[type]:
         found = self._query(
-            "SELECT format_type(a.atttypid, -1) FROM pg_attribute a "
-            "JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE n.nspname = %b AND c.relname = %b AND a.attname = %b AND c.relkind = 'r' "
-            "AND NOT (c.relhastriggers OR c.relhasrules OR c.relrowsecurity)",
+            f"SELECT format_type(a.atttypid, -1) {_COLUMNS}AND a.attname = %b "
+            "AND c.relkind = 'r' AND NOT (c.relhastriggers OR c.relhasrules OR c.relrowsecurity)",
             [schema, table, key],
         )
         return _KEEPS.get(found[0][0], frozenset()) if found else frozenset()
@@ -238,9 +243,7 @@ class PostgresRows(RowCalls):
         if known := self._types.get(place):
             return known
         rows = self._query(
-            "WITH RECURSIVE made(name, oid) AS (SELECT a.attname, a.atttypid FROM pg_attribute a "
-            "JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE n.nspname = %b AND c.relname = %b AND a.attnum > 0 AND NOT a.attisdropped "
+            f"WITH RECURSIVE made(name, oid) AS (SELECT a.attname, a.atttypid {_COLUMNS}{_SEEN}"
             "UNION ALL SELECT m.name, t.typbasetype FROM made m JOIN pg_type t ON t.oid = m.oid "
             "WHERE t.typtype = 'd') SELECT m.name, format_type(m.oid, -1) FROM made m "
             "JOIN pg_type t ON t.oid = m.oid WHERE t.typtype <> 'd'",
@@ -266,12 +269,7 @@ class PostgresRows(RowCalls):
 
     def _columns_of(self, schema: str, table: str) -> list[str]:
         self._types.pop((schema, table), None)
-        rows = self._query(
-            "SELECT a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
-            "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %b "
-            "AND c.relname = %b AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
-            [schema, table],
-        )
+        rows = self._query(f"SELECT a.attname {_COLUMNS}{_SEEN}ORDER BY a.attnum", [schema, table])
         return [name for (name,) in rows]
 
     def _unique_columns(self, schema: str, table: str) -> set[str]:
