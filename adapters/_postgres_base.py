@@ -56,6 +56,7 @@ def dialect_of(schema: str) -> Dialect:
         lock_schema=(f"SELECT pg_advisory_xact_lock({CREATING})",),
         placeholder="%b",  # everything goes in binary
         arrays=True,  # texts with thousands of placeholders cost psycopg more than the query
+        scans_lists=True,  # one that does not fit into work_mem, as of 262,144 pages into 4 MB
         qualifier=f'"{schema}".',
         prefix="",
         increment="CAST(CAST(value AS BIGINT) + 1 AS TEXT)",

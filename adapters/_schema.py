@@ -55,6 +55,8 @@ class Dialect:
     placeholder: str = "?"
     #: Whether a list of values is one parameter, ``= ANY(...)``, and not one each in ``IN (...)``.
     arrays: bool = False
+    #: Whether a list in ``NOT IN (SELECT ...)`` that is long is gone through for every row.
+    scans_lists: bool = False
     #: Whether one INSERT takes many rows sooner than the driver's `executemany` sends them.
     many_rows: bool = False
     quote: str = '"'

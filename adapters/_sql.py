@@ -154,13 +154,12 @@ class Statements:
         self.insert_page = self.insert("pages", page_columns, returning=True)
         # Pages that are not live are few, so this inner list is short and read from an index;
         # a join would fetch the row of a page, beside its payload, for every block.
-        hidden = (
+        self._hidden = (
             f"SELECT id FROM {self._name('pages')} WHERE state IN "
             f"({literal(STAGING)}, {literal(RETIRED)})"
         )
-        self._on_live_pages = f"page_id NOT IN ({hidden})"
-        blocks = self._name("distinct_blocks")
-        self.count_blocks = f"SELECT COUNT(*) FROM {blocks} WHERE {self._on_live_pages}"
+        count = f"SELECT COUNT(*) FROM {self._name('distinct_blocks')}"
+        self.count_blocks = f"SELECT ({count}) - ({count} WHERE page_id IN ({self._hidden}))"
 
     # ---- generic forms --------------------------------------------------------------------------
 
@@ -296,7 +295,11 @@ class Statements:
     def find_blocks(self, members: int) -> str:
         """Return the lookup of blocks by hash, on live pages."""
         blocks = self.select("distinct_blocks", members=("hash128", members))
-        return f"{blocks} AND {self._on_live_pages}"
+        if not self.dialect.scans_lists:
+            return f"{blocks} AND page_id NOT IN ({self._hidden})"
+        hidden = f"{self._hidden} AND id IN (SELECT page_id FROM found)"
+        found = f"WITH found AS MATERIALIZED ({blocks})"
+        return f"{found} SELECT * FROM found WHERE page_id NOT IN ({hidden})"
 
     def blocks_on_pages(self, members: int) -> str:
         """Return the listing of blocks by page."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from urllib.parse import quote
 
@@ -68,6 +69,32 @@ def test_freed_space_is_used_again(adapter: Adapter) -> None:
     assert max(sizes) < sizes[0] + (2 << 20), sizes
     with pytest.raises(StoreError, match="inside of a transaction"), adapter.transaction():
         adapter.compact()
+
+
+def test_many_retired_pages_are_not_gone_through_for_every_block(
+    url: str, schema: str, sql: Any
+) -> None:
+    """Where they do not fit into work_mem, PostgreSQL did: 1,000 hashes took minutes."""
+    adapter: Any = open_store(with_option(url, "options=-c%20work_mem%3D64kB"))
+    with contextlib.closing(adapter):
+        live = add_pages(adapter, 2)
+        hashes = [bytes([200 + number]) * 16 for number in range(4)]
+        with adapter.transaction():
+            adapter.insert_blocks([(key, live[0], slot, None) for slot, key in enumerate(hashes)])
+            adapter.insert_blocks([(hashes[0], live[1], 0, None)])
+            adapter.set_page_state(live[1:], RETIRED, 1.0)
+        sql(
+            f"INSERT INTO {schema}.pages (state, retired_at, checksum, payload) "  # noqa: S608
+            "SELECT 'retired', 1, '', '' FROM generate_series(1, 20000)"
+        )
+        for table in ("pages", "distinct_blocks"):
+            sql(f"ANALYZE {schema}.{table}")
+        assert [row.page_id for row in adapter.find_blocks(hashes)] == live[:1] * 4
+        assert adapter.count_blocks() == len(adapter.blocks_on_pages(live[:1]))
+        statements = [(adapter._sql.find_blocks(1), [hashes]), (adapter._sql.count_blocks, [])]
+        for statement, values in statements:
+            plan = "\n".join(str(row) for row in adapter._query(f"EXPLAIN {statement}", values))
+            assert "Materialize" not in plan
 
 
 def test_tables_that_are_made_anew_under_a_reader_are_another_store(
