@@ -6,7 +6,7 @@ Rows of pages and blocks, whose number grows with the weights, are in ``_dbapi``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydedup._pages import join_parts, split_payload
 from pydedup.adapter import LIVE, ModelRow, TensorRow
@@ -207,11 +207,16 @@ class CatalogCalls(DbApiBase):
         """Insert (model_id, ordinal, part, payload)."""
         self._insert_parts("block_maps", rows)
 
-    def replace_block_map(self, model_id: int, ordinal: int, parts: Sequence[bytes]) -> None:
-        """Replace all parts of one tensor."""
-        self._write(self._sql.delete("block_maps", ("model_id", "ordinal")), [model_id, ordinal])
-        self._insert_parts(
-            "block_maps", ((model_id, ordinal, i, part) for i, part in enumerate(parts))
+    def replace_block_maps(self, model_id: int, maps: Mapping[int, Sequence[bytes]]) -> None:
+        """Replace all parts of some tensors, by ordinal."""
+        of_model = self._sql.delete("block_maps", ("model_id",))
+        for piece in self._members(list(maps), reserved=1):
+            sql = f"{of_model} AND ordinal {self._sql.members(len(piece))}"
+            self._write(sql, [model_id, *piece])
+        self.insert_block_maps(
+            (model_id, ordinal, number, part)
+            for ordinal, parts in maps.items()
+            for number, part in enumerate(parts)
         )
 
     def block_map(self, model_id: int, ordinal: int) -> list[bytes]:

@@ -275,8 +275,8 @@ class Adapter(Protocol):
     def insert_block_maps(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
         """Insert (model_id, ordinal, part, payload)."""
 
-    def replace_block_map(self, model_id: int, ordinal: int, parts: Sequence[bytes]) -> None:
-        """Replace all parts of one tensor."""
+    def replace_block_maps(self, model_id: int, maps: Mapping[int, Sequence[bytes]]) -> None:
+        """Replace all parts of some tensors, by ordinal."""
 
     def block_map(self, model_id: int, ordinal: int) -> list[bytes]:
         """Return the parts of one tensor in order."""

@@ -21,10 +21,8 @@ def replace_maps(
 
     In a transaction that its row was read in. ``tags`` are those of the pages that it reads then.
     """
-    digests = {}
-    for ordinal, parts in maps.items():
-        adapter.replace_block_map(row.id, ordinal, parts)
-        digests[ordinal] = map_digest(parts)
+    adapter.replace_block_maps(row.id, maps)
+    digests = {ordinal: map_digest(parts) for ordinal, parts in maps.items()}
     certificate = with_other_maps(row.certificate, digests, tags)
     if certificate != row.certificate:
         adapter.update_model(row.id, certificate=certificate)

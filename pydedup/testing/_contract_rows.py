@@ -365,17 +365,22 @@ class RowsContract(ContractBase):
         assert adapter.block_maps_of([2, 3, 1, 2]) == of_both
         assert (adapter.block_maps_of([3]), adapter.block_maps_of([])) == ([], [])
 
-    def test_a_block_map_is_replaced_whole(self, adapter: Adapter) -> None:
-        """Fewer parts than before leave no old one behind."""
+    def test_block_maps_are_replaced_whole(self, adapter: Adapter) -> None:
+        """Fewer parts than before leave no old one behind; other tensors and models keep theirs."""
+        old = [(ordinal, b"old") for ordinal in (0, 1, 2) for _ in range(2)]
         with adapter.transaction():
-            adapter.insert_block_maps((1, ordinal, i, b"old") for ordinal in (0, 1) for i in (0, 1))
+            for model_id in (1, 2):
+                parts = enumerate(old)
+                adapter.insert_block_maps((model_id, n, i % 2, part) for i, (n, part) in parts)
         with adapter.transaction():
-            adapter.replace_block_map(1, 0, [b"new"])
-        assert adapter.block_map(1, 0) == [b"new"]
-        assert adapter.block_map(1, 1) == [b"old", b"old"]
+            adapter.replace_block_maps(1, {2: [b"new"], 0: [b"a", b"b", b"c"]})
+        replaced = [(0, b"a"), (0, b"b"), (0, b"c"), (1, b"old"), (1, b"old"), (2, b"new")]
+        assert adapter.block_maps(1) == replaced
         with adapter.transaction():
-            adapter.replace_block_map(1, 0, [])
-        assert adapter.block_map(1, 0) == []
+            adapter.replace_block_maps(1, {0: [], 2: []})
+            adapter.replace_block_maps(1, {})
+        assert adapter.block_maps(1) == old[2:4]
+        assert adapter.block_maps(2) == old
 
     def test_a_key_is_taken_once(self, adapter: Adapter) -> None:
         """The same part twice is an error, and none of it is kept."""

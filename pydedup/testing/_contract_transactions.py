@@ -36,7 +36,7 @@ CHANGES: dict[str, Callable[[Adapter], Any]] = {
     "insert_artifacts": lambda a: a.insert_artifacts(1, [("a", "b", b"c")]),
     "insert_tensors": lambda a: a.insert_tensors([tensor_row(1, 0)]),
     "insert_block_maps": lambda a: a.insert_block_maps([(1, 0, 0, b"")]),
-    "replace_block_map": lambda a: a.replace_block_map(1, 0, [b""]),
+    "replace_block_maps": lambda a: a.replace_block_maps(1, {0: [b""]}),
     "insert_source_hashes": lambda a: a.insert_source_hashes([(1, 0, 0, b"")]),
     "insert_pages": lambda a: a.insert_pages([(bytes(16), b"")], state=LIVE),
     "set_page_state": lambda a: a.set_page_state([1], LIVE),

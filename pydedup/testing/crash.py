@@ -84,7 +84,7 @@ PHASES: Final[Mapping[str, Mapping[str, Phase]]] = {
         "staging": Phase("insert_pages", 1, "within"),
         "staged in part": Phase("insert_pages", 1, "after the commit"),
         "before publish": Phase("bump_epoch", 1, "within"),
-        "block maps replaced": Phase("replace_block_map", 1, "within"),
+        "block maps replaced": Phase("replace_block_maps", 1, "within"),
         "in the commit": Phase("bump_epoch", 1, "in the commit"),
         "after": Phase("bump_epoch", 1, "after the commit"),
         "deleting pages": Phase("delete_pages", 1, "within"),

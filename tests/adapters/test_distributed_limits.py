@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -70,7 +71,7 @@ class Recorder(FaultyAdapter):
     def _call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         if name.startswith(("insert_", "put_", "replace_")):
             args = tuple(
-                list(arg) if isinstance(arg, Iterable) and not isinstance(arg, str) else arg
+                list(arg) if isinstance(arg, Iterable) and not isinstance(arg, str | dict) else arg
                 for arg in args
             )
         result = super()._call(name, *args, **kwargs)
@@ -78,8 +79,8 @@ class Recorder(FaultyAdapter):
             sizes = [size_of(page) for page in args[0]]
             self._pages.update(zip(result, sizes, strict=True))
             self._count(*sizes)
-        elif name == "replace_block_map":
-            self._count(*map(size_of, args[2]))
+        elif name == "replace_block_maps":
+            self._count(*map(size_of, itertools.chain.from_iterable(args[1].values())))
         elif name == "set_page_state":
             ids = list(args[0])
             self._count(*[32] * len(ids), before=sum(self._pages.get(n, 0) for n in ids))

@@ -242,3 +242,30 @@ def test_how_many_are_read_at_once_changes_no_answer(
         monkeypatch.setattr(ahead, "_MODELS", models)
         monkeypatch.setattr(ahead, "_LOGICAL_BYTES", nbytes)
         assert [ask(store) for ask in ABOUT_ALL.values()] == wanted
+
+
+def test_block_maps_of_a_model_are_replaced_together(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vacuum keeps other writers out meanwhile; each tensor had a statement of its own."""
+    rng = np.random.default_rng(0)
+    with pydedup.open(store_url) as store:
+        shared = {f"w{n}": rng.standard_normal((32, 32), np.float32) for n in range(20)}
+        own = {f"v{n}": rng.standard_normal((32, 32), np.float32) for n in range(20)}
+        store.add("a", {**shared, **own})
+        store.add("b", {**shared, "own": rng.standard_normal((32, 32), np.float32)})
+        store.remove("a")
+        adapter: Any = store._adapter
+        asked: list[str] = []
+        write = adapter._write
+
+        def noting(sql: str, parameters: Any = ()) -> Any:
+            asked.append(sql)
+            return write(sql, parameters)
+
+        monkeypatch.setattr(adapter, "_write", noting)
+        assert store.vacuum().rewritten_pages > 0
+        deleted = [sql for sql in asked if "block_maps" in sql and sql.startswith("DELETE")]
+        assert len(deleted) == 1
+        assert np.array_equal(store.load("b")["w7"], shared["w7"])
+        assert store.verify().ok

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +161,13 @@ def test_block_maps_of_what_stays_are_not_written_anew(
     store.add_many(models, policy=policies.Exact())
     store.remove("b")
     adapter, written = store._adapter, list[tuple[int, int]]()
-    replace = adapter.replace_block_map
+    replace = adapter.replace_block_maps
 
-    def noting(model_id: int, ordinal: int, parts: Sequence[bytes]) -> None:
-        written.append((model_id, ordinal))
-        replace(model_id, ordinal, parts)
+    def noting(model_id: int, maps: Mapping[int, Sequence[bytes]]) -> None:
+        written.extend((model_id, ordinal) for ordinal in maps)
+        replace(model_id, maps)
 
-    monkeypatch.setattr(adapter, "replace_block_map", noting)
+    monkeypatch.setattr(adapter, "replace_block_maps", noting)
     assert store.vacuum().rewritten_pages == 1
     assert written == [(store.info("a").info.id, 1)]
     for tensor, array in store.load("a").items():

@@ -118,7 +118,7 @@ def test_an_add_that_matched_before_a_repair_names_no_page_that_went(
 
 
 @pytest.mark.parametrize(
-    ("method", "call"), [("insert_pages", 2), ("replace_block_map", 1), ("set_page_state", 1)]
+    ("method", "call"), [("insert_pages", 2), ("replace_block_maps", 1), ("set_page_state", 1)]
 )
 def test_a_repair_that_fails_changes_nothing(
     method: str, call: int, store_url: str, change_page: Change, healthy: str
