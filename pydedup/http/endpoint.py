@@ -30,7 +30,7 @@ _LOG = logging.getLogger("pydedup.http")
 #: An answer goes out in parts of so many bytes, so that a slow reader is noticed between them.
 _PART_BYTES = 1024 * 1024
 _OPEN_TO_ALL = ("live", "ready")
-#: What takes as long as reading the model takes.
+#: What takes, once its body is there, as long as reading the model takes.
 _UNHURRIED = ("load",)
 _ADVICE = " (--max-answer); ask for fewer or shorter rows at a time, or for binary data"
 
@@ -48,6 +48,7 @@ class Exchange:
     model: str = ""
     outcome: str = "ok"
     reading: bool = False
+    limit: asyncio.Timeout = field(default_factory=lambda: asyncio.Timeout(None))
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -119,7 +120,7 @@ class Endpoint:
 
     async def answer(self, exchange: Exchange) -> Reply:
         """Return the answer to a request; that of an error, where there is one."""
-        limit = asyncio.timeout(None)
+        limit = exchange.limit
         try:
             async with limit:
                 route = route_of(exchange.scope["method"], exchange.scope["raw_path"])
@@ -129,8 +130,7 @@ class Endpoint:
                     raise HttpError(503, "the server is stopping", "stopping", headers)
                 if route.action not in _OPEN_TO_ALL:
                     self._gate.check(exchange.headers.get(b"authorization"))
-                if route.action not in _UNHURRIED:
-                    limit.reschedule(asyncio.get_running_loop().time() + self._options.timeout)
+                limit.reschedule(asyncio.get_running_loop().time() + self._options.timeout)
                 reply: Reply = await self._actions[route.action](exchange)
                 return reply
         except DisconnectedError:
@@ -210,4 +210,6 @@ class Endpoint:
         exchange.reading = True
         body = await read_body(exchange.receive, exchange.headers, exchange.held)
         exchange.reading = False
+        if exchange.route is not None and exchange.route.action in _UNHURRIED:
+            exchange.limit.reschedule(None)
         return body

@@ -84,28 +84,31 @@ def test_a_queue_that_is_full(start: Start, held_url: str, busy: Busy) -> None:
 def test_a_request_that_takes_too_long(start: Start, held_url: str, busy: Busy) -> None:
     server = start(held_url, "--timeout", 0.7, "--threads", 1)
     until(lambda: server.infer("dense", GOOD).status == 200)
-    with busy(server) as first:
-        answer = server.infer("dense", GOOD)  # waits for its turn
-        assert answer.status == 504
-        assert first.result().status == 504
+    with ThreadPoolExecutor(1) as pool:
+        with busy(server) as first:
+            load = pool.submit(server.ask, "POST", "/v2/repository/models/words/load", b"{}")
+            until(lambda: server.metric("pydedup_open_requests") == 3)
+            answer = server.infer("dense", GOOD)  # waits for its turn
+            assert answer.status == 504
+            assert first.result().status == 504
+        assert load.result().status == 200  # which takes as long as reading the model does
     until(lambda: server.metric("pydedup_running_batches") == 0)
     assert server.metric("pydedup_queue_requests") == 0
     until(lambda: server.infer("dense", GOOD).status == 200)
 
 
-def test_a_body_that_does_not_come(start: Start, store_url: str) -> None:
+@pytest.mark.parametrize("path", ["models/dense/infer", "repository/models/dense/load"])
+def test_a_body_that_does_not_come(start: Start, store_url: str, path: str) -> None:
+    """That of ``load`` was waited for without end, and counted against those of all others."""
     server = start(store_url, "--timeout", 0.3)
+    text = f"POST /v2/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{{"
     with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
-        connection.sendall(
-            b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
-        )
-        text = b"".join(iter(lambda: connection.recv(10_000), b""))  # until the server closes
-        assert text.startswith(b"HTTP/1.1 408")
-        assert b'"body: not done within 0.3 seconds"' in text
+        connection.sendall(text.encode())
+        said = b"".join(iter(lambda: connection.recv(10_000), b""))  # until the server closes
+        assert said.startswith(b"HTTP/1.1 408")
+        assert b'"body: not done within 0.3 seconds"' in said
     with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
-        connection.sendall(
-            b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
-        )
+        connection.sendall(text.encode())
     until(lambda: server.metric("pydedup_body_bytes") == 0)
 
 
