@@ -195,7 +195,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def it_has(selector: str, known: Sequence[str]) -> str:
-    """Say what a model has in the place of a version or alias; of many, what comes near."""
+    """Say what there is in the place of a version, alias or column; of many, what comes near."""
     if len(known) <= _SHOWN_NAMES:
         return f"; it has: {', '.join(known)}"
     return did_you_mean(selector, known)

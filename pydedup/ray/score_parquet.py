@@ -21,6 +21,7 @@ import numpy as np
 from pydedup.adapter_options import RowColumn, RowStream
 from pydedup.errors import ArgumentError, FormatError, NotFoundError, not_installed
 from pydedup.ray.score_plan import FilePart, part_file
+from pydedup.text import listed
 
 __all__ = [
     "ParquetPart",
@@ -166,7 +167,7 @@ def cut_files(
             for name in names:
                 if (count := schema.names.count(name)) != 1:
                     what = f"{count} columns" if count else "no column"
-                    there = ", ".join(schema.names)
+                    there = listed(schema.names)
                     raise ArgumentError(f"{path} has {what} {name!r}; it has: {there}")
             fields = _arrow().schema([schema.field(name).remove_metadata() for name in names])
             if wanted is not None and [(f.name, f.type) for f in fields] != [

@@ -34,7 +34,7 @@ from pydedup.ray.score_plan import FilePart, FolderNotes, PartResult, QueryPart,
 from pydedup.serving.features import InputKind, kind_of
 from pydedup.serving.score import MOST_FAILURES, Scoring, removed
 from pydedup.store import Store
-from pydedup.text import without_secrets
+from pydedup.text import it_has, without_secrets
 
 __all__ = ["ScoreWorker", "Scorer", "hindrance", "rows_of"]
 
@@ -150,8 +150,8 @@ class Scorer:
             return
         if missing := [name for name in told.columns if name not in table.column_names]:
             raise ArgumentError(
-                f"a block of the dataset has no column {missing[0]!r}; it has: "
-                f"{', '.join(table.column_names)}"
+                f"a block of the dataset has no column {missing[0]!r}"
+                f"{it_has(missing[0], table.column_names)}"
             )
         key = self._rows.key_column(told.key, key_kind(table.schema.field(told.key).type))
         columns = [key if name == told.key else RowColumn(name, None) for name in told.columns]

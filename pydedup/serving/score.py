@@ -396,6 +396,6 @@ def key_place(columns: Sequence[RowColumn], key: str | None) -> int:
     if len(places) != 1:
         raise ArgumentError(
             f"there {'are several columns' if places else 'is no column'} {key!r} for the key; "
-            f"there is: {', '.join(column.name for column in columns)}"
+            f"there is: {listed([column.name for column in columns])}"
         )
     return places[0]

@@ -13,6 +13,7 @@ import numpy as np
 from pydedup.adapter_options import RowAdapter, RowColumn
 from pydedup.errors import ArgumentError, PydedupError, UnavailableError
 from pydedup.serving.features import Outputs
+from pydedup.text import it_has, listed
 
 __all__ = ["Line", "PredictionTable", "Repeated", "comparable", "key_of"]
 
@@ -60,14 +61,14 @@ class PredictionTable:
             return
         if self._key.name not in self._columns:
             raise ArgumentError(
-                f"table {self._name} has no column {self._key.name!r} for the key; it has: "
-                f"{', '.join(self._columns)}"
+                f"table {self._name} has no column {self._key.name!r} for the key"
+                f"{it_has(self._key.name, self._columns)}"
             )
         # Of another table, the query's own say, all keys may be there, and nothing be written.
         if not {"prediction", "prediction_0"} & set(self._columns):
             raise ArgumentError(
                 f"table {self._name} has no column 'prediction' or 'prediction_0', ...; it has: "
-                f"{', '.join(self._columns)}; name another table, it is created when it is missing"
+                f"{listed(self._columns)}; name another table, it is created when it is missing"
             )
 
     def present(self, keys: Sequence[object]) -> set[object]:
@@ -99,7 +100,7 @@ class PredictionTable:
         if missing:
             raise ArgumentError(
                 f"table {self._name} has no column {missing[0]!r}, which predictions of "
-                f"{self._model} need; it has: {', '.join(self._columns)}"
+                f"{self._model} need{it_has(missing[0], self._columns)}"
             )
         self.outputs = outputs
 
