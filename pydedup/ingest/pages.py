@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.errors import UnavailableError
-from pydedup.hashing import hash_keys
 from pydedup.ingest.match import Matcher
-from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.spool import Spool
 from pydedup.ingest.staged import StagedModel
 from pydedup.ingest.workers import Task, Workers
 from pydedup.jobs import Job
@@ -165,11 +164,10 @@ class PageWriter:
             if refused is not None:
                 _LOG.warning("this add goes on with one connection: %s", refused)
                 at_once = 1
-            with self._job.staging():  # in their order, as one thread would
-                for group, page_ids in some:
-                    self._write_blocks(group, page_ids)
+            with self._job.staging():
                 self._beat()
-            for group, _ in some:
+            for group, page_ids in some:
+                self._note_places(group, page_ids)
                 self._note_written(group)
 
     def _write_at_once(
@@ -227,29 +225,18 @@ class PageWriter:
 
     def _write_pages(self, group: _Group, images: Sequence[bytes]) -> list[int]:
         page_ids = []
-        for numbers, image in zip(group, images, strict=True):
-            hashes, checksum = self._hashes(numbers), codec.page_checksum(image)
-            page_id = self._job.stage_page(checksum, image, hashes)
+        for image in images:
+            checksum = codec.page_checksum(image)
+            page_id = self._job.stage_page(checksum, image)
             self.checksums[page_id] = checksum
-            self._note_places(numbers, page_id)
             page_ids.append(page_id)
+        self._note_places(group, page_ids)
         return page_ids
 
-    def _write_blocks(self, group: _Group, page_ids: Sequence[int]) -> None:
-        self._job.stage_blocks(page_ids, [self._hashes(numbers) for numbers in group])
+    def _note_places(self, group: _Group, page_ids: Sequence[int]) -> None:
         for numbers, page_id in zip(group, page_ids, strict=True):
-            self._note_places(numbers, page_id)
-
-    def _hashes(self, numbers: NDArray[np.int64]) -> list[bytes | None]:
-        is_delta = (self._spool.bases[numbers] != NO_BASE).tolist()
-        return [
-            None if delta else key
-            for key, delta in zip(hash_keys(self._spool.hashes[numbers]), is_delta, strict=True)
-        ]
-
-    def _note_places(self, numbers: NDArray[np.int64], page_id: int) -> None:
-        self.page_of[numbers] = page_id
-        self.slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
+            self.page_of[numbers] = page_id
+            self.slot_of[numbers] = np.arange(len(numbers), dtype=np.uint32)
 
     def _note_written(self, group: _Group) -> None:
         if self._advance is not None:

@@ -33,7 +33,8 @@ from pydedup.signatures import drop_segment
 
 __all__ = ["Segments", "Stager"]
 
-_BYTES_PER_TRANSACTION = 16 * 1024 * 1024
+_BYTES_PER_TRANSACTION = 8 * 1024 * 1024
+_BLOCKS_AT_ONCE = 8192
 # What a row takes beside its payload, about.
 _ROW_BYTES = 200
 
@@ -218,7 +219,7 @@ class Stager:
         def of(kind: str) -> list[Any]:
             return [row for name, row in batch if name == kind]
 
-        adapter.insert_blocks(of("delta"))
+        self._job.stage_blocks(of("block"))
         adapter.insert_signatures(of("signature"))
         adapter.insert_tensors(of("tensor"))
         adapter.insert_block_maps(of("map"))
@@ -229,7 +230,7 @@ class Stager:
 
     def _rows(self) -> Iterator[_Row]:
         """Yield all rows but those of models and pages."""
-        yield from self._delta_rows()
+        yield from self._block_rows()
         segments = self._segments.segments(
             self.models[0].model_id, self._pages.page_of, self._pages.slot_of, self.page_ids
         )
@@ -237,15 +238,19 @@ class Stager:
         for model in self.models:
             yield from self._model_rows(model)
 
-    def _delta_rows(self) -> Iterator[_Row]:
-        """Yield the distinct blocks that name a base: now all of those have a place."""
+    def _block_rows(self) -> Iterator[_Row]:
+        """Yield the distinct blocks, page by page; by now all bases of deltas have a place."""
         spool, pages = self.matcher.spool, self._pages
-        numbers = np.flatnonzero((spool.bases != NO_BASE) & (pages.page_of > 0))
-        base_places = self.places(spool.bases[numbers]).tolist()
-        keys = hash_keys(spool.hashes[numbers])
-        page_ids, slots = pages.page_of[numbers].tolist(), pages.slot_of[numbers].tolist()
-        for row in zip(keys, page_ids, slots, base_places, strict=True):
-            yield "delta", row
+        numbers = np.flatnonzero(pages.page_of > 0)
+        numbers = numbers[np.lexsort((pages.slot_of[numbers], pages.page_of[numbers]))]
+        for start in range(0, len(numbers), _BLOCKS_AT_ONCE):
+            some = numbers[start : start + _BLOCKS_AT_ONCE]
+            keys = hash_keys(spool.hashes[some])
+            page_ids, slots = pages.page_of[some].tolist(), pages.slot_of[some].tolist()
+            places = self.places(spool.bases[some]).tolist()
+            bases = (None if place == NO_PLACE else place for place in places)
+            for row in zip(keys, page_ids, slots, bases, strict=True):
+                yield "block", row
 
     def _model_rows(self, model: StagedModel) -> Iterator[_Row]:
         model_id = model.model_id

@@ -199,7 +199,7 @@ def repack(
             new_ids.extend(_stage(pool, places, group, new_places, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
-        _stage_deltas(adapter, places, new_places, moved, job)
+        _stage_blocks(places, new_places, moved, job)
         moves = [
             _move(model, places, new_places, moved)
             for model, owned in zip(plan.models, places.owners, strict=True)
@@ -307,37 +307,30 @@ def _stage(
     images = [copy_page(pool, *places.at(numbers)) for numbers in group]
     new_ids = []
     with job.staging():
-        for image, numbers in zip(images, group, strict=True):
-            hashes = [
-                places.hashes[number] if places.bases[number] == NO_PLACE else None
-                for number in numbers.tolist()
-            ]
-            new_ids.append(job.stage_page(codec.page_checksum(image), image, hashes))
+        for image in images:
+            new_ids.append(job.stage_page(codec.page_checksum(image), image))
         job.beat()
     for page_id, numbers in zip(new_ids, group, strict=True):
         new_places[numbers] = block_place(page_id, 0) + np.arange(len(numbers))
     return new_ids
 
 
-def _stage_deltas(
-    adapter: Adapter,
-    places: _Places,
-    new_places: NDArray[np.int64],
-    moved: NDArray[np.bool_],
-    job: Job,
+def _stage_blocks(
+    places: _Places, new_places: NDArray[np.int64], moved: NDArray[np.bool_], job: Job
 ) -> None:
-    """Write the rows of deltas that move: only now do all bases have a place."""
-    numbers = np.flatnonzero(moved & (places.bases != NO_PLACE))
-    bases = new_places[places.bases[numbers]]
-    rows = [
-        (places.hashes[number], *split_place(place), base)
-        for number, place, base in zip(
-            numbers.tolist(), new_places[numbers].tolist(), bases.tolist(), strict=True
-        )
-    ]
-    for start in range(0, len(rows), _ROWS_PER_TRANSACTION):
+    """Write the rows of blocks that move: only now do all bases of deltas have a place."""
+    numbers = np.flatnonzero(moved)
+    numbers = numbers[np.argsort(new_places[numbers])]
+    for start in range(0, len(numbers), _ROWS_PER_TRANSACTION):
+        some = numbers[start : start + _ROWS_PER_TRANSACTION]
+        bases = [None if base == NO_PLACE else int(new_places[base]) for base in places.bases[some]]
         with job.staging():
-            adapter.insert_blocks(rows[start : start + _ROWS_PER_TRANSACTION])
+            job.stage_blocks(
+                (places.hashes[number], *split_place(place), base)
+                for number, place, base in zip(
+                    some.tolist(), new_places[some].tolist(), bases, strict=True
+                )
+            )
             job.beat()
 
 

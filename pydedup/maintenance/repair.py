@@ -370,12 +370,10 @@ class _Repair:
             [encoded.content.cols for encoded in contents],
             np.array([encoded.tag for encoded in contents], np.uint64),
         )
-        digests = [b.encoded.content.digest if b.base is None else None for b in blocks]
-        page_id = self._job.stage_page(codec.page_checksum(image), image, digests)
-        self._adapter.insert_blocks(
+        page_id = self._job.stage_page(codec.page_checksum(image), image)
+        self._job.stage_blocks(
             (block.encoded.content.digest, page_id, slot, block.base)
             for slot, block in enumerate(blocks)
-            if block.base is not None
         )
         return page_id
 

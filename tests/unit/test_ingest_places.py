@@ -85,11 +85,11 @@ def test_blocks_are_gathered_from_pages_that_are_there() -> None:
 
 
 def test_rows_go_into_transactions_of_bounded_bytes() -> None:
-    maps = [("map", (1, number, 0, bytes(1 << 20))) for number in range(40)]
+    maps = [("map", (1, number, 0, bytes(1 << 20))) for number in range(20)]
     rows = [("tensor", TensorRow(1, 0, "w", "f32", "[1]", "[1]")), *maps]
     batches = list(_batches(iter(rows)))
     assert [row for batch in batches for row in batch] == rows
-    assert [len(batch) for batch in batches] == [17, 16, 8]
+    assert [len(batch) for batch in batches] == [9, 8, 4]
 
 
 def test_a_delta_is_to_save_a_twentieth_or_a_byte() -> None:
