@@ -197,7 +197,7 @@ def _serve_here(
         if record is not None:
             _write_record(store.recorded(), record)
         if left:
-            warn(f"stopped; {left} requests under way were cut off")
+            warn(f"stopped, and cut off {text.plural(left, 'request')} under way")
             sys.stdout.flush()
             # A thread may wait for the database for ever, and Python would wait for the thread.
             os._exit(Exit.INTERRUPTED)

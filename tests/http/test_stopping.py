@@ -71,7 +71,7 @@ def test_what_takes_longer_than_the_grace_period_is_cut_off(start: Start, store_
         answer = pending.result()
         assert answer.status == 503
         assert "stopped" in answer.error
-    assert "cut off" in server.errors[-1]
+    assert "cut off 1 request under way" in server.errors[-1]
 
 
 def test_a_model_that_is_removed_while_it_predicts(start: Start, own_url: str) -> None:
