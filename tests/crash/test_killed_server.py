@@ -64,7 +64,10 @@ def same(found: Model, model: Model) -> bool:
 
 
 @pytest.mark.parametrize("name", PHASES["add"])
-def test_a_server_that_is_killed_during_an_add(own_server: Any, name: str) -> None:
+def test_a_server_that_is_killed_during_an_add(
+    own_server: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pydedup.ingest.pages._PAGES_PER_TRANSACTION", 1)
     url = own_server.new_place()
     phase = PHASES["add"][name]
     kept, new = network(1), network(2)
