@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Final
 
@@ -34,6 +35,9 @@ SHARDS: Final = "shards"
 
 #: Any number that others are unlikely to lock: who creates a schema holds it.
 CREATING: Final = int.from_bytes(b"pydedup", "big")
+
+#: So many new blocks, and a quarter of those that there were, are worth counting anew.
+_MANY_BLOCKS: Final = 10_000
 
 
 def dialect_of(schema: str) -> Dialect:
@@ -73,6 +77,8 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
     _place: Place
     #: Whether payloads are in other databases, see ``postgres_shards``.
     _sharded = False
+    #: Blocks that were inserted since the planner was told of any.
+    _new_blocks = 0
 
     def _begin(self, session: Session, statements: Sequence[str]) -> None:
         try:
@@ -166,7 +172,19 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
         return sum(int(row[0] or 0) for row in self._of_tables("pg_total_relation_size(c.oid)"))
 
     def checkpoint(self) -> None:
-        """Do nothing: the server sees to its log by itself."""
+        """Tell the planner of many new blocks; the server sees to its log by itself.
+
+        It counts them within some minutes. Until then it takes it that many have the same hash, and
+        goes through all of them for a few hundred hashes.
+        """
+        if self._read_only or self._pool.scope() is not None or self._new_blocks < _MANY_BLOCKS:
+            return
+        known = {str(name): float(rows) for name, rows in self._of_tables("relname, reltuples")}
+        if known["distinct_blocks"] < 4 * self._new_blocks:
+            tables = map(self._sql.dialect.name, ("distinct_blocks", "pages"))
+            with contextlib.suppress(StoreError):  # what this follows is done
+                self._query(f"ANALYZE (SKIP_LOCKED) {', '.join(tables)}")
+        self._new_blocks = 0
 
     def compact(self) -> None:
         """Make the space of deleted rows free for new ones, and tell the planner what there is.

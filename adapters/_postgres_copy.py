@@ -58,6 +58,8 @@ class PostgresCopy(PostgresBase):
             # Whoever makes the rows may use the connection meanwhile, so they are made before.
             if made := list(rows):
                 self._copy_in(session, table, columns or TABLES[table].names, made)
+        if table == "distinct_blocks":
+            self._new_blocks += len(made)
 
     def insert_pages(
         self, pages: Sequence[tuple[bytes, bytes]], *, state: str, ids: Sequence[int] | None = None

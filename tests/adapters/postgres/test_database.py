@@ -57,6 +57,25 @@ def test_a_page_is_published_without_writing_its_payload(adapter: Adapter, schem
     assert adapter.stored_bytes() < before + (1 << 20), "8 MiB of payloads were written again"
 
 
+def test_the_planner_is_told_of_many_new_blocks(adapter: Adapter, schema: str, sql: Any) -> None:
+    """It took minutes to count them, and went through all blocks for a few hundred hashes."""
+    table = f"{schema}.distinct_blocks"
+    sql(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
+    known = "SELECT c.reltuples, s.analyze_count FROM pg_class c JOIN pg_stat_user_tables s "
+    known += "ON s.relid = c.oid WHERE c.oid = %s::regclass"
+    rng = np.random.default_rng(0)
+    with pydedup.open(adapter.url) as store:
+        store.add("small", {"w": rng.standard_normal((80, 80))}, block_shape=(8, 8))
+        assert sql(known, table) == [(-1, 0)], "of no use"
+        store.add("large", {"w": rng.standard_normal((800, 1200))}, block_shape=(8, 8))
+        assert sql(known, table) == [(15_100, 1)]
+        store.add("small", {"w": rng.standard_normal((80, 80))}, block_shape=(8, 8))
+    assert sql(known, table) == [(15_100, 1)]
+    hashes = ", ".join(f"'{number}'" for number in range(640))
+    ((plan, *_), *_) = sql(f"EXPLAIN SELECT * FROM {table} WHERE hash128 IN ({hashes})")  # noqa: S608
+    assert "Seq Scan" not in plan
+
+
 def test_freed_space_is_used_again(adapter: Adapter) -> None:
     add_pages(adapter, 4, size=MIB)
     sizes = []
