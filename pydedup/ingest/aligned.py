@@ -6,7 +6,8 @@ far for the similarity index to find it for certain; a prefix that all names of 
 difference (names.py). Where that block is itself a delta, its base is the candidate: so all of a
 family come to lie around the blocks of one model. A model that helped none of another's first
 blocks is no relative of it, and asked no more: models of one architecture that were trained
-separately have all names in common and nothing else.
+separately have all names in common and nothing else. Of names with other prefixes this is settled
+for each pair of these: that ``lm_head.weight`` is not ``embed.weight`` says nothing of all others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from pydedup.blocks import NO_PAGE, BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
-from pydedup.ingest.names import ByName
+from pydedup.ingest.names import ByName, prefixes
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
@@ -50,7 +51,9 @@ _STRANGERS = 8
 # Shape of a tensor, and the dtypes of its bases.
 _Kind = tuple[tuple[int, ...], tuple[DType, ...]]
 _Find = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-_Other = TypeVar("_Other")
+# A model of the store by its id, one of this add by its address; and the prefixes of the names of
+# who asks and of this one (names.py).
+_Key = tuple[int | str, tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class _Stored:
 class _Matched:
     """A tensor of a model of this add."""
 
+    name: str
     grid: BlockGrid
     references: NDArray[np.int64]
 
@@ -139,8 +143,7 @@ class Aligned:
         self._stored_models: dict[int, _Stored | None] = {}  # by model id
         # Of this add, by address, newest last.
         self._matched: dict[_Kind, dict[str, ByName[_Matched]]] = {}
-        # Of the model that asks now: by model id, those of this add by address.
-        self._relations: dict[int | str, _Relation] = {}
+        self._relations: dict[_Key, _Relation] = {}  # of the model that asks now
         self._asker = ""
 
     def note(
@@ -148,7 +151,8 @@ class Aligned:
     ) -> None:
         """Remember a tensor of a model of this add."""
         tensors = self._matched.setdefault(_kind_of(entry), {})
-        tensors.setdefault(request.address, ByName())[entry.name] = _Matched(grid, references)
+        of_model = tensors.setdefault(request.address, ByName())
+        of_model[entry.name] = _Matched(entry.name, grid, references)
 
     def neighbours(self, request: Request, entry: TensorEntry, grid: BlockGrid) -> Neighbours:
         """Return what gives candidates for the blocks of a tensor.
@@ -161,44 +165,45 @@ class Aligned:
             self._asker = request.address
 
         def others() -> Iterator[tuple[_Find, _Relation]]:
-            yield from self._in_this_add(request, entry, grid)
-            yield from self._in_the_store(request, entry, grid)
+            yield from self._but_strangers(self._in_this_add(request, entry, grid))
+            yield from self._but_strangers(self._in_the_store(request, entry, grid))
 
         return Neighbours(others)
 
     def _in_this_add(
         self, request: Request, entry: TensorEntry, grid: BlockGrid
-    ) -> Iterator[tuple[_Find, _Relation]]:
+    ) -> Iterator[tuple[_Key, _Find]]:
         models = self._matched.get(_kind_of(entry), {})
         newest = (one for one in reversed(models.items()) if one[0] != request.address)
-        for tensors, relation in self._but_strangers(islice(newest, _NEWEST)):
+        for address, tensors in islice(newest, _NEWEST):
             other = tensors.get(entry.name)
             if other is not None and other.grid == grid:
-                yield partial(self._matched_blocks, other.references), relation
+                key = address, prefixes(entry.name, other.name)
+                yield key, partial(self._matched_blocks, other.references)
 
     def _in_the_store(
         self, request: Request, entry: TensorEntry, grid: BlockGrid
-    ) -> Iterator[tuple[_Find, _Relation]]:
+    ) -> Iterator[tuple[_Key, _Find]]:
         kind = _kind_of(entry)
-        newest = sorted(self._newest(), key=lambda row: row.name != request.name)
-        for row, relation in self._but_strangers((row.id, row) for row in newest):
+        for row in sorted(self._newest(), key=lambda row: row.name != request.name):
             other = self._stored_model(row)
             if other is None or kind not in other.tensors:
                 continue
             info = other.tensors[kind].get(entry.name)
             if info is not None and info.block_shape == grid.block_shape:
+                key = row.id, prefixes(entry.name, info.name)
                 # The map is read when a block asks: in a new version of a model few do.
-                yield partial(self._stored_blocks, other.model, info.name), relation
+                yield key, partial(self._stored_blocks, other.model, info.name)
 
     def _but_strangers(
-        self, others: Iterable[tuple[int | str, _Other]]
-    ) -> Iterator[tuple[_Other, _Relation]]:
+        self, others: Iterable[tuple[_Key, _Find]]
+    ) -> Iterator[tuple[_Find, _Relation]]:
         """Leave out who is known to be no relative, and all others after some of these."""
         strangers = 0
-        for key, other in others:
+        for key, find in others:
             relation = self._relations.setdefault(key, _Relation())
             if not relation.is_stranger:
-                yield other, relation
+                yield find, relation
                 continue
             strangers += 1
             if strangers == _STRANGERS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-__all__ = ["ByName"]
+__all__ = ["ByName", "prefixes"]
 
 _Value = TypeVar("_Value")
 
@@ -39,6 +39,15 @@ class ByName(Generic[_Value]):
                     self._ends[end] = None if end in self._ends else other
         ends = self._ends
         return next((ends[end] for end in _ends(name) if end in ends), None)
+
+
+def prefixes(name: str, other: str) -> tuple[str, str]:
+    """Return what each of two names has before the parts at their ends that are the same."""
+    mine, its = name.split("."), other.split(".")
+    while mine and its and mine[-1] == its[-1]:
+        mine.pop()
+        its.pop()
+    return ".".join(mine), ".".join(its)
 
 
 def _ends(name: str) -> Iterator[str]:

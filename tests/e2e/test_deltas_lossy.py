@@ -91,6 +91,26 @@ def test_a_relative_under_another_prefix_is_compared_by_position(
     assert report.delta_blocks == report.blocks
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_tensor_that_a_relative_has_not_makes_it_no_stranger(
+    store: pydedup.Store, joint: bool
+) -> None:
+    """The head met the only tensor of its shape, whose name ends alike, and no other was asked."""
+    rng = np.random.default_rng(8)
+    shapes = {"model.embed.weight": (768, 512), "model.layer.weight": (512, 512)}
+    base = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    head = {"lm_head.weight": rng.standard_normal((768, 512)).astype("f4")}
+    rest = {n: w + 0.4 * rng.standard_normal(w.shape).astype("f4") for n, w in base.items()}
+    policy = policies.Bounded(0.03)
+    if joint:
+        _, report = store.add_many({"base": base, "m": {**head, **rest}}, policy=policy)
+    else:
+        store.add("base", base)
+        report = store.add("m", {**head, **rest}, policy=policy)
+    assert report.delta_blocks == 160
+    assert report.blocks == 256
+
+
 def test_strangers_do_not_hide_a_relative_of_small_tensors(store: pydedup.Store) -> None:
     """Who was asked was settled for all that are matched together before anybody answered."""
     rng = np.random.default_rng(7)
