@@ -95,6 +95,7 @@ class Program(options.Group):
                     ("PYDEDUP_CACHE", "where demo keeps what it downloads"),
                     (TRACEBACK_VARIABLE, "1 shows the tracebacks of errors"),
                     ("NO_COLOR", "any value turns colours off"),
+                    ("FORCE_COLOR", "any value turns colours on"),
                 ]
             )
 

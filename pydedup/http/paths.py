@@ -64,8 +64,9 @@ def route_of(method: str, raw_path: bytes) -> Route:
 
 
 def _checked(route: Route, method: str, needed: str) -> Route:
-    if method != needed and not (needed == "GET" and method == "HEAD"):
-        allow = ((b"allow", needed.encode()),)
+    taken = ("GET", "HEAD") if needed == "GET" else (needed,)
+    if method not in taken:
+        allow = ((b"allow", ", ".join(taken).encode()),)
         # Of a path that is taken for a name, as with another verb at its end.
         way = "; predictions are at /v2/models/NAME/infer" if route.action == "model" else ""
         raise HttpError(405, f"this path takes {needed}, not {method}{way}", "bad_request", allow)

@@ -248,6 +248,7 @@ def test_paths_and_methods(server: Server) -> None:
     answer = server.ask("GET", "/v2/models/dense/infer")
     assert answer.status == 405
     assert answer.headers["allow"] == "POST"
+    assert server.ask("POST", "/v2/health/live").headers["allow"] == "GET, HEAD"
     for path in ("/v2/models/dense", "/v2/models/dense/predict"):
         answer = server.ask("POST", path, b"{}")
         assert (answer.status, "at /v2/models/NAME/infer" in answer.error) == (405, True)
