@@ -179,12 +179,12 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
         """
         if self._read_only or self._pool.scope() is not None or self._new_blocks < _MANY_BLOCKS:
             return
-        known = {str(name): float(rows) for name, rows in self._of_tables("relname, reltuples")}
-        if known["distinct_blocks"] < 4 * self._new_blocks:
-            tables = map(self._sql.dialect.name, ("distinct_blocks", "pages"))
-            with contextlib.suppress(StoreError):  # what this follows is done
+        new, self._new_blocks = self._new_blocks, 0
+        with contextlib.suppress(StoreError):  # what this follows is done
+            known: dict[str, float] = dict(self._of_tables("relname, reltuples"))
+            if known.get("distinct_blocks", 0) < 4 * new:
+                tables = map(self._sql.dialect.name, ("distinct_blocks", "pages"))
                 self._query(f"ANALYZE (SKIP_LOCKED) {', '.join(tables)}")
-        self._new_blocks = 0
 
     def compact(self) -> None:
         """Make the space of deleted rows free for new ones, and tell the planner what there is.

@@ -410,7 +410,10 @@ class Adapter(Protocol):
         """Whether the user may know what the store occupies; else it is at least `stored_bytes`."""
 
     def checkpoint(self) -> None:
-        """Fold write-ahead data into the main file where there is such a thing."""
+        """Do what is due after much was written, which is committed: moving a log, statistics.
+
+        Where the database is in the way, it is left undone.
+        """
 
     def compact(self) -> None:
         """Give freed space back where the database can."""

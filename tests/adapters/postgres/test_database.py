@@ -8,12 +8,19 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import psycopg
 import pytest
 
 import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, RETIRED, Adapter
-from pydedup.errors import NotAStoreError, ReadOnlyError, StoreError, UnavailableError
+from pydedup.errors import (
+    ConflictError,
+    NotAStoreError,
+    ReadOnlyError,
+    StoreError,
+    UnavailableError,
+)
 from pydedup.testing._contract_base import add_pages, open_store, with_option
 
 MIB = 1 << 20
@@ -74,6 +81,26 @@ def test_the_planner_is_told_of_many_new_blocks(adapter: Adapter, schema: str, s
     hashes = ", ".join(f"'{number}'" for number in range(640))
     ((plan, *_), *_) = sql(f"EXPLAIN SELECT * FROM {table} WHERE hash128 IN ({hashes})")  # noqa: S608
     assert "Seq Scan" not in plan
+
+
+def test_a_planner_that_cannot_be_told_is_no_error(
+    url: str, schema: str, postgres_url: str, sql: Any
+) -> None:
+    """What it follows is published by then: an add failed whose model was there."""
+    adapter: Any = open_store(with_option(url, "options=-c%20lock_timeout%3D100"))
+    with contextlib.closing(adapter):
+        (page,) = add_pages(adapter, 1)
+        with adapter.transaction():
+            adapter.insert_blocks(
+                (number.to_bytes(16, "big"), page, number, None) for number in range(10_000)
+            )
+        with psycopg.connect(postgres_url) as other:
+            other.execute("LOCK TABLE pg_catalog.pg_class")
+            with pytest.raises(ConflictError):
+                adapter.stored_bytes()
+            adapter.checkpoint()
+    counted = "SELECT analyze_count FROM pg_stat_user_tables WHERE relid = %s::regclass"
+    assert sql(counted, f"{schema}.distinct_blocks") == [(0,)]
 
 
 def test_freed_space_is_used_again(adapter: Adapter) -> None:
