@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the rows of distinct blocks come into a store: together, in the order of their hashes.
 
-Each transaction of pages brought its own, at places all over the index of hashes: 15 GiB were
+Each transaction of pages brought its own, at places all over the index of hashes: 14 GiB were
 written for a model of 128 MiB in half a million blocks.
 """
 
