@@ -111,11 +111,12 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         Payloads follow their rows: an update looks whether there is room to take itself back. An
         insertion does not, and where there is none MariaDB and MySQL end themselves.
         """
+        payloads = [self._sized(payload, "a page") for _, payload in pages]
         ids = super().insert_pages([(checksum, b"") for checksum, _ in pages], state=state)
         table = self._sql.dialect.name("pages")
         sql = f"UPDATE {table} SET payload = ?, payload_bytes = ? WHERE id = ?"
-        for page_id, (_, payload) in zip(ids, pages, strict=True):
-            self._write(sql, [self._sized(payload, "a page"), len(payload), page_id])
+        for page_id, payload in zip(ids, payloads, strict=True):
+            self._write(sql, [payload, len(payload), page_id])
         return ids
 
     def _read_payloads(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
