@@ -12,6 +12,9 @@ from typing import Generic, TypeVar
 
 __all__ = ["ByName", "prefixes"]
 
+#: Of so many parts a prefix may be: a name may have 500, and each end of it would be kept.
+_MOST_PARTS = 8
+
 _Value = TypeVar("_Value")
 
 
@@ -20,7 +23,7 @@ class ByName(Generic[_Value]):
 
     def __init__(self) -> None:
         self._values: dict[str, _Value] = {}
-        # By the end of a name, behind any of its dots; None where several names end so.
+        # By the end of a name, behind one of its first dots; None where several names end so.
         self._ends: dict[str, _Value | None] | None = None
 
     def __setitem__(self, name: str, value: _Value) -> None:
@@ -51,7 +54,9 @@ def prefixes(name: str, other: str) -> tuple[str, str]:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """Yield a name, and what is behind each of its dots."""
-    while name:
+    """Yield a name, and what is behind each of its first dots."""
+    for _ in range(_MOST_PARTS + 1):
+        if not name:
+            return
         yield name
         name = name.partition(".")[2]
