@@ -174,9 +174,9 @@ def text_of(value: Any) -> str | None:
 def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
     """Return the bytes of all live models by the values of a key, most marginal bytes first.
 
-    Reads the block maps of models that share pages, a model at a time, and pages of whose blocks
-    some are shared and others not. Memory: 4 bytes per block on shared pages, and what
-    `Readers.of_store` takes. Raises ArgumentError for a key that is no string, CorruptStoreError.
+    Reads the block maps of models that share pages, and pages of whose blocks some are shared and
+    others not. Memory: 4 bytes per block on shared pages, and what `ModelsAhead` and
+    `Readers.of_store` take. Raises ArgumentError for a key that is no string, CorruptStoreError.
     """
     if not isinstance(key, str):
         raise ArgumentError(f"by must be a key of metadata, a string, not {key!r:.100}")
@@ -232,10 +232,10 @@ def _unreadable(
         readers = {model_id for model_id, _ in adapter.readers_of(error.page_ids)}
         return {row.id: str(error) for row in rows if row.id in readers}
     lost: dict[int, str] = {}
-    parsed = ParsedMaps()
+    parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
     for row in rows:
         try:
-            StoredModel(adapter, row, parsed=parsed).block_maps()
+            StoredModel(adapter, row, parsed=parsed, ahead=ahead).block_maps()
         except CorruptStoreError as exc:
             lost[row.id] = str(exc)
     return lost

@@ -362,3 +362,4 @@ def test_models_read_together_with_a_damaged_one_are_in_the_figures(
         assert len(explained.damaged) == 1
         usage = store.stats(by="t")
         assert {value.value: value.models for value in usage.values} == {"0": 3, "1": 1}
+        assert len(usage.damaged) == 2, "the row, and what the model lacks without it"
