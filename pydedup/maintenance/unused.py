@@ -27,9 +27,9 @@ _PAGES_AT_ONCE = 64
 def is_much_unused(adapter: Adapter, pool: PagePool, page_ids: Sequence[int]) -> bool:
     """Return whether live models leave `UNUSED_PART` of one of these pages, or more, to nobody.
 
-    Reads the block maps of the models that read them, one at a time, and those of the pages that
-    have a block which no model uses. Memory: 9 bytes per block on these pages. Raises
-    CorruptStoreError.
+    Reads the block maps of the models that read them, and those of the pages that have a block
+    which no model uses. Memory: 9 bytes per block on these pages, and what `ModelsAhead` takes.
+    Raises CorruptStoreError.
     """
     if not page_ids:
         return False
