@@ -34,8 +34,8 @@ def publish_batch(
 ) -> list[NDArray[np.int64]] | None:
     """Stage and publish a batch, whose quotas were checked at ``epoch``; ``None``: match it anew.
 
-    That is when pages that it shares went away meanwhile, or when others published blocks of pages
-    that it takes over whole.
+    That is when pages that it shares went away meanwhile, when others published blocks of pages
+    that it takes over whole, or when a vacuum took what was staged for abandoned.
 
     Parameters
     ----------
@@ -58,7 +58,9 @@ def publish_batch(
         lost = _lost_pages(matcher, models)
         if lost and adapter.epoch() == epoch:
             raise PageNotFoundError.of(lost)  # nobody took them away: the store is damaged
-        _stage(stager, layout)
+        if not _stage(stager, layout):
+            stager.discard()
+            return None
         if check is not None:
             check(layout)
         if spool.lists:
@@ -77,7 +79,9 @@ def publish_batch(
                 if spool.lists:
                     return None  # pages that are taken over whole cannot lose a block
                 layout = lay_out()
-                _stage(stager, layout)
+                if not _stage(stager, layout):
+                    stager.discard()
+                    return None
                 if check is not None:
                     check(layout)
     except BaseException:
@@ -88,11 +92,10 @@ def publish_batch(
     return layout
 
 
-def _stage(stager: Stager, layout: list[NDArray[np.int64]]) -> None:
+def _stage(stager: Stager, layout: list[NDArray[np.int64]]) -> bool:
     while True:
         try:
-            stager.stage(layout)
-            return
+            return stager.stage(layout)
         except DuplicateError:
             if not _renumber(stager):
                 raise

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import LIVE, TensorRow
+from pydedup.adapter import LIVE, STAGING, TensorRow
 from pydedup.blocks import PART_BYTES, BlockMap
 from pydedup.catalog import TAG_BYTES, map_digest, page_tags, tags_of, with_recorded
 from pydedup.certificates import ALIASES, MAPS, PAGES
@@ -108,8 +108,12 @@ class Stager:
 
     # ---- staging ------------------------------------------------------------------------------
 
-    def stage(self, layout: Sequence[NDArray[np.int64]]) -> None:
-        """Write everything in state ``staging``; what is small in one transaction."""
+    def stage(self, layout: Sequence[NDArray[np.int64]]) -> bool:
+        """Write everything in state ``staging``; what is small in one transaction.
+
+        ``False`` when a vacuum took it for abandoned and collected it: what came after that, nobody
+        would delete if this process were killed.
+        """
         pages = self._pages = self._page_writer(layout)
         rows = _batches(self._rows())
         images = pages.make_small() if pages.is_small else []
@@ -136,8 +140,12 @@ class Stager:
             pages.write()
         for batch in rows:
             with self._job.staging():
+                # Which also keeps a vacuum from collecting it before this is committed.
+                if not self._adapter.update_model(self.models[0].model_id, state=STAGING):
+                    return False
                 self._insert(batch)
                 self._beat()
+        return True
 
     def discard(self) -> None:
         """Remove what was staged; leaves nothing behind but a gap in the ids.

@@ -15,6 +15,8 @@ import pytest
 
 import pydedup
 from pydedup.adapter import Adapter
+from pydedup.ingest.pages import PageWriter
+from pydedup.ingest.write import Stager
 from pydedup.policies import Bounded, Exact
 
 Row = tuple[bytes, int, int, int | None]
@@ -60,3 +62,27 @@ def test_adds_copies_and_repacks_write_rows_by_hash(
         assert pages != sorted(pages)
     assert {row[3] is None for row in written[1]} == {True, False}, "deltas are among them"
     assert store.verify().ok
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_an_add_that_a_vacuum_took_for_abandoned_leaves_nothing_and_begins_again(
+    store: pydedup.Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It slept for long; rows that it wrote after that stayed when it was killed then."""
+    write, vacuumed = PageWriter.write, []
+
+    def slept(self: PageWriter) -> None:
+        write(self)
+        if not vacuumed:
+            with pydedup.open(url) as other:
+                vacuumed.append(other.vacuum(lease_seconds=0).abandoned_adds)
+
+    monkeypatch.setattr(PageWriter, "write", slept)
+    monkeypatch.setattr(Stager, "discard", lambda self: None)  # as if it were killed
+    w = np.random.default_rng(2).standard_normal((1024, 1024), np.float32)
+    store.add("m", {"w": w}, policy=Exact())
+    assert vacuumed == [1]
+    store.vacuum(lease_seconds=0)
+    report = store.verify()
+    assert (report.errors, report.notes, report.models) == ([], [], 1)
+    assert np.array_equal(store.load("m")["w"], w)

@@ -73,12 +73,13 @@ def test_the_planner_is_told_of_many_new_blocks(adapter: Adapter, schema: str, s
     rng = np.random.default_rng(0)
     with pydedup.open(adapter.url) as store:
         store.add("small", {"w": rng.standard_normal((80, 80))}, block_shape=(8, 8))
-        assert sql(known, table) == [(-1, 0)], "of no use"
+        ((_, analyzed),) = sql(known, table)
+        assert analyzed == 0, "of no use"
         store.add("large", {"w": rng.standard_normal((800, 1200))}, block_shape=(8, 8))
         assert sql(known, table) == [(15_100, 1)]
         store.add("small", {"w": rng.standard_normal((80, 80))}, block_shape=(8, 8))
     assert sql(known, table) == [(15_100, 1)]
-    hashes = ", ".join(f"'{number}'" for number in range(640))
+    hashes = ", ".join(f"'{number}'" for number in range(60))
     ((plan, *_), *_) = sql(f"EXPLAIN SELECT * FROM {table} WHERE hash128 IN ({hashes})")  # noqa: S608
     assert "Seq Scan" not in plan
 
