@@ -68,17 +68,15 @@ def test_the_planner_is_told_of_many_new_blocks(adapter: Adapter, schema: str, s
     """It took minutes to count them, and went through all blocks for a few hundred hashes."""
     table = f"{schema}.distinct_blocks"
     sql(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
-    known = "SELECT c.reltuples, s.analyze_count FROM pg_class c JOIN pg_stat_user_tables s "
-    known += "ON s.relid = c.oid WHERE c.oid = %s::regclass"
+    known = "SELECT reltuples FROM pg_class WHERE oid = %s::regclass"
     rng = np.random.default_rng(0)
     with pydedup.open(adapter.url) as store:
         store.add("small", {"w": rng.standard_normal((80, 80))}, block_shape=(8, 8))
-        ((_, analyzed),) = sql(known, table)
-        assert analyzed == 0, "of no use"
+        assert sql(known, table) in ([(-1,)], [(0,)]), "of no use"
         store.add("large", {"w": rng.standard_normal((800, 1200))}, block_shape=(8, 8))
-        assert sql(known, table) == [(15_100, 1)]
+        assert sql(known, table) == [(15_100,)]
         store.add("small", {"w": rng.standard_normal((80, 80))}, block_shape=(8, 8))
-    assert sql(known, table) == [(15_100, 1)]
+    assert sql(known, table) == [(15_100,)], "not for a hundred"
     hashes = ", ".join(f"'{number}'" for number in range(60))
     ((plan, *_), *_) = sql(f"EXPLAIN SELECT * FROM {table} WHERE hash128 IN ({hashes})")  # noqa: S608
     assert "Seq Scan" not in plan
