@@ -36,7 +36,7 @@ from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import block_places
 from pydedup.types import DType, TensorInfo
 
-__all__ = ["Aligned", "ByPosition", "Neighbours"]
+__all__ = ["Aligned", "ByPosition", "Neighbours", "Nobody"]
 
 # Models, of the store and of this add, that may be looked at, and how many are asked at a time.
 _NEWEST = 32
@@ -102,6 +102,17 @@ class ByPosition(Protocol):
 
     def note(self, helped: NDArray[np.bool_], /) -> None:
         """Say which of the candidates that were returned last were of help, bool (k, n)."""
+
+
+class Nobody:
+    """No candidates (a `ByPosition`)."""
+
+    def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return none for each of these blocks."""
+        return np.empty((0, len(numbers)), np.int64)
+
+    def note(self, helped: NDArray[np.bool_]) -> None:
+        """Take no notice."""
 
 
 class Neighbours:

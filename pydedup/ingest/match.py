@@ -20,7 +20,7 @@ from pydedup.blocks import MatrixView
 from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
 from pydedup.hashing import hash_keys, hash_view
-from pydedup.ingest.aligned import Aligned, ByPosition
+from pydedup.ingest.aligned import Aligned, ByPosition, Nobody
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
 from pydedup.ingest.met import MetTensors
@@ -80,6 +80,9 @@ class Matched:
     errors: NDArray[np.float64]
 
 
+_NOBODY = Nobody()
+
+
 @dataclass(frozen=True, slots=True)
 class Hints:
     """What is known of a matrix before its blocks are looked at.
@@ -87,13 +90,13 @@ class Hints:
     Attributes
     ----------
     aligned
-        What gives candidates by position (aligned.py), if anything does.
+        What gives candidates by position (aligned.py).
     deltas
         What some blocks are to be, unless an identical one is stored, by number; under a policy
         that keeps bits.
     """
 
-    aligned: ByPosition | None = None
+    aligned: ByPosition = _NOBODY
     deltas: Mapping[int, Delta] = field(default_factory=dict)
 
 
@@ -314,9 +317,9 @@ class Matcher:
         policy: Policy,
         hints: Hints,
     ) -> None:
-        aligned = None
-        if policy.uses_deltas and hints.aligned and can_be_delta(view.grid.block_shape):
-            aligned = hints.aligned(piece)
+        takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
+        neighbours = hints.aligned if takes_deltas else _NOBODY
+        aligned = neighbours(piece)
         kept = self.similar.keep(
             looked,
             piece,
@@ -329,9 +332,8 @@ class Matcher:
         for at, content in kept.lossy:
             found = self.find(content, kept.digests[at])
             kept.shared[at[found != NO_BASE]] = found[found != NO_BASE]
-        if hints.aligned and aligned is not None:
-            helped = (aligned == kept.bases) | (aligned == kept.shared)
-            hints.aligned.note(helped & (aligned != NO_BASE))
+        helped = (aligned == kept.bases) | (aligned == kept.shared)
+        neighbours.note(helped & (aligned != NO_BASE))
         is_new = kept.shared == NO_BASE
         matched.references[piece[~is_new]] = kept.shared[~is_new]
         new = np.flatnonzero(is_new)

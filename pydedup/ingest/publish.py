@@ -58,11 +58,8 @@ def publish_batch(
         lost = _lost_pages(matcher, models)
         if lost and adapter.epoch() == epoch:
             raise PageNotFoundError.of(lost)  # nobody took them away: the store is damaged
-        if not _stage(stager, layout):
-            stager.discard()
+        if not _stage(stager, layout, check):
             return None
-        if check is not None:
-            check(layout)
         if spool.lists:
             # Only now is it known what these blocks take.
             check_quotas(matcher, models, epoch)
@@ -79,11 +76,8 @@ def publish_batch(
                 if spool.lists:
                     return None  # pages that are taken over whole cannot lose a block
                 layout = lay_out()
-                if not _stage(stager, layout):
-                    stager.discard()
+                if not _stage(stager, layout, check):
                     return None
-                if check is not None:
-                    check(layout)
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) is collected by vacuum.
         with contextlib.suppress(PydedupError):
@@ -92,13 +86,24 @@ def publish_batch(
     return layout
 
 
-def _stage(stager: Stager, layout: list[NDArray[np.int64]]) -> bool:
+def _stage(
+    stager: Stager,
+    layout: list[NDArray[np.int64]],
+    check: Callable[[list[NDArray[np.int64]]], None] | None,
+) -> bool:
+    """Stage and check models; ``False`` when a vacuum collected them, with nothing left of them."""
     while True:
         try:
-            return stager.stage(layout)
+            is_staged = stager.stage(layout)
+            break
         except DuplicateError:
             if not _renumber(stager):
                 raise
+    if not is_staged:
+        stager.discard()
+    elif check is not None:
+        check(layout)
+    return is_staged
 
 
 def _renumber(stager: Stager) -> bool:

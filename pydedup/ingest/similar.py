@@ -190,7 +190,7 @@ class Similar:
         indices: NDArray[np.int64],
         digests: NDArray[np.uint64],
         policy: Policy,
-        aligned: NDArray[np.int64] | None = None,
+        aligned: NDArray[np.int64],
         deltas: Mapping[int, Delta] | None = None,
     ) -> Kept:
         """Decide about blocks of a matrix with these numbers and digests.
@@ -214,8 +214,7 @@ class Similar:
             errors=np.zeros(count),
         )
         for at, blocks in looked.stacks:
-            near = None if aligned is None else aligned[:, at]
-            self._improve(kept, blocks, at, policy, near)
+            self._improve(kept, blocks, at, policy, aligned[:, at])
             kept.stacks.append((at, blocks))
         if deltas:
             _take(kept, [(i, deltas[n]) for i, n in enumerate(indices.tolist()) if n in deltas])
@@ -231,9 +230,7 @@ class Similar:
             if len(rows):
                 self._candidates.add(_rows_of(blocks, rows), numbers[at[rows]])
 
-    def pairs(
-        self, blocks: MatrixView, farthest: float, aligned: NDArray[np.int64] | None = None
-    ) -> list[Pairs]:
+    def pairs(self, blocks: MatrixView, farthest: float, aligned: NDArray[np.int64]) -> list[Pairs]:
         """Return the candidates of stacked blocks that seem to be at most that far away.
 
         ``aligned`` are references of k further ones (aligned.py), int64 (k, n), or `NO_BASE`.
@@ -246,7 +243,7 @@ class Similar:
                 references = self._candidates.references(ids[rows, columns])
                 column = (rows, references, estimates[rows, columns])
                 found.setdefault(dtype, []).append(column)
-        for references in () if aligned is None else aligned:
+        for references in aligned:
             given = np.flatnonzero(references != NO_BASE)
             dtypes = self._reader.dtypes_of(references[given])
             for dtype in (one for one in blocks.dtype.base_dtypes if one in dtypes):
@@ -274,7 +271,7 @@ class Similar:
         blocks: MatrixView,
         at: NDArray[np.int64],
         policy: Policy,
-        aligned: NDArray[np.int64] | None,
+        aligned: NDArray[np.int64],
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
         pairs = self.pairs(blocks, farthest_base(policy.max_rel_error), aligned)

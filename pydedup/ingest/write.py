@@ -34,6 +34,7 @@ from pydedup.signatures import drop_segment
 __all__ = ["Segments", "Stager"]
 
 _BYTES_PER_TRANSACTION = 8 * 1024 * 1024
+# Blocks of which rows are made in one go.
 _BLOCKS_AT_ONCE = 8192
 # What a row takes beside its payload, about.
 _ROW_BYTES = 200
@@ -253,10 +254,10 @@ class Stager:
             yield from self._model_rows(model)
 
     def _block_rows(self) -> Iterator[_Row]:
-        """Yield the distinct blocks, page by page; by now all bases of deltas have a place."""
+        """Yield the distinct blocks of page after page; by now all bases of deltas have a place."""
         spool, pages = self.matcher.spool, self._pages
         numbers = np.flatnonzero(pages.page_of > 0)
-        numbers = numbers[np.lexsort((pages.slot_of[numbers], pages.page_of[numbers]))]
+        numbers = numbers[np.argsort(pages.page_of[numbers], kind="stable")]
         for start in range(0, len(numbers), _BLOCKS_AT_ONCE):
             some = numbers[start : start + _BLOCKS_AT_ONCE]
             keys = hash_keys(spool.hashes[some])
