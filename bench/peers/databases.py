@@ -234,10 +234,10 @@ def noisy(base: Weights, number: int) -> Weights:
     }
 
 
-def added(url: str, models: list[Weights], policy: Policy) -> float:
+def added(url: str, models: list[Weights], policy: Policy, *, first: int = 0) -> float:
     with pydedup.open(url) as store:
         started = time.perf_counter()
-        for number, model in enumerate(models):
+        for number, model in enumerate(models, first):
             store.add(f"model{number}", model, policy=policy)
         return time.perf_counter() - started
 
@@ -319,17 +319,24 @@ def _adds(
                     times.append(added(place(), models, policy))
                 theirs.append(RAW[name](place(), models))
             for times, policy in zip(ours, policies, strict=True):
-                yield Row(
-                    case=f"{name}: {size / 1e9:.2f} GB, {what}, {policy.name}",
-                    peer="raw tensors as blobs",
-                    unit="s",
-                    ours=statistics.median(times),
-                    theirs=statistics.median(theirs),
-                    ratio=statistics.median(theirs) / statistics.median(times),
-                    spread=max(_spread(times), _spread(theirs)),
-                    rounds=ADD_ROUNDS,
-                    target=target,
-                )
+                case = f"{name}: {size / 1e9:.2f} GB, {what}, {policy.name}"
+                yield _row(case, "raw tensors as blobs", times, theirs, target)
+
+
+def _row(
+    case: str, peer: str, ours: list[float], theirs: list[float], target: float | None = None
+) -> Row:
+    return Row(
+        case=case,
+        peer=peer,
+        unit="s",
+        ours=statistics.median(ours),
+        theirs=statistics.median(theirs),
+        ratio=statistics.median(theirs) / statistics.median(ours),
+        spread=max(_spread(ours), _spread(theirs)),
+        rounds=ADD_ROUNDS,
+        target=target,
+    )
 
 
 def _spread(times: list[float]) -> float:
@@ -358,22 +365,10 @@ def adds_beside(_: float) -> Iterator[Row]:
                     many = {"w": rng.standard_normal((BESIDE // 128, 4096), np.float32)}
                     store.add(f"many{number}", many, policy=Exact(), block_shape=(8, 8))
             for number, model in enumerate(models):
-                with pydedup.open(large) as store:
-                    started = time.perf_counter()
-                    store.add(f"model{number}", model, policy=Exact())
-                    beside.append(time.perf_counter() - started)
+                beside.append(added(large, [model], Exact(), first=number))
                 alone.append(added(place(), [model], Exact()))
-            yield Row(
-                case=f"{name}: 105 MB, exact, beside {BESIDE:,} blocks",
-                peer="into an empty store",
-                unit="s",
-                ours=statistics.median(beside),
-                theirs=statistics.median(alone),
-                ratio=statistics.median(alone) / statistics.median(beside),
-                spread=max(_spread(beside), _spread(alone)),
-                rounds=ADD_ROUNDS,
-                target=None,
-            )
+            case = f"{name}: 105 MB, exact, beside {BESIDE:,} blocks"
+            yield _row(case, "into an empty store", beside, alone)
 
 
 if __name__ == "__main__":

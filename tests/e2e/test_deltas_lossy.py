@@ -49,6 +49,16 @@ def test_bounded_keeps_every_block_within_its_error(store: pydedup.Store, bound:
     assert same(store.load("base"), base)
 
 
+def added_beside(
+    store: pydedup.Store, base: Model, model: Model, policy: policies.Policy, *, joint: bool
+) -> pydedup.AddReport:
+    """Add a model after its relative, or with it in one call."""
+    if joint:
+        return store.add_many({"base": base, "m": model}, policy=policy)[1]
+    store.add("base", base, policy=policies.Exact())
+    return store.add("m", model, policy=policy)
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_all_small_tensors_of_a_relative_are_compared(store: pydedup.Store, joint: bool) -> None:
     """They are matched together; those behind the first 32 blocks had no candidate by their place.
@@ -59,12 +69,7 @@ def test_all_small_tensors_of_a_relative_are_compared(store: pydedup.Store, join
     base = {f"w{i}": rng.standard_normal((192, 256)).astype(np.float32) for i in range(8)}
     noise = {name: rng.standard_normal(w.shape).astype(np.float32) for name, w in base.items()}
     model = {name: w + np.float32(0.4) * noise[name] for name, w in base.items()}
-    policy = policies.Bounded(0.03)
-    if joint:
-        _, report = store.add_many({"base": base, "m": model}, policy=policy)
-    else:
-        store.add("base", base, policy=policies.Exact())
-        report = store.add("m", model, policy=policy)
+    report = added_beside(store, base, model, policies.Bounded(0.03), joint=joint)
     assert report.delta_blocks == report.blocks == 96
 
 
@@ -82,12 +87,7 @@ def test_a_relative_under_another_prefix_is_compared_by_position(
         prefixes[1] + name: w + 0.4 * rng.standard_normal(shape).astype("f4")
         for name, w in layers.items()
     }
-    policy = policies.Bounded(0.03)
-    if joint:
-        _, report = store.add_many({"base": base, "m": model}, policy=policy)
-    else:
-        store.add("base", base, policy=policies.Exact())
-        report = store.add("m", model, policy=policy)
+    report = added_beside(store, base, model, policies.Bounded(0.03), joint=joint)
     assert report.delta_blocks == report.blocks
 
 
@@ -101,12 +101,8 @@ def test_a_tensor_that_a_relative_has_not_makes_it_no_stranger(
     base = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
     head = {"lm_head.weight": rng.standard_normal((768, 512)).astype("f4")}
     rest = {n: w + 0.4 * rng.standard_normal(w.shape).astype("f4") for n, w in base.items()}
-    policy = policies.Bounded(0.03)
-    if joint:
-        _, report = store.add_many({"base": base, "m": {**head, **rest}}, policy=policy)
-    else:
-        store.add("base", base)
-        report = store.add("m", {**head, **rest}, policy=policy)
+    model = {**head, **rest}
+    report = added_beside(store, base, model, policies.Bounded(0.03), joint=joint)
     assert report.delta_blocks == 160
     assert report.blocks == 256
 

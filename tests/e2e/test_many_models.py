@@ -40,21 +40,28 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return list(copies.values())
 
 
-def rows_read(store: pydedup.Store, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Return how many rows the database gave for what is asked."""
+def statements(
+    store: pydedup.Store, run: str, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, Any]]:
+    """Return what a method of the adapter ran for what is asked, and what it answered."""
     adapter: Any = store._adapter
-    counts: list[int] = []
-    query = adapter._query
+    noted: list[tuple[str, Any]] = []
+    original = getattr(adapter, run)
 
-    def counting(sql: str, parameters: Any = ()) -> Any:
-        rows = query(sql, parameters)
-        counts.append(len(rows))
-        return rows
+    def noting(sql: str, parameters: Any = ()) -> Any:
+        answer = original(sql, parameters)
+        noted.append((sql, answer))
+        return answer
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter, "_query", counting)
+        patch.setattr(adapter, run, noting)
         ask(store)
-    return sum(counts)
+    return noted
+
+
+def rows_read(store: pydedup.Store, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how many rows the database gave for what is asked."""
+    return sum(len(rows) for _, rows in statements(store, "_query", ask, monkeypatch))
 
 
 ABOUT_ONE: dict[str, Ask] = {
@@ -203,17 +210,7 @@ def family(store_url: str) -> Callable[[int], pydedup.Store]:
 
 def of_models(store: pydedup.Store, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return how many statements ask for tensors or block maps of models."""
-    adapter: Any = store._adapter
-    asked: list[str] = []
-    query = adapter._query
-
-    def noting(sql: str, parameters: Any = ()) -> Any:
-        asked.append(sql)
-        return query(sql, parameters)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(adapter, "_query", noting)
-        ask(store)
+    asked = [sql for sql, _ in statements(store, "_query", ask, monkeypatch)]
     columns = ("model_id, ordinal, name, dtype", "payload FROM")
     return sum("ordinal" in sql and any(some in sql for some in columns) for sql in asked)
 
@@ -255,17 +252,10 @@ def test_block_maps_of_a_model_are_replaced_together(
         store.add("a", {**shared, **own})
         store.add("b", {**shared, "own": rng.standard_normal((32, 32), np.float32)})
         store.remove("a")
-        adapter: Any = store._adapter
-        asked: list[str] = []
-        write = adapter._write
-
-        def noting(sql: str, parameters: Any = ()) -> Any:
-            asked.append(sql)
-            return write(sql, parameters)
-
-        monkeypatch.setattr(adapter, "_write", noting)
-        assert store.vacuum().rewritten_pages > 0
-        deleted = [sql for sql in asked if "block_maps" in sql and sql.startswith("DELETE")]
+        reports: list[Any] = []
+        asked = statements(store, "_write", lambda s: reports.append(s.vacuum()), monkeypatch)
+        assert reports[0].rewritten_pages > 0
+        deleted = [sql for sql, _ in asked if "block_maps" in sql and sql.startswith("DELETE")]
         assert len(deleted) == 1
         assert np.array_equal(store.load("b")["w7"], shared["w7"])
         assert store.verify().ok
