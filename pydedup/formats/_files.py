@@ -89,9 +89,9 @@ class RawFile:
 
     def close(self) -> None:
         """Close the file; arrays from it stay valid."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # first: an interrupt before it would have it closed twice
+        if fd >= 0:
+            os.close(fd)
 
     def __del__(self) -> None:
         self.close()

@@ -282,3 +282,30 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
         with contextlib.suppress(FormatError):
             open_source(path).close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_an_interrupt_while_closing_closes_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.safetensors"
+    MAKERS["safetensors"](path)
+    source = open_source(path)
+    closed: list[int] = []
+    close = os.close
+
+    def interrupted(fd: int) -> None:
+        close(fd)
+        closed.append(fd)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            source.close()
+    # The number is another file's by now, as in a thread of a server.
+    other = os.open(path, os.O_RDONLY)
+    assert closed == [other]
+    source.close()
+    del source
+    assert os.read(other, 1) == path.read_bytes()[:1]
+    os.close(other)
