@@ -59,15 +59,17 @@ class Job:
 
         self._id = uuid.uuid4().hex
         self._beaten = time.monotonic()
+        #: The models that it is staging.
+        self.model_ids: Sequence[int] = ()
         self._beside = beside
         # Bytes that were staged since all was settled, and those that somebody beside began with.
         self._unsettled = self._begun = 0
         self._settling: Future[None] | None = None
 
-    def beat(self, model_ids: Sequence[int] = ()) -> None:
-        """Say that this process is at it, staging these models; inside a transaction."""
+    def beat(self) -> None:
+        """Say that this process is at it; inside a transaction."""
         process = _identity(os.getpid())
-        spec = json.dumps({"kind": self._kind, "models": list(model_ids), "process": process})
+        spec = json.dumps({"kind": self._kind, "models": list(self.model_ids), "process": process})
         self._adapter.put_job(self._id, spec, repr(time.time()), "running")
         self._beaten = time.monotonic()
 
@@ -115,14 +117,14 @@ class Job:
         if self._settling is not None:
             wait([self._settling])
 
-    def keep_alive(self, model_ids: Sequence[int] = ()) -> None:
+    def keep_alive(self) -> None:
         """Beat once a minute, in a transaction of its own: for where nothing is written for long.
 
         Cheap enough for every turn of a loop.
         """
         if time.monotonic() - self._beaten > _BEAT_SECONDS:
             with self.staging():
-                self.beat(model_ids)
+                self.beat()
 
     def connect(self) -> None:
         """See to it that this thread has a connection. Raises UnavailableError."""

@@ -67,8 +67,6 @@ class PageWriter:
         Has the blocks; frozen.
     layout
         The pages: per page, block numbers in slot order.
-    beat
-        Called in each transaction: a sign of life.
     advance
         Called with bytes of pages that were written.
 
@@ -88,12 +86,10 @@ class PageWriter:
         spool: Spool,
         layout: _Group,
         workers: Workers | None,
-        beat: Callable[[], None],
         advance: Callable[[int], None] | None,
     ) -> None:
         self._job = job
         self._spool = spool
-        self._beat = beat
         self._advance = advance
         self._groups = [
             layout[start : start + _PAGES_PER_TRANSACTION]
@@ -145,7 +141,7 @@ class PageWriter:
         for group, images in zip(self._groups, self._images(), strict=True):
             with self._job.staging():
                 ids = self._write_pages(group, images)
-                self._beat()
+                self._job.beat()
             self.page_ids.extend(ids)  # only now: ids of one that failed may become another's
             self._note_written(group)
 
@@ -164,8 +160,7 @@ class PageWriter:
             if refused is not None:
                 _LOG.warning("this add goes on with one connection: %s", refused)
                 at_once = 1
-            with self._job.staging():
-                self._beat()
+            self._job.keep_alive()
             for group, page_ids in some:
                 self._note_places(group, page_ids)
                 self._note_written(group)

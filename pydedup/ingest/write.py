@@ -89,12 +89,7 @@ class Stager:
         self._segments = matcher.candidates if segments is None else segments
         self._advance = advance
         beside = workers.waiting if workers is not None and workers.are_several else None
-        job = self._job = Job(matcher.adapter, kind, beside)
-
-        def beat() -> None:  # without self: a circle would keep what was added in memory
-            job.beat([model.model_id for model in models])
-
-        self._beat = beat
+        self._job = Job(matcher.adapter, kind, beside)
         self._has_begun = False
         #: Of each model that is staged its certificate, and what its block maps and pages are.
         self._recorded: dict[int, _Recorded] = {}
@@ -125,14 +120,16 @@ class Stager:
                 self._recorded.clear()
                 for model in self.models:
                     model.model_id = self._insert_model(model)
+                self._job.model_ids = [model.model_id for model in self.models]
                 if pages.is_small:
                     pages.write_small(images)
                     self._insert(next(rows, []))
-                self._beat()
+                self._job.beat()
         except BaseException:
             # Ids of a transaction that failed may become another writer's.
             for model in self.models:
                 model.model_id = 0
+            self._job.model_ids = ()
             pages.forget()
             raise
         if pages.is_small:
@@ -145,7 +142,7 @@ class Stager:
                 if not self._adapter.update_model(self.models[0].model_id, state=STAGING):
                     return False
                 self._insert(batch)
-                self._beat()
+                self._job.beat()
         return True
 
     def discard(self) -> None:
@@ -167,6 +164,7 @@ class Stager:
                     drop_segment(adapter, model.model_id)
                     adapter.delete_model(model.model_id)
                 model.model_id = 0
+        self._job.model_ids = ()
         self._job.discard(self.page_ids)
         self._pages.forget()
 
@@ -209,12 +207,10 @@ class Stager:
 
     def keep_alive(self) -> None:
         """Say that this is still going on, where nothing is written for long."""
-        self._job.keep_alive([model.model_id for model in self.models])
+        self._job.keep_alive()
 
     def _page_writer(self, layout: Sequence[NDArray[np.int64]]) -> PageWriter:
-        return PageWriter(
-            self._job, self.matcher.spool, layout, self._workers, self._beat, self._advance
-        )
+        return PageWriter(self._job, self.matcher.spool, layout, self._workers, self._advance)
 
     def _insert_model(self, model: StagedModel) -> int:
         row = model.row()
