@@ -39,6 +39,8 @@ from pydedup.types import GRAPH_ARTIFACT, TensorInfo
 __all__ = ["SourceHashes", "StoredModel", "grid_of"]
 
 _HASHES_PER_READ: Final = 16 * 1024
+#: Block maps that are read one by one: whoever asks for more of a model goes through it.
+_READ_SINGLY: Final = 4
 _MAP_ADVICE: Final = "remove the model and add it again, or restore a backup"
 
 
@@ -73,6 +75,8 @@ class StoredModel:
         self._expect = expect
         self._parse_parts = BlockMap.from_parts if parsed is None else parsed.parse
         self._maps: dict[int, BlockMap] = {}
+        #: Parts of all maps, but for those that were taken; None as long as they are read singly.
+        self._parts: dict[int, list[bytes]] | None = None
         self._graph: Graph | None = None
         self._layers_key: object = None
         #: How often its block maps were forgotten: its pages are the same as long as this is.
@@ -162,16 +166,27 @@ class StoredModel:
         ordinal = self._ordinal[name]
         block_map = self._maps.get(ordinal)
         if block_map is None:
-            block_map = self._parse(ordinal, self._adapter.block_map(self.row.id, ordinal))
+            block_map = self._parse(ordinal, self._parts_of(ordinal))
         return block_map
+
+    def _parts_of(self, ordinal: int) -> Sequence[bytes]:
+        all_parts = self._parts  # which another thread may refresh
+        if all_parts is None and len(self._maps) >= _READ_SINGLY:
+            all_parts = self._parts = self._all_parts()
+        parts = None if all_parts is None else all_parts.pop(ordinal, None)
+        return self._adapter.block_map(self.row.id, ordinal) if parts is None else parts
+
+    def _all_parts(self) -> dict[int, list[bytes]]:
+        parts: dict[int, list[bytes]] = {}
+        for ordinal, part in self._source.block_maps(self.row.id):
+            parts.setdefault(ordinal, []).append(part)
+        return parts
 
     def block_maps(self) -> list[BlockMap]:
         """Return the block maps of all tensors, in order; all that miss are read at once."""
         maps = dict(self._maps)  # which another thread may refresh
         if len(maps) < len(self.tensors):
-            parts: dict[int, list[bytes]] = {}
-            for ordinal, part in self._source.block_maps(self.row.id):
-                parts.setdefault(ordinal, []).append(part)
+            parts = self._all_parts()
             for ordinal in range(len(self.tensors)):
                 if ordinal not in maps:
                     maps[ordinal] = self._parse(ordinal, parts.get(ordinal, []))
@@ -219,6 +234,7 @@ class StoredModel:
     def refresh(self) -> None:
         """Forget the block maps: a vacuum has moved blocks."""
         self._maps.clear()
+        self._parts = None
         self.state += 1
 
     @property

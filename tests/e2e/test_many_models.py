@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pydedup
 from pydedup.adapter import LIVE, ModelRow
 from pydedup.catalog import ahead, aliases, catalog
 from pydedup.errors import ArgumentError, NotFoundError
+from pydedup.policies import Exact
 
 Ask = Callable[[pydedup.Store], object]
 
@@ -213,6 +215,61 @@ def of_models(store: pydedup.Store, ask: Ask, monkeypatch: pytest.MonkeyPatch) -
     asked = [sql for sql, _ in statements(store, "_query", ask, monkeypatch)]
     columns = ("model_id, ordinal, name, dtype", "payload FROM")
     return sum("ordinal" in sql and any(some in sql for some in columns) for sql in asked)
+
+
+GOES_THROUGH: dict[str, Callable[[pydedup.Store, str, Any], object]] = {
+    "load": lambda store, name, near: store.load(name),
+    "add": lambda store, name, near: store.add(f"near {name}", near),
+}
+
+
+@pytest.mark.parametrize("ask", GOES_THROUGH.values(), ids=GOES_THROUGH)
+def test_whoever_goes_through_a_model_reads_its_block_maps_at_once(
+    store_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    ask: Callable[[pydedup.Store, str, Any], object],
+) -> None:
+    """A server was waited for once for each tensor."""
+
+    def noting(noted: list[str], original: Callable[..., Any], *of: int) -> Any:
+        noted.append(original.__name__)
+        return original(*of)
+
+    rng = np.random.default_rng(0)
+    asked: list[list[str]] = []
+    for tensors in (8, 24):
+        shape = (64, 64 + tensors)  # so that one model is nothing to the other
+        base = {f"w{i}": rng.standard_normal(shape, np.float32) for i in range(tensors)}
+        near = {name: values + np.float32(1e-3) for name, values in base.items()}
+        with pydedup.open(store_url) as store:
+            store.add(f"m{tensors}", base)
+        asked.append([])
+        with pydedup.open(store_url) as store:
+            for method in ("block_map", "block_maps"):
+                original = getattr(store._adapter, method)
+                monkeypatch.setattr(store._adapter, method, partial(noting, asked[-1], original))
+            ask(store, f"m{tensors}", near)
+    assert asked[0] == asked[1]
+    assert asked[0].count("block_maps") == 1
+
+
+def test_block_maps_that_were_read_at_once_may_have_moved_when_they_are_wanted(
+    path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    kept = {f"w{i}": rng.standard_normal((256, 256), np.float32) for i in range(12)}
+    gone = {f"v{i}": rng.standard_normal((256, 256), np.float32) for i in range(12)}
+    with pydedup.open(path) as store, pydedup.open(path) as other:
+        other.add_many({"kept": kept, "gone": gone}, policy=Exact())
+        names = list(kept)
+        for name in names[:6]:
+            assert np.array_equal(store.tensor("kept", name).numpy(), kept[name])
+        before = store._catalog.model("kept").page_ids()
+        other.remove("gone")
+        other.vacuum()
+        assert set(before) != set(other._catalog.model("kept").page_ids())
+        for name in names[6:]:
+            assert np.array_equal(store.tensor("kept", name).numpy(), kept[name])
 
 
 def test_models_of_a_family_are_read_several_at_once(
