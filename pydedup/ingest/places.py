@@ -20,7 +20,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import by_page, joined, slot_entries, split_places
+from pydedup.layout import are_deltas, by_page, joined, slot_entries, split_places
 from pydedup.sets import distinct
 from pydedup.types import DType
 
@@ -72,6 +72,39 @@ class BlockReader:
         """Look at blocks, so that the stored table knows what they take and their dtypes."""
         for _ in self.windows(references):
             pass  # noted on the way
+
+    def beside(self, references: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return references of the blocks that come so many behind these: on the page, or spool.
+
+        `NO_BASE` where there is none, one of another dtype or shape, or a delta.
+        """
+        found = np.full(len(references), NO_BASE, np.int64)
+        new = np.flatnonzero(references >= 0)
+        numbers = references[new] + steps[new]
+        there = (numbers >= 0) & (numbers < self._spool.count)
+        found[new[there]] = numbers[there]
+        stored = np.flatnonzero(references < 0)
+        for rows, pages, page_index, slots in self.windows(references[stored]):
+            at = stored[rows]
+            counts = np.array([page.n_slots for page in pages], np.int64)[page_index]
+            inside = (slots + steps[at] >= 0) & (slots + steps[at] < counts)
+            at = at[inside]
+            places = self._stored.places(references[at]) + steps[at]
+            found[at] = self._stored.references_at(places)
+        given = np.flatnonzero(found != NO_BASE)
+        mine, its = self._entries(references[given]), self._entries(found[given])
+        alike = ~are_deltas(its["encoding"])
+        for column in ("dtype", "rows", "cols"):
+            alike &= its[column] == mine[column]
+        found[given[~alike]] = NO_BASE
+        return found
+
+    def _entries(self, references: NDArray[np.int64]) -> NDArray[np.void]:
+        """Return the slot of each block."""
+        entries = np.empty(len(references), codec.SLOT_DTYPE)
+        for rows, pages, page_index, slots in self.windows(references):
+            entries[rows] = slot_entries(pages, page_index, slots)
+        return entries
 
     def dtypes_of(self, references: NDArray[np.int64]) -> list[DType]:
         """Return the dtype of each block."""

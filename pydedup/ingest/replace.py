@@ -27,10 +27,11 @@ from pydedup.ingest.aligned import ByPosition
 from pydedup.ingest.candidates import can_be_delta
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks
 from pydedup.ingest.match import Matcher, pieces_of
+from pydedup.ingest.pairs import Pairs, best_pairs, exact_distances, pairs_of
 from pydedup.ingest.places import by_shape, stack_blocks, values_of
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
-from pydedup.ingest.similar import Pairs, best_pairs, exact_distances, farthest_base, pairs_of
+from pydedup.ingest.similar import farthest_base
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.trial import changes
 from pydedup.similarity import magnitude
@@ -194,7 +195,7 @@ class _Tensor:
         levels: list[list[_Level]] = [[] for _ in numbers]
         rest = self._as_before(numbers, shape, plain, levels)
         near = self._aligned(numbers)
-        taken = self._as_others(blocks, near, plain, rest, levels)
+        taken = self._as_others(blocks, numbers, near, plain, rest, levels)
         self._aligned.note((near == taken) & (near != NO_BASE))
         for row, number in enumerate(numbers.tolist()):
             if not levels[row]:
@@ -236,6 +237,7 @@ class _Tensor:
     def _as_others(
         self,
         blocks: MatrixView,
+        numbers: NDArray[np.int64],
         aligned: NDArray[np.int64],
         plain: NDArray[np.int64],
         rest: NDArray[np.bool_],
@@ -244,7 +246,7 @@ class _Tensor:
         """Offer the nearest stored block, and quantised deltas on it; return its reference."""
         # Bases of deltas may be farther than what is shared.
         limit = max(self._farthest, farthest_base(self._farthest))
-        pairs = pairs_of(self._matcher.similar.pairs(blocks, limit, aligned), rest)
+        pairs = pairs_of(self._matcher.similar.pairs(blocks, numbers, limit, aligned), rest)
         away = [exact_distances(blocks, some, limit) for some in pairs]
         least, best = best_pairs(pairs, away, len(plain))
         taken = np.full(len(plain), NO_BASE, np.int64)

@@ -10,17 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.arguments import as_dtype
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks, replaced
+from pydedup.ingest.pairs import (
+    Columns,
+    Pairs,
+    best_pairs,
+    distinct_pairs,
+    exact_distances,
+    measured,
+    pairs_of,
+)
 from pydedup.ingest.places import BlockReader, as_stack, by_shape, stack_blocks, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
@@ -30,13 +37,9 @@ from pydedup.types import DType
 __all__ = [
     "Kept",
     "LookedAt",
-    "Pairs",
     "Similar",
-    "best_pairs",
-    "exact_distances",
     "farthest_base",
     "look_at",
-    "pairs_of",
 ]
 
 # Candidates of one dtype that are looked at.
@@ -114,69 +117,6 @@ def look_at(
     return LookedAt(encoded, stacks)
 
 
-@dataclass(slots=True)
-class Pairs:
-    """Pairs of a stacked block and a candidate for it, all of one dtype.
-
-    Attributes
-    ----------
-    rows
-        The number of the block in its stack, ascending.
-    references
-        Of the candidate.
-    estimates
-        Of the relative L2 distance between the two.
-    bases
-        The distinct candidates, stacked.
-    base_index
-        Which of ``bases`` the candidate is.
-    """
-
-    rows: NDArray[np.int64]
-    references: NDArray[np.int64]
-    estimates: NDArray[np.float64]
-    bases: MatrixView
-    base_index: NDArray[np.int64]
-
-    def select(self, entries: NDArray[np.int64]) -> Pairs:
-        """Return some of the pairs."""
-        return Pairs(
-            self.rows[entries],
-            self.references[entries],
-            self.estimates[entries],
-            self.bases,
-            self.base_index[entries],
-        )
-
-
-def pairs_of(pairs: Sequence[Pairs], wanted: NDArray[np.bool_]) -> list[Pairs]:
-    """Return the pairs of blocks that are wanted, by row; none without any."""
-    chosen = (some.select(np.flatnonzero(wanted[some.rows])) for some in pairs)
-    return [some for some in chosen if len(some.rows)]
-
-
-def best_pairs(
-    pairs: Sequence[Pairs], costs: Sequence[NDArray[Any]], count: int
-) -> tuple[NDArray[np.float64], list[Pairs]]:
-    """Return the least cost of each of ``count`` rows, and of all pairs those that have it.
-
-    Infinity for rows without a pair that costs less; of several, the first.
-    """
-    least = np.full(count, np.inf)
-    choice = np.full((count, 2), -1, np.int64)  # which of pairs, which entry of it
-    for number, (some, cost) in enumerate(zip(pairs, costs, strict=True)):
-        for entry, row in enumerate(some.rows.tolist()):
-            if cost[entry] < least[row]:
-                least[row] = cost[entry]
-                choice[row] = number, entry
-    best = [some.select(choice[choice[:, 0] == number, 1]) for number, some in enumerate(pairs)]
-    return least, [some for some in best if len(some.rows)]
-
-
-# Rows, references and estimates of pairs.
-_Columns = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
-
-
 class Similar:
     """Finds what to do with blocks that no other is identical to."""
 
@@ -214,7 +154,7 @@ class Similar:
             errors=np.zeros(count),
         )
         for at, blocks in looked.stacks:
-            self._improve(kept, blocks, at, policy, aligned[:, at])
+            self._improve(kept, blocks, at, indices[at], policy, aligned[:, at])
             kept.stacks.append((at, blocks))
         if deltas:
             _take(kept, [(i, deltas[n]) for i, n in enumerate(indices.tolist()) if n in deltas])
@@ -230,51 +170,106 @@ class Similar:
             if len(rows):
                 self._candidates.add(_rows_of(blocks, rows), numbers[at[rows]])
 
-    def pairs(self, blocks: MatrixView, farthest: float, aligned: NDArray[np.int64]) -> list[Pairs]:
+    def pairs(
+        self,
+        blocks: MatrixView,
+        numbers: NDArray[np.int64],
+        farthest: float,
+        aligned: NDArray[np.int64],
+    ) -> list[Pairs]:
         """Return the candidates of stacked blocks that seem to be at most that far away.
 
-        ``aligned`` are references of k further ones (aligned.py), int64 (k, n), or `NO_BASE`.
+        ``numbers`` are those of the blocks in their matrix, ascending. ``aligned`` are references
+        of k further candidates (aligned.py), int64 (k, n), or `NO_BASE`.
         """
-        shape = blocks.grid.block_shape
-        found: dict[DType, list[_Columns]] = {}
+        found: dict[DType, list[Columns]] = {}
         for dtype, ids, estimates in self._candidates.query(blocks, _NEAREST):
             rows, columns = np.nonzero(estimates <= farthest)
             if len(rows):
                 references = self._candidates.references(ids[rows, columns])
                 column = (rows, references, estimates[rows, columns])
                 found.setdefault(dtype, []).append(column)
-        for references in aligned:
-            given = np.flatnonzero(references != NO_BASE)
-            dtypes = self._reader.dtypes_of(references[given])
+        self._add_given(found, blocks, aligned)
+        pairs = self._pairs(found, blocks, farthest)
+        near = pairs
+        if not blocks.dtype.has_distances:
+            # What is at their place was not measured, and may be anything.
+            near = [some.select(np.flatnonzero(some.estimates > 0)) for some in pairs]
+        beside = self._beside(near, numbers)
+        beside[(beside[:, None] == aligned).any(axis=1)] = NO_BASE
+        found = {}
+        self._add_given(found, blocks, beside)
+        return [*pairs, *self._pairs(found, blocks, farthest)]
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _add_given(
+        self,
+        found: dict[DType, list[Columns]],
+        blocks: MatrixView,
+        given: NDArray[np.int64],
+    ) -> None:
+        """Add candidates that are not measured yet, references int64 (k, n), or `NO_BASE`."""
+        for references in given:
+            there = np.flatnonzero(references != NO_BASE)
+            dtypes = self._reader.dtypes_of(references[there])
             for dtype in (one for one in blocks.dtype.base_dtypes if one in dtypes):
-                rows = given[[i for i, d in enumerate(dtypes) if d is dtype]]
+                rows = there[[i for i, d in enumerate(dtypes) if d is dtype]]
                 column = (rows, references[rows], np.full(len(rows), np.nan))
                 found.setdefault(dtype, []).append(column)
+
+    def _pairs(
+        self, found: Mapping[DType, Sequence[Columns]], blocks: MatrixView, farthest: float
+    ) -> list[Pairs]:
+        """Read candidates, and return those that seem to be at most that far away."""
         pairs = []
         for dtype, columns_of in found.items():
-            rows, chosen, estimates = _distinct(columns_of)
+            rows, chosen, estimates = distinct_pairs(columns_of)
             if not len(rows):
                 continue
             distinct, base_index = np.unique(chosen, return_inverse=True)
-            bases = self._reader.read(distinct, dtype, shape)
+            bases = self._reader.read(distinct, dtype, blocks.grid.block_shape)
             some = Pairs(rows, chosen, estimates, bases, base_index)
             unknown = np.flatnonzero(np.isnan(estimates))
-            some.estimates[unknown] = _measured(blocks, some, unknown)
+            some.estimates[unknown] = measured(blocks, some, unknown)
             pairs.append(some.select(np.flatnonzero(some.estimates <= farthest)))
         return pairs
 
-    # ---- inside -------------------------------------------------------------------------------
+    def _beside(self, pairs: Sequence[Pairs], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return candidates for blocks without any, references int64 (k, n), or `NO_BASE`.
+
+        Blocks of a tensor lie on its pages in their order. So what lies beside the candidate of a
+        block near by is the one, under whatever name, where that is too far for the index to find
+        it for certain.
+        """
+        has_one = np.zeros(len(numbers), np.bool_)
+        for some in pairs:
+            has_one[some.rows] = True
+        known, rest = np.flatnonzero(has_one), np.flatnonzero(~has_one)
+        if not len(known) or not len(rest):
+            return np.empty((0, len(numbers)), np.int64)
+        nearest = np.empty(len(numbers), np.int64)
+        for some in best_pairs(pairs, [one.estimates for one in pairs], len(numbers))[1]:
+            nearest[some.rows] = some.references
+        found = np.full((2, len(numbers)), NO_BASE, np.int64)
+        behind = np.searchsorted(known, rest)
+        for row, which in zip(found, (behind - 1, behind), strict=True):
+            there = np.flatnonzero((which >= 0) & (which < len(known)))
+            at, anchors = rest[there], known[which[there]]
+            row[at] = self._reader.beside(nearest[anchors], numbers[at] - numbers[anchors])
+        return found
 
     def _improve(
         self,
         kept: Kept,
         blocks: MatrixView,
         at: NDArray[np.int64],
+        numbers: NDArray[np.int64],
         policy: Policy,
         aligned: NDArray[np.int64],
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
-        pairs = self.pairs(blocks, farthest_base(policy.max_rel_error), aligned)
+        pairs = self.pairs(blocks, numbers, farthest_base(policy.max_rel_error), aligned)
         if policy.max_rel_error > 0 and blocks.dtype.has_distances:
             for some in pairs:
                 if some.bases.dtype == blocks.dtype:
@@ -335,44 +330,6 @@ class Similar:
             away = distances(values_of(blocks)[rows[lossy]], values_of(content)).relative_l2
             kept.errors[where] = np.minimum(upper_bounds(away), bound or np.inf)
         kept.encoded = replaced(kept.encoded, places, deltas, good)
-
-
-def _distinct(columns: Sequence[_Columns]) -> _Columns:
-    """Return pairs without repeats, by row; of repeats the first."""
-    rows, references, estimates = (
-        np.concatenate([column[i] for column in columns]) for i in range(3)
-    )
-    order = np.lexsort((references, rows))  # stable, so the first of repeats stays the first
-    rows, references = rows[order], references[order]
-    is_first = np.ones(len(order), np.bool_)
-    is_first[1:] = (np.diff(rows) != 0) | (np.diff(references) != 0)
-    return rows[is_first], references[is_first], estimates[order][is_first]
-
-
-def _measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the distances of some pairs; bases of another dtype are rounded to the block's.
-
-    Of dtypes without distances each is 0: what its delta would take decides about a pair.
-    """
-    if not len(entries) or not blocks.dtype.has_distances:
-        return np.zeros(len(entries))
-    chosen = pairs.select(entries)
-    bases = as_dtype(values_of(pairs.bases), blocks.dtype.numpy)
-    pair = chosen.rows, chosen.base_index
-    return distances(values_of(blocks), bases, pairs=pair).relative_l2
-
-
-def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[np.float64]:
-    """Return an upper bound of the relative L2 distance of each pair, infinity above ``limit``.
-
-    For blocks of another dtype than their candidates it is an estimate.
-    """
-    if pairs.bases.dtype != blocks.dtype:
-        return np.where(pairs.estimates <= limit, pairs.estimates, np.inf)
-    values, bases = values_of(blocks), values_of(pairs.bases)
-    pair = pairs.rows, pairs.base_index
-    away = upper_bounds(distances(values, bases, limit=limit, pairs=pair).relative_l2)
-    return np.where(away <= limit, away, np.inf)
 
 
 def _take(kept: Kept, chosen: Sequence[tuple[int, Delta]]) -> None:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs of a block and a candidate to share or to be a delta on: measured, and the best chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.arguments import as_dtype
+from pydedup.blocks import MatrixView
+from pydedup.ingest.places import values_of
+from pydedup.similarity import distances, upper_bounds
+
+__all__ = [
+    "Columns",
+    "Pairs",
+    "best_pairs",
+    "distinct_pairs",
+    "exact_distances",
+    "measured",
+    "pairs_of",
+]
+
+#: Rows, references and estimates of pairs.
+Columns: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+
+
+@dataclass(slots=True)
+class Pairs:
+    """Pairs of a stacked block and a candidate for it, all of one dtype.
+
+    Attributes
+    ----------
+    rows
+        The number of the block in its stack, ascending.
+    references
+        Of the candidate.
+    estimates
+        Of the relative L2 distance between the two.
+    bases
+        The distinct candidates, stacked.
+    base_index
+        Which of ``bases`` the candidate is.
+    """
+
+    rows: NDArray[np.int64]
+    references: NDArray[np.int64]
+    estimates: NDArray[np.float64]
+    bases: MatrixView
+    base_index: NDArray[np.int64]
+
+    def select(self, entries: NDArray[np.int64]) -> Pairs:
+        """Return some of the pairs."""
+        return Pairs(
+            self.rows[entries],
+            self.references[entries],
+            self.estimates[entries],
+            self.bases,
+            self.base_index[entries],
+        )
+
+
+def pairs_of(pairs: Sequence[Pairs], wanted: NDArray[np.bool_]) -> list[Pairs]:
+    """Return the pairs of blocks that are wanted, by row; none without any."""
+    chosen = (some.select(np.flatnonzero(wanted[some.rows])) for some in pairs)
+    return [some for some in chosen if len(some.rows)]
+
+
+def best_pairs(
+    pairs: Sequence[Pairs], costs: Sequence[NDArray[Any]], count: int
+) -> tuple[NDArray[np.float64], list[Pairs]]:
+    """Return the least cost of each of ``count`` rows, and of all pairs those that have it.
+
+    Infinity for rows without a pair that costs less; of several, the first.
+    """
+    least = np.full(count, np.inf)
+    choice = np.full((count, 2), -1, np.int64)  # which of pairs, which entry of it
+    for number, (some, cost) in enumerate(zip(pairs, costs, strict=True)):
+        for entry, row in enumerate(some.rows.tolist()):
+            if cost[entry] < least[row]:
+                least[row] = cost[entry]
+                choice[row] = number, entry
+    best = [some.select(choice[choice[:, 0] == number, 1]) for number, some in enumerate(pairs)]
+    return least, [some for some in best if len(some.rows)]
+
+
+def distinct_pairs(columns: Sequence[Columns]) -> Columns:
+    """Return pairs without repeats, by row; of repeats the first."""
+    rows, references, estimates = (
+        np.concatenate([column[i] for column in columns]) for i in range(3)
+    )
+    order = np.lexsort((references, rows))  # stable, so the first of repeats stays the first
+    rows, references = rows[order], references[order]
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = (np.diff(rows) != 0) | (np.diff(references) != 0)
+    return rows[is_first], references[is_first], estimates[order][is_first]
+
+
+def measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the distances of some pairs; bases of another dtype are rounded to the block's.
+
+    Of dtypes without distances each is 0: what its delta would take decides about a pair.
+    """
+    if not len(entries) or not blocks.dtype.has_distances:
+        return np.zeros(len(entries))
+    chosen = pairs.select(entries)
+    bases = as_dtype(values_of(pairs.bases), blocks.dtype.numpy)
+    pair = chosen.rows, chosen.base_index
+    return distances(values_of(blocks), bases, pairs=pair).relative_l2
+
+
+def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[np.float64]:
+    """Return an upper bound of the relative L2 distance of each pair, infinity above ``limit``.
+
+    For blocks of another dtype than their candidates it is an estimate.
+    """
+    if pairs.bases.dtype != blocks.dtype:
+        return np.where(pairs.estimates <= limit, pairs.estimates, np.inf)
+    values, bases = values_of(blocks), values_of(pairs.bases)
+    pair = pairs.rows, pairs.base_index
+    away = upper_bounds(distances(values, bases, limit=limit, pairs=pair).relative_l2)
+    return np.where(away <= limit, away, np.inf)
