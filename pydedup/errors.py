@@ -110,7 +110,15 @@ class QuotaError(PydedupError):
 
 
 class BudgetError(PydedupError, MemoryError):
-    """The memory budget does not allow the request."""
+    """The memory budget does not allow the request.
+
+    Attributes
+    ----------
+    never
+        Whether it surely never will, whatever else is in use. Where it is not known, False.
+    """
+
+    never: bool = False
 
 
 class EvaluationError(PydedupError):

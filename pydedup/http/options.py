@@ -55,7 +55,7 @@ class ServeOptions:
     Raises
     ------
     ArgumentError
-        For a number that is none, or not in its range.
+        For a number that is none, or not in its range, or an empty host.
     """
 
     host: str = "127.0.0.1"
@@ -80,6 +80,10 @@ class ServeOptions:
             if not is_number or isinstance(value, bool) or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
                 raise ArgumentError(f"{name} is {value!r}; it must be {kind}, {low:g} to {high:g}")
+        if not self.host.strip():  # an empty one would be all addresses
+            raise ArgumentError(
+                f"host is {self.host!r}; it must be a name or an address, 0.0.0.0 for all of them"
+            )
 
     def __repr__(self) -> str:
         return f"ServeOptions({self.host!r}, {self.port})"  # without the token

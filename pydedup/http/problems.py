@@ -61,6 +61,8 @@ def problem_of(error: BaseException) -> HttpError:
         # Where the database is, and what it says, is for the log.
         said = "the database cannot be reached; try again soon"
         return busy(said, cause=error)
+    if isinstance(error, BudgetError) and error.never:
+        return HttpError(501, text, "unsupported")
     if isinstance(error, (BudgetError, MemoryError)):
         said = text if isinstance(error, BudgetError) else "not enough memory for this request"
         return busy(said)

@@ -146,9 +146,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Take a port, which nobody else may share. Raises OSError, and ArgumentError for the host."""
     place = f"{host}, port {port}"
     try:
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise OSError(error.errno, f"cannot listen on {place}: {error.strerror}") from error
     except UnicodeError:  # an empty label, or one that is too long

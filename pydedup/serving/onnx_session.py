@@ -99,6 +99,8 @@ def run_onnx(
     if model.row.logical_bytes <= pool.memory_bytes:
         with runner.calls.hold(1), contextlib.suppress(BudgetError):
             return _run(runner, model, payload, tensor, pool, x)
+    else:  # others need neither wait nor make room for what is in vain
+        _check_that_it_may_fit(model, pool)
     # What others keep as long as they run may have left no room: once more, with nobody beside.
     with runner.alone():
         return _run(runner, model, payload, tensor, pool, x)
@@ -120,6 +122,27 @@ def import_onnxruntime() -> Any:
 
 
 # ---- inside -------------------------------------------------------------------------------------
+
+
+def _check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
+    """Raise BudgetError where the weights, equal ones once, are more than the whole budget."""
+    tensors = zip(model.block_maps(), model.tensors, strict=True)
+    needed = sum({_content(at, info.shape): info.nbytes for at, info in tensors}.values())
+    if needed > pool.memory_bytes:
+        error = _too_large(
+            model,
+            f"the budget has {pool.memory_bytes:,} bytes for pages and weights, and equal tensors "
+            f"counted once, they are {needed:,}; open the store with more memory",
+        )
+        error.never = True
+        raise error
+
+
+def _too_large(model: StoredModel, why: object) -> BudgetError:
+    return BudgetError(
+        f"{model.address} is run by ONNX Runtime, which needs all of its "
+        f"{model.row.logical_bytes:,} bytes of weights at once: {why}"
+    )
 
 
 def _run(
@@ -150,10 +173,7 @@ def _run(
             for name, kind in graph.weights.items()
         }
     except BudgetError as exc:
-        raise BudgetError(
-            f"{model.address} is run by ONNX Runtime, which needs all of its "
-            f"{model.row.logical_bytes:,} bytes of weights at once: {exc}"
-        ) from exc
+        raise _too_large(model, exc) from exc
     given.update((name, weight.value) for name, weight in held.items())
     try:
         found = session.runtime.run_with_ort_values(list(graph.outputs), given)

@@ -63,6 +63,7 @@ def test_what_cannot_start_says_why(
             (4, ["listen", str(port)], [store_url, "--port", port]),
             (4, ["listen on no.invalid, port 8000"], [store_url, "--host", "no.invalid"]),
             (2, ["'a..b' is no name of a host"], [store_url, "--host", "a..b"]),
+            (2, ["host is ''", "0.0.0.0"], [store_url, "--host", ""]),  # as of an unset variable
             (3, ["--token-file", "'none'"], [store_url, "--token-file", "none"]),
             (3, ["--tls-cert"], [store_url, "--tls-cert", "none", "--tls-key", key]),
             (2, ["empty"], [store_url, "--token-file", tmp_path / "empty"]),

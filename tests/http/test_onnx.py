@@ -138,6 +138,29 @@ def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path
         assert f"{kind}@1 gives 'p'" in answer.error
 
 
+def test_weights_that_never_fit(start: Start, own_url: str, tmp_path: Path) -> None:
+    """It was 503, with the time to try again."""
+    make = onnx.helper
+    weight = np.random.default_rng(4).standard_normal((64, 9000), np.float32)
+    graph = make.make_graph(
+        [make.make_node("MatMul", ["x", "w"], ["h"]), make.make_node("Ceil", ["h"], ["y"])],
+        "g",
+        [make.make_tensor_value_info("x", 1, ["batch", 64])],
+        [make.make_tensor_value_info("y", 1, ["batch", 9000])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    made = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=9)
+    onnx.save(made, tmp_path / "m.onnx")
+    with pydedup.open(own_url) as store:
+        store.add("ceil", tmp_path / "m.onnx")
+    server = start(own_url, "--memory", "2MiB")
+    entry = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [1.0] * 64}
+    answer = server.infer("ceil", {"inputs": [entry]})
+    assert answer.status == 501
+    assert "retry-after" not in answer.headers
+    assert "ceil@1 is run by ONNX Runtime, which needs all of its 2,304,000 bytes" in answer.error
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
 def test_without_the_runtime_it_is_not_ready(
     start: Start, own_url: str, tmp_path: Path, missing: str

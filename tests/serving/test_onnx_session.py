@@ -470,6 +470,38 @@ def test_weights_make_room_for_those_of_other_models(tmp_path: Path) -> None:
                 store.predict(path.stem, X), run(path, x=X), rtol=1e-3, atol=1e-4
             )
             assert store.stats().pool["reserved_bytes"] < 4 << 20
+
+
+def test_what_can_never_fit_is_in_nobodys_way(tmp_path: Path) -> None:
+    """It waited for the calls of others, and took their weights out of memory, to fail then."""
+    paths = three_stacks(tmp_path)
+    two = {"w": normal(64, 9000), "v": normal(9000, 64), "bias": normal(64)}
+    with pydedup.open(tmp_path / "small.db", memory="7MiB") as store:
+        store.add("0", paths[0])
+        store.add("large", stack(tmp_path, "large.onnx", two))
+        store.predict("0", X)
+        runner = onnx_session._runner_of(store._pool)
+        before = list(runner._held)
+        message = "large@1 is run by ONNX Runtime, .* 4,608,256 bytes of .* has 3,670,016 bytes"
+        with ThreadPoolExecutor(1) as threads, runner.calls.hold(1):
+            failed = threads.submit(store.predict, "large", X).exception(60)
+        assert isinstance(failed, BudgetError)
+        assert re.search(message, str(failed))
+        assert failed.never
+        assert list(runner._held) == before
+        # Equal tensors are in memory once, so these fit.
+        nodes = [
+            *(node("MatMul", "x w", "a"), node("MatMul", "x v", "b")),
+            *(node("Sin", "a", "c"), node("Add", "b c", "y")),
+        ]
+        path = save(tmp_path / "ties.onnx", nodes, {"w": two["w"], "v": two["w"]})
+        store.add("ties", path)
+        np.testing.assert_allclose(store.predict("ties", X), run(path, x=X), rtol=1e-3, atol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    with pydedup.open(tmp_path / "small.db") as store:
+        store.add("0", three_stacks(tmp_path)[0])
     message = "0@1 is run by ONNX Runtime, which needs all of its 2,097,408 bytes"
     with (
         pydedup.open(tmp_path / "small.db", memory="2MiB") as store,
