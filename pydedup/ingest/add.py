@@ -135,7 +135,13 @@ class _Add:
                 matcher.candidates.keep()
                 return self._reports(matcher, models, layout) if allowed else None
             writing = _Writing(spool, self.progress)
-            stager = Stager(matcher, models, writing.advance, workers=self.workers)
+            stager = Stager(
+                matcher,
+                models,
+                writing.advance,
+                workers=self.workers,
+                record=writing.record,
+            )
             published = publish_batch(
                 stager, lambda: writing.begin(plan_layout(matcher, models)), epoch
             )
@@ -238,6 +244,11 @@ class _Writing:
         self._done += count
         if self._progress is not None:
             self._progress("writing", min(self._done, self._total), self._total)
+
+    def record(self, done: int, total: int) -> None:
+        """Take note of distinct blocks whose rows were written."""
+        if self._progress is not None:
+            self._progress("recording blocks", done, total)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,8 @@ class Stager:
     """Stages and publishes one batch of matched models.
 
     ``segments`` gives their part of the similarity index; by default what the matcher indexed.
-    ``workers`` help to write pages (pages.py).
+    ``workers`` help to write pages (pages.py). ``advance`` is called with bytes of pages that were
+    written, ``record`` then with how many rows of distinct blocks were, and how many there are.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Stager:
         kind: str = "add",
         segments: Segments | None = None,
         workers: Workers | None = None,
+        record: Callable[[int, int], None] | None = None,
     ) -> None:
         self.matcher = matcher
         self.models = models
@@ -88,12 +90,14 @@ class Stager:
         self._workers = workers
         self._segments = matcher.candidates if segments is None else segments
         self._advance = advance
+        self._record = record
         beside = workers.waiting if workers is not None and workers.are_several else None
         self._job = Job(matcher.adapter, kind, beside)
         self._has_begun = False
         #: Of each model that is staged its certificate, and what its block maps and pages are.
         self._recorded: dict[int, _Recorded] = {}
         self._pages = self._page_writer([])
+        self._blocks = 0  # whose rows are written
         #: That of the store once this was published.
         self.epoch = -1
 
@@ -113,17 +117,20 @@ class Stager:
         pages = self._pages = self._page_writer(layout)
         rows = _batches(self._rows())
         images = pages.make_small() if pages.is_small else []
+        first: Sequence[_Row] = ()
         self._job.expect(self.matcher.spool.cost_of(layout))
         try:
             with self._job.staging():
                 self._has_begun = True
                 self._recorded.clear()
+                self._blocks = 0
                 for model in self.models:
                     model.model_id = self._insert_model(model)
                 self._job.model_ids = [model.model_id for model in self.models]
                 if pages.is_small:
                     pages.write_small(images)
-                    self._insert(next(rows, []))
+                    first = next(rows, [])
+                    self._insert(first)
                 self._job.beat()
         except BaseException:
             # Ids of a transaction that failed may become another writer's.
@@ -136,6 +143,7 @@ class Stager:
             pages.note_small()
         else:
             pages.write()
+        self._tell_of(first)
         for batch in rows:
             with self._job.staging():
                 # Which also keeps a vacuum from collecting it before this is committed.
@@ -143,7 +151,15 @@ class Stager:
                     return False
                 self._insert(batch)
                 self._job.beat()
+            self._tell_of(batch)
         return True
+
+    def _tell_of(self, batch: Sequence[_Row]) -> None:
+        """Tell of rows of distinct blocks: those of a million take ten seconds and more."""
+        self._blocks += sum(kind == "block" for kind, _ in batch)
+        total = int(np.count_nonzero(self._pages.page_of))
+        if self._record is not None and total:
+            self._record(self._blocks, total)
 
     def discard(self) -> None:
         """Remove what was staged; leaves nothing behind but a gap in the ids.

@@ -15,6 +15,7 @@ import pytest
 
 import pydedup
 from pydedup.adapter import Adapter
+from pydedup.ingest import write
 from pydedup.ingest.pages import PageWriter
 from pydedup.ingest.write import Stager
 from pydedup.policies import Bounded, Exact
@@ -69,10 +70,10 @@ def test_an_add_that_a_vacuum_took_for_abandoned_leaves_nothing_and_begins_again
     store: pydedup.Store, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It slept for long; rows that it wrote after that stayed when it was killed then."""
-    write, vacuumed = PageWriter.write, []
+    write_pages, vacuumed = PageWriter.write, []
 
     def slept(self: PageWriter) -> None:
-        write(self)
+        write_pages(self)
         if not vacuumed:
             with pydedup.open(url) as other:
                 vacuumed.append(other.vacuum(lease_seconds=0).abandoned_adds)
@@ -85,4 +86,25 @@ def test_an_add_that_a_vacuum_took_for_abandoned_leaves_nothing_and_begins_again
     store.vacuum(lease_seconds=0)
     report = store.verify()
     assert (report.errors, report.notes, report.models) == ([], [], 1)
+    assert np.array_equal(store.load("m")["w"], w)
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize(("side", "batches"), [(32, 1), (1024, 8)])
+def test_who_watches_an_add_is_told_of_the_rows(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch, side: int, batches: int
+) -> None:
+    """A bar stood at all bytes written, for ten seconds of a million blocks."""
+    blocks = (side // 8) ** 2
+    monkeypatch.setattr(write, "_BYTES_PER_TRANSACTION", write._ROW_BYTES * blocks // batches)
+    told: list[tuple[str, int, int]] = []
+    w = np.random.default_rng(2).standard_normal((side, side), np.float32)
+    store.add(
+        "m", {"w": w}, policy=Exact(), block_shape=(8, 8), progress=lambda *now: told.append(now)
+    )
+    recorded = [(done, total) for stage, done, total in told if stage == "recording blocks"]
+    assert recorded == sorted(recorded)
+    assert recorded[-1] == (blocks, blocks)
+    assert {total for _, total in recorded} == {blocks}
+    assert len({done for done, _ in recorded}) == (batches if batches == 1 else batches + 1)
     assert np.array_equal(store.load("m")["w"], w)
