@@ -17,7 +17,7 @@ apt_install "${packages[@]}"
 "$ROOT/scripts/native.sh" aarch64
 [ "$(uname -m)" = x86_64 ] || exit 0
 
-programs=(test_dispatch test_golden test_hash test_huffman test_codec test_delta test_gemm_kernels)
+programs=(test_dispatch test_known_answers test_golden test_hash test_huffman test_codec test_delta test_gemm_kernels)
 programs+=(test_gemm test_gemm_variants)
 step "configure dev" dev-configure cmake --preset dev
 step "compile ${#programs[@]} tests" dev-build cmake --build --preset dev --target "${programs[@]}"

@@ -7,8 +7,7 @@ namespace pydedup {
 
 /// Asks a table fixed questions of each group of kernels, and the reference the same. Returns the
 /// first group whose answers differ ("hash", "codec", "gemm", "rows", "similarity"), or nullptr
-/// when all agree. Takes about a tenth of a millisecond, one where there are products of bf16
-/// numbers, so that every process can afford it.
+/// when all agree. Takes about half a millisecond, so that every process can afford it.
 [[nodiscard]] const char* first_wrong_group(const KernelTable& table) noexcept;
 
 }  // namespace pydedup

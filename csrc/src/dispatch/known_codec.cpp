@@ -2,6 +2,7 @@
 // Questions about encodings: what one machine writes, every other one must read.
 #include "dispatch/known_codec.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstring>
@@ -39,26 +40,36 @@ bool same_planes(const CodecKernels& codec, const CodecKernels& reference,
     return true;
 }
 
-// Any bits are a valid stream of this code: a is 0, b is 10, c is 11. Long and short streams reach
-// the vector kernels' decoders by pairs and by one.
+// Any bits are a valid stream of these codes. Long and short streams of short codes (a is 0, b is
+// 10, c is 11) reach the vector kernels' decoders by pairs and by one; how many codes they take
+// between refills depends on the longest one, so there are codes of one length each, too.
 bool same_planes_decoded(const CodecKernels& codec, const CodecKernels& reference,
                          Question question) noexcept {
-    constexpr std::array<std::uint16_t, 4> kTable = {'a' << 8 | 1, 'a' << 8 | 1, 'b' << 8 | 2,
+    constexpr std::array<std::uint16_t, 4> kShort = {'a' << 8 | 1, 'a' << 8 | 1, 'b' << 8 | 2,
                                                      'c' << 8 | 2};
-    for (const std::size_t count : {std::size_t{1700}, std::size_t{301}}) {
+    std::array<std::uint16_t, std::size_t{1} << kMaxCodeBits> codes{};
+    const auto same = [&](unsigned bits, std::size_t count) {
         const std::size_t apart = count / 10;
         HuffmanStreams streams{};
         for (std::size_t j = 0; j < 4; ++j) streams.begin[j] = question.data() + j * apart;
         streams.end = question.data() + question.size();
-        streams.table = kTable.data();
-        streams.table_bits = 2;
+        streams.table = codes.data();
+        streams.table_bits = bits;
         std::array<std::uint8_t, 1700> want{};
         std::array<std::uint8_t, 1700> got{};
         std::array<std::uint64_t, 4> want_bits{};
         std::array<std::uint64_t, 4> got_bits{};
         reference.huffman_decode(streams, count, want.data(), want_bits.data());
         codec.huffman_decode(streams, count, got.data(), got_bits.data());
-        if (want != got || want_bits != got_bits) return false;
+        return want == got && want_bits == got_bits;
+    };
+    std::copy(kShort.begin(), kShort.end(), codes.begin());
+    if (!same(2, 1700) || !same(2, 301)) return false;
+    for (const unsigned bits : {8U, 9U, kMaxCodeBits}) {
+        for (std::size_t i = 0; i < std::size_t{1} << bits; ++i) {
+            codes[i] = static_cast<std::uint16_t>((i & 0xFFU) << 8 | bits);
+        }
+        if (!same(bits, 301)) return false;
     }
     return true;
 }
@@ -79,22 +90,41 @@ bool same_differences(const DeltaKernels& delta, const DeltaKernels& reference,
         if (std::memcmp(back.data(), question.data(), kCount * layout.item_bytes) != 0)
             return false;
     }
-    std::array<float, kCount> x{};
-    std::array<float, kCount> y{};
+    return true;
+}
+
+// Values and errors, errors alone, and values that no multiple of the step comes near to.
+template <class Float>
+bool same_multiples(const DeltaKernels& delta, const DeltaKernels& reference,
+                    Question question) noexcept {
+    constexpr std::size_t kCount = 37;
+    constexpr bool kWide = sizeof(Float) == 8;
+    std::array<Float, kCount> x{};
+    std::array<Float, kCount> y{};
     for (std::size_t i = 0; i < kCount; ++i) {
-        x[i] = static_cast<float>(question[i]) - 127.0F;
-        y[i] = x[i] + static_cast<float>(question[i + 100]) / 64.0F;
+        x[i] = static_cast<Float>(question[i]) - Float{127};
+        y[i] = x[i] + static_cast<Float>(question[i + 100]) / Float{64};
     }
+    y[3] = y[kCount - 1] = 0;  // which no multiple of the step is away from here
+    x[3] = x[kCount - 1] = Float{0.0625F};
     const auto answer = [&](const DeltaKernels& k) {
         std::array<std::uint32_t, kCount> z{};
         std::array<double, kErrorLanes> lanes{};
+        std::array<double, kErrorLanes> others{};
         const bool fits =
-            k.quantise(y.data(), x.data(), kCount, false, 0.125, z.data(), lanes.data());
-        std::array<float, kCount> decoded{};
-        k.dequantise(x.data(), z.data(), kCount, false, 0.125, decoded.data());
-        return std::tuple(fits, z, lanes, decoded);
+            k.quantise(y.data(), x.data(), kCount, kWide, 0.125, z.data(), lanes.data());
+        const bool alone =
+            k.quantise(y.data(), x.data(), kCount, kWide, 0.125, nullptr, others.data());
+        std::array<Float, kCount> decoded{};
+        k.dequantise(x.data(), z.data(), kCount, kWide, 0.125, decoded.data());
+        return std::tuple(fits, alone, z, lanes, others, decoded);
     };
-    return answer(delta) == answer(reference);
+    if (answer(delta) != answer(reference)) return false;
+    for (const std::size_t far : {std::size_t{5}, kCount - 2}) {
+        y[far] = Float{1e9F};
+        if (answer(delta) != answer(reference)) return false;
+    }
+    return true;
 }
 
 // Exponents, mantissas and the contexts that they choose, of a whole piece and a tail.
@@ -174,21 +204,54 @@ bool same_raw_bits(const DeltaKernels& delta, const DeltaKernels& reference,
     return read(reference, want_back) == read(delta, back) && want_back == z && back == z;
 }
 
-// 32 symbols in two contexts, whose codes have 5 and 6 bits, in four streams and back.
+// The same of 64 symbols with up to 9 raw bits each: some come in eights of 64 bits, and some
+// values take 16 bits and, with their raw ones, more.
+bool same_wide_alphabet(const DeltaKernels& delta, const DeltaKernels& reference,
+                        Question question) noexcept {
+    constexpr std::size_t kCount = 300;
+    std::array<std::uint64_t, 256> bases{};
+    std::array<std::uint8_t, 256> widths{};
+    for (std::size_t s = 0; s < 64; ++s) {
+        bases[s] = s * 1056;
+        widths[s] = static_cast<std::uint8_t>(s / 7);
+    }
+    std::array<std::uint8_t, kCount> symbols{};
+    std::array<std::uint32_t, kCount> low{};  // bits
+    std::array<std::uint32_t, kCount> z{};
+    for (std::size_t i = 0; i < kCount; ++i) {
+        symbols[i] = i / 8 % 5 == 4 ? 60 : question[i] % 64;
+        low[i] = question[i + 300] & ((1U << widths[symbols[i]]) - 1);
+        z[i] = static_cast<std::uint32_t>(bases[symbols[i]]) + low[i];
+    }
+    using Raw = std::array<std::uint8_t, 2 * kCount + 8>;
+    const auto write = [&](const DeltaKernels& k, Raw& raw) {
+        std::uint8_t* const end =
+            k.write_raw(low.data(), symbols.data(), kCount, false, widths.data(), raw.data());
+        return static_cast<std::size_t>(end - raw.data());
+    };
+    Raw want{};
+    Raw got{};
+    const std::size_t bytes = write(reference, want);
+    if (write(delta, got) != bytes || std::memcmp(want.data(), got.data(), bytes) != 0) {
+        return false;
+    }
+    std::array<std::uint32_t, kCount> back{};
+    delta.read_raw(want.data(), bytes, symbols.data(), kCount, false, bases.data(), widths.data(),
+                   back.data());
+    return back == z;
+}
+
+// 32 symbols in two contexts, whose codes have 5 and 6 bits, in four streams and back. Larger
+// tables say the same, and are read with other numbers of codes between refills.
 bool same_symbols(const DeltaKernels& delta, const DeltaKernels& reference,
                   Question question) noexcept {
     constexpr std::size_t kCount = 301;
     constexpr std::size_t kSegment = (kCount + 3) / 4;
-    constexpr unsigned kTableBits = 6;
     std::array<std::uint32_t, 512> codes{};
-    std::array<std::uint16_t, std::size_t{2} << kTableBits> table{};
+    std::array<std::uint16_t, std::size_t{2} << kMaxCodeBits> table{};
     for (std::uint32_t s = 0; s < 32; ++s) {
         codes[s] = s << 8 | 5;
         codes[256 + s] = s << 9 | 6;
-        for (std::size_t last = 0; last < 2; ++last) {
-            table[2 * s + last] = static_cast<std::uint16_t>(s << 8 | 5);
-            table[64 + 2 * s + last] = static_cast<std::uint16_t>(s << 8 | 6);
-        }
     }
     std::array<std::uint8_t, kCount> symbols{};
     std::array<std::uint8_t, kCount> contexts{};
@@ -218,14 +281,23 @@ bool same_symbols(const DeltaKernels& delta, const DeltaKernels& reference,
         return false;
     }
     streams.table = table.data();
-    streams.table_bits = kTableBits;
-    const auto read = [&](const DeltaKernels& k) {
-        std::array<std::uint8_t, kCount> back{};
-        std::array<std::uint64_t, 4> consumed{};
-        k.read_symbols(streams, contexts.data(), kCount, back.data(), consumed.data());
-        return std::tuple(back, consumed);
-    };
-    return read(delta) == read(reference) && std::get<0>(read(delta)) == symbols;
+    for (const unsigned bits : {6U, 9U, kMaxCodeBits}) {
+        const std::size_t size = std::size_t{1} << bits;
+        for (std::size_t i = 0; i < size; ++i) {
+            const std::size_t s = i >> (bits - 5);
+            table[i] = static_cast<std::uint16_t>(s << 8 | 5);
+            table[size + i] = static_cast<std::uint16_t>(s << 8 | 6);
+        }
+        streams.table_bits = bits;
+        const auto read = [&](const DeltaKernels& k) {
+            std::array<std::uint8_t, kCount> back{};
+            std::array<std::uint64_t, 4> consumed{};
+            k.read_symbols(streams, contexts.data(), kCount, back.data(), consumed.data());
+            return std::tuple(back, consumed);
+        };
+        if (read(delta) != read(reference) || std::get<0>(read(delta)) != symbols) return false;
+    }
+    return true;
 }
 
 }  // namespace
@@ -236,9 +308,12 @@ bool same_codec(const CodecKernels& codec, const CodecKernels& reference,
     return same_planes(codec, reference, question) &&
            same_planes_decoded(codec, reference, question) &&
            same_differences(delta, reference.delta, question) &&
+           same_multiples<float>(delta, reference.delta, question) &&
+           same_multiples<double>(delta, reference.delta, question) &&
            same_contexts(delta, reference.delta, question) &&
            same_raw_bits<std::uint32_t, 300>(delta, reference.delta, question) &&
            same_raw_bits<std::uint64_t, 75>(delta, reference.delta, question) &&
+           same_wide_alphabet(delta, reference.delta, question) &&
            same_symbols(delta, reference.delta, question);
 }
 

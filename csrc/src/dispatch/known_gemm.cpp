@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+// Questions about products and sums. They are asked in small integers, which are exact in every
+// order, and of as many rows and columns as take each path of the vector kernels: all vectors that
+// they hold at once, single ones, and a tail.
+#include "dispatch/known_gemm.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstddef>
+
+#include "dispatch/tile_registers.hpp"
+
+namespace pydedup {
+namespace {
+
+using Question = std::span<const std::uint8_t>;  // 700 bytes
+
+constexpr std::size_t kXRows = 9;
+constexpr std::size_t kWRows = 23;  // tiles of eight rows, one of four, and single ones
+constexpr std::size_t kCols = 87;   // four vectors of AVX-512, one, and a tail
+
+template <class T>
+struct Products {
+    std::array<T, kXRows * kCols> x{};
+    std::array<T, kWRows * kCols> w{};
+
+    explicit Products(Question question) noexcept {
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            x[i] = static_cast<T>(question[i % question.size()] % 15) - T{7};
+        }
+        for (std::size_t i = 0; i < w.size(); ++i) {
+            w[i] = static_cast<T>(question[(i + 200) % question.size()] % 13) - T{6};
+        }
+    }
+};
+
+// As many columns as x fills and w has, the last group of them in part, `Rows` rows: whole register
+// tiles and single rows, with and without what comes next.
+template <std::size_t Rows, class E, class A>
+bool multiply_tiles(
+    std::span<const GemmTile<E, A>> tiles, std::span<const E> x, std::span<const E> w,
+    A (*value)(E) = [](E e) { return A{e}; }) noexcept {
+    const std::size_t ldw = w.size() / Rows;
+    for (const GemmTile<E, A>& tile : tiles) {
+        if (tile.width == 0) break;
+        const std::size_t sums = tile.sums();
+        const std::size_t filled = x.size() / (tile.width * tile.group) * tile.group;
+        const std::size_t cols = std::min(filled - (tile.group > 1 ? 1 : 0), ldw);
+        if (tile.width * sums > 64 || cols == 0) return false;
+        std::array<A, Rows * 64> plain{};
+        std::array<A, Rows * 64> ahead{};
+        tile.tile_nt(x.data(), w.data(), Rows, cols, ldw, nullptr, plain.data());
+        tile.tile_nt(x.data(), w.data(), Rows, cols, ldw, w.data(), ahead.data());
+        std::array<A, Rows * 64> want{};
+        for (std::size_t r = 0; r < Rows; ++r) {
+            A* const to = &want[r * tile.width * sums];
+            for (std::size_t c = 0; c < cols; ++c) {
+                const std::size_t in_group = c % tile.group;
+                const E* const column = &x[(c - in_group) * tile.width + in_group];
+                const A weight = value(w[r * ldw + c]);
+                for (std::size_t i = 0; i < tile.width; ++i) {
+                    to[i * sums + in_group / tile.per_sum] +=
+                        value(column[i * tile.group]) * weight;
+                }
+            }
+        }
+        if (plain != want || ahead != want) return false;
+    }
+    return true;
+}
+
+template <class T>
+bool same_products(const GemmKernelsOf<T>& gemm, const GemmKernelsOf<T>& reference,
+                   Question question) noexcept {
+    const Products<T> in(question);
+    for (const std::size_t m : {kXRows, std::size_t{7}, std::size_t{6}}) {
+        auto want = in.w;
+        auto got = in.w;
+        reference.dot_nt(in.x.data(), kCols, m, in.w.data(), kWRows, kCols, kCols, want.data(),
+                         kWRows);
+        gemm.dot_nt(in.x.data(), kCols, m, in.w.data(), kWRows, kCols, kCols, got.data(), kWRows);
+        if (want != got) return false;
+        reference.block_nn(in.x.data(), kWRows, m, in.w.data(), kWRows, kCols, kCols, want.data(),
+                           kCols);
+        gemm.block_nn(in.x.data(), kWRows, m, in.w.data(), kWRows, kCols, kCols, got.data(), kCols);
+        if (want != got) return false;
+    }
+    return multiply_tiles<kWRows, T, T>(gemm.tiles, std::span(in.x).first(360), in.w);
+}
+
+bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
+                 Question question) noexcept {
+    constexpr std::size_t kHalves = 47;
+    std::array<std::uint16_t, kHalves> codes{};  // both signs, subnormals, infinity; no NaN
+    for (std::size_t i = 0; i < codes.size(); ++i) {
+        codes[i] = static_cast<std::uint16_t>((question[2 * i] & 0xFBU) << 8 | question[2 * i + 1]);
+    }
+    codes[0] = 0x0001;
+    codes[1] = 0xFC00;
+    std::array<float, kHalves> want{};
+    std::array<float, kHalves> got{};
+    const auto same = [&] {
+        return std::equal(want.begin(), want.end(), got.begin(), [](float a, float b) {
+            return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
+        });
+    };
+    reference.bf16_to_f32(codes.data(), codes.size(), want.data());
+    gemm.bf16_to_f32(codes.data(), codes.size(), got.data());
+    if (!same()) return false;
+    reference.f16_to_f32(codes.data(), codes.size(), want.data());
+    gemm.f16_to_f32(codes.data(), codes.size(), got.data());
+    if (!same()) return false;
+
+    // Small whole numbers and halves of them in either format.
+    constexpr std::size_t kRows = 7;
+    std::array<float, kRows * kHalves> x{};
+    std::array<std::uint16_t, kRows * kHalves> w{};
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(question[i] % 15) - 7.0F;
+    for (const bool f16 : {true, false}) {
+        for (std::size_t i = 0; i < w.size(); ++i) {  // 1, -2, 0.5, 4
+            constexpr std::array<std::uint16_t, 4> kF16 = {0x3C00, 0xC000, 0x3800, 0x4400};
+            constexpr std::array<std::uint16_t, 4> kBf16 = {0x3F80, 0xC000, 0x3F00, 0x4080};
+            w[i] = (f16 ? kF16 : kBf16)[question[i + 50] % 4];
+        }
+        const auto dot = [f16](const GemmKernels& k) { return f16 ? k.dot_nt_f16 : k.dot_nt_bf16; };
+        for (const std::size_t m : {std::size_t{7}, std::size_t{6}, std::size_t{1}}) {
+            std::array<float, kRows * kRows> sums{};
+            std::array<float, kRows * kRows> others{};
+            dot(reference)(x.data(), kHalves, m, w.data(), kRows, kHalves, kHalves, sums.data(),
+                           kRows);
+            dot(gemm)(x.data(), kHalves, m, w.data(), kRows, kHalves, kHalves, others.data(),
+                      kRows);
+            if (sums != others) return false;
+        }
+    }
+    return true;
+}
+
+float value_of_bf16(std::uint16_t bits) noexcept {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
+
+// 47 rows and 55 columns: a whole set of matrix registers, half of one, and a tail; and tails of
+// the widest group of columns on either side of its middle.
+bool same_pairs(const Bf16GemmKernels& bf16, Question question) noexcept {
+    constexpr std::size_t kPairRows = 47;
+    constexpr std::size_t kPairCols = 55;
+    std::array<std::uint16_t, (kPairCols + 1) * 32> x{};
+    std::array<std::uint16_t, kPairRows * kPairCols> w{};
+    // All 8 bits of a significand.
+    const auto number = [&](std::size_t i) {
+        const int size = question[i % question.size()];
+        const bool negative = question[(i + 1) % question.size()] % 2 != 0;
+        const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(negative ? -size : size));
+        return static_cast<std::uint16_t>(bits >> 16);
+    };
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = number(i);
+    for (std::size_t i = 0; i < w.size(); ++i) w[i] = number(i + 200);
+    const TileRegisters registers(bf16);
+    return multiply_tiles<kPairRows, std::uint16_t, float>(bf16.tiles, x, w, value_of_bf16);
+}
+
+}  // namespace
+
+bool same_gemm(const GemmKernels& gemm, const GemmKernels& reference,
+               std::span<const std::uint8_t> question) noexcept {
+    return same_products(gemm.f32, reference.f32, question) &&
+           same_products(gemm.f64, reference.f64, question) &&
+           same_halves(gemm, reference, question) && same_pairs(gemm.bf16, question);
+}
+
+bool same_rows_summed(const RowsKernels& rows, const RowsKernels& reference,
+                      std::span<const std::uint8_t> question) noexcept {
+    constexpr std::size_t kRows = 19;  // more than are asked of memory ahead
+    const Products<float> single(question);
+    const Products<double> wide(question);
+    std::array<std::uint16_t, kXRows * kCols> halves{};  // 1, -2, 0.5, 4 of f16; any of bf16
+    for (std::size_t i = 0; i < halves.size(); ++i) {
+        halves[i] = std::array<std::uint16_t, 4>{0x3C00, 0xC000, 0x3800,
+                                                 0x4400}[question[i % question.size()] % 4];
+    }
+    const auto same = [&]<class T, class W>(RowsKernels::Sum<T, W> sum,
+                                            RowsKernels::Sum<T, W> wanted, const W* from,
+                                            const T* scale) {
+        std::array<const W*, kRows> at{};
+        for (std::size_t i = 0; i < kRows; ++i) at[i] = from + i * 31;
+        std::array<T, kCols> want{};
+        std::array<T, kCols> got{};
+        wanted(at.data(), kRows, scale, want.size(), want.data());
+        sum(at.data(), kRows, scale, got.size(), got.data());
+        return want == got;
+    };
+    for (const bool scaled : {false, true}) {
+        const float* const scale = scaled ? single.w.data() : nullptr;
+        if (!same(rows.sum_f32, reference.sum_f32, single.x.data(), scale) ||
+            !same(rows.sum_bf16, reference.sum_bf16, halves.data(), scale) ||
+            !same(rows.sum_f16, reference.sum_f16, halves.data(), scale) ||
+            !same(rows.sum_f64, reference.sum_f64, wide.x.data(),
+                  scaled ? wide.w.data() : nullptr)) {
+            return false;
+        }
+    }
+    for (const std::size_t stride : {std::size_t{2}, std::size_t{3}}) {
+        std::array<float, 200> want{};
+        std::array<float, 200> got{};
+        std::array<double, 200> want_wide{};
+        std::array<double, 200> got_wide{};
+        reference.pick_f32(single.x.data(), stride, want.size(), want.data());
+        rows.pick_f32(single.x.data(), stride, got.size(), got.data());
+        reference.pick_f64(wide.x.data(), stride, want_wide.size(), want_wide.data());
+        rows.pick_f64(wide.x.data(), stride, got_wide.size(), got_wide.data());
+        if (want != got || want_wide != got_wide) return false;
+    }
+    return true;
+}
+
+}  // namespace pydedup

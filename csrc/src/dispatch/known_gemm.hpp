@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/gemm_kernels.hpp"
+#include "kernels/rows_kernels.hpp"
+
+namespace pydedup {
+
+/// Whether both make the same products, and widen alike, of numbers that come out of these 700
+/// bytes. Private to dispatch/.
+[[nodiscard]] bool same_gemm(const GemmKernels& gemm, const GemmKernels& reference,
+                             std::span<const std::uint8_t> question) noexcept;
+
+/// Whether both add and pick alike rows of such numbers.
+[[nodiscard]] bool same_rows_summed(const RowsKernels& rows, const RowsKernels& reference,
+                                    std::span<const std::uint8_t> question) noexcept;
+
+}  // namespace pydedup
