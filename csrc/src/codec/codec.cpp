@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "base/block_index.hpp"
 #include "base/endian.hpp"
 #include "base/parallel.hpp"
 #include "base/rounding.hpp"
@@ -270,11 +271,7 @@ std::size_t raw_bytes_of(const MatrixRef& matrix, const BlockGrid& grid,
     const std::size_t n_blocks = grid.count();
     std::size_t total = 0;
     for (const std::int64_t index : indices) {
-        if (index < 0 || static_cast<std::size_t>(index) >= n_blocks) {
-            throw Error(ErrorCode::invalid_argument, "block " + std::to_string(index) +
-                                                         " is outside of a grid of " +
-                                                         std::to_string(n_blocks) + " blocks");
-        }
+        detail::check_block_index(index, n_blocks);
         const BlockRect rect = block_rect(grid, static_cast<std::size_t>(index));
         total += rect.rows * rect.cols * item_bytes(matrix.dtype);
     }

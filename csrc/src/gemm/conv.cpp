@@ -16,6 +16,7 @@
 #include "dispatch/dispatch.hpp"
 #include "gemm/activation.hpp"
 #include "gemm/image_tiles.hpp"
+#include "gemm/useful_threads.hpp"
 #include "gemm/weights.hpp"
 #include "pydedup/error.hpp"
 
@@ -37,8 +38,6 @@ constexpr std::size_t kRowsAtOnce = 64;
 // Columns of a block that one pass of a tile covers: 32 lanes for them fill half of a 32 KiB
 // first-level cache.
 constexpr std::size_t kPassBytes = 512;
-// Multiply-adds below which a second thread costs more than it brings.
-constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 19;
 // For choosing how to cut the work, in nanoseconds of one thread (EPYC, AVX-512, f32): a
 // multiply-add, gathering an element, reading a weight that another chunk has read already.
 constexpr double kMultiplyCost = 0.02;
@@ -94,12 +93,8 @@ class Conv2d::Typed final : public Conv2d::Impl {
         const std::size_t panels = (fed_ + blocks.size() - 1) / p_.grid.grid_cols() - first + 1;
         std::size_t weights = 0;
         for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
-        const double useful = static_cast<double>(weights) * static_cast<double>(positions_) /
-                              static_cast<double>(kMinWorkPerThread);
-        const unsigned threads =
-            useful < 2.0
-                ? 1
-                : static_cast<unsigned>(std::min<double>(thread_count(p_.threads), useful));
+        const unsigned threads = detail::useful_threads(
+            p_.threads, static_cast<double>(weights) * static_cast<double>(positions_));
         const auto [chunk, cuts] = cut(weights, panels, threads);
         const std::size_t chunks = ceil_div(tiles_, chunk);
         const std::size_t per_cut = ceil_div(panels, cuts);

@@ -4,6 +4,7 @@
 
 #include "gemm/activation.hpp"
 #include "gemm/matmul_typed.hpp"
+#include "gemm/useful_threads.hpp"
 
 namespace pydedup {
 namespace {
@@ -12,9 +13,6 @@ using detail::AlignedArray;
 using detail::ceil_div;
 using detail::WeightReader;
 
-// Multiply-adds below which a second thread costs more than it brings (25 us to wake one; measured
-// on an EPYC with 2 cores).
-constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 19;
 // Rows of x from which on cutting it gains (2 rows: 1.9 ms instead of 1.4; 8: 1.7 instead of 1.9).
 constexpr std::size_t kMinCutRows = 8;
 // Numbers that a thread widens at once.
@@ -128,8 +126,7 @@ void Matmul::Typed<T>::multiply(std::span<const BlockView> blocks) {
 
 template <class T>
 unsigned Matmul::Typed<T>::threads_for(std::size_t work) const noexcept {
-    const std::size_t useful = std::max<std::size_t>(work / kMinWorkPerThread, 1);
-    return static_cast<unsigned>(std::min<std::size_t>(thread_count(p_.threads), useful));
+    return detail::useful_threads(p_.threads, static_cast<double>(work));
 }
 
 template <class T>

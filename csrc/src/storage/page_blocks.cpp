@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "base/block_index.hpp"
 #include "base/parallel.hpp"
 #include "pydedup/decoded.hpp"
 #include "pydedup/error.hpp"
@@ -32,11 +33,7 @@ void check_arguments(std::span<const Page* const> pages, std::span<const StoredB
     }
     const std::size_t n_blocks = grid.count();
     for (std::size_t i = 0; i < indices.size(); ++i) {
-        if (indices[i] < 0 || static_cast<std::size_t>(indices[i]) >= n_blocks) {
-            throw Error(ErrorCode::invalid_argument, "block " + std::to_string(indices[i]) +
-                                                         " is outside of a grid of " +
-                                                         std::to_string(n_blocks) + " blocks");
-        }
+        detail::check_block_index(indices[i], n_blocks);
         if (stored[i].page >= pages.size()) {
             throw Error(ErrorCode::invalid_argument,
                         "page index " + std::to_string(stored[i].page) +
