@@ -255,10 +255,8 @@ def _drop_useless(source: Adapter, partial: Path, opened: Opener) -> None:
                     for row, other in zip(rows, wanted, strict=False)
                 )
             )
-    except NotAStoreError:
-        if partial.stat().st_size:
-            raise
-        is_useful = True  # nothing yet; somebody may be about to write it
+    except MissingStoreError:
+        is_useful = True  # nothing yet: one was killed at its beginning, or somebody is there now
     if not is_useful:
         for end_of_name in ("", *_BESIDE):
             Path(f"{partial}{end_of_name}").unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import pydedup
+from pydedup.adapters import sqlite
 from pydedup.errors import ArgumentError, ConflictError, NotAStoreError, ReadOnlyError
 from pydedup.moving import backup
 
@@ -266,6 +267,30 @@ def test_an_interrupted_backup_can_be_started_again_at_once(
             store.backup(file, progress=stop)
         assert not file.exists()
         store.backup(file)
+    assert_same(source_url, str(file))
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_a_backup_that_ended_before_its_file_had_a_table_can_be_started_again(
+    filled: New, tmp_path: Path, assert_same: Any, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    """All later ones under that name were refused: its file "holds no store"."""
+    source_url, file = filled("sqlite"), tmp_path / "backup"
+    make_ours = sqlite.make_ours
+
+    def interrupted(connection: Any) -> None:
+        if done:
+            make_ours(connection)
+        raise KeyboardInterrupt
+
+    with pydedup.open(source_url, mode="r") as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite, "make_ours", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.backup(file)
+        assert (file.with_name("backup.partial").stat().st_size > 0) == done
+        store.backup(file)
+    assert [path.name for path in tmp_path.glob("backup*")] == ["backup"]
     assert_same(source_url, str(file))
 
 
