@@ -329,14 +329,22 @@ class Matcher:
             deltas=hints.deltas,
         )
         # What a lossy delta holds may be there: the same source was added before, as such a delta.
+        # Or another of the piece holds it: the two differed by no more than was rounded away.
+        first_of = np.arange(len(piece))
+        firsts: dict[bytes, tuple[int, NDArray[np.uint8]]] = {}
         for at, content in kept.lossy:
-            found = self.find(content, kept.digests[at])
+            found = np.full(len(at), NO_BASE, np.int64)
+            fresh = self._find(content, kept.digests[at], np.arange(len(at)), found)
             kept.shared[at[found != NO_BASE]] = found[found != NO_BASE]
+            for key, i in ((key, i) for key, blocks in fresh.items() for i in blocks):
+                first, held = firsts.setdefault(key, (int(at[i]), content.block(i)))
+                if np.array_equal(held, content.block(i)):
+                    first_of[at[i]] = first
         helped = (aligned == kept.bases) | (aligned == kept.shared)
         neighbours.note(helped & (aligned != NO_BASE))
         is_new = kept.shared == NO_BASE
         matched.references[piece[~is_new]] = kept.shared[~is_new]
-        new = np.flatnonzero(is_new)
+        new = np.flatnonzero(is_new & (first_of == np.arange(len(piece))))
         numbers = self.keep(
             view,
             piece[new],
@@ -345,9 +353,9 @@ class Matcher:
             kept.bases[new],
             kept.base_tags[new],
         )
-        matched.references[piece[new]] = numbers
         spooled = np.full(len(piece), NO_BASE, np.int64)
         spooled[new] = numbers
+        matched.references[piece[is_new]] = spooled[first_of[is_new]]
         self.similar.add(kept, spooled)
         matched.errors[piece] = kept.errors
 

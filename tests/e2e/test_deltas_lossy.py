@@ -162,6 +162,24 @@ def test_a_bounded_model_that_is_added_again_takes_no_more(
         assert kept.tobytes() == now.tobytes()
 
 
+def test_blocks_that_are_rounded_to_the_same_are_stored_once(store: pydedup.Store) -> None:
+    """Those of small tensors are looked at together, and each of them knew nothing of the other."""
+    rng = np.random.default_rng(21)
+    base = rng.standard_normal((192, 256)).astype("f4")
+    near = base + np.float32(0.1) * rng.standard_normal(base.shape).astype("f4")
+    nearer = near.copy()
+    nearer[::64, ::64] *= np.float32(1.00001)
+    store.add("base", {"w": base})
+    report = store.add("m", {"a": near, "b": nearer}, policy=policies.Bounded(0.01))
+    assert report.delta_blocks == report.blocks == 24
+    assert report.shared_blocks > 0
+    for name, source in (("a", near), ("b", nearer)):
+        assert rel(store.load("m")[name], source) <= 0.01
+    verified = store.verify()
+    assert verified.ok
+    assert not verified.notes, "nothing is stored twice"
+
+
 def test_what_a_bounded_model_holds_can_be_added_again(store: pydedup.Store) -> None:
     base = base_model()
     store.add("base", base)
