@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import sys
 from pathlib import Path
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["TOKEN_VARIABLE", "serve"]
 
 TOKEN_VARIABLE = "PYDEDUP_TOKEN"
-_LOOPBACK = ("127.", "::1", "localhost")
 
 
 @click.command(short_help="Predict over HTTP, by the Open Inference Protocol v2.")
@@ -250,7 +250,11 @@ def _serve_on(
 
 
 def _warn_if_open(host: str, token: bytes | None) -> None:
-    if token is None and not host.startswith(_LOOPBACK):
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, of which this one alone is for certain
+        is_loopback = host == "localhost"
+    if token is None and not is_loopback:
         warn(f"anybody who can reach {host} may use this server; {TOKEN_VARIABLE} sets a token")
 
 

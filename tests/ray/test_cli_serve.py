@@ -29,6 +29,9 @@ TOKEN = "token-0815"
         ("http://127.0.0.1:8000", None),
         ("http://[::1]:8000", None),
         ("http://localhost:8000", None),
+        ("http://127.8.0.1:8000", None),
+        ("http://localhost.example:8000", "localhost.example"),
+        ("http://127.example:8000", "127.example"),
     ],
 )
 @pytest.mark.parametrize("token", [TOKEN, None])
