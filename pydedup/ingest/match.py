@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -289,18 +290,8 @@ class Matcher:
         hints: Hints,
     ) -> None:
         """Keep the distinct ones of ``fresh``, in block order."""
-        leader_of: dict[int, int] = {}
-        leaders: list[int] = []
-        for blocks in fresh.values():
-            groups: list[int] = []
-            for i in blocks:
-                leader = next((g for g in groups if _same_bytes(view, g, i)), None)
-                if leader is None:
-                    groups.append(i)
-                    leaders.append(i)
-                    leader = i
-                leader_of[i] = leader
-        leaders.sort()
+        leader_of = _leaders(fresh, view.block)
+        leaders = sorted(set(leader_of.values()))
         pieces = list(pieces_of(view, np.array(leaders, np.int64)))
         for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
             self._keep_piece(view, piece, looked, matched, policy, hints)
@@ -330,16 +321,18 @@ class Matcher:
         )
         # What a lossy delta holds may be there: the same source was added before, as such a delta.
         # Or another of the piece holds it: the two differed by no more than was rounded away.
-        first_of = np.arange(len(piece))
-        firsts: dict[bytes, tuple[int, NDArray[np.uint8]]] = {}
+        fresh: dict[bytes, list[int]] = {}
+        held: dict[int, NDArray[Any]] = {}
         for at, content in kept.lossy:
             found = np.full(len(at), NO_BASE, np.int64)
-            fresh = self._find(content, kept.digests[at], np.arange(len(at)), found)
+            missed = self._find(content, kept.digests[at], np.arange(len(at)), found)
             kept.shared[at[found != NO_BASE]] = found[found != NO_BASE]
-            for key, i in ((key, i) for key, blocks in fresh.items() for i in blocks):
-                first, held = firsts.setdefault(key, (int(at[i]), content.block(i)))
-                if np.array_equal(held, content.block(i)):
-                    first_of[at[i]] = first
+            for key, blocks in missed.items():
+                fresh.setdefault(key, []).extend(at[blocks].tolist())
+                held.update((int(at[i]), content.block(i)) for i in blocks)
+        first_of = np.arange(len(piece))
+        for i, first in _leaders(fresh, held.__getitem__).items():
+            first_of[i] = first
         helped = (aligned == kept.bases) | (aligned == kept.shared)
         neighbours.note(helped & (aligned != NO_BASE))
         is_new = kept.shared == NO_BASE
@@ -399,6 +392,17 @@ def _place(row: BlockRow) -> tuple[int, int]:
     return row.page_id, row.slot
 
 
-def _same_bytes(view: MatrixView, a: int, b: int) -> bool:
-    """Whether two blocks of one matrix have the same shape and bytes."""
-    return bool(np.array_equal(view.block(a), view.block(b)))
+def _leaders(
+    fresh: Mapping[bytes, Sequence[int]], block: Callable[[int], NDArray[Any]]
+) -> dict[int, int]:
+    """Return of blocks by hash the first that has the same shape and bytes, by number."""
+    leader_of: dict[int, int] = {}
+    for blocks in fresh.values():
+        leaders: list[int] = []
+        for i in blocks:
+            leader = next((one for one in leaders if np.array_equal(block(one), block(i))), None)
+            if leader is None:
+                leaders.append(i)
+                leader = i
+            leader_of[i] = leader
+    return leader_of

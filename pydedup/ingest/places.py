@@ -92,7 +92,8 @@ class BlockReader:
             places = self._stored.places(references[at]) + steps[at]
             found[at] = self._stored.references_at(places)
         given = np.flatnonzero(found != NO_BASE)
-        mine, its = self._entries(references[given]), self._entries(found[given])
+        both = self._entries(np.concatenate([references[given], found[given]]))
+        mine, its = both[: len(given)], both[len(given) :]
         alike = ~are_deltas(its["encoding"])
         for column in ("dtype", "rows", "cols"):
             alike &= its[column] == mine[column]
