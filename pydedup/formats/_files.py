@@ -89,7 +89,10 @@ class RawFile:
 
     def close(self) -> None:
         """Close the file; arrays from it stay valid."""
-        fd, self._fd = self._fd, -1  # first: an interrupt before it would have it closed twice
+        fd, self._fd = (
+            self._fd,
+            -1,
+        )  # before it is closed: an interrupt between would close it twice
         if fd >= 0:
             os.close(fd)
 

@@ -97,7 +97,6 @@ class Stager:
         #: Of each model that is staged its certificate, and what its block maps and pages are.
         self._recorded: dict[int, _Recorded] = {}
         self._pages = self._page_writer([])
-        self._blocks = 0  # whose rows are written
         #: That of the store once this was published.
         self.epoch = -1
 
@@ -123,7 +122,6 @@ class Stager:
             with self._job.staging():
                 self._has_begun = True
                 self._recorded.clear()
-                self._blocks = 0
                 for model in self.models:
                     model.model_id = self._insert_model(model)
                 self._job.model_ids = [model.model_id for model in self.models]
@@ -143,7 +141,8 @@ class Stager:
             pages.note_small()
         else:
             pages.write()
-        self._tell_of(first)
+        done = _blocks_in(first)
+        self._tell(done)
         for batch in rows:
             with self._job.staging():
                 # Which also keeps a vacuum from collecting it before this is committed.
@@ -151,15 +150,15 @@ class Stager:
                     return False
                 self._insert(batch)
                 self._job.beat()
-            self._tell_of(batch)
+            done += _blocks_in(batch)
+            self._tell(done)
         return True
 
-    def _tell_of(self, batch: Sequence[_Row]) -> None:
+    def _tell(self, done: int) -> None:
         """Tell of rows of distinct blocks: those of a million take ten seconds and more."""
-        self._blocks += sum(kind == "block" for kind, _ in batch)
         total = int(np.count_nonzero(self._pages.page_of))
         if self._record is not None and total:
-            self._record(self._blocks, total)
+            self._record(done, total)
 
     def discard(self) -> None:
         """Remove what was staged; leaves nothing behind but a gap in the ids.
@@ -328,6 +327,10 @@ class Stager:
         stored = ~new & (references != NO_BASE)
         places[stored] = self.matcher.stored.places(references[stored])
         return places
+
+
+def _blocks_in(batch: Sequence[_Row]) -> int:
+    return sum(kind == "block" for kind, _ in batch)
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
