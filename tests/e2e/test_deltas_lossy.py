@@ -15,10 +15,8 @@ import pydedup
 from pydedup import policies
 from pydedup.errors import ArgumentError
 
+from .relatives import Model, added_beside
 from .test_deltas import base_model, fine_tuned, rel, same
-
-Model = dict[str, NDArray[Any]]
-
 
 # ---- bounded -----------------------------------------------------------------------------------
 
@@ -47,16 +45,6 @@ def test_bounded_keeps_every_block_within_its_error(store: pydedup.Store, bound:
     assert loaded["bias"].tobytes() == variant["bias"].tobytes()
     assert store.verify().ok
     assert same(store.load("base"), base)
-
-
-def added_beside(
-    store: pydedup.Store, base: Model, model: Model, policy: policies.Policy, *, joint: bool
-) -> pydedup.AddReport:
-    """Add a model after its relative, or with it in one call."""
-    if joint:
-        return store.add_many({"base": base, "m": model}, policy=policy)[1]
-    store.add("base", base, policy=policies.Exact())
-    return store.add("m", model, policy=policy)
 
 
 @pytest.mark.parametrize("joint", [False, True])

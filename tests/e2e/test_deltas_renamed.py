@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 import pydedup
 from pydedup import policies
 
-Model = dict[str, NDArray[Any]]
+from .relatives import added_beside
 
+LOSSLESS = policies.Lossless()
 SHAPES = [(512, 1024), (192, 160), (192, 256), (512, 1024)]
 
 
@@ -36,18 +37,8 @@ def moved(weights: list[NDArray[Any]], share: float) -> list[NDArray[Any]]:
     ]
 
 
-def added(
-    store: pydedup.Store, base: Model, model: Model, policy: policies.Policy, *, joint: bool
-) -> pydedup.AddReport:
-    """Add a model after its relative, or with it in one call."""
-    if joint:
-        return store.add_many({"base": base, "m": model}, policy=policy)[1]
-    store.add("base", base)
-    return store.add("m", model, policy=policy)
-
-
 @pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("policy", [policies.Lossless(), policies.Bounded(0.01)])
+@pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.01)])
 def test_a_relative_whose_tensors_have_other_names(
     store: pydedup.Store, policy: policies.Policy, joint: bool
 ) -> None:
@@ -55,7 +46,7 @@ def test_a_relative_whose_tensors_have_other_names(
     weights = layers()
     base = {f"model.layers.{i}.up_proj.weight": w for i, w in enumerate(weights)}
     model = {f"h_{i}/kernel": w for i, w in enumerate(moved(weights, 0.2))}
-    report = added(store, base, model, policy, joint=joint)
+    report = added_beside(store, base, model, policy, joint=joint, before=LOSSLESS)
     assert report.delta_blocks == report.blocks
     for name, got in store.load("m").items():
         apart = np.linalg.norm(got - model[name]) / np.linalg.norm(model[name])
@@ -71,7 +62,7 @@ def test_a_relative_that_lost_a_layer(store: pydedup.Store, dtype: Any, joint: b
     weights[0] = weights[0][::-1].copy()
     base = {f"layers.{i}.weight": w for i, w in enumerate(weights)}
     model = {f"layers.{i}.weight": w for i, w in enumerate(moved(weights, 0.2)[1:])}
-    report = added(store, base, model, policies.Lossless(), joint=joint)
+    report = added_beside(store, base, model, LOSSLESS, joint=joint, before=LOSSLESS)
     assert report.delta_blocks == report.blocks
     loaded = store.load("m")
     assert all(loaded[name].tobytes() == w.tobytes() for name, w in model.items())
