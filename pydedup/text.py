@@ -33,9 +33,14 @@ __all__ = [
 _SHOWN_NAMES = 6
 _ROUNDED_UP = Context(prec=3, rounding=ROUND_CEILING)
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
-# Controls, halves of surrogate pairs, and what reorders or breaks a line of text.
+# Controls, halves of surrogate pairs, and what breaks a line of text.
 _STEERING = ("Cc", "Cs", "Zl", "Zp")
-_REORDERING = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# What reorders a line, and what nobody sees, so that two names would look the same. Not the
+# joiners, of which emoji and Persian are made.
+_MISLEADING = re.compile(
+    "[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
 # How URLs look in our own advice: nobody's login.
 _FORM = r"(?!user(?::password)?@host(?::port)?/database(?:[\s,;]|$))"
 # Of a URL that was taken for a path, `Path` leaves one slash.
@@ -50,11 +55,11 @@ _SECRET_OPTION = re.compile(r"(?i)([?&](?:password|passwd|pwd|sslpassword|token)
 
 def clean(text: str) -> str:
     """Return text without anything that steers a terminal; what is taken out shows as an escape."""
-    if text.isprintable() and not _REORDERING.search(text):
+    if text.isprintable() and not _MISLEADING.search(text):
         return text
     return "".join(
         char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in _STEERING or _REORDERING.match(char)
+        if unicodedata.category(char) in _STEERING or _MISLEADING.match(char)
         else char
         for char in text
     )

@@ -149,7 +149,10 @@ def _array(value: Any, where: str) -> Array:
         array = np.asarray(value)
     except (ValueError, OverflowError) as error:  # in numpy's words, of "inhomogeneous shapes"
         raise ArgumentError(f"{where} is no array: its lists differ in length or depth") from error
-    if array.dtype == object and set(map(type, array.flat)) <= {type(None), float, int}:
+    kinds = set(map(type, np.asarray(value, object).flat))
+    if bool in kinds and len(kinds) > 1:  # numpy takes them for 0 and 1
+        raise ArgumentError(f"{where} has true or false beside other values; make them all alike")
+    if array.dtype == object and kinds <= {type(None), float, int}:
         with contextlib.suppress(OverflowError):  # an integer beyond all floats
             array = array.astype(np.float64)
     if array.dtype.kind not in "biuf":

@@ -30,11 +30,17 @@ __all__ = ["TOKEN_VARIABLE", "serve"]
 TOKEN_VARIABLE = "PYDEDUP_TOKEN"
 
 
+def _without_brackets(context: click.Context, option: click.Parameter, value: str) -> str:
+    """Return an IPv6 address without those that it has in a URL; a callback."""
+    return value[1:-1] if value.startswith("[") and value.endswith("]") else value
+
+
 @click.command(short_help="Predict over HTTP, by the Open Inference Protocol v2.")
 @options.store_argument
 @click.option(
     "--host",
     metavar="HOST",
+    callback=_without_brackets,
     default="127.0.0.1",
     show_default=True,
     help="Name or address to listen on; 0.0.0.0 is all of them.",
@@ -178,16 +184,19 @@ def _serve_here(
     url: str, memory: str, replacement: Replacement, chosen: ServeOptions, record: Path | None
 ) -> None:
     """Serve in this process; ends it where a request may never end."""
-    from pydedup.http.served import ServedStore
+    from pydedup.http.served import NO_GRAPH, ServedStore
     from pydedup.http.server import serve as run
 
     with Watch("opening the store"):
         store = ServedStore.connect(url, memory, replacement)
     with store:
-        names = [entry.name for entry in store.index() if not entry.hindrance]
+        entries = store.index()
+        names = [entry.name for entry in entries if not entry.hindrance]
+        others = (entry for entry in entries if entry.hindrance not in ("", NO_GRAPH))
+        why = next((f"{one.name}@{one.version}: {one.hindrance}" for one in others), "")
 
         def started(address: str) -> None:
-            _say_hello(address, store.url, names, secured=chosen.token is not None)
+            _say_hello(address, store.url, names, why, secured=chosen.token is not None)
 
         _warn_if_open(chosen.host, chosen.token)
         if record is not None:
@@ -258,7 +267,8 @@ def _warn_if_open(host: str, token: bytes | None) -> None:
         warn(f"anybody who can reach {host} may use this server; {TOKEN_VARIABLE} sets a token")
 
 
-def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> None:
+def _say_hello(address: str, store: str, names: list[str], why: str = "", *, secured: bool) -> None:
+    """Say what is served, and where; ``why`` is for when nothing is, though layers are known."""
     count = len(set(names))
     models = text.plural(count, "model")
     if len(names) != count:
@@ -271,7 +281,9 @@ def _say_hello(address: str, store: str, names: list[str], *, secured: bool) -> 
     output.print_line(f"  curl{insecure}{token} {address}{path}")
     if not names:
         output.print_line(
-            "No model there says what its layers are: add one from ONNX, Keras or nn.Sequential, "
-            "or with graph=; it is served as soon as it is there"
+            f"No model there can predict; {output.printable(why)}"
+            if why
+            else "No model there says what its layers are: add one from ONNX, Keras or "
+            "nn.Sequential, or with graph=; it is served as soon as it is there"
         )
     sys.stdout.flush()

@@ -132,7 +132,7 @@ class App(Endpoint):
         )
 
     async def _model_ready(self, exchange: Exchange) -> Reply:
-        model = await self._in("ask", self._store.served, exchange.address)
+        model = await self._in("ask", self._store.ready, exchange.address)
         return responses.json_reply({"name": model.name, "ready": True})
 
     async def _infer(self, exchange: Exchange) -> Reply:
@@ -188,7 +188,7 @@ class App(Endpoint):
         return responses.json_reply({"pages": pages})
 
     def _warm(self, address: str) -> int:
-        return self._store.warm(self._store.served(address).address)
+        return self._store.warm(self._store.ready(address).address)
 
     async def _unload(self, exchange: Exchange) -> Reply:
         await self._body(exchange)

@@ -287,6 +287,9 @@ def _convert(numbers: list[Any], dtype: np.dtype[Any], where: str) -> NDArray[An
         if type(odd) is int:
             raise bad(where, f"it has an integer beyond {dtype.name}")
         raise bad(where, f"numbers are needed, not {_kind(odd)}")
+    # numpy takes true for 1; types are only looked at where that may be, which takes a while.
+    if dtype.kind != "b" and ((found == 0) | (found == 1)).any() and bool in map(type, numbers):
+        raise bad(where, f"numbers are needed, not {_kind(True)}, which are of BOOL alone")
     if dtype.kind == "f":
         return _narrowed(found, dtype, where)
     return _whole(found, dtype, where)

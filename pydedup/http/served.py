@@ -16,6 +16,7 @@ from pydedup import config
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import StoredModel
+from pydedup.errors import BudgetError, CorruptStoreError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.http.onnx_signature import onnx_signature
@@ -28,7 +29,7 @@ from pydedup.store import Store
 from pydedup.types import GRAPH_ARTIFACT
 from pydedup.words import Replacement
 
-__all__ = ["Admit", "Arrays", "IndexEntry", "Outcome", "Served", "ServedStore"]
+__all__ = ["NO_GRAPH", "Admit", "Arrays", "IndexEntry", "Outcome", "Served", "ServedStore"]
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 #: Counts what a request takes beside the budget, or raises why it may not: bytes of its outputs,
@@ -37,6 +38,8 @@ Admit: TypeAlias = Callable[[int, int], None]
 #: Outputs by name, or what was raised.
 Outcome: TypeAlias = dict[str, NDArray[Any]] | Exception
 
+#: The hindrance of a model whose layers are not known.
+NO_GRAPH = "it has no graph to predict with"
 #: Models whose signature is remembered.
 _REMEMBERED = 1024
 
@@ -86,7 +89,7 @@ class ServedStore(Store):
         super().__init__(adapter, memory_bytes, replacement)
         # By row, since the same name@version may be another model later.
         self._known: dict[int, Served] = {}
-        self._kinds: dict[int, str] = {}
+        self._hindrances: dict[int, str] = {}
 
     @classmethod
     def connect(
@@ -117,6 +120,21 @@ class ServedStore(Store):
             for oldest in list(self._known)[:-_REMEMBERED]:
                 self._known.pop(oldest, None)
         return found
+
+    def ready(self, address: str) -> Served:
+        """Do what `served` does, for a model that can be predicted with.
+
+        Raises BudgetError where its weights are more than the memory ever has room for.
+        """
+        found = self.served(address)
+        if found.graph is None:
+            self._check_that_it_may_fit(found.row)
+        return found
+
+    def _check_that_it_may_fit(self, row: ModelRow) -> None:
+        from pydedup.serving.onnx_session import check_that_it_may_fit
+
+        check_that_it_may_fit(self._catalog.of_row(row), self._pool)
 
     def _look_at(self, model: StoredModel) -> Served:
         row, graph = model.row, model.graph()
@@ -188,21 +206,29 @@ class ServedStore(Store):
 
     def index(self) -> list[IndexEntry]:
         """Return all models, ordered by name, then age, but for those whose row is damaged."""
-        from pydedup.serving.onnx_session import is_installed
-
         with only_sound_rows(self._adapter):
             rows = sorted(self._adapter.models(), key=lambda row: (row.name, row.id))
-        known, kinds = self._kinds, {}
-        for row in rows:
-            kind = known.get(row.id)
-            if kind is None:  # a published model's artifacts never change
-                names = {name for name, _ in self._adapter.artifacts(row.id)}
-                kind = next((one for one in (GRAPH_ARTIFACT, ONNX_GRAPH) if one in names), "")
-            kinds[row.id] = kind
-        self._kinds = kinds  # as a whole: others may be making theirs
-        hindrances = {GRAPH_ARTIFACT: "", "": "it has no graph to predict with"}
-        hindrances[ONNX_GRAPH] = "" if is_installed() else "the extra onnx is not installed here"
-        return [IndexEntry(row.name, row.version, hindrances[kinds[row.id]]) for row in rows]
+        known, found = self._hindrances, {}
+        for row in rows:  # a published model never changes
+            found[row.id] = known[row.id] if row.id in known else self._hindrance(row)
+        self._hindrances = found  # as a whole: others may be making theirs
+        return [IndexEntry(row.name, row.version, found[row.id]) for row in rows]
+
+    def _hindrance(self, row: ModelRow) -> str:
+        from pydedup.serving.onnx_session import is_installed
+
+        names = {name for name, _ in self._adapter.artifacts(row.id)}
+        if GRAPH_ARTIFACT in names:
+            return ""
+        if ONNX_GRAPH not in names:
+            return NO_GRAPH
+        if not is_installed():
+            return "the extra onnx is not installed here"
+        try:
+            self._check_that_it_may_fit(row)
+        except (BudgetError, CorruptStoreError) as error:
+            return str(error)
+        return ""
 
     def ping(self) -> None:
         """Ask the database something small. Raises UnavailableError when it does not answer."""

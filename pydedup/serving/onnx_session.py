@@ -100,7 +100,7 @@ def run_onnx(
         with runner.calls.hold(1), contextlib.suppress(BudgetError):
             return _run(runner, model, payload, tensor, pool, x)
     else:  # others need neither wait nor make room for what is in vain
-        _check_that_it_may_fit(model, pool)
+        check_that_it_may_fit(model, pool)
     # What others keep as long as they run may have left no room: once more, with nobody beside.
     with runner.alone():
         return _run(runner, model, payload, tensor, pool, x)
@@ -121,11 +121,10 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-# ---- inside -------------------------------------------------------------------------------------
-
-
-def _check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
+def check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
     """Raise BudgetError where the weights, equal ones once, are more than the whole budget."""
+    if model.row.logical_bytes <= pool.memory_bytes:
+        return
     tensors = zip(model.block_maps(), model.tensors, strict=True)
     needed = sum({_content(at, info.shape): info.nbytes for at, info in tensors}.values())
     if needed > pool.memory_bytes:
@@ -136,6 +135,9 @@ def _check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
         )
         error.never = True
         raise error
+
+
+# ---- inside -------------------------------------------------------------------------------------
 
 
 def _too_large(model: StoredModel, why: object) -> BudgetError:

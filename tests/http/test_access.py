@@ -64,6 +64,8 @@ def test_what_cannot_start_says_why(
             (4, ["listen on no.invalid, port 8000"], [store_url, "--host", "no.invalid"]),
             (2, ["'a..b' is no name of a host"], [store_url, "--host", "a..b"]),
             (2, ["host is ''", "0.0.0.0"], [store_url, "--host", ""]),  # as of an unset variable
+            # An address that nobody has, as it is written in a URL.
+            (4, ["listen on 2001:db8::1, port 8000"], [store_url, "--host", "[2001:db8::1]"]),
             (3, ["--token-file", "'none'"], [store_url, "--token-file", "none"]),
             (3, ["--tls-cert"], [store_url, "--tls-cert", "none", "--tls-key", key]),
             (2, ["empty"], [store_url, "--token-file", tmp_path / "empty"]),

@@ -72,6 +72,15 @@ def test_not_finite(piece: int) -> None:
     np.testing.assert_array_equal(found.reshape(500, 5), np.tile(found[:5], (500, 1)))
 
 
+def test_true_among_numbers_is_refused(piece: int) -> None:
+    """It became 1."""
+    data: list[float] = [1.5, 0.0, 2.0] * 1000
+    data[2000] = True
+    with pytest.raises(HttpError, match=r"inputs\[0\].data: numbers are needed, not true or false"):
+        read(body_of(data, [3000]))
+    assert read(body_of([True, 0, 1, False] * 1000, [4000], "BOOL"))[:4].tolist() == [1, 0, 1, 0]
+
+
 @pytest.mark.parametrize(("name", "number"), [("FP16", 65520), ("FP32", -3.5e38), ("FP32", 10**39)])
 def test_numbers_beyond_a_datatype_are_refused(piece: int, name: str, number: float) -> None:
     """They became infinite."""

@@ -138,8 +138,9 @@ def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path
         assert f"{kind}@1 gives 'p'" in answer.error
 
 
-def test_weights_that_never_fit(start: Start, own_url: str, tmp_path: Path) -> None:
-    """It was 503, with the time to try again."""
+def test_weights_that_never_fit(start: Start, tmp_path: Path) -> None:
+    """It was 503, with the time to try again, and said to be ready."""
+    url = f"sqlite:///{tmp_path / 'large.db'}"
     make = onnx.helper
     weight = np.random.default_rng(4).standard_normal((64, 9000), np.float32)
     graph = make.make_graph(
@@ -151,14 +152,25 @@ def test_weights_that_never_fit(start: Start, own_url: str, tmp_path: Path) -> N
     )
     made = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=9)
     onnx.save(made, tmp_path / "m.onnx")
-    with pydedup.open(own_url) as store:
+    with pydedup.open(url) as store:
         store.add("ceil", tmp_path / "m.onnx")
-    server = start(own_url, "--memory", "2MiB")
+    server = start(url, "--memory", "2MiB")
     entry = {"name": "x", "datatype": "FP32", "shape": [1, 64], "data": [1.0] * 64}
-    answer = server.infer("ceil", {"inputs": [entry]})
-    assert answer.status == 501
-    assert "retry-after" not in answer.headers
-    assert "ceil@1 is run by ONNX Runtime, which needs all of its 2,304,000 bytes" in answer.error
+    why = "ceil@1 is run by ONNX Runtime, which needs all of its 2,304,000 bytes"
+    for answer in (
+        server.infer("ceil", {"inputs": [entry]}),
+        server.ask("GET", "/v2/models/ceil/ready"),
+        server.ask("POST", "/v2/repository/models/ceil/load"),
+    ):
+        assert answer.status == 501
+        assert "retry-after" not in answer.headers
+        assert why in answer.error
+    (listed,) = server.ask("POST", "/v2/repository/index").json
+    assert listed["state"] == "UNAVAILABLE"
+    assert why in listed["reason"]
+    assert server.ask("POST", "/v2/repository/index", {"ready": True}).json == []
+    assert server.process.stdout is not None
+    assert f"No model there can predict; ceil@1: {why}" in server.process.stdout.readline()
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])

@@ -107,6 +107,11 @@ WRONG: list[tuple[str, Any]] = [
     ("inputs[0].data", {"inputs": [changed(data=[[1], [2]])]}),
     ("inputs[0].data", {"inputs": [changed(data=[[[1, 2]]])]}),
     ("inputs[0].data", {"inputs": [changed(data=[1, "2"])]}),
+    ("inputs[0].data", {"inputs": [changed(data=[1, True])]}),  # it was 1
+    ("inputs[0].data", {"inputs": [changed(data=[1.5, False])]}),
+    ("inputs[0].data", {"inputs": [changed(data=[True, True])]}),
+    ("inputs[0].data", {"inputs": [changed(datatype="INT64", data=[5, False])]}),
+    ("inputs[0].data", {"inputs": [changed(data=[None, True])]}),
     ("inputs[0].data", {"inputs": [changed(shape=[2**30], data=[1, 2])]}),
     ("inputs[0].data", {"inputs": [changed(datatype="BF16")]}),
     ("inputs[0].data", {"inputs": [changed(datatype="INT8", data=[1, 128])]}),

@@ -405,6 +405,9 @@ def test_null_is_a_number_that_is_none(family: str) -> None:
     for odd in ('[["1", null]]', f"[[{10**400}, null]]", "[[{}, null]]"):
         line = fail("predict", family, "net", "-", status=2, input=odd)
         assert "standard input is no array of numbers" in line
+    for odd in ("[[1, true, 3]]", "[[1.5, false]]", "[[true, null]]"):  # they were 1 and 0
+        line = fail("predict", family, "net", "-", status=2, input=odd)
+        assert "standard input has true or false beside other values" in line
 
 
 def test_inputs_that_do_not_fit_are_told_in_our_words(family: str, tmp_path: Path) -> None:

@@ -332,6 +332,10 @@ def test_secrets() -> None:
         assert text.without_secrets(f"at {scheme}{form}@db/x") == f"at {scheme}***@db/x"
     assert text.clean("a\x1b[0m\u202eb\n") == "a\\x1b[0m\\u202eb\\n"
     assert text.clean("é模🙂 ok") == "é模🙂 ok"
+    # Beside "net", which looked the same; joiners belong to what is seen.
+    assert text.clean("\ufeffn\u200be\u00adt\U000e0041") == "\\ufeffn\\u200be\\xadt\\U000e0041"
+    for joined in ("\U0001f469\u200d\U0001f467", "\u0645\u06cc\u200c\u062e"):
+        assert text.clean(joined) == joined
 
 
 def test_shells_complete_commands_and_options() -> None:
