@@ -151,9 +151,12 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
             return None if self._unfinished() else super().schema_version()
 
     def _unfinished(self) -> list[str]:
-        """Return the tables and views of a creation that did not get to its end."""
+        """Return the tables and views of a creation that did not get to its end.
+
+        Dropped in this order, ``meta`` last, what is left at any moment is known again.
+        """
         there = {text(name) for (name,) in self._query(self._sql.dialect.list_tables)}
-        ours = [name for name in (*TABLES, *VIEWS) if self._bare(name) in there]
+        ours = [name for name in reversed((*TABLES, *VIEWS)) if self._bare(name) in there]
         tables = [name for name in ours if name in TABLES]
         if "meta" not in tables or any(map(self._has_rows, tables)):
             return []

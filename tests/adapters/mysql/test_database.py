@@ -15,6 +15,7 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
+from pydedup.adapters._schema import TABLES, VIEWS
 from pydedup.cli.app import main
 from pydedup.errors import (
     ArgumentError,
@@ -203,6 +204,31 @@ def test_a_creation_that_was_cut_short_is_begun_again(adapter: Adapter, url: str
     with pytest.raises(NotAStoreError, match="pydedup_meta"):
         adapter.schema_version()
     assert adapter.count_blocks() == 2
+
+
+def test_a_creation_that_is_cut_short_anywhere_is_begun_again(
+    adapter: Adapter, run: Run, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was cut while it dropped what another had left could not be begun again."""
+    run(url, "DELETE FROM pydedup_meta")
+    kind = type(adapter)
+    define = kind._define  # type: ignore[attr-defined]
+    for most in range(len(TABLES) + len(VIEWS)):
+        done: list[str] = []
+
+        def cut(self: Any, statement: str, most: int = most, done: list[str] = done) -> None:
+            if len(done) == most:
+                raise KeyboardInterrupt
+            define(self, statement)
+            done.append(statement)
+
+        monkeypatch.setattr(kind, "_define", cut)
+        with pytest.raises(KeyboardInterrupt):
+            adapter.create_schema({})
+        assert adapter.schema_version() is None
+    monkeypatch.undo()
+    adapter.create_schema({})
+    assert adapter.schema_version() == SCHEMA_VERSION
 
 
 def test_who_creates_waits_for_another_and_makes_nothing_beside_it(url: str, run: Run) -> None:
