@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
+from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog, page_readers
 from pydedup.errors import CorruptStoreError, ReadOnlyError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
@@ -263,8 +264,11 @@ def collect_abandoned(adapter: Adapter) -> int:
 
     Writes nothing when there is nothing of the kind.
     """
-    if not any(job_is_dead(spec, cursor) for _, spec, cursor, _ in staging_jobs(adapter)):
-        return 0
+    with only_sound_rows(adapter):
+        abandoned, dead, nothing_runs = _dead_stagings(adapter, LEASE_SECONDS)
+        # One that was interrupted as it committed has taken back its job, and not what it staged.
+        if not (abandoned or dead or (nothing_runs and adapter.page_ids(STAGING))):
+            return 0
     before = set(adapter.page_ids(RETIRED))
     _collect_and_retire(adapter, LEASE_SECONDS)
     left = [page_id for page_id in adapter.page_ids(RETIRED) if page_id not in before]
