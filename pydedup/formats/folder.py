@@ -265,14 +265,16 @@ def _part(path: Path, folder: str, files: Sequence[str]) -> _Part | None:
 
 def weight_map_of(path: Path) -> Mapping[str, str]:
     """Return which file an index has each tensor in. Raises FormatError."""
+    payload = _read_file(path)
     try:
-        weight_map = json.loads(_read_file(path))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        if isinstance(exc, FormatError):
-            raise
-        raise FormatError(f"{path} is no index of weights: {exc!r:.100}") from exc
+        index = json.loads(payload)
+    except (ValueError, RecursionError) as exc:
+        raise FormatError(f"{path} is no index of weights: it is no JSON ({exc!s:.100})") from exc
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{path} is no index of weights: 'weight_map' is empty or no object")
+        raise FormatError(
+            f"{path} is no index of weights: it has no object 'weight_map' of tensors and files"
+        )
     for file in weight_map.values():
         if not isinstance(file, str) or PurePosixPath(file).name != file:
             raise FormatError(f"{path} names the file {file!r:.80}, which is not in its folder")

@@ -264,11 +264,11 @@ FIRST = "model-00001-of-00002.safetensors"
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "no index of weights"),
-        ("[" * 100_000, "no index of weights"),
-        ("[]", "no index of weights"),
-        ({}, "no index of weights"),
-        ({"weight_map": {}}, "no index of weights"),
+        ("{", r"no index of weights: it is no JSON \(Expecting property name"),
+        ("[" * 100_000, "no index of weights: it is no JSON"),
+        ("[]", "no index of weights: it has no object 'weight_map'"),
+        ({}, "no index of weights: it has no object 'weight_map'"),  # it was KeyError('weight_map')
+        ({"weight_map": {}}, "no index of weights: it has no object 'weight_map'"),
         ({"weight_map": {"a": 3}}, "not in its folder"),
         ({"weight_map": {"a": "../secret.safetensors"}}, "not in its folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "not in its folder"),
