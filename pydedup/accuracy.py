@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeAlias, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.arguments import as_count
@@ -125,9 +126,13 @@ class Accuracy:
             ("seed", self.seed, 0),
             ("max_evaluations", self.max_evaluations, 3),
         ):
-            if count is None:
+            if name == "every" and count is None:
                 continue
             object.__setattr__(self, name, as_count(name, count, least=least, most=2**64 - 1))
+        deterministic: object = self.deterministic
+        if not isinstance(deterministic, bool | np.bool_):
+            raise ArgumentError(f"deterministic must be True or False, not {deterministic!r:.100}")
+        object.__setattr__(self, "deterministic", bool(deterministic))
         self._check_scores()
 
     def parameters(self) -> dict[str, Any]:

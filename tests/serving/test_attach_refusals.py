@@ -257,3 +257,17 @@ def test_ids_that_are_no_plain_tensor_are_refused(store: pydedup.Store) -> None:
     for given in (ids.to("meta"), ids.to_sparse()):
         with pytest.raises(ArgumentError, match="input of 'weight' of m is no plain tensor"):
             module(given)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_ids_of_a_dtype_that_torch_refuses(store: pydedup.Store, kind: Any) -> None:
+    """A module that served with int16 failed once it was detached; floats had the table loaded."""
+    module = kind(9, 4).eval()
+    store.add("m", module)
+    wanted = module(torch.arange(6).view(2, 3))
+    store.attach(module, "m")
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.bool, torch.float32):
+        ids = torch.arange(6).view(2, 3).to(dtype)
+        with pytest.raises(ArgumentError, match=rf"ids of 'weight' of m are {dtype}; int32 or int"):
+            module(ids)
+    torch.testing.assert_close(module(torch.arange(6, dtype=torch.int32).view(2, 3)), wanted)

@@ -195,7 +195,10 @@ def test_rounding_of_the_metric_is_no_drop() -> None:
         ({"every": 0}, "every must be an integer from 1"),
         ({"every": 1.5}, "must be an integer"),
         ({"seed": -1}, "seed must be an integer from 0"),
+        ({"seed": None}, "seed must be an integer, not None"),
         ({"max_evaluations": 2}, "an integer from 3"),
+        ({"max_evaluations": None}, "max_evaluations must be an integer, not None"),
+        ({"deterministic": "no"}, "deterministic must be True or False, not 'no'"),
         ({"max_rel_error": -1}, "max_rel_error must be 0 or more"),
         ({"confidence": 95}, "between 0 and 1"),
         ({"confidence": 0.95, "max_drop": 0}, "does not fall at all"),
@@ -214,6 +217,7 @@ def test_numbers_of_any_kind_are_arguments() -> None:
         Decimal("0.1"),  # type: ignore[arg-type]
         confidence=np.float32(0.5),  # type: ignore[arg-type]
         every=np.int64(3),
+        deterministic=np.True_,  # type: ignore[arg-type]
         score_range=(Fraction(0), np.float16(2)),  # type: ignore[arg-type]
     )
     parameters = policy.parameters()

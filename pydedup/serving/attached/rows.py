@@ -24,8 +24,15 @@ from pydedup.words import BagMode
 __all__ = ["rows_of"]
 
 
+def _in_memory(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
+    return as_numpy(x.detach() if x.is_meta else x.detach().cpu(), weight)
+
+
 def _ids(ids: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
-    return as_numpy(ids.detach() if ids.is_meta else ids.detach().cpu(), weight)
+    """Return ids, or raise ArgumentError for those of a dtype that torch refuses."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(f"the ids of {weight.label} are {ids.dtype}; int32 or int64 is needed")
+    return _in_memory(ids, weight)
 
 
 @handles(functional.embedding)
@@ -53,7 +60,7 @@ def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, from_end: bool = False) 
     if type(weight) is not StoredParameter or weight.transposed or type(ids) is StoredParameter:
         return NotImplemented
     stored = weight.stored()
-    if len(stored.shape) < 2 or ids.dtype.is_floating_point:
+    if len(stored.shape) < 2:
         return NotImplemented
     taken = _ids(ids, weight)
     if from_end:
@@ -103,7 +110,7 @@ def _embedding_bag(
     if stored is None:
         return NotImplemented
     ids = _ids(input, weight)
-    starts = None if offsets is None else _ids(offsets, weight)
+    starts = None if offsets is None else _in_memory(offsets, weight)
     factors = None if per_sample_weights is None else as_floats(per_sample_weights, weight)
     if starts is not None and include_last_offset:
         ids, starts = until_last(ids, starts)
