@@ -116,6 +116,38 @@ def test_no_block_of_another_dtype_is_shared_within_a_bound(store: pydedup.Store
     assert away(source, loaded.astype(np.float64)) <= 0.05
 
 
+@pytest.mark.parametrize("bound", [0.0, 0.0005, 0.002, 0.02])
+def test_what_a_search_puts_in_a_blocks_place_is_within_the_bound(
+    store: pydedup.Store, bound: float
+) -> None:
+    """Deltas as well as stored blocks, which are farther away: whatever the metric would allow."""
+    store.add("near", {"w": weights()}, policy=policies.Exact(), block_shape=(64, 64))
+    source = moved(weights(), 0.05)
+    policy = policies.Accuracy(good, 1.0, max_rel_error=bound)
+    said = store.add("m", {"w": source}, policy=policy, block_shape=(64, 64)).certificate
+    assert said["replaced"] == (4 if bound else 0)
+    got = store.load("m")["w"]
+    found = [away(source[at : at + 64], got[at : at + 64]) for at in range(0, 256, 64)]
+    assert max(found) <= bound
+    assert max(found) <= said["largest_block_error"] <= bound
+
+
+def test_a_search_offers_deltas_on_blocks_of_another_dtype_and_never_these(
+    store: pydedup.Store,
+) -> None:
+    """What is put in a block's place is of its dtype: the block of another one is not."""
+    source = moved(weights(), 0.002).astype(ml_dtypes.bfloat16)
+    store.add("wide", {"w": weights()}, policy=policies.Exact(), block_shape=(64, 64))
+    policy = policies.Accuracy(good, 1.0, max_rel_error=0.1)
+    report = store.add("narrow", {"w": source}, policy=policy, block_shape=(64, 64))
+    said = report.certificate
+    assert (said["blocks"], said["replaced"], said["shared"]) == (4, 4, 0)
+    assert report.delta_blocks == 4
+    got = store.load("narrow")["w"]
+    assert got.dtype == source.dtype
+    assert 0 < away(source, got) <= 0.1
+
+
 def test_a_model_that_shares_pages_records_what_they_are(url: str) -> None:
     """Whoever adds it has read none of them as another model's."""
     recorded = []

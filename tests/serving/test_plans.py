@@ -160,6 +160,13 @@ def test_one_wide_vector_of_a_norm_makes_a_wide_result_and_a_bias_of_a_product_d
     assert planned([node], (5, 6)).out_nbytes == 4 * 5 * 8
 
 
+def test_outputs_that_are_halves_take_two_bytes_beside_what_they_were_made_of() -> None:
+    nodes = (Node("relu", ("x",), "o"), Node("tanh", ("o",), "p"))
+    inputs = {"x": np.zeros((5, 6), np.float32)}
+    plan = plan_run(Graph(("x",), ("o", "p"), nodes, halves=("p",)), lambda name: None, inputs)
+    assert (plan.out_nbytes, plan.nbytes) == ((4 + 2) * 30, (4 + 4) * 30 + (4 + 2) * 30)
+
+
 def test_wide_inputs_make_wide_activations() -> None:
     graph = Graph(("x",), ("o",), (Node("relu", ("x",), "o"),))
     for dtype, width in ((np.float64, 8), (np.float32, 4), (np.int64, 4)):

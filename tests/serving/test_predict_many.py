@@ -169,6 +169,16 @@ def test_a_batch_larger_than_the_budget_is_cut(store: pydedup.Store) -> None:
     assert store.predict("v1", x[:0]).shape == (0, 10)
 
 
+def test_pieces_of_a_batch_are_put_together_in_their_dtype(store: pydedup.Store) -> None:
+    wide = {name: array.astype(np.float64) for name, array in weights().items()}
+    store.add("wide", wide, graph=layers())
+    x = RNG.standard_normal((6000, 256))
+    want = np.concatenate([store.predict("wide", x[at : at + 500]) for at in range(0, 6000, 500)])
+    got = store.predict("wide", x)
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
 def test_threads_share_a_small_budget(tmp_path: Path) -> None:
     """Deltas need two pages at once, whatever other threads compute and read ahead."""
     rng = np.random.default_rng(3)

@@ -330,6 +330,9 @@ def test_batch_norm(axis: int) -> None:
     np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ArgumentError, match="must have 5 entries"):
         run_node(node, Model(**vectors), np.ones((3, 4, 4)))
+    for name in names:  # as the plan of a run has it
+        one_wide = {**vectors, name: vectors[name].astype(np.float64)}
+        assert run_node(node, Model(**one_wide), x).dtype == np.float64
 
 
 # ---- graphs -------------------------------------------------------------------------------------
