@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -147,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
         _say_interrupted(context)
-        status = Exit.TERMINATED if isinstance(error, Terminated) else Exit.INTERRUPTED
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        status = Exit.of_signal(number)
     except BrokenPipeError:
         status = Exit.BROKEN_PIPE
     except Exception as error:

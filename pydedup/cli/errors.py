@@ -50,6 +50,7 @@ class Exit(enum.IntEnum):
     DUPLICATE = 6
     QUOTA = 7
     FAULT = 70
+    HUNG_UP = 129
     INTERRUPTED = 130
     BROKEN_PIPE = 141
     TERMINATED = 143
@@ -58,6 +59,11 @@ class Exit(enum.IntEnum):
     def meaning(self) -> str:
         """What it means, in a few words."""
         return _MEANINGS[self]
+
+    @classmethod
+    def of_signal(cls, number: int) -> Exit:
+        """Return that of a command that a signal ended, as shells have it."""
+        return cls(128 + number)
 
 
 _MEANINGS = {
@@ -71,6 +77,7 @@ _MEANINGS = {
     Exit.DUPLICATE: "that name@version is in the store already",
     Exit.QUOTA: "the add would take more than a quota allows",
     Exit.FAULT: "a fault of pydedup's own",
+    Exit.HUNG_UP: "interrupted by SIGHUP, as when the terminal is closed",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
     Exit.BROKEN_PIPE: "whoever read the output went away",
     Exit.TERMINATED: "interrupted by SIGTERM",

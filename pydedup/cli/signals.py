@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM: they end a command in order, or at once where it cannot notice.
+"""Ctrl-C, SIGTERM and SIGHUP: they end a command in order, or at once where it cannot notice.
 
 Python runs what it does about a signal between two steps of its own, and none comes while a driver
 waits in C for a server that is silent. Deliberately not here: what is said of a command that was
@@ -30,16 +30,24 @@ _WAITING = "waiting for what is under way, such as an answer; Ctrl-C once more e
 _NO_BAR = "\r\x1b[K\x1b[?25h"
 
 
+#: What else than Ctrl-C ends a command: on demand, and when its terminal is closed.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """One of the signals came that end a command, ``number``."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextlib.contextmanager
 def interruptible(tell: Callable[[], None]) -> Iterator[None]:
-    """Have SIGTERM end a command as Ctrl-C does: what it wrote beside its output is taken away.
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does: what it wrote beside is taken away.
 
-    Neither is lost, nor shown as a traceback, where it comes when Python ignores exceptions. Where
-    a first Ctrl-C is not noticed, a second one ends the process, when ``tell`` has said so.
+    None is lost, nor shown as a traceback, where it comes when Python ignores exceptions. Where a
+    first Ctrl-C is not noticed, a second one ends the process, when ``tell`` has said so.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -49,11 +57,15 @@ def interruptible(tell: Callable[[], None]) -> Iterator[None]:
 
     def dropped(told: Any) -> None:
         if isinstance(told.exc_value, KeyboardInterrupt):
-            _thread.start_new_thread(_strike_again, (type(told.exc_value) is Terminated,))
+            number = getattr(told.exc_value, "number", signal.SIGINT)
+            _thread.start_new_thread(_strike_again, (number,))
         else:
             before(told)
 
-    signal.signal(signal.SIGTERM, _terminate)
+    # Not where it is ignored, as `nohup` has it.
+    taken = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _terminate)
     sys.unraisablehook = dropped
     try:
         # Not where the shell has Ctrl-C ignored, as of what runs in the background.
@@ -64,21 +76,21 @@ def interruptible(tell: Callable[[], None]) -> Iterator[None]:
             yield
     finally:
         sys.unraisablehook = before
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def _strike_again(terminates: bool) -> None:
+def _strike_again(number: int) -> None:
     """Send a signal once more, whose exception Python dropped: it came within a weakref's callback.
 
     Not by a `threading.Timer`, of whose locks the main thread may hold one just then.
     """
     time.sleep(0.01)
-    number = signal.SIGTERM if terminates else signal.SIGINT
     signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(number)
 
 
 class _Impatience:

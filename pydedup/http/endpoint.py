@@ -32,6 +32,8 @@ _PART_BYTES = 1024 * 1024
 _OPEN_TO_ALL = ("live", "ready")
 #: What takes, once its body is there, as long as reading the model takes.
 _UNHURRIED = ("load",)
+#: So long the body of a request that is refused may take to come.
+_ARRIVAL_SECONDS = 5.0
 _ADVICE = " (--max-answer); ask for fewer or shorter rows at a time, or for binary data"
 
 
@@ -126,6 +128,7 @@ class Endpoint:
                 route = route_of(exchange.scope["method"], exchange.scope["raw_path"])
                 exchange.route = route
                 if self.draining and route.action not in ("live", "metrics"):
+                    await self._let_arrive(exchange)
                     headers = (*RETRY_SOON, (b"connection", b"close"))
                     raise HttpError(503, "the server is stopping", "stopping", headers)
                 if route.action not in _OPEN_TO_ALL:
@@ -154,6 +157,23 @@ class Endpoint:
             exchange.outcome = problem.outcome
             let_go(error)
             return responses.error_reply(problem)
+
+    async def _let_arrive(self, exchange: Exchange) -> None:
+        """Read the body of a request that is refused and its connection closed, and forget it.
+
+        A client that is still writing would lose the answer. The end of the server waits for none.
+        """
+        if b"expect" in exchange.headers:  # the client waits to hear that its body is wanted
+            return
+        self.under_way -= 1
+        try:
+            async with asyncio.timeout(_ARRIVAL_SECONDS):
+                while (await exchange.receive()).get("more_body"):
+                    pass
+        except TimeoutError:
+            pass
+        finally:
+            self.under_way += 1
 
     def _complain(self, cause: BaseException) -> None:
         """Log what is no client's fault: in full, or a line a second of a database that is away."""

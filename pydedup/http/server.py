@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server: its socket, its event loop, and how it stops.
 
-SIGTERM or SIGINT: new requests are answered with 503, those under way finish, the process ends. A
-second signal, or the end of the grace period, cuts off what is left.
+SIGTERM, SIGINT or SIGHUP: new requests are answered with 503, those under way finish, the process
+ends. A second signal, or the end of the grace period, cuts off what is left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pydedup.http.options import ServeOptions
 from pydedup.http.protocol import LimitedProtocol
 from pydedup.http.served import ServedStore
 
-__all__ = ["SWITCH_SECONDS", "listen", "serve", "url_of"]
+__all__ = ["SWITCH_SECONDS", "listen", "serve", "stopping_signals", "url_of"]
 
 #: How long Python lets one thread run while others wait: at its 5 ms, threads that predict would
 #: hold up the event loop.
@@ -111,7 +111,7 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Handle signals in the loop, and do not raise them again when all is done."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping_signals():
             loop.add_signal_handler(number, self._stop)
         yield
 
@@ -140,6 +140,12 @@ class _Server(uvicorn.Server):
             self.config.timeout_graceful_shutdown = 0
         self.force_exit = force
         self.should_exit = True
+
+
+def stopping_signals() -> list[int]:
+    """Return the signals that stop a server: SIGHUP is one unless it is ignored, as by `nohup`."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
 def listen(host: str, port: int) -> socket.socket:

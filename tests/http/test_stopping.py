@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup.http.server import stopping_signals
 from pydedup.testing.serving import Busy, Start, until
 
 GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
@@ -23,7 +24,7 @@ def slow(rows: int) -> dict[str, Any]:
     return {"inputs": [entry]}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", stopping_signals())
 def test_idle(start: Start, store_url: str, number: int) -> None:
     server = start(store_url, "--grace", 600)
     open_one = server.connect()  # it is in use, and idle
@@ -60,6 +61,21 @@ def test_requests_under_way_finish_and_new_ones_are_turned_away(
     kept.close()
     assert server.stop() == 0
     assert server.errors == []
+
+
+def test_who_sends_a_long_body_hears_that_the_server_stops(
+    start: Start, held_url: str, busy: Busy
+) -> None:
+    """The connection was closed while the body came, and every second client had no answer."""
+    server = start(held_url, "--grace", 600)
+    with busy(server):
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        for _ in range(20):
+            answer = server.infer("dense", bytes(3_000_000))
+            assert answer.status == 503
+            assert "stopping" in answer.error
+    assert server.stop() == 0
 
 
 def test_what_takes_longer_than_the_grace_period_is_cut_off(start: Start, store_url: str) -> None:

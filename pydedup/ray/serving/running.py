@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
-from pydedup.http.server import listen, url_of
+from pydedup.http.server import listen, stopping_signals, url_of
 from pydedup.ray.cluster import LOST, Secret, attached, import_ray, is_lost, kill, on_each_node
 from pydedup.ray.score_pool import words_of
 from pydedup.ray.serving.application import deployment
@@ -90,7 +90,9 @@ def run(
         application = deployment(url, check=False, **chosen)
         _check_cpus(ray, on, chosen)
         left.enter_context(_alone(ray))
-        taken = {number: signal.signal(number, lambda *_: stop.set()) for number in _SIGNALS}
+        taken = {
+            number: signal.signal(number, lambda *_: stop.set()) for number in stopping_signals()
+        }
         mine = not serve.status().proxies
         try:
             try:
@@ -108,9 +110,6 @@ def run(
                 _take_down(ray, serve, mine)
             raise
         _take_down(ray, serve, mine)
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Guard:
