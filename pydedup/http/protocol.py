@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """uvicorn's HTTP/1.1 with limits that it lacks: on headers, and on how slowly they come.
 
+Answers come in the order of the requests, also where one of several sent at once is no HTTP.
+
 An offer to go on in another protocol, as Java's client makes with every request, is passed over:
 httptools would leave out the body of such a request.
 """
@@ -36,6 +38,8 @@ class LimitedProtocol(HttpToolsProtocol):
     _body_follows = False
     #: Whether the parser gets the head of such a request once more.
     _is_repeated = False
+    #: The answer to what was no request, after which nothing is read.
+    _refusal: bytes | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection."""
@@ -49,6 +53,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; a head that is too long is refused even where no header ends."""
+        if self._refusal is not None:
+            return
         self._head_bytes += len(data)
         if self._in_head and self._head_timer is None:
             self._await_head()
@@ -120,6 +126,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or the refusal of what came behind the last."""
+        if self._refusal is not None and not self.pipeline:
+            self._send_refusal(self._refusal)
+        super().on_response_complete()
+
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP."""
         self._refuse(400, msg)
@@ -141,13 +153,25 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(431, f"the headers have more than {_LARGEST_HEAD} bytes")
 
     def _refuse(self, status: int, message: str) -> None:
-        if self.transport.is_closing():  # it was refused already
+        """Answer with an error, behind the answers to whole requests that came before."""
+        if self.transport.is_closing() or self._refusal is not None:
             return
+        self._stop_timer()
         body = orjson.dumps({"error": message})
         head: list[Any] = [
             STATUS_LINE[status],
             b"content-type: application/json\r\nconnection: close\r\n",
             b"content-length: %d\r\n\r\n" % len(body),
         ]
-        self.transport.write(b"".join(head) + body)
-        self.transport.close()
+        self._refusal = b"".join(head) + body
+        # Before the first request there is no cycle.
+        is_done = getattr(self.cycle, "response_complete", True)
+        if not self._in_head and self.pipeline:
+            self.pipeline.popleft()  # the request of the bad body, which waits for others
+        elif not self._in_head or is_done:
+            self._send_refusal(self._refusal)
+
+    def _send_refusal(self, refusal: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(refusal)
+            self.transport.close()

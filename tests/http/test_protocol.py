@@ -32,6 +32,30 @@ def test_pipelined_and_chunked_requests(server: Server) -> None:
     assert answers[0]["model_name"] == "dense"
 
 
+@pytest.mark.parametrize(
+    ("behind", "status"),
+    [
+        (b"garbage\r\n\r\n", b"400"),
+        (b"GET /v2 HTTP/1.1\r\nX: %s\r\n\r\n" % (b"x" * 70_000), b"431"),
+        (b"POST /v2/repository/index HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (b"POST /v2/repository/index HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_what_is_no_request_is_answered_in_its_turn(
+    server: Server, before: int, behind: bytes, status: bytes
+) -> None:
+    """Its error stood in the place of the answers before it, which never came."""
+    body = json.dumps({"inputs": [GOOD]}).encode()
+    head = b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall((head % len(body) + body) * before + behind)
+        text = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert re.findall(rb"HTTP/1.1 (\d+)", text) == [b"200"] * before + [status]
+    assert text.count(b'{"model_name"') == before
+    assert text.count(b'{"error"') == 1
+
+
 def test_trailers_are_no_headers(start: Start, store_url: str, tmp_path: Path) -> None:
     """What came with the body was taken for a header, what came later was not."""
     (tmp_path / "token").write_text("abc")
