@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Final
@@ -39,6 +40,9 @@ _DAMAGED: Final = (
     "`pydedup verify` lists what is damaged; where that says no more than this, the file cannot be "
     "read any more: restore a backup"
 )
+
+#: Result codes of a write that failed: IOERR_WRITE, IOERR_TRUNCATE and IOERR_SHMSIZE.
+_WRITES: Final = (10 | 3 << 8, 10 | 6 << 8, 10 | 19 << 8)
 
 #: Result code -> error and what to do. An extended code that is not here counts as its lowest
 #: byte. The numbers are part of SQLite's interface (https://sqlite.org/rescode.html).
@@ -94,6 +98,11 @@ def meaning(error: Exception, path: str) -> PydedupError:
         return ArgumentError(f"{path}: {error}")
     if code & 0xFF == 10 and _is_full(path):
         code = 13
+    elif code in _WRITES and (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) >= 0:
+        return StorageFullError(
+            f"{path}: {error}; a file of this process may have no more than {limit} bytes: raise "
+            "`ulimit -f`"
+        )
     if code == 19 | 12 << 8 and f"column {PREFIX}" in str(error):
         code = 11  # CONSTRAINT_DATATYPE of a table of ours: the row that is changed was damaged
     kind, advice = _MEANINGS.get(code) or _MEANINGS.get(code & 0xFF) or (StoreError, "")

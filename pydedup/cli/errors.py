@@ -34,6 +34,8 @@ __all__ = ["TRACEBACK_VARIABLE", "Exit", "no_such", "report", "warn"]
 TRACEBACK_VARIABLE = "PYDEDUP_TRACEBACK"
 #: Of what an unexpected exception says, a line shows no more than this; a traceback shows all.
 _LONGEST_FAULT = 200
+#: What Python says where the system gives no thread.
+_NO_THREAD = "can't start new thread"
 #: What ends writing, of standard output for one.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -117,6 +119,11 @@ def _describe(error: BaseException) -> tuple[Exit, str]:
         return Exit.STORE, _os_error(error)
     if isinstance(error, MemoryError):
         return Exit.STORE, "there is not enough memory; give less of it to --memory, or free some"
+    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        return Exit.STORE, (
+            "the system gives this process no more threads: raise `ulimit -u`, or the limits of "
+            "its container or service, of memory too"
+        )
     said = f"{type(error).__name__}: {error}"
     if len(said) > _LONGEST_FAULT:
         said = said[:_LONGEST_FAULT] + "..."

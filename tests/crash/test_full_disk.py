@@ -178,3 +178,31 @@ def test_a_limit_of_files(tmp_path: Path) -> None:
     with pydedup.open(url) as store:
         assert [info.name for info in store.models()] == ["good"]
         assert store.verify().ok
+
+
+_LIMITED_STORE = """
+import resource, sys
+import pydedup
+
+adapter = pydedup.open(sys.argv[1])._adapter
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+try:
+    with adapter.transaction():
+        adapter.insert_pages([(bytes(16), bytes(2 << 20))], state="staging")
+except pydedup.PydedupError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_limit_of_files_for_the_store_itself(tmp_path: Path) -> None:
+    """The advice was to check the medium."""
+    url = str(tmp_path / "store.db")
+    ran = subprocess.run(
+        [sys.executable, "-c", _LIMITED_STORE, url], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == (
+        f"StorageFullError: {url}: disk I/O error; a file of this process may have no more than "
+        "1048576 bytes: raise `ulimit -f`\n"
+    )
+    with pydedup.open(url) as store:
+        assert store.verify().ok

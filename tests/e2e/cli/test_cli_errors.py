@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -424,6 +425,16 @@ def test_a_traceback_when_it_is_asked_for(kept: str) -> None:
     assert done.returncode == 3
     assert done.stderr.startswith("Traceback (most recent call last)")
     assert done.stderr.splitlines()[-1].startswith("pydedup: error: no model 'x'")
+
+
+def test_where_there_are_no_more_threads(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was reported as a fault of pydedup."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "_start_new_thread", refuse)
+    assert "`ulimit -u`" in fail("verify", kept, status=4)
 
 
 def test_a_fault_of_ours_asks_to_be_reported(kept: str) -> None:
