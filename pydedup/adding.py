@@ -78,7 +78,8 @@ class StoreAdds:
         dry_run
             Report what would be stored, and write nothing.
         progress
-            Called as ``progress(stage, done, total)``, in bytes.
+            Called as ``progress(stage, done, total)``: in bytes when matching and writing, in
+            evaluations when evaluating, in blocks when recording blocks.
         workers
             Threads that work on it, the caller's included; its computations use no more, either. By
             default one per core up to 4, and one where little is added. The store is the same, bit

@@ -230,7 +230,7 @@ class Graph:
         """
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as exc:
+        except (ValueError, TypeError, RecursionError) as exc:
             raise ArgumentError(f"a graph must be JSON: {exc}") from exc
         if not isinstance(data, dict):
             raise ArgumentError("a graph must be a JSON object with inputs, outputs and nodes")

@@ -6,8 +6,8 @@ add.py does it all, a step after the other:
 - plan.py says what is to be added, staged.py what becomes of it;
 - tensors.py reads and matches a model: match.py finds what the store has already (met.py: what
   this add has met), similar.py what a new block is near to (candidates.py, stored_index.py,
-  aligned.py) and how it is kept then (deltas.py); previous.py takes over what the version before
-  had; names.py finds a tensor whose name has another prefix there;
+  aligned.py, pairs.py) and how it is kept then (deltas.py); previous.py takes over what the version
+  before had; names.py finds a tensor whose name has another prefix there;
 - replace.py and accuracy.py search for what a metric allows (searches.py, trial.py, judging.py,
   confidence.py);
 - quota.py asks whether there may be so much; pages.py and write.py stage it, publish.py publishes.

@@ -5,8 +5,8 @@ verify.py checks it: verify_pages.py, then verify_models.py; damage.py is what i
 recheck.py measures promised metrics again. repair.py restores damaged pages (survey.py says what is
 lost, blocks_from.py finds it, relocate.py publishes it), rows.py makes rows anew that follow from
 others, refill.py puts back copies of pages where a store keeps several, vacuum.py and repack.py
-free and repack, maps.py gives models the block maps of what moved, versions.py moves aliases and
-removes versions.
+free and repack (unused.py says whether that may pay), maps.py gives models the block maps of what
+moved, versions.py moves aliases and removes versions.
 """
 
 from __future__ import annotations
