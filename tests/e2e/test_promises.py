@@ -83,6 +83,21 @@ def test_recorded_errors_are_not_below_the_true_ones(store: pydedup.Store) -> No
         assert true * (1 - 1e-12) <= recorded <= true * (1 + 1e-5)
 
 
+def test_recorded_errors_of_deltas_are_not_below_the_true_ones(store: pydedup.Store) -> None:
+    """Sums in f32 are below them as often as above."""
+    rng = np.random.default_rng(8)
+    near = {f"w{n}": rng.standard_normal((64, 64)).astype(np.float32) for n in range(24)}
+    source = {name: moved(array, 0.05) for name, array in near.items()}
+    store.add("near", near, policy=policies.Exact())
+    report = store.add("m", source, policy=policies.Bounded(0.01), block_shape=(64, 64))
+    assert report.delta_blocks == len(source)
+    got = store.load("m")
+    for name, array in source.items():
+        recorded = error_of(report.certificate, name)
+        true = away(array, got[name])
+        assert true * (1 - 1e-12) <= recorded <= true * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("order", [("near", "far"), ("far", "near")])
 @pytest.mark.parametrize(
     "policy",
@@ -167,6 +182,32 @@ def test_versions_that_are_alike_read_as_many_bytes_of_each_page(url: str) -> No
             (row,) = store._adapter.models(name="m", newest=1)
             read.append([found[1:] for found in store._adapter.model_pages(row.id)])
     assert read[0] == read[1] != []
+
+
+def test_versions_added_together_record_their_own_bytes_of_a_page_they_share(url: str) -> None:
+    """Of a page that none of them reads only the sum is known, which one uses a part of."""
+    whole = weights()
+    whole[:128] = np.round(whole[:128])  # takes far less than the rest, on the same page
+    models = {"whole": {"w": whole}, "part": {"w": whole[:128]}}
+
+    def read(store: pydedup.Store, name: str) -> list[tuple[int, ...]]:
+        (row,) = store._adapter.models(name=name, newest=1)
+        return [found[1:] for found in store._adapter.model_pages(row.id)]
+
+    with pydedup.open(url) as store:
+        for name, arrays in models.items():
+            store.add(name, arrays, block_shape=(64, 64))
+        before = {name: read(store, name) for name in models}
+    looks: list[None] = []
+    fault = Fault("read_pages", lambda: looks.append(None), 0)
+    adapter, _ = inject(registry.connect(url, mode="a"), fault)
+    with Store(adapter, 1 << 26) as store:  # which has looked at no page
+        store.add("whole", models["whole"], block_shape=(64, 64))
+        assert not looks
+        store.add_many(models, block_shape=(64, 64))
+        assert looks
+        assert {name: read(store, name) for name in models} == before
+        assert store.verify().errors == []
 
 
 def test_errors_of_tensors_that_were_not_recorded_one_by_one() -> None:
