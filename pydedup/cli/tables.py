@@ -8,7 +8,7 @@ its values. Nothing is wrapped. A pipe gets all columns, whatever their width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -18,7 +18,7 @@ from pydedup.text import count, listed, plural
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Column", "NameList", "print_table", "shorten"]
+__all__ = ["Column", "NameList", "print_table", "shorten", "table_lines"]
 
 _GAP = "  "
 #: A name is shortened to no less than this; below, nobody could tell it from its siblings.
@@ -84,20 +84,44 @@ def print_table(
         print_note(f"and {count(len(rows) - most)} more, in a pipe or with --json", "dim")
 
 
+def table_lines(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int
+) -> list[Text] | None:
+    """Return the lines of a table, its titles first; None where it does not fit as one."""
+    cells = _cells(rows)
+    fitted = _fitted(columns, cells, limit)
+    return None if fitted is None else list(_lines(columns, cells, *fitted))
+
+
 def _print_cells(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None
 ) -> None:
-    cells = [[v if isinstance(v, NameList) else printable(v) for v in row] for row in rows]
+    cells = _cells(rows)
+    fitted = _fitted(columns, cells, limit)
+    if fitted is None:
+        _print_cards(columns, cells)
+        return
+    screen = console()
+    for line in _lines(columns, cells, *fitted):
+        screen.print(line)
+
+
+def _cells(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[v if isinstance(v, NameList) else printable(v) for v in row] for row in rows]
+
+
+def _fitted(
+    columns: Sequence[Column], cells: Sequence[Sequence[str]], limit: int | None
+) -> tuple[list[int], list[int]] | None:
+    """Return the columns that are kept, and their widths."""
     kept = list(range(len(columns)))
     while True:
         widths = _fit(columns, cells, kept, limit)
         if widths is not None:
-            _print_rows(columns, cells, kept, widths)
-            return
+            return kept, widths
         spare = max(kept, key=lambda index: (columns[index].rank, index))
         if columns[spare].rank == 0:
-            _print_cards(columns, cells)
-            return
+            return None
         kept.remove(spare)
 
 
@@ -139,16 +163,15 @@ def _differ(
     return True
 
 
-def _print_rows(
+def _lines(
     columns: Sequence[Column],
     cells: Sequence[Sequence[str]],
     kept: Sequence[int],
     widths: Sequence[int],
-) -> None:
-    screen = console()
-    screen.print(_line(columns, [column.title for column in columns], kept, widths, "bold"))
+) -> Iterator[Text]:
+    yield _line(columns, [column.title for column in columns], kept, widths, "bold")
     for row in cells:
-        screen.print(_line(columns, row, kept, widths, None))
+        yield _line(columns, row, kept, widths, None)
 
 
 def _line(

@@ -18,11 +18,12 @@ import click
 from pydedup import text
 from pydedup.cli import options, output
 from pydedup.cli.serving import TOKEN_VARIABLE
-from pydedup.cli.tables import Column, print_table, shorten
+from pydedup.cli.tables import Column, print_table, shorten, table_lines
 from pydedup.errors import UnavailableError, UnsupportedFormatError, not_installed
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.text import Text
 
     from pydedup.http.scrape import Rates, Scrape, Source
 
@@ -31,9 +32,9 @@ __all__ = ["top"]
 _COLUMNS = (
     Column("Model", number=False, name=True, style="cyan"),
     Column("Requests/s"),
-    Column("Failed/s"),
-    Column("Requests", rank=1),
-    Column("Failed", rank=2),
+    Column("Failed/s", rank=1),
+    Column("Requests", rank=2),
+    Column("Failed", rank=3),
 )
 
 
@@ -114,7 +115,10 @@ def _watch(source: Source, interval: float) -> None:
     rates: Rates | None = None
     with (
         _keys() as pressed,
-        Live(console=output.console(), screen=True, auto_refresh=False) as live,
+        # Nothing else prints, and what would take the place of sys.stdout knows no encoding.
+        Live(
+            console=output.console(), screen=True, auto_refresh=False, redirect_stdout=False
+        ) as live,
     ):
         while True:
             trouble = ""
@@ -181,33 +185,29 @@ def _screen(url: str, rates: Rates | None, trouble: str, size: tuple[int, int]) 
     if rates is not None:
         fields = Table.grid(padding=(0, 2), pad_edge=False)
         fields.add_column(style="dim", no_wrap=True, min_width=8)
-        fields.add_column(no_wrap=True, overflow="ellipsis")
+        fields.add_column(no_wrap=True, overflow="ellipsis", max_width=max(width - 10, 1))
         for label, value in _fields(rates):
             fields.add_row(label, Text(value))
-        parts += ["", fields, "", _model_table(rates, width, height - 14)]
+        parts += ["", fields, "", *_table_of(rates, width, height - 14)]
     return Group(*parts)
 
 
-def _model_table(rates: Rates, width: int, room: int) -> Any:
-    from rich.table import Table
+def _table_of(rates: Rates, width: int, room: int) -> list[Text]:
+    """Return the models as lines of a table, or their names where no more fits."""
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 2))
-    columns = [column for column in _COLUMNS if width >= 70 or column.rank == 0]
-    for column in columns:
-        table.add_column(justify="right" if column.number else "left", no_wrap=True)
-    table.add_row(*(Text(column.title, "bold") for column in columns))
     rows = _model_rows(rates)
-    name_room = max(width - 13 * (len(columns) - 1), 12)
-    for row in rows[: max(room, 1)]:
-        shown = [shorten(text.clean(row[0]), name_room), *row[1 : len(columns)]]
-        styles = [column.style for column in columns]
+    shown = rows[: max(room, 1)]
+    lines = table_lines(_COLUMNS, shown, width)
+    if lines is None:
+        lines = [Text("Model", "bold")]
+        lines += [Text(shorten(output.printable(row[0]), width), "cyan") for row in shown]
+    for line, row in zip(lines[1:], shown, strict=True):
         if row[2].strip("0.,"):  # failures
-            styles[2] = "red"
-        table.add_row(*(Text(cell, style) for cell, style in zip(shown, styles, strict=True)))
-    if len(rows) > max(room, 1):
-        table.add_row(Text(f"and {len(rows) - max(room, 1):,} more", "dim"))
-    return table
+            line.stylize("red")
+    if len(rows) > len(shown):
+        lines.append(Text(f"and {len(rows) - len(shown):,} more", "dim"))
+    return lines
 
 
 # ---- numbers ------------------------------------------------------------------------------------

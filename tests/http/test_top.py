@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pty
+import re
 import select
 import signal
 import socket
@@ -18,7 +19,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fcntl import ioctl
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ class Terminal:
         lines: int = 30,
         term: str = "xterm-256color",
         by: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.master, self.slave = pty.openpty()
         ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -182,7 +184,7 @@ class Terminal:
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
-            env={**kept, "TERM": term},
+            env={**kept, "TERM": term, **(env or {})},
             start_new_session=True,
         )
         self.text = ""
@@ -233,6 +235,30 @@ def test_it_is_watched_until_ctrl_c_on_a_narrow_terminal(
     terminal = Terminal(server.url, "--interval", 0.2, columns=40, lines=12, by=by)
     terminal.read_until("dense@2")
     os.killpg(terminal.process.pid, signal.SIGINT)
+    assert terminal.close() == 0
+
+
+def test_names_stay_different_on_a_narrow_terminal(start: Start, tmp_path: Path) -> None:
+    """All were `custom...ion@1`, with a column of zeros beside them and dots for an ellipsis."""
+    import numpy as np
+
+    from pydedup.graph import Graph, Node
+
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    names = [f"customer-{number:03d}/sentiment-analysis-production" for number in range(3)]
+    with pydedup.open(url) as store:
+        for name in names:
+            store.add(name, {"w": np.ones((3, 4), np.float32)}, graph=graph)
+    server = start(url)
+    for name in names:
+        assert server.infer(name.replace("/", "%2F"), BODY).status == 200
+    terminal = Terminal(server.url, "--interval", 0.2, columns=40, env={"LC_ALL": "C.UTF-8"})
+    shown = terminal.read_until("customer-002/")
+    assert "customer-000/s…-production@1" in shown
+    assert re.search(r"pool .* of 464\.0 MiB in .*…", shown)  # it was cut off without a sign
+    assert "Failed/s" not in shown
+    os.write(terminal.master, b"q")
     assert terminal.close() == 0
 
 
