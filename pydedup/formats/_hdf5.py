@@ -106,12 +106,19 @@ def numeric(
 
     A dataset that is reachable by two names (a hard link) is yielded once per name, with the same
     ``address``.
+
+    Raises
+    ------
+    UnsupportedFormatError
+        For numbers of a type that cannot be stored, such as complex ones.
     """
     for path, item in _walk(file, "", skip, where):
         if is_group(item):
             continue
         dtype = _dtype_of(item)
         if dtype is None:
+            if not skeleton and item.shape is not None and item.dtype.kind in "fc":
+                raise _refused(item, path, where)  # weights, if of a type that no store has
             continue
         _check_layout(item, path, where, skeleton=skeleton)
         offset = None
@@ -341,7 +348,11 @@ def _copy_inline(item: Any, target: Any, path: str, where: str) -> Any:
         return target.create_dataset(path, data=import_h5py().Empty(item.dtype))
     _check_layout(item, path, where)
     if item.id.get_storage_size() > _MAX_INLINE:
-        raise UnsupportedFormatError(
-            f"{where}: dataset {path!r} has dtype {item.dtype}, which {DType.refusal()}"
-        )
+        raise _refused(item, path, where)
     return target.create_dataset(path, data=item[()], dtype=item.dtype)
+
+
+def _refused(dataset: Any, path: str, where: str) -> UnsupportedFormatError:
+    return UnsupportedFormatError(
+        f"{where}: dataset {path!r} has dtype {dataset.dtype}, which {DType.refusal()}"
+    )

@@ -351,6 +351,18 @@ def test_models_of_other_formats_become_plain_hdf5(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "longdouble"])
+def test_numbers_that_no_store_has_are_refused(dtype: str, tmp_path: Path) -> None:
+    """They were left out of the model without a word, where other formats refuse them."""
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["vars/0"] = np.ones((4, 4), dtype)
+        file["vars/1"] = np.ones(4, np.float32)
+        file["words"] = [b"a", b"b"]
+    says = rf"m.h5: dataset 'vars/0' has dtype {np.dtype(dtype)}, which cannot be stored"
+    with pytest.raises(UnsupportedFormatError, match=says):
+        open_source(tmp_path / "m.h5")
+
+
 @pytest.mark.parametrize("name", ["/a", "./a", "a//b"])
 def test_names_that_hdf5_would_change_are_refused(name: str, tmp_path: Path) -> None:
     """They came back under others."""
