@@ -384,6 +384,24 @@ def test_an_add_that_fails_late_leaves_nothing_in_the_index(store_url: str) -> N
         assert len(read_segments(adapter)) == 1
 
 
+def test_pages_of_a_transaction_that_failed_are_not_deleted(tmp_path: Path) -> None:
+    """By then their ids may be those of what another writer stages."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    pydedup.open(url).close()
+    deletes: list[None] = []
+    adapter, _ = inject(
+        registry.connect(url, mode="a"),
+        Fault("put_job", ConflictError("another writer"), 1),  # the last of what is staged first
+        Fault("delete_pages", lambda: deletes.append(None), 0),
+    )
+    with Store(adapter, 1 << 26) as store:
+        with pytest.raises(ConflictError, match="another writer"):
+            store.add("m", {"w": np.ones((64, 64), np.float32)})
+        assert not deletes
+        store.add("m", {"w": np.ones((64, 64), np.float32)})
+        assert store.verify().errors == []
+
+
 @pytest.mark.parametrize("called", ["2", "stable"])
 def test_a_version_that_is_published_while_it_is_looked_for_is_found(
     store_url: str, called: str

@@ -78,6 +78,20 @@ def test_a_family_is_deltas_on_its_first_model(store: pydedup.Store, dtype: Any)
     assert store.verify().ok
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(ml_dtypes.bfloat16, 0.3), (np.float16, 0.38)])
+def test_an_exact_delta_pays_on_a_base_a_third_of_a_block_away(
+    store: pydedup.Store, dtype: Any, share: float
+) -> None:
+    base = {"w": base_model(dtype=dtype)["hidden"]}
+    store.add("base", base)
+    far = fine_tuned(base, 1, share)
+    report = store.add("far", far, dry_run=True)
+    store.remove("base")
+    alone = store.add("alone", far)
+    assert report.delta_blocks == report.blocks
+    assert report.stored_bytes < 0.95 * alone.stored_bytes
+
+
 def test_one_add_of_a_whole_family(store: pydedup.Store) -> None:
     base = base_model()
     models = {"a": base, "b": fine_tuned(base, 1), "c": fine_tuned(base, 2)}

@@ -21,6 +21,7 @@ from pydedup import policies
 from pydedup.adapter import LIVE
 from pydedup.errors import PydedupError
 from pydedup.ingest.stored_index import KeptIndex, StoredIndex
+from pydedup.signatures import read_segments
 from pydedup.testing.faults import Fault, inject
 
 Model = dict[str, NDArray[Any]]
@@ -236,3 +237,27 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         found = store.add("n", tuned(1, 1))
         assert found.delta_blocks == found.blocks
     assert store._kept_index is None
+
+
+def test_pages_that_no_segment_covers_are_covered_by_the_next_add_that_looks(
+    tmp_path: Path,
+) -> None:
+    """Of `Exact` nothing is indexed, and what a vacuum wrote lies elsewhere: each is read once."""
+
+    def covered(store: pydedup.Store) -> set[int]:
+        segments = read_segments(store._adapter)
+        return {page for segment in segments for page in segment.page_ids.tolist()}
+
+    def pages(store: pydedup.Store, name: str) -> set[int]:
+        return {*store._catalog.model(name).page_ids().tolist()}
+
+    with pydedup.open(tmp_path / "s.db") as store:
+        store.add("more", {**base(1), **base(2, 1024)})
+        store.add("kept", base(1))
+        store.remove("more")
+        assert store.vacuum().rewritten_pages > 0
+        store.add("exact", base(3), policy=policies.Exact())
+        assert covered(store).isdisjoint(pages(store, "kept") | pages(store, "exact"))
+        report = store.add("tuned", {**tuned(1, 1), **tuned(3, 2)})
+        assert report.delta_blocks == report.blocks
+        assert covered(store) == {*store._adapter.page_ids(LIVE)}
