@@ -35,6 +35,7 @@ from pydedup.text import without_secrets
 
 __all__ = [
     "LOST",
+    "PROXY_SECONDS",
     "Secret",
     "attached",
     "import_ray",
@@ -44,6 +45,8 @@ __all__ = [
     "use_threads",
 ]
 
+#: Names how long Ray Serve waits for its proxy of HTTP.
+PROXY_SECONDS: Final = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
 LOST: Final = "the connection to the Ray cluster was lost"
 #: The oldest that tests were run with (of 2.31, datasets and dying replicas fail), and the first
 #: that may lack what is called here.
@@ -154,10 +157,27 @@ def _private(ray: Any, cpus: int | None) -> Iterator[None]:
             if cpus is not None:
                 options["num_cpus"] = cpus
             what = "a private Ray on this machine"
-            with _own_token(folder), _connected(ray, what, options):
+            with _own_token(folder), _patience(), _connected(ray, what, options):
                 yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Have the Ray Serve of a Ray that begins here wait for its proxy for as long as its caller.
+
+    By itself it kills one that is not ready after 5 seconds, which it may take on a busy machine,
+    and its caller gets the death of that one for an answer.
+    """
+    if os.environ.get(PROXY_SECONDS):
+        yield
+        return
+    os.environ[PROXY_SECONDS] = "60"
+    try:
+        yield
+    finally:
+        os.environ.pop(PROXY_SECONDS, None)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 import pydedup
+from pydedup.ray.cluster import PROXY_SECONDS
 from pydedup.testing.servers import PostgresServer, unused_port
 
 from ..scoring.conftest import Tables, add, features, weights
@@ -83,6 +84,7 @@ def _begun(cpus: int, environment: dict[str, str]) -> Iterator[Cluster]:
         # starts dies now and then, and the client waits for it for 30 seconds.
         environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"
         environment["RAY_raylet_start_wait_time_s"] = "120"  # a machine may have much else to do
+        environment.setdefault(PROXY_SECONDS, "60")  # as of a private Ray of ours
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={tmp}"]
         command += [f"--ray-client-server-port={client}", f"--num-cpus={cpus}"]

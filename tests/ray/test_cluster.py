@@ -226,6 +226,24 @@ def test_what_died_is_not_in_our_output(cluster: Cluster) -> None:
     assert done.stdout == "died True\n", done.stderr
 
 
+_PRIVATE = """
+import os
+from pydedup.ray.cluster import PROXY_SECONDS, attached
+with attached("local", cpus=1) as ray:
+    print(ray.get(ray.remote(num_cpus=0)(os.getenv).remote(PROXY_SECONDS)))
+print(os.getenv(PROXY_SECONDS))
+"""
+
+
+@pytest.mark.long
+def test_a_private_ray_gives_a_proxy_time() -> None:
+    """On a busy machine `serve --on local` ended: its proxy was killed, not being ready in 5 s."""
+    environment = {k: v for k, v in os.environ.items() if k != cluster.PROXY_SECONDS}
+    words = [sys.executable, "-P", "-c", _PRIVATE]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "60\nNone\n"
+
+
 def test_each_node_is_asked(connected: Any) -> None:
     cluster.on_each_node(connected, os.getenv, "PYDEDUP_NOTHING")
     with pytest.raises(ClusterError, match=r"worker on [\d.]+: no driver"):
