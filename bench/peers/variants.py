@@ -3,7 +3,8 @@
 
     python bench/peers/variants.py [--only AREA] [--json]
 
-32 tensors of 1024 x 1024 from N(0, 0.02), and a variant of them. Percentages are of the variant's
+32 tensors of 1024 x 1024 from N(0, 0.02), and a variant of them: fine-tuned, pruned or saved in a
+wider dtype. Percentages are of the variant's
 own bytes: by how much the database grew, rows, indexes and signatures included, against bytes
 of the peers' streams (and reminis' database). No one tells the store what the variant is one of;
 the peers are told. "1 % of the spread" is noise of N(0, 0.0002) on every weight.
@@ -56,7 +57,7 @@ def with_private_blocks(base: Weights) -> dict[str, Any]:
 
 
 def beside(
-    case: str, base: Weights, version: Weights, policy: Policy, aim: float
+    case: str, base: Weights, version: Weights, policy: Policy, aim: float | None
 ) -> Iterator[Finding]:
     size = sum(array.nbytes for array in version.values())
     with Scratch() as scratch:
@@ -99,6 +100,30 @@ def lossless() -> Iterator[Finding]:
     yield from beside("1/8 of 128x1024 private, f32", base, private, Lossless(), 10.6)
 
 
+def pruned(base: Weights, share: float, *, least: bool) -> dict[str, Any]:
+    """Return the weights with a share of each tensor's set to 0: the least ones, or any."""
+    rng = np.random.default_rng(3)
+    out = {}
+    for name, array in base.items():
+        order = np.abs(array) if least else rng.random(array.shape, np.float32)
+        out[name] = np.where(order < np.quantile(order, share), np.float32(0), array)
+    return out
+
+
+def pruned_or_widened() -> Iterator[Finding]:
+    """Yield relatives of kinds that no peer and no paper names an aim for."""
+    base = drawn(0)
+    for share in (0.5, 0.9):
+        for least in (True, False):
+            case = f"{share:.0%} pruned, {'the least' if least else 'at random'}, f32"
+            yield from beside(case, base, pruned(base, share, least=least), Lossless(), None)
+    trained = pruned(moved(base), 0.9, least=True)
+    yield from beside("90% pruned and trained on, f32", base, trained, Lossless(), None)
+    bf16 = moved(base, DType.BF16.numpy)
+    saved = {name: array.astype(np.float32) for name, array in bf16.items()}
+    yield from beside("1 % of the spread, bf16 saved in f32", base, saved, Lossless(), None)
+
+
 def bounded() -> Iterator[Finding]:
     """Yield the full fine-tune within 0.1 % of each block's norm."""
     base = drawn(0)
@@ -106,4 +131,4 @@ def bounded() -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [lossless, bounded])
+    main(__doc__, [lossless, pruned_or_widened, bounded])

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Deltas: decode_delta on any bytes and any base of the right shape writes its rectangle and
 // nothing else, or refuses. Exact deltas that were encoded here give their block back.
+#include <algorithm>
 #include <optional>
 
 #include "decoding.hpp"
@@ -22,13 +23,19 @@ std::vector<std::byte> base_values(std::size_t bytes, std::uint8_t kind) {
 }
 
 Input seed_of(Dtype dtype, std::uint8_t rows, std::uint8_t cols, std::uint8_t kind,
-              std::optional<double> max_error) {
+              std::optional<double> max_error, bool pruned) {
     const std::size_t bytes = std::size_t{rows} * cols * item_bytes(dtype);
     const std::vector<std::byte> base = base_values(bytes, kind);
     std::vector<std::byte> values = base;
     Random random;
     for (std::size_t i = 0; i < bytes; i += item_bytes(dtype)) {
         if (random.next() % 3 != 0) values[i] ^= static_cast<std::byte>(random.next() % 64);
+        if (pruned && random.next() % 2 != 0) {
+            std::fill_n(values.begin() + static_cast<std::ptrdiff_t>(i), item_bytes(dtype),
+                        std::byte{0});
+        }
+        // What only bf16 has, saved in f32.
+        if (pruned && kind == 18 && dtype == Dtype::f32) values[i] = values[i + 1] = std::byte{0};
     }
     const std::size_t stride = cols * item_bytes(dtype);
     std::vector<std::byte> encoded(bytes);
@@ -64,9 +71,12 @@ std::vector<Input> seeds() {
                               Dtype::i32, Dtype::u64, Dtype::f8_e4m3}) {
         for (const std::uint8_t kind : {std::uint8_t{0}, std::uint8_t{1}, std::uint8_t{18}}) {
             for (const double error : {0.0, 0.01, 0.2}) {
-                Input input = seed_of(dtype, 16, 20, kind,
-                                      error > 0 ? std::optional<double>(error) : std::nullopt);
-                if (!input.empty()) made.push_back(std::move(input));
+                for (const bool pruned : {false, true}) {
+                    Input input =
+                        seed_of(dtype, 16, 20, kind,
+                                error > 0 ? std::optional<double>(error) : std::nullopt, pruned);
+                    if (!input.empty()) made.push_back(std::move(input));
+                }
             }
         }
     }

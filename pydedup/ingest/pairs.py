@@ -22,8 +22,13 @@ __all__ = [
     "distinct_pairs",
     "exact_distances",
     "measured",
+    "near_as_pruned",
     "pairs_of",
 ]
+
+# A block seems to be pruned where, of every eighth row, so much is 0.
+_SAMPLED_ROW = 8
+_PRUNED_SHARE = 1 / 16
 
 #: Rows, references and estimates of pairs.
 Columns: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
@@ -111,6 +116,34 @@ def measured(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> ND
     bases = as_dtype(values_of(pairs.bases), blocks.dtype.numpy)
     pair = chosen.rows, chosen.base_index
     return distances(values_of(blocks), bases, pairs=pair).relative_l2
+
+
+def near_as_pruned(
+    blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64], farthest: float
+) -> NDArray[np.int64]:
+    """Return those pairs whose bases are near where the block is not 0.
+
+    A block that many elements of its base were pruned from is far from it; a delta has a mask of
+    them, and says nothing else of them.
+    """
+    if not len(entries) or not blocks.dtype.has_distances:
+        return entries[:0]
+    values = values_of(blocks)
+    sample = values[pairs.rows[entries], ::_SAMPLED_ROW]
+    entries = entries[_are_zero(sample).mean(axis=(1, 2)) >= _PRUNED_SHARE]
+    if not len(entries):
+        return entries
+    chosen = values[pairs.rows[entries]]
+    bases = as_dtype(values_of(pairs.bases)[pairs.base_index[entries]], blocks.dtype.numpy)
+    bases = np.where(_are_zero(chosen), chosen, bases)
+    return entries[distances(chosen, bases).relative_l2 <= farthest]
+
+
+def _are_zero(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which floats are 0; by their bits, since numpy warns of a signalling NaN."""
+    bits = values.view(f"u{values.itemsize}") << 1
+    zero: NDArray[np.bool_] = bits == 0
+    return zero
 
 
 def exact_distances(blocks: MatrixView, pairs: Pairs, limit: float) -> NDArray[np.float64]:

@@ -26,6 +26,7 @@ from pydedup.ingest.pairs import (
     distinct_pairs,
     exact_distances,
     measured,
+    near_as_pruned,
     pairs_of,
 )
 from pydedup.ingest.places import BlockReader, as_stack, by_shape, stack_blocks, values_of
@@ -179,6 +180,8 @@ class Similar:
     ) -> list[Pairs]:
         """Return the candidates of stacked blocks that seem to be at most that far away.
 
+        Those at their places are also there if they are so near where the block is not 0.
+
         ``numbers`` are those of the blocks in their matrix, ascending. ``aligned`` are references
         of k further candidates (aligned.py), int64 (k, n), or `NO_BASE`.
         """
@@ -221,7 +224,7 @@ class Similar:
     def _pairs(
         self, found: Mapping[DType, Sequence[Columns]], blocks: MatrixView, farthest: float
     ) -> list[Pairs]:
-        """Read candidates, and return those that seem to be at most that far away."""
+        """Read candidates, and return those that seem to be at most that far away, zeros aside."""
         pairs = []
         for dtype, columns_of in found.items():
             rows, chosen, estimates = distinct_pairs(columns_of)
@@ -232,7 +235,9 @@ class Similar:
             some = Pairs(rows, chosen, estimates, bases, base_index)
             unknown = np.flatnonzero(np.isnan(estimates))
             some.estimates[unknown] = measured(blocks, some, unknown)
-            pairs.append(some.select(np.flatnonzero(some.estimates <= farthest)))
+            near = some.estimates <= farthest
+            near[near_as_pruned(blocks, some, np.flatnonzero(~near), farthest)] = True
+            pairs.append(some.select(np.flatnonzero(near)))
         return pairs
 
     def _beside(self, pairs: Sequence[Pairs], numbers: NDArray[np.int64]) -> NDArray[np.int64]:

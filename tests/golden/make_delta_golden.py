@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes page_v2.page. Run only for a NEW page format: old files stay.
+"""Writes page_v2.page and page_v2_extended.page. Run only for a NEW page format: old files stay.
 
 The first slots are bases, every other one a delta on one of them; the base id of a slot is the
 number of its base's slot plus one. The content comes from a congruential generator, so that no
@@ -77,6 +77,43 @@ def golden_blocks() -> list[tuple[Block, int | None, float | None]]:
     ]
 
 
+def extended_blocks() -> list[tuple[Block, int | None, float | None]]:
+    """Return the same of deltas of version 2: some elements became 0, or a dtype is narrower."""
+    base = weights(5)
+    f32 = base.astype(np.float32)
+    moved = ((base * 65536 + (noise(4096, 6).reshape(64, 64) - 128.0) / 64) / 65536).astype("f4")
+    gone = noise(4096, 7).reshape(64, 64)
+    least = np.abs(f32) <= np.sort(np.abs(f32), axis=None)[2500]
+    bf16 = f32.astype(DType.BF16.numpy)
+    ints = (noise(4096, 8).reshape(64, 64).astype(np.int16) - 128) * 100
+    flipped = bf16.astype(np.float32)
+    flipped.reshape(-1)[::50] *= -1
+    halves = moved.astype(np.float16).astype(np.float64)
+    others = least.copy()
+    others.reshape(-1)[::100] = True
+    return [
+        (f32, None, None),
+        (ints, None, None),
+        (f32 * (gone > 127), 0, None),  # raw bits, signs kept
+        (np.where(gone > 20, f32, np.float32(0)), 0, None),  # Huffman
+        (np.where(np.arange(64) % 4 < 2, moved, np.float32(0)), 0, None),  # constant
+        (np.where(least, np.float32(0), f32), 0, None),  # threshold
+        (f32 * ~others, 0, None),  # and some others; signs kept
+        (np.where(least, np.float32(0), moved), 0, None),
+        (np.where(least, np.zeros_like(bf16), bf16), 0, None),
+        (np.where(least, 0, f32.astype(np.float64)), 0, None),
+        (ints * (gone > 127).astype(np.int16), 1, None),
+        (ints * (np.abs(ints) > 5000).astype(np.int16), 1, None),  # the least of an int are 0, 1...
+        (np.where(gone > 127, moved, np.float32(0)), 0, 0.001),
+        (np.where(least, np.float32(0), moved), 0, 0.01),
+        (np.where(least, np.zeros_like(bf16), moved.astype(bf16.dtype)), 0, 0.02),
+        (flipped, 0, None),  # bf16 saved in f32
+        (halves, 0, None),  # f16 in f64
+        (moved.astype(np.float64), 0, None),  # f32 in f64
+        (np.where(least, np.float32(0), flipped), 0, None),  # masked as well
+    ]
+
+
 def build_golden(blocks: list[tuple[Block, int | None, float | None]]) -> bytes:
     """Return the page of these blocks, every one with a base as a delta."""
     views = [MatrixView.of(block, block.shape) for block, _, _ in blocks]
@@ -115,10 +152,14 @@ def read_golden(payload: bytes) -> bytes:
 def main() -> None:
     """Write the file, or refuse."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    target = folder / "page_v2.page"
-    if target.exists():
-        sys.exit(f"{target} exists; golden files are never rewritten")
-    target.write_bytes(build_golden(golden_blocks()))
+    for name, blocks in (
+        ("page_v2.page", golden_blocks),
+        ("page_v2_extended.page", extended_blocks),
+    ):
+        if (folder / name).exists():
+            print(f"{folder / name} exists; golden files are never rewritten")
+        else:
+            (folder / name).write_bytes(build_golden(blocks()))
 
 
 if __name__ == "__main__":

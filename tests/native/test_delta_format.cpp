@@ -63,6 +63,7 @@ class ByHand {
             return false;
         }
     }
+    [[nodiscard]] Dtype dtype() const { return dtype_; }
     [[nodiscard]] bool sparse(const Buffer& body) const { return decodes(0, body); }
     [[nodiscard]] bool coded(const Buffer& body) const { return decodes(1, body); }
 
@@ -227,6 +228,71 @@ TEST(a_step_is_a_number_of_its_dtype) {
     CHECK(!ByHand(1, 4, Dtype::i8).decodes(0, nothing, 0.5));
 }
 
+TEST(differences_are_of_a_narrower_float) {
+    const Buffer no_mask_no_change = {0, 0};
+    const auto of = [&](Dtype dtype, Dtype narrow, std::uint8_t shift = 0,
+                        std::optional<double> step = std::nullopt) {
+        const ByHand bytes(1, 4, dtype);
+        const Buffer body = joined({{static_cast<std::uint8_t>(narrow)}, no_mask_no_change});
+        return bytes.decodes(0, body, step, shift, 2);
+    };
+    for (const Dtype narrow : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
+        CHECK(of(Dtype::f64, narrow));
+        CHECK(!of(narrow, Dtype::f64));
+        CHECK(of(narrow, narrow));
+    }
+    CHECK(of(Dtype::f32, Dtype::bf16, 15));
+    CHECK(!of(Dtype::f32, Dtype::bf16, 16));
+    CHECK(!of(Dtype::f16, Dtype::bf16));
+    CHECK(!of(Dtype::f32, Dtype::u16));
+    CHECK(!of(Dtype::i32, Dtype::i16));
+    CHECK(!of(Dtype::f32, Dtype::f8_e4m3));
+    CHECK(!of(Dtype::f32, static_cast<Dtype>(200)));
+    CHECK(of(Dtype::f32, Dtype::f32, 0, 0.5));
+    CHECK(!of(Dtype::f32, Dtype::bf16, 0, 0.5));  // quantised ones are as they are
+}
+
+TEST(a_mask_is_as_long_as_its_block) {
+    const Buffer nothing = {0};
+    const auto masked = [&](const ByHand& bytes, const Buffer& mask,
+                            std::optional<double> step = std::nullopt) {
+        const Buffer dtype = {static_cast<std::uint8_t>(bytes.dtype())};
+        return bytes.decodes(0, joined({dtype, mask, nothing}), step, 0, 2);
+    };
+    const ByHand floats(1, 12, Dtype::f32);
+    const ByHand ints(1, 12, Dtype::i16);
+    const auto bits = [](std::uint8_t kind, std::uint8_t value, std::uint8_t length,
+                         const Buffer& payload, std::uint8_t sign = 0, std::uint8_t form = 1) {
+        return joined({{form, sign, kind, value, 0, 0, length, 0, 0, 0}, payload});
+    };
+    for (const ByHand* bytes : {&floats, &ints}) {
+        CHECK(masked(*bytes, bits(0, 0, 2, {0xFF, 0x0F})));
+        CHECK(!masked(*bytes, bits(0, 0, 2, {0xFF, 0x1F})));  // a thirteenth element
+        CHECK(!masked(*bytes, bits(0, 0, 1, {0xFF})));
+        CHECK(!masked(*bytes, bits(0, 0, 3, {0xFF, 0x0F, 0})));
+        CHECK(!masked(*bytes, bits(0, 0, 200, {0xFF, 0x0F})));
+        CHECK(masked(*bytes, bits(1, 0x0F, 0, {})));
+        CHECK(!masked(*bytes, bits(1, 0x1F, 0, {})));
+        CHECK(!masked(*bytes, bits(0, 9, 2, {0xFF, 0x0F})));  // a value, and it is not constant
+        CHECK(!masked(*bytes, bits(3, 0, 2, {0xFF, 0x0F})));
+        CHECK(!masked(*bytes, bits(0, 0, 2, {0xFF, 0x0F}, 2)));
+        CHECK(!masked(*bytes, bits(0, 0, 2, {0xFF, 0x0F}, 0, 3)));
+        CHECK(!masked(*bytes, {1, 0, 0}));
+        CHECK(masked(*bytes, {0}));
+        CHECK(!masked(*bytes, {}));
+    }
+    CHECK(masked(floats, bits(0, 0, 2, {0xFF, 0x0F}), 0.5));
+    CHECK(masked(floats, bits(0, 0, 2, {0xFF, 0x0F}, 1)));
+    CHECK(!masked(ints, bits(0, 0, 2, {0xFF, 0x0F}, 1)));  // ints have no sign to keep
+    CHECK(masked(floats, {2, 0, 1, 0, 0, 0}));
+    CHECK(masked(floats, {2, 1, 0xFF, 0xFF, 0xFF, 0x7F}));
+    CHECK(!masked(floats, {2, 0, 0, 0, 0, 0}));
+    CHECK(!masked(floats, {2, 0, 1, 0, 0, 0x80}));
+    CHECK(!masked(floats, {2, 0, 1, 0, 0}));
+    CHECK(masked(ints, {2, 0, 1, 0x80}));
+    CHECK(!masked(ints, {2, 0, 0, 0}));
+}
+
 TEST(a_delta_is_never_trusted) {
     std::mt19937_64 random(8);
     const std::size_t rows = 24;
@@ -244,15 +310,19 @@ TEST(a_delta_is_never_trusted) {
         if (!is_float) {
             for (std::size_t i = 0; i < block.size(); i += 2) block[i] ^= 5;
         }
-        for (int kind = 0; kind < 3; ++kind) {
+        for (int kind = 0; kind < 5; ++kind) {
             Buffer source = block;
             if (kind == 2) {
                 source = base;
                 for (std::size_t i = 0; i < source.size(); i += 97) source[i] ^= 9;
+            } else if (kind >= 3) {  // pruned
+                for (std::size_t i = 0; i < rows * cols; ++i) {
+                    if (random() % 3 == 0) std::memset(&source[i * item], 0, item);
+                }
             }
-            const Encoded delta =
-                encode(matrix(source, rows, cols, dtype), matrix(base, rows, cols, dtype),
-                       kind == 1 && is_float ? std::optional<double>(0.002) : std::nullopt);
+            const Encoded delta = encode(
+                matrix(source, rows, cols, dtype), matrix(base, rows, cols, dtype),
+                (kind == 1 || kind == 4) && is_float ? std::optional<double>(0.002) : std::nullopt);
             CHECK(!delta.bytes.empty());
             const auto decodes = [&](const Buffer& bytes, Encoding encoding) {
                 Buffer exact(bytes);
@@ -305,7 +375,7 @@ TEST(a_delta_is_never_trusted) {
                 static_cast<void>(decodes(noise, delta.encoding));
             }
             Buffer newer = delta.bytes;
-            newer[0] = 2;
+            newer[0] = 3;
             CHECK(!decodes(newer, delta.encoding));
         }
     }

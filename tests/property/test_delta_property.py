@@ -39,6 +39,10 @@ def pairs(draw: st.DrawFn) -> tuple[DType, NDArray[np.uint8], NDArray[np.uint8]]
         block = (values * (1 - 1e-4)).astype(dtype.numpy).view(np.uint8)
     else:
         block = rng.integers(0, 256, (rows, width), np.uint8)
+    # Some or nearly all elements became 0, and which bytes of the base stay is chance.
+    gone = rng.random((rows, cols)) < draw(st.sampled_from([0, 0.1, 0.9]))
+    block = block.copy()
+    block.reshape(rows, cols, -1)[gone] = 0
     return dtype, block, base
 
 

@@ -98,7 +98,8 @@ void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride
                                        std::span<const std::int64_t> indices);
 
 /// Encodes a block as a delta on `base`, which has its shape and dtype, or another dtype where both
-/// are among f64, f32, f16 and bf16 (the base is first rounded to the block's dtype). Without
+/// are among f64, f32, f16 and bf16 (the base is first rounded to the block's dtype, or, for an
+/// exact delta, to a narrower one that all of the block's elements have). Without
 /// `max_rel_error` (above 0, below 1), or where no quantised delta keeps it or is smaller, the
 /// delta is exact. With it, |decoded - block| <= max_rel_error * |block| in Euclidean norm, and
 /// elements that are 0 stay 0 (their sign may be lost). Returns nullopt when the delta takes more

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks to bytes and back: the frame of the `planes` encoding around planes (kernels) and Huffman
-// coding. Sizes are known from histograms before a byte is encoded, so that a block which is better
-// kept raw costs no more than counting.
+// Blocks to bytes and back: the frame of the `planes` encoding around planes. A block which is
+// better kept raw costs no more than counting.
 #include "pydedup/codec.hpp"
 
 #include <array>
@@ -14,14 +13,12 @@
 #include "base/parallel.hpp"
 #include "base/rounding.hpp"
 #include "codec/arena.hpp"
-#include "codec/huffman.hpp"
+#include "codec/plane.hpp"
 #include "dispatch/dispatch.hpp"
 #include "pydedup/error.hpp"
 
 namespace pydedup {
 namespace {
-
-enum class PlaneKind : std::uint8_t { raw = 0, constant = 1, huffman = 2 };
 
 constexpr std::size_t kMaxPlanes = 8;
 // Threads are worth starting for a few milliseconds of work; pieces of about a hundred microseconds
@@ -29,10 +26,9 @@ constexpr std::size_t kMaxPlanes = 8;
 constexpr std::size_t kParallelBytes = 2 * 1024 * 1024;
 constexpr std::size_t kParallelGrain = 16;
 constexpr std::size_t kFrameBytes = 8;
-constexpr std::size_t kPlaneHeaderBytes = 8;
 
 std::size_t frame_bytes(std::size_t n_planes) noexcept {
-    return kFrameBytes + n_planes * kPlaneHeaderBytes;
+    return kFrameBytes + n_planes * detail::kPlaneHeaderBytes;
 }
 
 // Floats of more than a byte are rotated, so that the sign does not split the exponent.
@@ -79,38 +75,6 @@ void copy_rows(const std::byte* from, std::size_t from_stride, std::size_t rows,
     }
 }
 
-// The most bytes that may stand in for `raw` ones.
-std::size_t worth_it(std::size_t raw) noexcept {
-    return raw - detail::ceil_div(raw, kMinPlaneSaving);
-}
-
-struct PlanePlan {
-    PlaneKind kind;
-    std::uint8_t value;  // of a constant plane
-    std::uint32_t length;
-    detail::HuffmanPlan huffman;
-};
-
-void plan_plane(std::span<const std::uint8_t> plane, PlanePlan& plan) noexcept {
-    detail::PlaneHistogram histogram;
-    detail::count_bytes(plane, histogram);
-    plan.value = 0;
-    if (histogram.n_used == 1) {
-        plan.kind = PlaneKind::constant;
-        plan.value = plane[0];
-        plan.length = 0;
-        return;
-    }
-    plan.kind = PlaneKind::raw;
-    plan.length = static_cast<std::uint32_t>(plane.size());
-    if (detail::is_incompressible(histogram, plane.size())) return;
-    detail::plan_huffman(histogram, plan.huffman);
-    if (plan.huffman.payload_bytes <= worth_it(plane.size())) {
-        plan.kind = PlaneKind::huffman;
-        plan.length = static_cast<std::uint32_t>(plan.huffman.payload_bytes);
-    }
-}
-
 // Returns the length, or 0 when planes do not save enough.
 std::uint32_t encode_planes(const MatrixRef& block, std::span<std::byte> out) {
     const std::size_t count = block.rows * block.cols;
@@ -118,14 +82,14 @@ std::uint32_t encode_planes(const MatrixRef& block, std::span<std::byte> out) {
     const Scratch scratch(count * n_planes);
     kernels().codec.split_planes(bytes_at(block.data), block.stride_bytes, block.rows, block.cols,
                                  n_planes, is_rotated(block.dtype), scratch.data());
-    std::array<PlanePlan, kMaxPlanes> plans;
+    std::array<detail::PlanePlan, kMaxPlanes> plans;
     std::size_t total = frame_bytes(n_planes);
     for (std::size_t p = 0; p < n_planes; ++p) {
-        plan_plane({scratch.data() + p * count, count}, plans[p]);
+        detail::plan_plane({scratch.data() + p * count, count}, plans[p]);
         total += plans[p].length;
     }
     const std::size_t raw = count * n_planes;
-    if (total > worth_it(raw)) return 0;
+    if (total > detail::worth_it(raw)) return 0;
 
     std::byte* const frame = out.data();
     frame[0] = std::byte{kPlanesVersion};
@@ -133,23 +97,13 @@ std::uint32_t encode_planes(const MatrixRef& block, std::span<std::byte> out) {
     frame[2] = static_cast<std::byte>(is_rotated(block.dtype));
     frame[3] = std::byte{0};
     store_le(frame + 4, static_cast<std::uint32_t>(count));
-    std::byte* head = frame + kFrameBytes;
+    std::uint8_t* head = bytes_at(frame) + kFrameBytes;
     std::size_t at = frame_bytes(n_planes);
-    for (std::size_t p = n_planes; p-- > 0;) {
-        const PlanePlan& plan = plans[p];
-        const std::span<const std::uint8_t> plane(scratch.data() + p * count, count);
-        head[0] = static_cast<std::byte>(plan.kind);
-        head[1] = static_cast<std::byte>(plan.value);
-        store_le(head + 2, std::uint16_t{0});
-        store_le(head + 4, plan.length);
-        if (plan.kind == PlaneKind::raw) {
-            std::memcpy(out.data() + at, plane.data(), count);
-        } else if (plan.kind == PlaneKind::huffman) {
-            detail::huffman_encode(plane, plan.huffman,
-                                   {bytes_at(out.data()) + at, out.size() - at});
-        }
-        head += kPlaneHeaderBytes;
-        at += plan.length;
+    for (std::size_t p = n_planes; p-- > 0; head += detail::kPlaneHeaderBytes) {
+        detail::put_plane_header(plans[p], head);
+        detail::put_plane({scratch.data() + p * count, count}, plans[p],
+                          {bytes_at(out.data()) + at, out.size() - at});
+        at += plans[p].length;
     }
     return static_cast<std::uint32_t>(at);
 }
@@ -179,33 +133,19 @@ void decode_planes(const BlockView& block, std::byte* dst, std::size_t dst_strid
     const Scratch scratch(count * n_planes);
     const CodecKernels& codec = kernels().codec;
     std::array<const std::uint8_t*, kMaxPlanes> planes{};
-    const std::byte* head = frame + kFrameBytes;
-    std::size_t at = frame_bytes(n_planes);
-    for (std::size_t p = n_planes; p-- > 0; head += kPlaneHeaderBytes) {
-        const auto kind = static_cast<PlaneKind>(head[0]);
-        const std::size_t length = load_le<std::uint32_t>(head + 4);
-        if (load_le<std::uint16_t>(head + 2) != 0) corrupt(block, "reserved bytes are not 0");
-        if (kind != PlaneKind::constant && head[1] != std::byte{0}) {
-            corrupt(block, "a plane that is not constant names a value");
-        }
-        if (length > block.length - at) corrupt(block, "a plane is longer than the block");
-        const std::span<const std::uint8_t> payload(bytes_at(block.data) + at, length);
-        std::uint8_t* const decoded = scratch.data() + p * count;
-        planes[p] = decoded;
-        if (kind == PlaneKind::raw && length == count) {
-            planes[p] = payload.data();
-        } else if (kind == PlaneKind::constant && length == 0) {
-            std::memset(decoded, static_cast<int>(head[1]), count);
-        } else if (kind == PlaneKind::huffman) {
-            const char* wrong = detail::huffman_decode(payload, bytes_at(block.data) + block.length,
-                                                       codec, {decoded, count});
-            if (wrong != nullptr) corrupt(block, wrong);
-        } else {
-            corrupt(block, "a plane has an unknown kind or a wrong length");
-        }
-        at += length;
+    const std::uint8_t* head = bytes_at(frame) + kFrameBytes;
+    std::span<const std::uint8_t> rest(bytes_at(frame), block.length);
+    const std::uint8_t* const end = rest.data() + rest.size();
+    rest = rest.subspan(frame_bytes(n_planes));
+    for (std::size_t p = n_planes; p-- > 0; head += detail::kPlaneHeaderBytes) {
+        detail::ReadPlane plane;
+        const char* wrong =
+            detail::get_plane(head, rest, end, codec, {scratch.data() + p * count, count}, plane);
+        if (wrong != nullptr) corrupt(block, wrong);
+        planes[p] = plane.bytes;
+        rest = rest.subspan(plane.length);
     }
-    if (at != block.length) corrupt(block, "bytes are left over");
+    if (!rest.empty()) corrupt(block, "bytes are left over");
     codec.merge_planes(planes.data(), block.rows, block.cols, n_planes, is_rotated(block.dtype),
                        bytes_at(dst), dst_stride);
 }

@@ -14,6 +14,8 @@
 #include "codec/delta_pair.hpp"
 #include "codec/delta_room.hpp"
 #include "codec/delta_step.hpp"
+#include "codec/narrow.hpp"
+#include "codec/zero_mask.hpp"
 #include "dispatch/dispatch.hpp"
 #include "pydedup/codec.hpp"
 #include "pydedup/error.hpp"
@@ -114,15 +116,16 @@ const char* get_coded(Source& source, const BlockView& block, DeltaLayout layout
 
 // What stands in front of what is coded.
 struct Header {
-    std::size_t bytes;
     std::uint8_t form;
     unsigned shift;
     std::uint32_t base_check;
     double step;  // of a quantised delta
+    Dtype dtype;  // of the differences
+    std::optional<detail::ZeroMask> mask;
 };
 
-// Accepts what such a delta of such a base can say.
-Header read_header(const BlockView& delta, const BlockView& base) {
+// Accepts what such a delta of such a base can say, and leaves the source behind it.
+Header read_header(const BlockView& delta, const BlockView& base, Source& source) {
     const bool quantised = delta.encoding == Encoding::quantised;
     if (!quantised && delta.encoding != Encoding::delta) corrupt(delta, "it is not a delta");
     if (base.encoding != Encoding::raw && base.encoding != Encoding::planes) {
@@ -142,12 +145,24 @@ Header read_header(const BlockView& delta, const BlockView& base) {
                         "; use a newer pydedup");
     }
     const std::size_t item = item_bytes(delta.dtype);
-    Header header{bytes, head[1], head[3], load_le<std::uint32_t>(delta.data + 8), 0};
-    if (head[0] == 0 || header.form > 1 ||
-        load_le<std::uint32_t>(delta.data + 4) != std::uint64_t{delta.rows} * delta.cols ||
-        header.shift >= 8 * item || (quantised && header.shift != 0)) {
+    const std::size_t count = std::size_t{delta.rows} * delta.cols;
+    Header header{head[1], head[3], load_le<std::uint32_t>(delta.data + 8), 0, delta.dtype, {}};
+    if (head[0] == 0 || header.form > 1 || load_le<std::uint32_t>(delta.data + 4) != count ||
+        (quantised && header.shift != 0)) {
         corrupt(delta, "its header is damaged");
     }
+    static_cast<void>(source.take(bytes));
+    if (head[0] == detail::kExtendedDeltaVersion) {
+        header.dtype = static_cast<Dtype>(source.byte());
+        const bool is_narrow = header.dtype != delta.dtype;
+        if (is_narrow && (quantised || !detail::is_narrower(header.dtype, delta.dtype))) {
+            corrupt(delta, "its differences have an impossible dtype");
+        }
+        const char* wrong =
+            detail::get_mask(source, count, detail::delta_layout(header.dtype), header.mask);
+        if (wrong != nullptr) corrupt(delta, wrong);
+    }
+    if (header.shift >= 8 * item_bytes(header.dtype)) corrupt(delta, "its shift is impossible");
     if (head[2] != static_cast<std::uint8_t>(base.dtype) ||
         !detail::converts(base.dtype, delta.dtype)) {
         corrupt(delta, "its base has another dtype");
@@ -164,17 +179,18 @@ Header read_header(const BlockView& delta, const BlockView& base) {
     return header;
 }
 
-// The base's elements as those of the delta's dtype; `memory` holds them where they had to be
-// decoded or converted. What the header says of the base is checked on the way.
+// The base's elements as those that differences are of; `memory` holds them where they had to be
+// decoded, converted or masked. What the header says of the base is checked on the way.
 const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
-                                  std::uint32_t check, std::unique_ptr<std::uint8_t[]>& memory) {
+                                  const Header& header, std::unique_ptr<std::uint8_t[]>& memory) {
     const std::size_t count = std::size_t{base.rows} * base.cols;
     const std::size_t base_bytes = count * item_bytes(base.dtype);
-    const bool convert = base.dtype != delta.dtype;
+    const bool convert = base.dtype != header.dtype;
     const bool decode = base.encoding != Encoding::raw;
-    const std::size_t converted_bytes = convert ? count * item_bytes(delta.dtype) : 0;
+    const std::size_t converted_bytes =
+        convert || header.mask ? count * item_bytes(header.dtype) : 0;
     const std::uint8_t* from = bytes_at(base.data);
-    if (convert || decode) {
+    if (converted_bytes != 0 || decode) {
         memory = std::make_unique_for_overwrite<std::uint8_t[]>(converted_bytes +
                                                                 (decode ? base_bytes : 0));
     }
@@ -185,12 +201,19 @@ const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
     } else if (base.length != base_bytes) {
         corrupt(delta, "its base has a length that is not that of its shape");
     }
-    if (detail::check_of(from, base.rows, base.row_bytes()) != check) {
+    if (detail::check_of(from, base.rows, base.row_bytes()) != header.base_check) {
         corrupt(delta, "this is not the base that it was made from");
     }
-    if (!convert) return from;
-    detail::convert_floats(from, base.dtype, count, memory.get(), delta.dtype);
-    return memory.get();
+    if (convert) {
+        detail::convert_floats(from, base.dtype, count, memory.get(), header.dtype);
+        from = memory.get();
+    }
+    if (header.mask) {
+        detail::apply_mask(*header.mask, from, count, detail::delta_layout(header.dtype),
+                           memory.get());
+        from = memory.get();
+    }
+    return from;
 }
 
 }  // namespace
@@ -206,16 +229,17 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
         throw Error(ErrorCode::invalid_argument, "a block's rows do not fit the given stride");
     }
     const bool quantised = delta.encoding == Encoding::quantised;
-    const Header header = read_header(delta, base);
-    std::unique_ptr<std::uint8_t[]> memory;
-    const std::uint8_t* from = base_elements(delta, base, header.base_check, memory);
     Source source{{bytes_at(delta.data), delta.length}};
-    static_cast<void>(source.take(header.bytes));
+    const Header header = read_header(delta, base, source);
+    std::unique_ptr<std::uint8_t[]> memory;
+    const std::uint8_t* from = base_elements(delta, base, header, memory);
 
+    const std::size_t coded_item = item_bytes(header.dtype);
+    const bool is_narrow = header.dtype != delta.dtype;
     const Room room(static_cast<std::size_t>(count), item);
-    const DeltaLayout layout = detail::delta_layout(delta.dtype);
-    const bool wide = item == 8 && !quantised;
-    const unsigned value_bits = quantised ? 32U : static_cast<unsigned>(8 * item);
+    const DeltaLayout layout = detail::delta_layout(header.dtype);
+    const bool wide = coded_item == 8 && !quantised;
+    const unsigned value_bits = quantised ? 32U : static_cast<unsigned>(8 * coded_item);
     const auto n = static_cast<std::size_t>(count);
     const char* wrong = nullptr;
     if (header.form == static_cast<std::uint8_t>(DeltaForm::coded)) {
@@ -233,6 +257,9 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
         const detail::Values values(from, n, delta.dtype);
         detail::dequantise(values, reinterpret_cast<const std::uint32_t*>(room.z), header.step,
                            codec, room.values_of, room.block);
+    } else if (is_narrow) {
+        codec.delta.add(from, room.z, n, layout, header.shift, room.values_of);
+        detail::convert_floats(room.values_of, header.dtype, n, room.block, delta.dtype);
     } else if (dst_stride_bytes == delta.row_bytes()) {
         codec.delta.add(from, room.z, n, layout, header.shift,
                         reinterpret_cast<std::uint8_t*>(dst));

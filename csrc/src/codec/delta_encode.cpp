@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Blocks to deltas (docs/format.md, "Deltas"): the header, and behind it the sparse or the coded
-// form, whichever is smaller. And how large a delta would become, from a part of the elements.
+// form, whichever is smaller.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -16,6 +16,8 @@
 #include "codec/delta_encoder.hpp"
 #include "codec/delta_pair.hpp"
 #include "codec/delta_step.hpp"
+#include "codec/narrow.hpp"
+#include "codec/zero_mask.hpp"
 #include "dispatch/dispatch.hpp"
 #include "pydedup/codec.hpp"
 
@@ -33,8 +35,9 @@ using detail::Room;
 using detail::Sink;
 
 void put_header(Sink& sink, DeltaForm form, Dtype base, unsigned shift, std::size_t count,
-                std::uint32_t check, std::optional<double> step) {
-    sink.insert(sink.end(), {detail::kDeltaVersion, static_cast<std::uint8_t>(form),
+                std::uint32_t check, std::optional<double> step, const Sink& extension) {
+    const std::uint8_t version = extension.empty() ? 1 : detail::kExtendedDeltaVersion;
+    sink.insert(sink.end(), {version, static_cast<std::uint8_t>(form),
                              static_cast<std::uint8_t>(base), static_cast<std::uint8_t>(shift)});
     const auto put = [&](auto value) {
         std::array<std::byte, sizeof value> bytes;
@@ -44,6 +47,7 @@ void put_header(Sink& sink, DeltaForm form, Dtype base, unsigned shift, std::siz
     put(static_cast<std::uint32_t>(count));
     put(check);
     if (step) put(std::bit_cast<std::uint64_t>(*step));
+    sink.insert(sink.end(), extension.begin(), extension.end());
 }
 
 template <class Wide>
@@ -109,9 +113,10 @@ bool put_coded(Sink& sink, const Coded& coded, const DeltaPlan& plan, const Room
     return true;
 }
 
-// The bytes of a delta, empty when it has more than `limit` or cannot be quantised.
+// The bytes of a delta, empty when it has more than `limit` or cannot be quantised. `extension` is
+// what version 2 says besides, else empty.
 Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::size_t limit,
-                 std::optional<DeltaPlan>& like) {
+                 std::optional<DeltaPlan>& like, const Sink& extension) {
     const std::size_t count = pair.count();
     const Room room(count, item_bytes(pair.dtype));
     Coded coded;
@@ -119,7 +124,8 @@ Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::siz
     Sink sink;
     sink.reserve(std::min(limit, count * item_bytes(pair.dtype)) + 64);
     const auto header = [&](DeltaForm form) {
-        put_header(sink, form, pair.base_dtype, coded.shift, count, pair.check, coded.step);
+        put_header(sink, form, pair.base_dtype, coded.shift, count, pair.check, coded.step,
+                   extension);
     };
     Sink sparse;
     if (coded.n_changed <= count / 16 + 1) {
@@ -140,24 +146,46 @@ Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::siz
 
 namespace detail {
 
+// Behind a mask, if one helps. `dtype` is the block's, of which the pair's may be a narrower one.
+Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
+                                  std::optional<double> max_rel_error, std::size_t limit,
+                                  Plans& plans) {
+    const auto extension = [&](const std::optional<ZeroMask>& mask) {
+        Sink sink;
+        if (pair.dtype == dtype && !mask) return sink;
+        sink.push_back(static_cast<std::uint8_t>(pair.dtype));
+        put_mask(sink, mask, delta_layout(pair.dtype));
+        return sink;
+    };
+    Sink best;
+    if (const MaskedPair masked(pair); masked.mask) {
+        best = encode_pair(masked.pair, max_rel_error, limit, plans.masked, extension(masked.mask));
+        if (!best.empty()) limit = best.size() - 1;
+    }
+    Sink plain = encode_pair(pair, max_rel_error, limit, plans.plain, extension(std::nullopt));
+    return plain.empty() ? best : plain;
+}
+
 std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const MatrixRef& base,
                                                  std::optional<double> max_rel_error,
                                                  std::span<std::byte> out) {
-    detail::check_pair(block, base);
-    detail::check_error(max_rel_error);
+    check_pair(block, base);
+    check_error(max_rel_error);
     const std::size_t raw = block.rows * block.cols * item_bytes(block.dtype);
     const std::size_t limit = std::min(out.size(), raw - 1);
-    const PairOf both(block, base);
     Sink best;
     Encoding encoding = Encoding::delta;
-    if (max_rel_error && detail::can_quantise(block.dtype)) {
-        best = encode_pair(both.pair, max_rel_error, limit, quantised_);
+    if (max_rel_error && can_quantise(block.dtype)) {
+        const PairOf both(block, base);
+        best = encode_smaller(both.pair, block.dtype, max_rel_error, limit, quantised_);
         if (!best.empty()) encoding = Encoding::quantised;
     }
     // Exact where that is no larger: narrow floats have little to lose.
     if (best.empty() || best.size() > raw / 4) {
-        Sink exact =
-            encode_pair(both.pair, std::nullopt, best.empty() ? limit : best.size(), exact_);
+        const std::optional<NarrowBlock> narrow = narrowed(block);
+        const PairOf both(narrow ? narrow->block : block, base);
+        Sink exact = encode_smaller(both.pair, block.dtype, std::nullopt,
+                                    best.empty() ? limit : best.size(), exact_);
         if (!exact.empty()) {
             best = std::move(exact);
             encoding = Encoding::delta;
@@ -174,64 +202,6 @@ std::optional<EncodedBlock> encode_delta(const MatrixRef& block, const MatrixRef
                                          std::optional<double> max_rel_error,
                                          std::span<std::byte> out) {
     return detail::DeltaEncoder().encode(block, base, max_rel_error, out);
-}
-
-std::size_t estimate_delta(const MatrixRef& block, const MatrixRef& base,
-                           std::optional<double> max_rel_error) {
-    detail::check_pair(block, base);
-    detail::check_error(max_rel_error);
-    // Every fourth row, or run of 64 elements where there are few rows.
-    constexpr std::size_t kEvery = 4;
-    constexpr std::size_t kEnough = 1024;
-    constexpr std::size_t kRun = 64;
-    const std::size_t count = block.rows * block.cols;
-    const std::size_t item = item_bytes(block.dtype);
-    const std::size_t base_item = item_bytes(base.dtype);
-    const bool all = count < kEvery * kEnough || (block.rows < 4 * kEvery && block.cols < 4 * kRun);
-    const bool by_rows = all || block.rows >= 4 * kEvery;
-    const std::size_t every = all ? 1 : kEvery;
-    const std::size_t run = by_rows ? block.cols : kRun;
-    const std::size_t runs_a_row = by_rows ? 1 : block.cols / kRun;
-    const std::size_t n_runs = block.rows * runs_a_row;
-    const std::size_t taken = detail::ceil_div(n_runs, every);
-    const std::size_t n = taken * run;
-    const auto memory = std::make_unique_for_overwrite<std::uint8_t[]>(n * (2 * item + base_item));
-    std::uint8_t* const sampled = memory.get();
-    std::uint8_t* const converted = sampled + n * item;
-    std::uint8_t* const sampled_base = converted + n * item;
-    for (std::size_t i = 0; i < taken; ++i) {
-        // One of each `every`, but no fixed one: rows may differ by a period.
-        const std::size_t skip = static_cast<std::uint32_t>(i * 0x9E3779B1U) >> 16;
-        const std::size_t chosen = std::min(i * every + skip % every, n_runs - 1);
-        const std::size_t row = chosen / runs_a_row;
-        const std::size_t col = chosen % runs_a_row * run;
-        std::memcpy(sampled + i * run * item, block.data + row * block.stride_bytes + col * item,
-                    run * item);
-        std::memcpy(sampled_base + i * run * base_item,
-                    base.data + row * base.stride_bytes + col * base_item, run * base_item);
-    }
-    detail::convert_floats(sampled_base, base.dtype, n, converted, block.dtype);
-    const Pair pair{taken, run, block.dtype, sampled, converted, base.dtype, 0};
-    const std::size_t raw = count * item;
-    const Room room(n, item);
-    Coded coded;
-    const bool quantised = max_rel_error && detail::can_quantise(block.dtype) &&
-                           detail::take_differences(pair, max_rel_error, room, coded);
-    if (!quantised) {
-        coded = {};
-        static_cast<void>(detail::take_differences(pair, std::nullopt, room, coded));
-    }
-    const std::size_t fixed = detail::kDeltaHeaderBytes + (coded.step ? detail::kStepBytes : 0);
-    if (coded.n_changed == 0) return std::min(fixed + 1, raw);
-    DeltaPlan plan;
-    detail::plan_pair(coded, room, plan);
-    const double scale = static_cast<double>(count) / static_cast<double>(n);
-    const double coded_bytes = static_cast<double>(plan.table_bits) / 8 + 16 +
-                               static_cast<double>(plan.symbol_bits + plan.raw_bits) / 8 * scale;
-    const double sparse_bytes =
-        static_cast<double>(coded.n_changed) * (1.5 + static_cast<double>(item)) * scale;
-    const auto estimate = fixed + static_cast<std::size_t>(std::min(coded_bytes, sparse_bytes));
-    return std::min(estimate, raw);
 }
 
 }  // namespace pydedup

@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 
+#include "codec/delta_pair.hpp"
 #include "codec/delta_plan.hpp"
 #include "pydedup/codec.hpp"
 
@@ -20,8 +21,17 @@ class DeltaEncoder {
                                        std::span<std::byte> out);
 
   private:
-    std::optional<DeltaPlan> exact_;
-    std::optional<DeltaPlan> quantised_;
+    /// Of the pair and of the masked one.
+    struct Plans {
+        std::optional<DeltaPlan> plain;
+        std::optional<DeltaPlan> masked;
+    };
+
+    static Sink encode_smaller(const Pair& pair, Dtype dtype, std::optional<double> max_rel_error,
+                               std::size_t limit, Plans& plans);
+
+    Plans exact_;
+    Plans quantised_;
 };
 
 }  // namespace pydedup::detail

@@ -15,7 +15,11 @@
 
 namespace pydedup::detail {
 
-inline constexpr std::uint8_t kDeltaVersion = 1;
+/// Deltas are written as the oldest version that can describe them.
+inline constexpr std::uint8_t kDeltaVersion = 2;
+/// Of this version are deltas of a narrower dtype (narrow.hpp) or with a mask (zero_mask.hpp), and
+/// no others.
+inline constexpr std::uint8_t kExtendedDeltaVersion = 2;
 inline constexpr std::size_t kDeltaHeaderBytes = 12;
 inline constexpr std::size_t kStepBytes = 8;
 inline constexpr unsigned kMaxGroups = 8;

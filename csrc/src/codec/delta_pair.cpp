@@ -122,6 +122,16 @@ PairOf::PairOf(const MatrixRef& block, const MatrixRef& base) {
     }
 }
 
+MaskedPair::MaskedPair(const Pair& of) : pair(of) {
+    const DeltaLayout layout = delta_layout(of.dtype);
+    mask = find_zeros(of.block, of.base, of.count(), layout);
+    if (!mask) return;
+    base_ = std::make_unique_for_overwrite<std::uint8_t[]>(of.count() * layout.item_bytes);
+    apply_mask(*mask, of.base, of.count(), layout, base_.get());
+    pair.base = base_.get();
+    pair.masked = true;
+}
+
 bool take_differences(const Pair& pair, std::optional<double> max_rel_error, const Room& room,
                       Coded& coded) {
     const CodecKernels& codec = kernels().codec;
@@ -144,7 +154,8 @@ bool take_differences(const Pair& pair, std::optional<double> max_rel_error, con
                            : shift_out(reinterpret_cast<std::uint32_t*>(room.z), count, all);
         static_cast<void>(codec.delta.classify(room.z, count, wide, room.classes));
     }
-    coded.differences = {pair.rows, pair.cols, layout, pair.base, room.z, wide, room.classes};
+    coded.differences = {pair.rows, pair.cols, layout,       pair.base,
+                         room.z,    wide,      room.classes, pair.masked};
     coded.n_changed = wide ? count_changed(reinterpret_cast<const std::uint64_t*>(room.z), count)
                            : count_changed(reinterpret_cast<const std::uint32_t*>(room.z), count);
     return true;

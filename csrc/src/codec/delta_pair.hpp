@@ -9,6 +9,7 @@
 
 #include "codec/delta_plan.hpp"
 #include "codec/delta_room.hpp"
+#include "codec/zero_mask.hpp"
 #include "pydedup/codec.hpp"
 
 namespace pydedup::detail {
@@ -22,6 +23,7 @@ struct Pair {
     const std::uint8_t* base;   ///< the same, of the block's dtype
     Dtype base_dtype;
     std::uint32_t check;
+    bool masked = false;  ///< the base is 0 where the block is
 
     [[nodiscard]] std::size_t count() const noexcept { return rows * cols; }
 };
@@ -45,6 +47,16 @@ class PairOf {
 
   private:
     std::unique_ptr<std::uint8_t[]> memory_;
+};
+
+/// A pair whose base has 0 where the block has it; without a mask where that is not worth one.
+struct MaskedPair {
+    explicit MaskedPair(const Pair& of);
+    Pair pair;
+    std::optional<ZeroMask> mask;
+
+  private:
+    std::unique_ptr<std::uint8_t[]> base_;
 };
 
 /// What take_differences() found.

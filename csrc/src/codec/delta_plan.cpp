@@ -57,6 +57,17 @@ std::uint32_t largest_exponent(const Differences& d) {
     return static_cast<std::uint32_t>(largest >> d.layout.mantissa_bits & mask);
 }
 
+// Tells what is 0 from all else by its exponent, in a last context that costs nothing where all of
+// it is as in the base. One context where that cannot be told.
+RowGroup apart_from_zeros(std::uint32_t reference_exponent, unsigned n_others) {
+    const std::uint32_t zero = std::min<std::uint32_t>(reference_exponent, 255);
+    if (zero < n_others) return {};
+    RowGroup group{Feature::exponent, n_others + 1, {}};
+    for (unsigned c = 0; c < n_others; ++c) group.first[c] = static_cast<std::uint8_t>(c);
+    group.first[n_others] = static_cast<std::uint8_t>(zero);
+    return group;
+}
+
 RowGroup equal_contexts(Feature feature, DeltaLayout layout) {
     RowGroup group{feature, kEqualContexts, {}};
     const unsigned bits = std::min<unsigned>(8, layout.mantissa_bits);
@@ -126,9 +137,10 @@ void offer(Choice& choice, const RowGroup& group, const std::uint32_t* counts, u
     if (cost < choice.cost) choice = {group, cost, counts};
 }
 
-// The feature of each group, by trying all.
-void choose_features(const Differences& d, const CodecKernels& codec, const PlanRoom& room,
-                     DeltaPlan& plan, const Histogram& by_group) {
+// The feature of each group, by trying all. Quantised differences know nothing of the base but
+// where it is masked.
+void choose_features(const Differences& d, RowScore score, const CodecKernels& codec,
+                     const PlanRoom& room, DeltaPlan& plan, const Histogram& by_group) {
     const unsigned n_symbols = plan.alphabet.n_symbols();
     Contexts& contexts = plan.contexts;
     const std::size_t n_groups = contexts.groups.size();
@@ -141,7 +153,7 @@ void choose_features(const Differences& d, const CodecKernels& codec, const Plan
             exact += plan.alphabet.widths[s] == 0 ? counts[s] : 0;
         }
     }
-    std::array<Histogram, 3> tried;
+    std::array<Histogram, 4> tried;
     const auto try_groups = [&](Histogram& histogram, const std::vector<RowGroup>& groups) {
         Contexts trial{groups, contexts.group_of_row, contexts.reference_exponent, 0};
         for (const RowGroup& group : groups) trial.n_contexts += group.n_contexts;
@@ -155,8 +167,17 @@ void choose_features(const Differences& d, const CodecKernels& codec, const Plan
             at += groups[g].n_contexts;
         }
     };
-    if (d.layout.mantissa_bits != 0) {
+    const bool is_exact = score == RowScore::kind;
+    if (d.layout.mantissa_bits != 0 && (is_exact || d.masked)) {
         contexts.reference_exponent = largest_exponent(d);
+    }
+    if (d.layout.mantissa_bits != 0 && d.masked) {
+        const std::vector<RowGroup> apart(
+            n_groups,
+            apart_from_zeros(contexts.reference_exponent, is_exact ? kEqualContexts - 1 : 1));
+        if (apart[0].n_contexts > 1) try_groups(tried[3], apart);
+    }
+    if (d.layout.mantissa_bits != 0 && is_exact) {
         const std::vector<RowGroup> by_exponent(n_groups,
                                                 equal_contexts(Feature::exponent, d.layout));
         const std::vector<RowGroup> by_mantissa(n_groups,
@@ -215,13 +236,7 @@ void plan_delta(const Differences& d, RowScore score, const CodecKernels& codec,
         group_rows(d, score, plan.alphabet, room.symbols, group_of_row, by_group);
     contexts.groups.assign(n_groups, RowGroup{});
     if (n_groups > 1) contexts.group_of_row = std::move(group_of_row);
-    if (score == RowScore::kind) {
-        choose_features(d, codec, room, plan, by_group);
-    } else {
-        contexts.n_contexts = n_groups;
-        by_group.resize(std::size_t{n_groups} * 256);
-        plan.histogram = std::move(by_group);
-    }
+    choose_features(d, score, codec, room, plan, by_group);
     add_up(d, plan);
     assign_contexts(contexts, d.base, d.rows, d.cols, d.layout, codec, room.features,
                     room.contexts);

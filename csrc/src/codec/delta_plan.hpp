@@ -20,6 +20,7 @@ struct Differences {
     const void* z;             ///< u32 each, u64 when wide
     bool wide;
     const std::uint8_t* classes;  ///< of each z
+    bool masked;                  ///< elements of the base are 0 because the block's are
 
     [[nodiscard]] std::size_t count() const noexcept { return rows * cols; }
 };

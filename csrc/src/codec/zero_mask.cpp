@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Masks of elements that became 0: found, applied, written and read.
+#include "codec/zero_mask.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/rounding.hpp"
+#include "codec/logarithm.hpp"
+#include "codec/plane.hpp"
+#include "dispatch/dispatch.hpp"
+
+namespace pydedup::detail {
+namespace {
+
+constexpr std::size_t kFewest = 64;  // one of so many elements is worth a mask
+
+template <class Word>
+constexpr Word sign_of(bool ordered) noexcept {
+    return ordered ? static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1)) : Word{0};
+}
+
+template <class Word>
+Word word_at(const std::uint8_t* elements, std::size_t i) noexcept {
+    Word word;
+    std::memcpy(&word, elements + i * sizeof(Word), sizeof word);
+    return word;
+}
+
+// Calls `with` with a word of so many bytes.
+template <class With>
+void by_width(std::size_t item_bytes, const With& with) {
+    switch (item_bytes) {
+        case 1:
+            return with(std::uint8_t{});
+        case 2:
+            return with(std::uint16_t{});
+        case 4:
+            return with(std::uint32_t{});
+        default:
+            return with(std::uint64_t{});
+    }
+}
+
+template <class Word>
+constexpr Word magnitude_of(bool ordered) noexcept {
+    return static_cast<Word>(~sign_of<Word>(ordered));
+}
+
+// Sums over the elements that became 0.
+struct Zeros {
+    std::size_t n = 0;
+    std::size_t negative = 0;      // in the base
+    std::size_t negative_now = 0;  // in the block
+};
+
+template <class Word>
+Zeros count_zeros(const std::uint8_t* block, const std::uint8_t* base, std::size_t count,
+                  bool ordered) noexcept {
+    constexpr unsigned kTop = 8 * sizeof(Word) - 1;
+    const auto magnitude = magnitude_of<Word>(ordered);
+    // Sums of bytes, some hundred at a time, so that many elements fit a vector.
+    constexpr std::size_t kRun = 192;
+    Zeros zeros;
+    for (std::size_t start = 0; start < count; start += kRun) {
+        const std::size_t end = std::min(count, start + kRun);
+        std::uint8_t n = 0;
+        std::uint8_t negative = 0;
+        std::uint8_t negative_now = 0;
+        for (std::size_t i = start; i < end; ++i) {
+            const auto y = word_at<Word>(block, i);
+            const auto x = word_at<Word>(base, i);
+            const auto became =
+                static_cast<std::uint8_t>(static_cast<unsigned>((y & magnitude) == 0) &
+                                          static_cast<unsigned>((x & magnitude) != 0));
+            n = static_cast<std::uint8_t>(n + became);
+            negative = static_cast<std::uint8_t>(negative + (became & x >> kTop));
+            negative_now = static_cast<std::uint8_t>(negative_now + (became & y >> kTop));
+        }
+        zeros.n += n;
+        zeros.negative += negative;
+        zeros.negative_now += negative_now;
+    }
+    return zeros;
+}
+
+// The largest magnitude up to which all of the base's elements became 0, when of those above it
+// hardly any did (rounding makes some of them equal to others that stayed); else 0.
+template <class Word>
+Word threshold_of(const std::uint8_t* block, const std::uint8_t* base, std::size_t count,
+                  Word magnitude) noexcept {
+    Word kept = magnitude;
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto y = static_cast<Word>(word_at<Word>(block, i) & magnitude);
+        const auto x = static_cast<Word>(word_at<Word>(base, i) & magnitude);
+        kept = std::min(kept, y == 0 || x == 0 ? magnitude : x);
+    }
+    std::size_t n_above = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto y = static_cast<Word>(word_at<Word>(block, i) & magnitude);
+        const auto x = static_cast<Word>(word_at<Word>(base, i) & magnitude);
+        n_above += y == 0 && x >= kept ? 1 : 0;
+    }
+    return n_above * kFewest < count ? static_cast<Word>(kept - 1) : Word{0};
+}
+
+template <class Word>
+void store_masked(std::uint8_t* masked, std::size_t i, Word x, bool gone, Word sign_kept) noexcept {
+    // All bits where it stays, the sign at most where it does not.
+    const auto stays = static_cast<Word>(static_cast<Word>(Word{gone} - 1) | sign_kept);
+    const auto word = static_cast<Word>(x & stays);
+    std::memcpy(masked + i * sizeof(Word), &word, sizeof word);
+}
+
+enum class MaskForm : std::uint8_t { none = 0, bits = 1, threshold = 2 };
+
+}  // namespace
+
+std::optional<ZeroMask> find_zeros(const std::uint8_t* block, const std::uint8_t* base,
+                                   std::size_t count, DeltaLayout layout) {
+    std::optional<ZeroMask> mask;
+    by_width(layout.item_bytes, [&]<class Word>(Word) {
+        const Zeros zeros = count_zeros<Word>(block, base, count, layout.ordered);
+        if (zeros.n * kFewest < count || zeros.n == 0) return;
+        const auto magnitude = magnitude_of<Word>(layout.ordered);
+        mask.emplace();
+        mask->n_set = zeros.n;
+        mask->keeps_sign = layout.ordered && 2 * zeros.negative_now > zeros.negative;
+        mask->threshold = threshold_of(block, base, count, magnitude);
+        if (mask->threshold != 0) return;
+        mask->bits.assign(ceil_div(count, 8), 0);
+        for (std::size_t i = 0; i < count; ++i) {
+            const bool became = (word_at<Word>(block, i) & magnitude) == 0 &&
+                                (word_at<Word>(base, i) & magnitude) != 0;
+            mask->bits[i / 8] = static_cast<std::uint8_t>(
+                mask->bits[i / 8] | (static_cast<unsigned>(became) << (i % 8)));
+        }
+    });
+    return mask;
+}
+
+void apply_mask(const ZeroMask& mask, const std::uint8_t* base, std::size_t count,
+                DeltaLayout layout, std::uint8_t* masked) noexcept {
+    by_width(layout.item_bytes, [&]<class Word>(Word) {
+        const Word sign_kept = mask.keeps_sign ? sign_of<Word>(layout.ordered) : Word{0};
+        const auto magnitude = magnitude_of<Word>(layout.ordered);
+        const auto threshold = static_cast<Word>(mask.threshold);
+        if (threshold != 0) {
+            for (std::size_t i = 0; i < count; ++i) {
+                const auto x = word_at<Word>(base, i);
+                store_masked(masked, i, x, (x & magnitude) <= threshold, sign_kept);
+            }
+            return;
+        }
+        for (std::size_t i = 0; i < count; ++i) {
+            const bool gone = (mask.bits[i / 8] >> (i % 8) & 1) != 0;
+            store_masked(masked, i, word_at<Word>(base, i), gone, sign_kept);
+        }
+    });
+}
+
+void put_mask(Sink& sink, const std::optional<ZeroMask>& of, DeltaLayout layout) {
+    const MaskForm form = !of                  ? MaskForm::none
+                          : of->threshold != 0 ? MaskForm::threshold
+                                               : MaskForm::bits;
+    sink.push_back(static_cast<std::uint8_t>(form));
+    if (!of) return;
+    const ZeroMask& mask = *of;
+    sink.push_back(mask.keeps_sign ? 1 : 0);
+    if (form == MaskForm::threshold) {
+        for (unsigned i = 0; i < layout.item_bytes; ++i) {
+            sink.push_back(static_cast<std::uint8_t>(mask.threshold >> 8 * i));
+        }
+        return;
+    }
+    PlanePlan plan;
+    plan_plane(mask.bits, plan);
+    const std::size_t at = sink.size();
+    sink.resize(at + kPlaneHeaderBytes + plan.length);
+    put_plane_header(plan, sink.data() + at);
+    put_plane(mask.bits, plan, std::span(sink).subspan(at + kPlaneHeaderBytes));
+}
+
+std::uint64_t mask_bits(const ZeroMask& mask, std::size_t count) noexcept {
+    if (mask.threshold != 0) return 0;
+    const auto all = static_cast<std::uint32_t>(count);
+    const auto set = static_cast<std::uint32_t>(mask.n_set);
+    return (value_log2(all) - std::min(value_log2(all), value_log2(set) + value_log2(all - set))) >>
+           kLogBits;
+}
+
+const char* get_mask(Source& source, std::size_t count, DeltaLayout layout,
+                     std::optional<ZeroMask>& of) {
+    const auto form = static_cast<MaskForm>(source.byte());
+    if (source.failed) return "its mask is cut off";
+    if (form == MaskForm::none) return nullptr;
+    if (form != MaskForm::bits && form != MaskForm::threshold)
+        return "its mask has an unknown form";
+    const bool by_threshold = form == MaskForm::threshold;
+    const std::uint8_t sign = source.byte();
+    const std::span<const std::uint8_t> head =
+        source.take(by_threshold ? layout.item_bytes : kPlaneHeaderBytes);
+    if (source.failed) return "its mask is cut off";
+    if (sign > 1 || (sign == 1 && !layout.ordered)) return "its mask has an impossible sign";
+    ZeroMask& mask = of.emplace();
+    mask.keeps_sign = sign == 1;
+    if (by_threshold) {
+        for (unsigned i = 0; i < layout.item_bytes; ++i) {
+            mask.threshold |= std::uint64_t{head[i]} << 8 * i;
+        }
+        const std::uint64_t sign_bit = std::uint64_t{layout.ordered} << (8 * layout.item_bytes - 1);
+        if (mask.threshold == 0 || (mask.threshold & sign_bit) != 0) {
+            return "its mask has an impossible threshold";
+        }
+        return nullptr;
+    }
+    mask.bits.resize(ceil_div(count, 8));
+    ReadPlane plane;
+    const std::uint8_t* const end = source.left.data() + source.left.size();
+    if (const char* wrong =
+            get_plane(head.data(), source.left, end, kernels().codec, mask.bits, plane)) {
+        return wrong;
+    }
+    if (plane.bytes != mask.bits.data()) {
+        mask.bits.assign(plane.bytes, plane.bytes + mask.bits.size());
+    }
+    static_cast<void>(source.take(plane.length));
+    if (count % 8 != 0 && mask.bits.back() >> (count % 8) != 0) {
+        return "its mask ends with stray bits";
+    }
+    return nullptr;
+}
+
+}  // namespace pydedup::detail
