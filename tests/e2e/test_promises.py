@@ -302,6 +302,25 @@ def test_a_version_after_a_lossy_one_takes_what_its_bound_allows(store: pydedup.
     assert np.linalg.norm(store.load("m@3")["a"] - model["a"]) <= 0.01 * np.linalg.norm(model["a"])
 
 
+@pytest.mark.parametrize("rows", [512, 4096])
+def test_a_version_that_changed_in_part_records_the_errors_of_what_it_takes_over(
+    store: pydedup.Store, rows: int
+) -> None:
+    """Of large tensors, which are matched by themselves, as of small ones."""
+    rng = np.random.default_rng(2)
+    base = rng.standard_normal((rows, 64)).astype(np.float32)
+    store.add("base", {"w": base}, policy=policies.Exact(), block_shape=(64, 64))
+    source = moved(base, 0.04)
+    for part in (0, rows // 2):  # at the second time the other half is new, and stored to the bit
+        source[rows - part :] = rng.standard_normal((part, 64))
+        policy = policies.Bounded(0.01)
+        report = store.add("m", {"w": source}, policy=policy, block_shape=(64, 64))
+        got = store.load(report.model)["w"]
+        found = [away(source[at : at + 64], got[at : at + 64]) for at in range(0, rows, 64)]
+        assert 0 < max(found) <= report.certificate["largest_block_error"] <= 0.01
+    assert max(found[rows // 128 :]) == 0
+
+
 # ---- policies of users --------------------------------------------------------------------------
 
 

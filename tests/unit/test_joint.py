@@ -41,6 +41,15 @@ def variants_of(
     return maps
 
 
+def test_matrices_of_two_dtypes_are_not_multiplied_together() -> None:
+    pages, rng = MemoryPages(), np.random.default_rng(3)
+    arrays = [rng.standard_normal((16, 16)).astype(dtype) for dtype in (np.float32, np.float16)]
+    x = rng.standard_normal((2, 16)).astype(np.float32)
+    factors = [Factor(pages.add(array, (8, 8)), x, None) for array in arrays]
+    for array, y in zip(arrays, matmul_together(factors, pages.pool()), strict=True):
+        np.testing.assert_allclose(y, x @ array.astype(np.float32).T, rtol=2e-4, atol=2e-4)
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_products_together_are_those_of_each_alone(data: st.DataObject) -> None:
