@@ -146,10 +146,12 @@ Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::siz
 
 namespace detail {
 
+// Not in the class: the compiler would fill all of the plans that are not there with zeros.
+DeltaEncoder::DeltaEncoder() = default;
+
 // Behind a mask, if one helps. `dtype` is the block's, of which the pair's may be a narrower one.
 Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
-                                  std::optional<double> max_rel_error, std::size_t limit,
-                                  Plans& plans) {
+                                  std::optional<double> max_rel_error, std::size_t limit) {
     const auto extension = [&](const std::optional<ZeroMask>& mask) {
         Sink sink;
         if (pair.dtype == dtype && !mask) return sink;
@@ -159,11 +161,15 @@ Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
     };
     Sink best;
     if (const MaskedPair masked(pair); masked.mask) {
-        best = encode_pair(masked.pair, max_rel_error, limit, plans.masked, extension(masked.mask));
+        best =
+            encode_pair(masked.pair, max_rel_error, limit,
+                        max_rel_error ? quantised_masked_ : exact_masked_, extension(masked.mask));
         if (!best.empty()) limit = best.size() - 1;
     }
-    Sink plain = encode_pair(pair, max_rel_error, limit, plans.plain, extension(std::nullopt));
-    return plain.empty() ? best : plain;
+    Sink plain = encode_pair(pair, max_rel_error, limit, max_rel_error ? quantised_ : exact_,
+                             extension(std::nullopt));
+    if (plain.empty()) return best;
+    return plain;
 }
 
 std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const MatrixRef& base,
@@ -177,7 +183,7 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
     Encoding encoding = Encoding::delta;
     if (max_rel_error && can_quantise(block.dtype)) {
         const PairOf both(block, base);
-        best = encode_smaller(both.pair, block.dtype, max_rel_error, limit, quantised_);
+        best = encode_smaller(both.pair, block.dtype, max_rel_error, limit);
         if (!best.empty()) encoding = Encoding::quantised;
     }
     // Exact where that is no larger: narrow floats have little to lose.
@@ -185,7 +191,7 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
         const std::optional<NarrowBlock> narrow = narrowed(block);
         const PairOf both(narrow ? narrow->block : block, base);
         Sink exact = encode_smaller(both.pair, block.dtype, std::nullopt,
-                                    best.empty() ? limit : best.size(), exact_);
+                                    best.empty() ? limit : best.size());
         if (!exact.empty()) {
             best = std::move(exact);
             encoding = Encoding::delta;
@@ -201,7 +207,8 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
 std::optional<EncodedBlock> encode_delta(const MatrixRef& block, const MatrixRef& base,
                                          std::optional<double> max_rel_error,
                                          std::span<std::byte> out) {
-    return detail::DeltaEncoder().encode(block, base, max_rel_error, out);
+    detail::DeltaEncoder encoder;
+    return encoder.encode(block, base, max_rel_error, out);
 }
 
 }  // namespace pydedup

@@ -16,22 +16,19 @@ namespace pydedup::detail {
 /// is like it. So what a block becomes depends on those before it.
 class DeltaEncoder {
   public:
+    DeltaEncoder();
     std::optional<EncodedBlock> encode(const MatrixRef& block, const MatrixRef& base,
                                        std::optional<double> max_rel_error,
                                        std::span<std::byte> out);
 
   private:
-    /// Of the pair and of the masked one.
-    struct Plans {
-        std::optional<DeltaPlan> plain;
-        std::optional<DeltaPlan> masked;
-    };
+    Sink encode_smaller(const Pair& pair, Dtype dtype, std::optional<double> max_rel_error,
+                        std::size_t limit);
 
-    static Sink encode_smaller(const Pair& pair, Dtype dtype, std::optional<double> max_rel_error,
-                               std::size_t limit, Plans& plans);
-
-    Plans exact_;
-    Plans quantised_;
+    std::optional<DeltaPlan> exact_;
+    std::optional<DeltaPlan> exact_masked_;
+    std::optional<DeltaPlan> quantised_;
+    std::optional<DeltaPlan> quantised_masked_;
 };
 
 }  // namespace pydedup::detail

@@ -3,6 +3,7 @@
 #include "codec/zero_mask.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "base/rounding.hpp"
@@ -47,6 +48,33 @@ constexpr Word magnitude_of(bool ordered) noexcept {
     return static_cast<Word>(~sign_of<Word>(ordered));
 }
 
+// How many elements are 0. As fast as it can be: of most blocks none is, and no mask is tried.
+template <class Word>
+std::size_t count_zeros(const std::uint8_t* elements, std::size_t count, Word magnitude) noexcept {
+    using Vector __attribute__((vector_size(16))) = Word;
+    constexpr std::size_t kLanes = sizeof(Vector) / sizeof(Word);
+    constexpr std::size_t kAtOnce = 4;  // vectors
+    constexpr std::size_t kMost = 63;   // times that, which a byte counts
+    const Vector mask = magnitude + Vector{};
+    std::size_t total = 0;
+    std::size_t i = 0;
+    while (i + kAtOnce * kLanes <= count) {
+        Vector zeros{};
+        const std::size_t end = std::min(count, i + kMost * kAtOnce * kLanes);
+        for (; i + kAtOnce * kLanes <= end; i += kAtOnce * kLanes) {
+            std::array<Vector, kAtOnce> some;
+            std::memcpy(some.data(), elements + i * sizeof(Word), sizeof some);
+            zeros -= reinterpret_cast<Vector>((some[0] & mask) == 0) +
+                     reinterpret_cast<Vector>((some[1] & mask) == 0) +
+                     reinterpret_cast<Vector>((some[2] & mask) == 0) +
+                     reinterpret_cast<Vector>((some[3] & mask) == 0);
+        }
+        for (std::size_t k = 0; k < kLanes; ++k) total += static_cast<std::size_t>(zeros[k]);
+    }
+    for (; i < count; ++i) total += (word_at<Word>(elements, i) & magnitude) == 0 ? 1 : 0;
+    return total;
+}
+
 // Sums over the elements that became 0.
 struct Zeros {
     std::size_t n = 0;
@@ -55,31 +83,17 @@ struct Zeros {
 };
 
 template <class Word>
-Zeros count_zeros(const std::uint8_t* block, const std::uint8_t* base, std::size_t count,
-                  bool ordered) noexcept {
+Zeros count_new_zeros(const std::uint8_t* block, const std::uint8_t* base, std::size_t count,
+                      Word magnitude) noexcept {
     constexpr unsigned kTop = 8 * sizeof(Word) - 1;
-    const auto magnitude = magnitude_of<Word>(ordered);
-    // Sums of bytes, some hundred at a time, so that many elements fit a vector.
-    constexpr std::size_t kRun = 192;
     Zeros zeros;
-    for (std::size_t start = 0; start < count; start += kRun) {
-        const std::size_t end = std::min(count, start + kRun);
-        std::uint8_t n = 0;
-        std::uint8_t negative = 0;
-        std::uint8_t negative_now = 0;
-        for (std::size_t i = start; i < end; ++i) {
-            const auto y = word_at<Word>(block, i);
-            const auto x = word_at<Word>(base, i);
-            const auto became =
-                static_cast<std::uint8_t>(static_cast<unsigned>((y & magnitude) == 0) &
-                                          static_cast<unsigned>((x & magnitude) != 0));
-            n = static_cast<std::uint8_t>(n + became);
-            negative = static_cast<std::uint8_t>(negative + (became & x >> kTop));
-            negative_now = static_cast<std::uint8_t>(negative_now + (became & y >> kTop));
-        }
-        zeros.n += n;
-        zeros.negative += negative;
-        zeros.negative_now += negative_now;
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto y = word_at<Word>(block, i);
+        const auto x = word_at<Word>(base, i);
+        const std::size_t became = (y & magnitude) == 0 && (x & magnitude) != 0 ? 1 : 0;
+        zeros.n += became;
+        zeros.negative += became & static_cast<std::size_t>(x >> kTop);
+        zeros.negative_now += became & static_cast<std::size_t>(y >> kTop);
     }
     return zeros;
 }
@@ -120,9 +134,10 @@ std::optional<ZeroMask> find_zeros(const std::uint8_t* block, const std::uint8_t
                                    std::size_t count, DeltaLayout layout) {
     std::optional<ZeroMask> mask;
     by_width(layout.item_bytes, [&]<class Word>(Word) {
-        const Zeros zeros = count_zeros<Word>(block, base, count, layout.ordered);
-        if (zeros.n * kFewest < count || zeros.n == 0) return;
         const auto magnitude = magnitude_of<Word>(layout.ordered);
+        if (count_zeros<Word>(block, count, magnitude) * kFewest < count) return;
+        const Zeros zeros = count_new_zeros<Word>(block, base, count, magnitude);
+        if (zeros.n == 0 || zeros.n * kFewest < count) return;
         mask.emplace();
         mask->n_set = zeros.n;
         mask->keeps_sign = layout.ordered && 2 * zeros.negative_now > zeros.negative;
