@@ -164,6 +164,7 @@ Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
         best =
             encode_pair(masked.pair, max_rel_error, limit,
                         max_rel_error ? quantised_masked_ : exact_masked_, extension(masked.mask));
+        if (!best.empty() && masks_win(pair.dtype, max_rel_error)) return best;
         if (!best.empty()) limit = best.size() - 1;
     }
     Sink plain = encode_pair(pair, max_rel_error, limit, max_rel_error ? quantised_ : exact_,

@@ -43,14 +43,15 @@ std::optional<std::size_t> estimate_pair(const Pair& pair, std::optional<double>
 // Of the pair or the masked one, whichever is smaller.
 std::optional<std::size_t> estimate_smaller(const Pair& pair, std::optional<double> max_rel_error,
                                             double scale) {
-    const MaskedPair masked(pair);
+    std::optional<std::size_t> behind;
+    if (const MaskedPair masked(pair); masked.mask) {
+        behind = estimate_pair(masked.pair, max_rel_error, scale);
+        const auto bits = static_cast<double>(detail::mask_bits(*masked.mask, pair.count()));
+        if (behind) *behind += static_cast<std::size_t>(bits * scale / 8);
+        if (behind && detail::masks_win(pair.dtype, max_rel_error)) return behind;
+    }
     const std::optional<std::size_t> plain = estimate_pair(pair, max_rel_error, scale);
-    if (!masked.mask) return plain;
-    std::optional<std::size_t> behind = estimate_pair(masked.pair, max_rel_error, scale);
-    if (!behind) return plain;
-    const double bits = static_cast<double>(detail::mask_bits(*masked.mask, pair.count())) * scale;
-    *behind += static_cast<std::size_t>(bits / 8);
-    return plain ? std::min(*plain, *behind) : behind;
+    return plain && behind ? std::min(*plain, *behind) : plain ? plain : behind;
 }
 
 }  // namespace

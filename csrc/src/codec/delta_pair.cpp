@@ -132,6 +132,10 @@ MaskedPair::MaskedPair(const Pair& of) : pair(of) {
     pair.masked = true;
 }
 
+bool masks_win(Dtype dtype, std::optional<double> max_rel_error) noexcept {
+    return !max_rel_error && delta_layout(dtype).mantissa_bits != 0;
+}
+
 bool take_differences(const Pair& pair, std::optional<double> max_rel_error, const Room& room,
                       Coded& coded) {
     const CodecKernels& codec = kernels().codec;

@@ -59,6 +59,10 @@ struct MaskedPair {
     std::unique_ptr<std::uint8_t[]> base_;
 };
 
+/// Whether a mask is always worth it: exact differences of floats to 0 have all bits of what is
+/// gone. Those of integers may be as small as all others, and quantised ones are a symbol.
+[[nodiscard]] bool masks_win(Dtype dtype, std::optional<double> max_rel_error) noexcept;
+
 /// What take_differences() found.
 struct Coded {
     Differences differences;
