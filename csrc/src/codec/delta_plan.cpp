@@ -57,17 +57,6 @@ std::uint32_t largest_exponent(const Differences& d) {
     return static_cast<std::uint32_t>(largest >> d.layout.mantissa_bits & mask);
 }
 
-// Tells what is 0 from all else by its exponent, in a last context that costs nothing where all of
-// it is as in the base. One context where that cannot be told.
-RowGroup apart_from_zeros(std::uint32_t reference_exponent, unsigned n_others) {
-    const std::uint32_t zero = std::min<std::uint32_t>(reference_exponent, 255);
-    if (zero < n_others) return {};
-    RowGroup group{Feature::exponent, n_others + 1, {}};
-    for (unsigned c = 0; c < n_others; ++c) group.first[c] = static_cast<std::uint8_t>(c);
-    group.first[n_others] = static_cast<std::uint8_t>(zero);
-    return group;
-}
-
 RowGroup equal_contexts(Feature feature, DeltaLayout layout) {
     RowGroup group{feature, kEqualContexts, {}};
     const unsigned bits = std::min<unsigned>(8, layout.mantissa_bits);
@@ -75,6 +64,21 @@ RowGroup equal_contexts(Feature feature, DeltaLayout layout) {
         group.first[c] =
             static_cast<std::uint8_t>(feature == Feature::exponent ? c : c << (bits - 3));
     }
+    return group;
+}
+
+// What the exponent is asked for: how large an element is, where that says something of its
+// difference, and whether it is masked, in a last context that costs nothing where all that is 0 in
+// it is as in the base. One context where it is asked for nothing.
+RowGroup exponent_contexts(const Differences& d, bool is_exact, std::uint32_t reference_exponent) {
+    const unsigned n_others = is_exact ? kEqualContexts - 1 : 1;
+    const std::uint32_t zero = std::min<std::uint32_t>(reference_exponent, 255);
+    if (!d.masked || zero < n_others) {
+        return is_exact ? equal_contexts(Feature::exponent, d.layout) : RowGroup{};
+    }
+    RowGroup group{Feature::exponent, n_others + 1, {}};
+    for (unsigned c = 0; c < n_others; ++c) group.first[c] = static_cast<std::uint8_t>(c);
+    group.first[n_others] = static_cast<std::uint8_t>(zero);
     return group;
 }
 
@@ -153,7 +157,7 @@ void choose_features(const Differences& d, RowScore score, const CodecKernels& c
             exact += plan.alphabet.widths[s] == 0 ? counts[s] : 0;
         }
     }
-    std::array<Histogram, 4> tried;
+    std::array<Histogram, 3> tried;
     const auto try_groups = [&](Histogram& histogram, const std::vector<RowGroup>& groups) {
         Contexts trial{groups, contexts.group_of_row, contexts.reference_exponent, 0};
         for (const RowGroup& group : groups) trial.n_contexts += group.n_contexts;
@@ -170,19 +174,12 @@ void choose_features(const Differences& d, RowScore score, const CodecKernels& c
     const bool is_exact = score == RowScore::kind;
     if (d.layout.mantissa_bits != 0 && (is_exact || d.masked)) {
         contexts.reference_exponent = largest_exponent(d);
-    }
-    if (d.layout.mantissa_bits != 0 && d.masked) {
-        const std::vector<RowGroup> apart(
-            n_groups,
-            apart_from_zeros(contexts.reference_exponent, is_exact ? kEqualContexts - 1 : 1));
-        if (apart[0].n_contexts > 1) try_groups(tried[3], apart);
+        const RowGroup by_exponent = exponent_contexts(d, is_exact, contexts.reference_exponent);
+        try_groups(tried[0], std::vector<RowGroup>(n_groups, by_exponent));
     }
     if (d.layout.mantissa_bits != 0 && is_exact) {
-        const std::vector<RowGroup> by_exponent(n_groups,
-                                                equal_contexts(Feature::exponent, d.layout));
         const std::vector<RowGroup> by_mantissa(n_groups,
                                                 equal_contexts(Feature::mantissa, d.layout));
-        try_groups(tried[0], by_exponent);
         // Noise that needs raw bits knows nothing of the mantissa.
         if (exact >= d.count() / 8) try_groups(tried[1], by_mantissa);
         std::vector<RowGroup> by_pieces(n_groups);
