@@ -34,6 +34,10 @@ _FREE: Final = (
     "free some space, a few MiB, and run `pydedup vacuum`, which gives back what was written; what "
     "was complete is there, and nothing of the rest"
 )
+_FREE_TO_READ: Final = (
+    "whoever opens a store, also to read it, needs 64 KiB beside it; free some space, a few MiB, "
+    "and open it again"
+)
 _FREE_FIRST: Final = "free some space, a few MiB, and open it again"
 # Also what `pydedup verify` itself says, of a file that was cut off.
 _DAMAGED: Final = (
@@ -41,8 +45,10 @@ _DAMAGED: Final = (
     "read any more: restore a backup"
 )
 
-#: Result codes of a write that failed: IOERR_WRITE, IOERR_TRUNCATE and IOERR_SHMSIZE.
-_WRITES: Final = (10 | 3 << 8, 10 | 6 << 8, 10 | 19 << 8)
+#: Result code of who finds no room for the file that those who have a store open share.
+_NO_SHARED_FILE: Final = 10 | 19 << 8  # IOERR_SHMSIZE
+#: Result codes of a write that failed, IOERR_WRITE and IOERR_TRUNCATE among them.
+_WRITES: Final = (10 | 3 << 8, 10 | 6 << 8, _NO_SHARED_FILE)
 
 #: Result code -> error and what to do. An extended code that is not here counts as its lowest
 #: byte. The numbers are part of SQLite's interface (https://sqlite.org/rescode.html).
@@ -63,7 +69,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
         "the file was moved, deleted or replaced while it was open; open it again",
     ),
     10: (UnavailableError, "check the medium it lies on"),  # IOERR
-    10 | 19 << 8: (StorageFullError, _FREE),  # IOERR_SHMSIZE
+    _NO_SHARED_FILE: (StorageFullError, _FREE_TO_READ),
     11: (CorruptStoreError, _DAMAGED),  # CORRUPT
     13: (StorageFullError, _FREE),  # FULL
     14: (  # CANTOPEN
@@ -96,7 +102,7 @@ def meaning(error: Exception, path: str) -> PydedupError:
         if str(error).startswith("Could not decode to UTF-8"):
             return CorruptStoreError(f"{path}: {error}; {_DAMAGED}")
         return ArgumentError(f"{path}: {error}")
-    if code & 0xFF == 10 and _is_full(path):
+    if code & 0xFF == 10 and code != _NO_SHARED_FILE and _is_full(path):
         code = 13
     elif code in _WRITES and (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) >= 0:
         return StorageFullError(

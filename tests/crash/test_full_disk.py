@@ -148,6 +148,28 @@ def test_no_room_for_a_new_store(
         assert store.verify().ok
 
 
+@pytest.mark.parametrize("mode", ["a", "r"])
+def test_no_room_to_open_a_store(
+    mode: Any, new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
+) -> None:
+    """The advice was to vacuum, and that something was not written, to who was about to read."""
+    disk = new_disk(tmp_path / "disk", 4)
+    path = disk.folder / "store.db"
+    weights = np.ones((64, 64), np.float32)
+    with pydedup.open(path) as store:
+        store.add("m", {"w": weights})
+    ballast = disk.folder / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(disk.folder).free - 8192))
+    with pytest.raises(
+        StorageFullError, match=r"also to read it, needs .*free some space.* open it again"
+    ) as told:
+        pydedup.open(path, mode=mode)
+    assert "vacuum" not in str(told.value)
+    ballast.unlink()
+    with pydedup.open(path, mode=mode) as store:
+        assert np.array_equal(store.load("m")["w"], weights)
+
+
 _LIMITED = """
 import resource, sys
 import numpy as np

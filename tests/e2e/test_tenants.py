@@ -196,6 +196,17 @@ def test_far_below_a_quota_no_block_map_is_read_for_it(
             read_by_an_add()
 
 
+def test_a_model_that_brings_nothing_new_is_counted_with_what_is_there(store_url: str) -> None:
+    """Of pages that are there, what their rows say is the most that they can hold."""
+    with pydedup.open(store_url) as store:
+        add(store, "a1", range(10), tenant="a")
+        store.quotas.set("tenant", "a", 9 * BLOCK)  # below what there is
+        with pytest.raises(QuotaError, match=f"would take {10 * BLOCK:,} bytes"):
+            add(store, "a2", range(10), tenant="a")
+        store.quotas.set("tenant", "a", 10 * BLOCK)
+        add(store, "a2", range(10), tenant="a")
+
+
 def test_a_batch_is_counted_together(store_url: str) -> None:
     with pydedup.open(store_url) as store:
         store.quotas.set("tenant", "a", 10 * BLOCK)
