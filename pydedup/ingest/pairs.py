@@ -26,8 +26,9 @@ __all__ = [
     "pairs_of",
 ]
 
-# A block seems to be pruned where, of every eighth row, so much is 0.
-_SAMPLED_ROW = 8
+# A block seems to be pruned where so much of a sample is 0: one element of so many, a prime, since
+# rows, columns and patterns of weights are pruned at regular distances.
+_SAMPLED = 13
 _PRUNED_SHARE = 1 / 16
 
 #: Rows, references and estimates of pairs.
@@ -129,8 +130,8 @@ def near_as_pruned(
     if not len(entries) or not blocks.dtype.has_distances:
         return entries[:0]
     values = values_of(blocks)
-    sample = values[pairs.rows[entries], ::_SAMPLED_ROW]
-    entries = entries[_are_zero(sample).mean(axis=(1, 2)) >= _PRUNED_SHARE]
+    sample = values.reshape(len(values), -1)[pairs.rows[entries], ::_SAMPLED]
+    entries = entries[_are_zero(sample).mean(axis=1) >= _PRUNED_SHARE]
     if not len(entries):
         return entries
     chosen = values[pairs.rows[entries]]

@@ -67,6 +67,18 @@ def test_a_pruned_relative_takes_little_more_than_its_mask(
     assert store.verify().ok
 
 
+@pytest.mark.parametrize("kept", [np.s_[::2], np.s_[::8], np.s_[:, ::2], np.s_[:, ::8]])
+def test_rows_and_columns_pruned_at_regular_distances(store: pydedup.Store, kept: Any) -> None:
+    base = dense()
+    model = {name: np.zeros_like(weight) for name, weight in base.items()}
+    for name, weight in base.items():
+        model[name][kept] = weight[kept]
+    report = added_beside(store, base, model, LOSSLESS, joint=False)
+    assert report.delta_blocks == report.blocks
+    assert report.stored_bytes < 0.01 * report.logical_bytes
+    assert same_bits(store, "m", model)
+
+
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
 def test_a_pruned_copy_in_another_dtype(store: pydedup.Store, dtype: DType) -> None:
     base = dense()

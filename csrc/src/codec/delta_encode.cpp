@@ -188,9 +188,10 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
         if (!best.empty()) encoding = Encoding::quantised;
     }
     // Exact where that is no larger: narrow floats have little to lose.
-    if (best.empty() || best.size() > raw / 4) {
-        const std::optional<NarrowBlock> narrow = narrowed(block);
-        const PairOf both(narrow ? narrow->block : block, base);
+    const std::optional<NarrowBlock> narrow = narrowed(block);
+    const MatrixRef& exactly = narrow ? narrow->block : block;
+    if (best.empty() || best.size() > exactly.rows * exactly.cols * item_bytes(exactly.dtype) / 4) {
+        const PairOf both(exactly, base);
         Sink exact = encode_smaller(both.pair, block.dtype, std::nullopt,
                                     best.empty() ? limit : best.size());
         if (!exact.empty()) {

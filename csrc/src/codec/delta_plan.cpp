@@ -207,6 +207,7 @@ void choose_features(const Differences& d, RowScore score, const CodecKernels& c
 void add_up(const Differences& d, DeltaPlan& plan) {
     const unsigned n_symbols = plan.alphabet.n_symbols();
     plan.count = d.count();
+    plan.layout = d.layout;
     plan.symbol_bits = 0;
     plan.table_bits = 0;
     plan.raw_bits = 0;
@@ -247,7 +248,9 @@ bool plan_alike(const Differences& d, const CodecKernels& codec, const PlanRoom&
     const std::uint64_t before = per_element(like);
     // Elements of a context cost nothing while they all have one symbol, and a bit each as soon as
     // one has another: where most did not change, what pays for a block may not for the next.
-    if (like.contexts.groups.size() != 1 || like.count != d.count() || before < kNoisy) {
+    // And no narrower dtype has all values that a dictionary of a wider one may name.
+    if (like.contexts.groups.size() != 1 || like.count != d.count() || like.layout != d.layout ||
+        before < kNoisy) {
         return false;
     }
     reuse_alphabet(d, like.alphabet, plan.alphabet, room.symbols);

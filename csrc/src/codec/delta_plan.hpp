@@ -27,6 +27,7 @@ struct Differences {
 
 struct DeltaPlan {
     std::size_t count = 0;  ///< of elements
+    DeltaLayout layout{};   ///< of the differences
     Alphabet alphabet;
     Contexts contexts;
     std::vector<std::uint32_t> histogram;  ///< [context * 256 + symbol]
@@ -50,8 +51,8 @@ void plan_delta(const Differences& differences, RowScore score, const CodecKerne
                 const PlanRoom& room, DeltaPlan& plan);
 
 /// Plans as another block was planned, with codes of its own: several times as fast. False when
-/// that block has another size, its rows were told apart or little in it changed, or when this one
-/// takes more or less room than that one did.
+/// that block has another size, its differences are of another dtype, its rows were told apart or
+/// little in it changed, or when this one takes more or less room than that one did.
 [[nodiscard]] bool plan_alike(const Differences& differences, const CodecKernels& codec,
                               const PlanRoom& room, const DeltaPlan& like, DeltaPlan& plan);
 

@@ -30,6 +30,8 @@ struct DeltaLayout {
     std::uint8_t exponent_bits;
     std::uint8_t mantissa_bits;
     bool ordered;
+
+    bool operator==(const DeltaLayout&) const = default;
 };
 
 /// Codes of symbols: code << 8 | bits, at [context * 256 + symbol].
