@@ -102,7 +102,7 @@ def meaning(error: Exception, path: str) -> PydedupError:
         if str(error).startswith("Could not decode to UTF-8"):
             return CorruptStoreError(f"{path}: {error}; {_DAMAGED}")
         return ArgumentError(f"{path}: {error}")
-    if code & 0xFF == 10 and code != _NO_SHARED_FILE and _is_full(path):
+    if code & 0xFF == 10 and code != _NO_SHARED_FILE and _is_full(Path(path).parent):
         code = 13
     elif code in _WRITES and (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) >= 0:
         return StorageFullError(
@@ -111,6 +111,13 @@ def meaning(error: Exception, path: str) -> PydedupError:
         )
     if code == 19 | 12 << 8 and f"column {PREFIX}" in str(error):
         code = 11  # CONSTRAINT_DATATYPE of a table of ours: the row that is changed was damaged
+    temporary = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"
+    if code == 13 and not _is_full(Path(path).parent) and _is_full(Path(temporary)):
+        return StorageFullError(
+            f"{path}: {error}; that is {temporary}, where SQLite has temporary files: free some "
+            "space there, or set TMPDIR to another folder before you start again; what was "
+            "complete is in the store, and nothing of the rest"
+        )
     kind, advice = _MEANINGS.get(code) or _MEANINGS.get(code & 0xFF) or (StoreError, "")
     if kind is StorageFullError and _is_empty(path):
         return kind(f"no room for a new store in {path} ({error}); {_FREE_FIRST}")
@@ -136,8 +143,8 @@ def _is_empty(path: str) -> bool:
         return False
 
 
-def _is_full(path: str) -> bool:
+def _is_full(folder: Path) -> bool:
     try:
-        return shutil.disk_usage(Path(path).parent).free < SPARE_BYTES
+        return shutil.disk_usage(folder).free < SPARE_BYTES
     except OSError:
         return False

@@ -228,3 +228,41 @@ def test_a_limit_of_files_for_the_store_itself(tmp_path: Path) -> None:
     )
     with pydedup.open(url) as store:
         assert store.verify().ok
+
+
+_REMOVED = """
+import sys
+import pydedup
+
+with pydedup.open(sys.argv[1]) as store:
+    try:
+        store.remove("large")
+    except pydedup.PydedupError as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_no_room_for_temporary_files_of_sqlite(
+    new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
+) -> None:
+    """The advice was to free some space where the store is, which had enough."""
+    url, disk = str(tmp_path / "store.db"), new_disk(tmp_path / "disk", 1)
+    (disk.folder / "ballast").write_bytes(bytes(shutil.disk_usage(disk.folder).free))
+    weights = np.random.default_rng(0).standard_normal((4096, 1024))
+    with pydedup.open(url) as store:
+        store.add("large", {"w": weights}, policy=policies.Exact())
+
+    def remove(temporary: Path) -> str:
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        command = [sys.executable, "-c", _REMOVED, url]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return ran.stdout
+
+    said = remove(disk.folder)
+    assert said.startswith(
+        f"StorageFullError: {url}: database or disk is full; that is {disk.folder},"
+    )
+    assert "or set TMPDIR" in said
+    with pydedup.open(url) as store:
+        assert np.array_equal(store.load("large")["w"], weights)
+    assert remove(tmp_path) == ""

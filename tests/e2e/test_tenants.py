@@ -279,6 +279,16 @@ def test_quotas_are_kept_and_listed(store_url: str) -> None:
             store.quotas.remove("tenant", "none")
 
 
+def test_a_quota_of_before_values_were_text_holds(store_url: str) -> None:
+    with pydedup.open(store_url) as store:
+        with store._adapter.transaction():
+            early = '[{"key": "tenant", "value": 7, "bytes": 0, "measure": "logical"}]'
+            store._adapter.set_meta("quotas", early)
+        with pytest.raises(QuotaError, match="tenant=7"):
+            add(store, "m", range(1), tenant=7)
+        assert store.quotas.remove("tenant", "7").bytes == 0
+
+
 def test_two_adds_at_once_do_not_pass_together(store_url: str) -> None:
     """Each fits by itself; both have matched before either publishes."""
     with pydedup.open(store_url) as store:

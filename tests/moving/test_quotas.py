@@ -87,3 +87,11 @@ def test_what_a_copy_replaces_is_not_counted(
             source.copy_to(url, ["b"])
         assert source.copy_to(url, ["a"], on_conflict="replace").copied == 1
         assert store.load("a").keys() == {"own", "shared"}
+
+
+def test_what_is_there_already_is_counted_once(backup: Path, new_store: New) -> None:
+    url = new_store("sqlite")
+    with pydedup.open(url) as store, pydedup.open(f"sqlite:///{backup}", mode="r") as source:
+        store.quotas.set("tenant", "acme", "1536KiB", measure="logical")
+        for names, copied in ((["a"], 1), (None, 3), (None, 0)):
+            assert source.copy_to(url, names).copied == copied
