@@ -153,6 +153,51 @@ TEST(zeros_that_differ_as_little_as_all_else_take_no_mask) {
     CHECK(decode(delta, view(base, 64, 64, Dtype::i8), Dtype::i8) == block);
 }
 
+// Bytes of the delta of such a block of 64 x 64 to an int8 or f32 base without zeros, if it has
+// one.
+std::size_t bytes_off(const Buffer& base, const Buffer& block, Dtype dtype) {
+    const Encoded delta = encode(matrix(block, 64, 64, dtype), matrix(base, 64, 64, dtype));
+    CHECK(decode(delta, view(base, 64, 64, dtype), dtype) == block);
+    return delta.bytes.size();
+}
+
+TEST(zeros_are_counted_wherever_they_are) {
+    std::mt19937_64 random(6);
+    Buffer ints(4096);
+    for (std::uint8_t& element : ints) element = static_cast<std::uint8_t>(1 + random() % 255);
+    CHECK(bytes_off(ints, Buffer(4096), Dtype::i8) <= 60);  // as many as fill a byte's counts
+    const Buffer base = as_dtype(normal(4096, 0.02, random), Dtype::f32);
+    for (std::size_t at = 0; at < 16; ++at) {
+        Buffer block = base;
+        for (std::size_t i = at; i < 4096; i += 16) std::memset(&block[4 * i], 0, 4);
+        CHECK(bytes_off(base, block, Dtype::f32) <= 200);
+    }
+    const Buffer few = prune(base, 64, Dtype::f32, Pruned::at_random, 1.0 / 40, false, random);
+    CHECK(bytes_off(base, few, Dtype::f32) <= 200);
+}
+
+TEST(elements_apart_from_the_pruned_ones_do_not_spoil_a_mask) {
+    std::mt19937_64 random(7);
+    std::vector<double> values = normal(4096, 0.02, random);
+    for (std::size_t i = 0; i < 4096; i += 512) values[i] = 0;
+    const Buffer base = as_dtype(values, Dtype::f32);
+    Buffer block = prune(base, 64, Dtype::f32, Pruned::least, 0.7, false, random);
+    const std::size_t as_pruned = bytes_off(base, block, Dtype::f32);
+    CHECK(as_pruned <= 40);
+    const float grown = 0.25F;
+    for (std::size_t i = 0; i < 4096; i += 512) std::memcpy(&block[4 * i], &grown, 4);
+    CHECK(bytes_off(base, block, Dtype::f32) <= as_pruned + 80);
+    // One zero of the other sign.
+    block = prune(base, 64, Dtype::f32, Pruned::at_random, 0.5, false, random);
+    const std::size_t at_random = bytes_off(base, block, Dtype::f32);
+    for (std::size_t i = 0; i < block.size(); i += 4) {
+        if (block[i + 3] != 0 || (base[i + 3] & 0x80) == 0) continue;
+        block[i + 3] = 0x80;
+        break;
+    }
+    CHECK(bytes_off(base, block, Dtype::f32) <= at_random + 20);
+}
+
 TEST(a_mask_is_written_by_every_batch_alike) {
     std::mt19937_64 random(5);
     const std::size_t rows = 256;

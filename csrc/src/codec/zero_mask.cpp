@@ -3,7 +3,6 @@
 #include "codec/zero_mask.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 
 #include "base/rounding.hpp"
@@ -56,18 +55,20 @@ std::size_t count_zeros(const std::uint8_t* elements, std::size_t count, Word ma
     constexpr std::size_t kAtOnce = 4;  // vectors
     constexpr std::size_t kMost = 63;   // times that, which a byte counts
     const Vector mask = magnitude + Vector{};
+    // (Vectors in a std::array lose what makes them vectors where Word is a template's.)
+    const auto all_bits_of_zeros = [&](std::size_t at) {
+        Vector some;
+        std::memcpy(&some, elements + at * sizeof(Word), sizeof some);
+        return reinterpret_cast<Vector>((some & mask) == 0);
+    };
     std::size_t total = 0;
     std::size_t i = 0;
     while (i + kAtOnce * kLanes <= count) {
         Vector zeros{};
         const std::size_t end = std::min(count, i + kMost * kAtOnce * kLanes);
         for (; i + kAtOnce * kLanes <= end; i += kAtOnce * kLanes) {
-            std::array<Vector, kAtOnce> some;
-            std::memcpy(some.data(), elements + i * sizeof(Word), sizeof some);
-            zeros -= reinterpret_cast<Vector>((some[0] & mask) == 0) +
-                     reinterpret_cast<Vector>((some[1] & mask) == 0) +
-                     reinterpret_cast<Vector>((some[2] & mask) == 0) +
-                     reinterpret_cast<Vector>((some[3] & mask) == 0);
+            zeros -= all_bits_of_zeros(i) + all_bits_of_zeros(i + kLanes) +
+                     all_bits_of_zeros(i + 2 * kLanes) + all_bits_of_zeros(i + 3 * kLanes);
         }
         for (std::size_t k = 0; k < kLanes; ++k) total += static_cast<std::size_t>(zeros[k]);
     }
