@@ -27,7 +27,15 @@ from pydedup.adapter_options import (
 from pydedup.errors import CorruptStoreError
 from pydedup.types import LARGEST_ID
 
-__all__ = ["LEASE_SECONDS", "SCORING", "Job", "job_is_dead", "models_of_job", "staging_jobs"]
+__all__ = [
+    "LEASE_SECONDS",
+    "NO_SIGN",
+    "SCORING",
+    "Job",
+    "job_is_dead",
+    "models_of_job",
+    "staging_jobs",
+]
 
 #: State of the row of a scoring, which outlives its process: the next run goes on with it.
 SCORING = "scoring"
@@ -35,6 +43,11 @@ SCORING = "scoring"
 #: A job that gave no sign of life for this long is abandoned.
 LEASE_SECONDS = 600.0
 
+#: What is said of one that a vacuum took for that, and that goes on.
+NO_SIGN = (
+    f"gave no sign of life for {LEASE_SECONDS:.0f} s (its machine slept, or has another time than "
+    "that of the vacuum: set its clock)"
+)
 
 #: No clock of another machine is so far ahead of ours; a time stamp that is was damaged.
 _MOST_AHEAD_SECONDS = 7 * 86400.0

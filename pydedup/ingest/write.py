@@ -27,7 +27,7 @@ from pydedup.ingest.pages import PageWriter
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.ingest.workers import Workers
-from pydedup.jobs import LEASE_SECONDS, Job
+from pydedup.jobs import NO_SIGN, Job
 from pydedup.layout import NO_PLACE, block_places, map_at, pages_read
 from pydedup.signatures import drop_segment
 
@@ -209,8 +209,8 @@ class Stager:
                     created_at=model.created_at(),
                 ):
                     raise ConflictError(
-                        f"the staging of {model.address} was collected by a vacuum: it gave no "
-                        f"sign of life for {LEASE_SECONDS:.0f} s; start again"
+                        f"the staging of {model.address} was collected by a vacuum: it "
+                        f"{NO_SIGN}; start again"
                     )
             self._job.end()
         self.epoch = epoch + 1

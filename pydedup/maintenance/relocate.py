@@ -14,7 +14,7 @@ from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
 from pydedup.blocks import BlockMap
 from pydedup.catalog import tags_of
 from pydedup.errors import ConflictError
-from pydedup.jobs import LEASE_SECONDS, Job
+from pydedup.jobs import NO_SIGN, Job
 from pydedup.layout import (
     NO_PLACE,
     base_places,
@@ -123,8 +123,8 @@ def relocate(
         adapter.bump_epoch()  # from here on no vacuum collects
         if len(adapter.page_rows(ids=new_pages, state=STAGING)) < len(new_pages):
             raise ConflictError(
-                "restored blocks that were staged were collected by a vacuum: the repair gave no "
-                f"sign of life for {LEASE_SECONDS:.0f} s; nothing was changed, run it again"
+                "restored blocks that were staged were collected by a vacuum: the repair "
+                f"{NO_SIGN}; nothing was changed, run it again"
             )
         reads: dict[int, dict[int, tuple[int, int]]] = {}
         for model_id, page_id, blocks, size in adapter.model_pages():
