@@ -142,7 +142,9 @@ def test_a_staging_that_a_vacuum_collected_leaves_nothing(store_url: str) -> Non
             if stage == "writing":
                 other.vacuum(lease_seconds=0)  # as if this writer had slept for long
 
-        with pytest.raises(ConflictError, match="collected by a vacuum.*slept.*clock.*start again"):
+        with pytest.raises(
+            ConflictError, match=r"collected by a vacuum.*slept.*clock.*start again"
+        ):
             writer.add("new", {"embedding": MODELS["m0"]["embedding"] * 3}, progress=collect)
     assert_sound(store_url)
     with pydedup.open(store_url) as store:
