@@ -148,7 +148,10 @@ class StoreAdds:
             for name, given in models.items():
                 request = terms.request(name, given, taken, opened)
                 if request.address in requests:
-                    raise ArgumentError(f"{request.address} is named twice in one add")
+                    raise ArgumentError(
+                        f"{request.address} is named twice in one add: {name!r} means it, too; "
+                        "give each model a version of its own"
+                    )
                 requests[request.address] = request
             return add_models(
                 self._adapter,

@@ -23,6 +23,7 @@ import pytest
 
 import pydedup
 from pydedup.errors import (
+    ArgumentError,
     ConflictError,
     FormatError,
     NotAStoreError,
@@ -362,3 +363,13 @@ def test_a_file_that_is_cut_short_while_it_is_added(tmp_path: Path, workers: int
     cut = ("m.safetensors is truncated", "m.safetensors ended early")  # before, or in a read
     # Several may have read all of it by then.
     assert any(said in done.stdout for said in cut) or (workers > 1 and not done.stdout)
+
+
+@pytest.mark.parametrize("names", [("m@2", "m"), ("m", "m@2")])
+def test_one_address_for_two_models_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """A name without a version means the next number, which the other may have been given."""
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("m", MODEL)
+        with pytest.raises(ArgumentError, match=f"m@2 is named twice in one add: '{names[1]}'"):
+            store.add_many(dict.fromkeys(names, MODEL))
+        assert [info.address for info in store.models()] == ["m@1"]
