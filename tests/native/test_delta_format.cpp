@@ -275,6 +275,7 @@ TEST(a_mask_is_as_long_as_its_block) {
         CHECK(!masked(*bytes, bits(1, 0x1F, 0, {})));
         CHECK(!masked(*bytes, bits(0, 9, 2, {0xFF, 0x0F})));  // a value, and it is not constant
         CHECK(!masked(*bytes, bits(3, 0, 2, {0xFF, 0x0F})));
+        CHECK(!masked(*bytes, {1, 0, 0, 0, 1, 0, 2, 0, 0, 0, 0xFF, 0x0F}));  // reserved: 0
         CHECK(!masked(*bytes, bits(0, 0, 2, {0xFF, 0x0F}, 2)));
         CHECK(!masked(*bytes, bits(0, 0, 2, {0xFF, 0x0F}, 0, 3)));
         CHECK(!masked(*bytes, {1, 0, 0}));

@@ -174,6 +174,8 @@ TEST(zeros_are_counted_wherever_they_are) {
     }
     const Buffer few = prune(base, 64, Dtype::f32, Pruned::at_random, 1.0 / 40, false, random);
     CHECK(bytes_off(base, few, Dtype::f32) <= 200);
+    CHECK(estimate_delta(matrix(few, 64, 64, Dtype::f32), matrix(base, 64, 64, Dtype::f32),
+                         std::nullopt) <= 300);
 }
 
 TEST(elements_apart_from_the_pruned_ones_do_not_spoil_a_mask) {
@@ -184,6 +186,8 @@ TEST(elements_apart_from_the_pruned_ones_do_not_spoil_a_mask) {
     Buffer block = prune(base, 64, Dtype::f32, Pruned::least, 0.7, false, random);
     const std::size_t as_pruned = bytes_off(base, block, Dtype::f32);
     CHECK(as_pruned <= 40);
+    CHECK(estimate_delta(matrix(block, 64, 64, Dtype::f32), matrix(base, 64, 64, Dtype::f32),
+                         std::nullopt) <= 100);
     const float grown = 0.25F;
     for (std::size_t i = 0; i < 4096; i += 512) std::memcpy(&block[4 * i], &grown, 4);
     CHECK(bytes_off(base, block, Dtype::f32) <= as_pruned + 80);

@@ -61,6 +61,22 @@ TEST(a_model_that_was_saved_in_a_wider_dtype_takes_as_much_as_it_did) {
     }
 }
 
+TEST(a_narrow_block_may_be_a_part_of_rows_that_are_not) {
+    std::mt19937_64 random(12);
+    const Buffer base = as_dtype(normal(64 * 128, 0.02, random), Dtype::f32);
+    Buffer rows = base;
+    const Buffer right = as_dtype(
+        as_doubles(as_dtype(as_doubles(base, Dtype::f32), Dtype::bf16), Dtype::bf16), Dtype::f32);
+    for (std::size_t r = 0; r < 64; ++r) {
+        std::memcpy(&rows[(128 * r + 64) * 4], &right[(128 * r + 64) * 4], 64 * 4);
+    }
+    const MatrixRef block{at(rows) + 64 * 4, 64, 64, 128 * 4, Dtype::f32};
+    const MatrixRef of_base{at(base) + 64 * 4, 64, 64, 128 * 4, Dtype::f32};
+    const Encoded delta = encode(block, of_base);
+    CHECK(delta.bytes.size() <= 40);  // the base, rounded
+    CHECK(decode(delta, view(copied(of_base), 64, 64, Dtype::f32), Dtype::f32) == copied(block));
+}
+
 TEST(narrow_floats_within_a_tight_bound_take_no_more_than_exact_ones) {
     std::mt19937_64 random(11);
     std::vector<double> values = normal(64 * 64, 0.02, random);

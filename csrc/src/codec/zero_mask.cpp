@@ -145,7 +145,7 @@ std::optional<ZeroMask> find_zeros(const std::uint8_t* block, const std::uint8_t
         const auto magnitude = magnitude_of<Word>(layout.ordered);
         if (count_zeros<Word>(block, count, magnitude) * kFewest < count) return;
         const Zeros zeros = count_new_zeros<Word>(block, base, count, magnitude);
-        if (zeros.n == 0 || zeros.n * kFewest < count) return;
+        if (zeros.n * kFewest < count) return;
         mask.emplace();
         mask->n_set = zeros.n;
         mask->keeps_sign = layout.ordered && 2 * zeros.negative_now > zeros.negative;
