@@ -20,6 +20,8 @@ __all__ = ["LimitedProtocol"]
 
 #: Bytes of the line of a request and its headers together.
 _LARGEST_HEAD = 64 * 1024
+#: How long a client that was refused may go on sending before the connection ends.
+_LINGER_SECONDS = 5.0
 #: Headers that say where a body ends.
 _FRAMING = (b"content-length", b"transfer-encoding")
 
@@ -38,7 +40,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _body_follows = False
     #: Whether the parser gets the head of such a request once more.
     _is_repeated = False
-    #: The answer to what was no request, after which nothing is read.
+    #: The answer to what was no request, after which nothing counts; empty once it was sent.
     _refusal: bytes | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -128,7 +130,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or the refusal of what came behind the last."""
-        if self._refusal is not None and not self.pipeline:
+        if self._refusal and not self.pipeline:
             self._send_refusal(self._refusal)
         super().on_response_complete()
 
@@ -172,6 +174,15 @@ class LimitedProtocol(HttpToolsProtocol):
             self._send_refusal(self._refusal)
 
     def _send_refusal(self, refusal: bytes) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(refusal)
+        if self.transport.is_closing():
+            return
+        self._refusal = b""
+        self.transport.write(refusal)
+        if not self.transport.can_write_eof():  # TLS
             self.transport.close()
+            return
+        # Closed while more is on its way, the connection is reset, and the client may lose the
+        # answer: so the rest is read and forgotten, for a while.
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)

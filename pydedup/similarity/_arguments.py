@@ -46,7 +46,7 @@ def as_float(dtype: np.dtype[Any], name: str) -> DType:
         if member.numpy == dtype:
             return member
     known = ", ".join(member.label for member in _FLOATS)
-    raise ArgumentError(f"{name}: similarity takes {known} in native byte order, not {dtype}")
+    raise ArgumentError(f"{name}: similarity takes {known} in native byte order, not dtype {dtype}")
 
 
 def as_number(value: object, name: str) -> float:

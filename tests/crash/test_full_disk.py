@@ -242,7 +242,7 @@ with pydedup.open(sys.argv[1]) as store:
 """
 
 
-def test_no_room_for_temporary_files_of_sqlite(
+def test_no_room_for_temporary_files(
     new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path
 ) -> None:
     """The advice was to free some space where the store is, which had enough."""

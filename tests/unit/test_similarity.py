@@ -212,7 +212,7 @@ def test_nothing_is_a_batch_too() -> None:
         ({"dtype": np.int32}, "int32"),
         ({"dtype": ">f4"}, "native byte order"),
         ({"r": 0}, "r is"),
-        ({"dtype": np.int32}, "^dtype: similarity takes .* in native byte order, not int32"),
+        ({"dtype": np.int32}, "^dtype: similarity takes .* in native byte order, not dtype int32"),
         ({"r": float("nan")}, "r must be"),
         ({"r": "wide"}, "r must be"),
         ({"r": 17}, "r is"),
