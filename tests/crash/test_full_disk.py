@@ -170,6 +170,14 @@ def test_no_room_to_open_a_store(
         assert np.array_equal(store.load("m")["w"], weights)
 
 
+def said_by(script: str, url: str, **variables: str) -> str:
+    """Return what a script prints in a process of its own, which ends well."""
+    command = [sys.executable, "-c", script, url]
+    environment = {**os.environ, **variables}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return ran.stdout
+
+
 _LIMITED = """
 import resource, sys
 import numpy as np
@@ -192,11 +200,9 @@ except pydedup.PydedupError as error:
 def test_a_limit_of_files(tmp_path: Path) -> None:
     """Of `ulimit -f`, the temporary file of an add met an OSError of Python's."""
     url = str(tmp_path / "store.db")
-    ran = subprocess.run(
-        [sys.executable, "-c", _LIMITED, url], capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.startswith("StorageFullError: no space left for the temporary file")
-    assert "`ulimit -f`" in ran.stdout
+    said = said_by(_LIMITED, url)
+    assert said.startswith("StorageFullError: no space left for the temporary file")
+    assert "`ulimit -f`" in said
     with pydedup.open(url) as store:
         assert [info.name for info in store.models()] == ["good"]
         assert store.verify().ok
@@ -219,10 +225,7 @@ except pydedup.PydedupError as error:
 def test_a_limit_of_files_for_the_store_itself(tmp_path: Path) -> None:
     """The advice was to check the medium."""
     url = str(tmp_path / "store.db")
-    ran = subprocess.run(
-        [sys.executable, "-c", _LIMITED_STORE, url], capture_output=True, text=True, check=True
-    )
-    assert ran.stdout == (
+    assert said_by(_LIMITED_STORE, url) == (
         f"StorageFullError: {url}: disk I/O error; a file of this process may have no more than "
         "1048576 bytes: raise `ulimit -f`\n"
     )
@@ -251,18 +254,11 @@ def test_no_room_for_temporary_files(
     weights = np.random.default_rng(0).standard_normal((4096, 1024))
     with pydedup.open(url) as store:
         store.add("large", {"w": weights}, policy=policies.Exact())
-
-    def remove(temporary: Path) -> str:
-        environment = {**os.environ, "TMPDIR": str(temporary)}
-        command = [sys.executable, "-c", _REMOVED, url]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return ran.stdout
-
-    said = remove(disk.folder)
+    said = said_by(_REMOVED, url, TMPDIR=str(disk.folder))
     assert said.startswith(
         f"StorageFullError: {url}: database or disk is full; that is {disk.folder},"
     )
     assert "or set TMPDIR" in said
     with pydedup.open(url) as store:
         assert np.array_equal(store.load("large")["w"], weights)
-    assert remove(tmp_path) == ""
+    assert said_by(_REMOVED, url, TMPDIR=str(tmp_path)) == ""

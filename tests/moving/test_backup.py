@@ -384,22 +384,6 @@ def test_what_is_left_of_a_store_that_had_more_is_not_used(
     assert_same(source_url, str(file))
 
 
-def test_what_is_left_is_not_used_where_a_name_means_another_model_by_now(
-    tmp_path: Path, family: Callable[..., Any]
-) -> None:
-    """It would be in the way of every backup to that file, as a conflict."""
-    url, file = f"sqlite:///{tmp_path / 'store.db'}", tmp_path / "backup"
-    with pydedup.open(url) as store:
-        store.add("m@1", family(1))
-        store.backup(file)
-        file.rename(f"{file}.partial")
-        store.remove("m@1")
-        store.add("m@1", family(2))
-        assert store.backup(file).copied == 1
-    with pydedup.open(file, mode="r") as kept:
-        assert kept.load("m")["w"].tobytes() == family(2)["w"].tobytes()
-
-
 def test_what_is_left_of_a_backup_that_had_not_begun_is_used(
     filled: New, tmp_path: Path, assert_same: Any
 ) -> None:

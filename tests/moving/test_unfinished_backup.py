@@ -15,20 +15,27 @@ import pydedup
 New = Callable[[str], str]
 
 
-def test_what_is_left_is_not_used_where_a_model_has_another_name_by_now(
-    tmp_path: Path, family: Callable[..., Any]
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (("m@1", 1), ("m@1", 2)),  # the old model would be in the way of every backup to that file
+        (("old@1", 1), ("new@1", 1)),  # the backup would have it by its old name, too
+    ],
+)
+def test_what_is_left_is_not_used_where_a_name_means_another_model_by_now(
+    tmp_path: Path, family: Callable[..., Any], before: tuple[str, int], now: tuple[str, int]
 ) -> None:
-    """All else of it is the same, and the backup would have it by its old name, too."""
     url, file = f"sqlite:///{tmp_path / 'store.db'}", tmp_path / "backup"
     with pydedup.open(url) as store:
-        store.add("old@1", family(1))
+        store.add(before[0], family(before[1]))
         store.backup(file)
         file.rename(f"{file}.partial")
-        store.remove("old")
-        store.add("new@1", family(1))
-        store.backup(file)
+        store.remove(before[0])
+        store.add(now[0], family(now[1]))
+        assert store.backup(file).copied == 1
     with pydedup.open(file, mode="r") as kept:
-        assert [info.address for info in kept.models()] == ["new@1"]
+        assert [info.address for info in kept.models()] == [now[0]]
+        assert kept.load(now[0])["w"].tobytes() == family(now[1])["w"].tobytes()
 
 
 def test_a_backup_that_takes_long_says_that_it_lives(
