@@ -180,19 +180,20 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
     check_error(max_rel_error);
     const std::size_t raw = block.rows * block.cols * item_bytes(block.dtype);
     const std::size_t limit = std::min(out.size(), raw - 1);
+    std::optional<PairOf> both;
     Sink best;
     Encoding encoding = Encoding::delta;
     if (max_rel_error && can_quantise(block.dtype)) {
-        const PairOf both(block, base);
-        best = encode_smaller(both.pair, block.dtype, max_rel_error, limit);
+        both.emplace(block, base);
+        best = encode_smaller(both->pair, block.dtype, max_rel_error, limit);
         if (!best.empty()) encoding = Encoding::quantised;
     }
     // Exact where that is no larger: narrow floats have little to lose.
     const std::optional<NarrowBlock> narrow = narrowed(block);
     const MatrixRef& exactly = narrow ? narrow->block : block;
     if (best.empty() || best.size() > exactly.rows * exactly.cols * item_bytes(exactly.dtype) / 4) {
-        const PairOf both(exactly, base);
-        Sink exact = encode_smaller(both.pair, block.dtype, std::nullopt,
+        if (narrow || !both) both.emplace(exactly, base);
+        Sink exact = encode_smaller(both->pair, block.dtype, std::nullopt,
                                     best.empty() ? limit : best.size());
         if (!exact.empty()) {
             best = std::move(exact);
