@@ -64,8 +64,14 @@ def interruptible(tell: Callable[[], None]) -> Iterator[None]:
 
     # Not where it is ignored, as `nohup` has it.
     taken = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    came: list[int] = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise Terminated(number)
+
     for number in taken:
-        signal.signal(number, _terminate)
+        signal.signal(number, terminate)
     sys.unraisablehook = dropped
     try:
         # Not where the shell has Ctrl-C ignored, as of what runs in the background.
@@ -74,6 +80,11 @@ def interruptible(tell: Callable[[], None]) -> Iterator[None]:
                 yield
         else:
             yield
+    except KeyboardInterrupt as error:
+        # Ray's core has one of its own for all that a signal raises.
+        if came and not isinstance(error, Terminated):
+            raise Terminated(came[-1]) from error
+        raise
     finally:
         sys.unraisablehook = before
         for number in taken:
@@ -87,10 +98,6 @@ def _strike_again(number: int) -> None:
     """
     time.sleep(0.01)
     signal.pthread_kill(threading.main_thread().ident or 0, number)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated(number)
 
 
 class _Impatience:

@@ -19,9 +19,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -232,7 +234,7 @@ def _remote(ray: Any, on: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _connected(ray: Any, what: str, options: dict[str, Any]) -> Iterator[None]:
     try:
-        with _quiet_entry_point(), _away_from_sources():
+        with _quiet_entry_point(), _away_from_sources(), _own_sigterm():
             try:
                 _init(ray, options)
             except Exception as error:
@@ -290,6 +292,24 @@ def _quiet_entry_point() -> AbstractContextManager[None]:
     """Have Ray note the command line, as the entry point of its job, without passwords."""
     told = subprocess.list2cmdline(without_secrets(redact(part)) for part in sys.orig_argv)
     return _instead("ray._private.utils", "get_entrypoint_name", lambda: told)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Have SIGTERM do what it does here, if that is something, and not what Ray begins with.
+
+    That ends the process with 1, whatever its exit status should say, and its core writes frames
+    to standard error before.
+    """
+    ours = signal.getsignal(signal.SIGTERM)
+    if not callable(ours) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        with _instead("ray._private.utils", "set_sigterm_handler", lambda *_: None):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, ours)  # in the place of what the core has put there
 
 
 @contextlib.contextmanager

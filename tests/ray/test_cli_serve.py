@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ import pytest
 import pydedup
 from pydedup.cli import main
 from pydedup.ray.serving import running
-from pydedup.testing.program import run_process
+from pydedup.testing.program import PROGRAM, run_process
+
+from .conftest import Cluster
 
 TOKEN = "token-0815"
+INTERRUPTED = "pydedup: interrupted, the store is as it was before"
 
 
 @pytest.mark.parametrize(
@@ -93,3 +98,26 @@ def test_why_it_does_not_start_is_told_in_a_line(url: str) -> None:
     assert told.startswith("pydedup: error: Ray Serve does not start it: ")
     assert "a..b" in told
     assert "File" not in told
+
+
+def test_one_that_waits_for_cpus_can_be_stopped(url: str, cluster: Cluster, connected: Any) -> None:
+    """It took no notice of any signal until the cluster had them."""
+
+    def is_served() -> bool:
+        named = connected.util.list_named_actors(all_namespaces=True)
+        return any(actor["name"].startswith("SERVE_REPLICA::pydedup#") for actor in named)
+
+    options = ["--on", cluster.address, "--replicas", "5", "--port", "0"]
+    with subprocess.Popen([*PROGRAM, "serve", url, *options], stderr=subprocess.PIPE) as serving:
+        try:
+            end = time.monotonic() + 100
+            while not is_served():
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            serving.terminate()
+            _, said = serving.communicate(timeout=100)
+        finally:
+            serving.kill()
+    told = said.decode().splitlines()
+    assert (serving.returncode, told[-1]) == (128 + signal.SIGTERM, INTERRUPTED)
+    assert not is_served()

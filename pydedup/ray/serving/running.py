@@ -90,13 +90,15 @@ def run(
         application = deployment(url, check=False, **chosen)
         _check_cpus(ray, on, chosen)
         left.enter_context(_alone(ray))
-        taken = {
-            number: signal.signal(number, lambda *_: stop.set()) for number in stopping_signals()
-        }
         mine = not serve.status().proxies
         try:
+            # It may wait for CPUs for ever; who is tired of that interrupts it.
+            _start(serve, application, dict(http))
+            taken = {
+                number: signal.signal(number, lambda *_: stop.set())
+                for number in stopping_signals()
+            }
             try:
-                _start(serve, application, dict(http))
                 # Not asked by a handle of Ray Serve's: its router gives up calls that take a tenth
                 # of a second, and Ray Client then shows tracebacks of their late answers.
                 started(_address(serve, http), names)

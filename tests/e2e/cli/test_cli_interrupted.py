@@ -155,6 +155,26 @@ sys.exit(main(["kernels"]))
     assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
 
 
+def test_what_raises_its_own_interrupt_for_a_signal_ends_as_the_signal_has_it() -> None:
+    """As Ray's core does: after SIGTERM the status was that of Ctrl-C."""
+    code = """
+import os, signal, sys
+from pydedup.cli import app, main
+
+def work(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        pass
+    raise KeyboardInterrupt
+
+app.looking.kernels.callback = work
+sys.exit(main(["kernels"]))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=50)
+    assert done.returncode == 143
+
+
 @pytest.mark.parametrize("words", ["alias URL m prod 1", "rm URL m@2 -y", "add URL m@3 FILE"])
 def test_ctrl_c_when_all_is_done_does_not_deny_it(words: str, url: str, model: Path) -> None:
     """It said that the store was as before, while what prints the result was loaded."""
