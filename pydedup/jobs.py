@@ -3,7 +3,8 @@
 
 A writer leaves a job row and refreshes its cursor, a time stamp, with every transaction. A job is
 dead when it was silent for `LEASE_SECONDS`, or at once when its process is known to be gone: the
-row also names the machine (boot id), the process namespace, the process and its start time.
+row also names the machine (boot id), the process namespace, the process and its start time. Where
+that is this machine, its clock that nobody sets says for how long, and not the time of day.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ LEASE_SECONDS = 600.0
 
 #: What is said of one that a vacuum took for that, and that goes on.
 NO_SIGN = (
-    f"gave no sign of life for {LEASE_SECONDS:.0f} s (its machine slept, or has another time than "
-    "that of the vacuum: set its clock)"
+    f"gave no sign of life for {LEASE_SECONDS:.0f} s (it was stopped, or its machine is not that "
+    "of the vacuum and slept or has another time: set its clock)"
 )
 
 #: No clock of another machine is so far ahead of ours; a time stamp that is was damaged.
@@ -82,7 +83,8 @@ class Job:
     def beat(self) -> None:
         """Say that this process is at it; inside a transaction."""
         process = _identity(os.getpid())
-        spec = json.dumps({"kind": self._kind, "models": list(self.model_ids), "process": process})
+        job = {"kind": self._kind, "models": list(self.model_ids), "process": process}
+        spec = json.dumps({**job, "clock": time.monotonic()})
         self._adapter.put_job(self._id, spec, repr(time.time()), "running")
         self._beaten = time.monotonic()
 
@@ -231,15 +233,15 @@ def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) ->
     """
     try:
         models_of_job(spec)
-        if not -_MOST_AHEAD_SECONDS <= time.time() - float(cursor) <= lease_seconds:
-            return True
-        process = json.loads(spec).get("process")
-        if not process:
-            return False
-        here = _identity(os.getpid())
-        if here is None or any(process[key] != here[key] for key in ("boot", "namespace")):
-            return False  # on another machine: only the lease can tell
-        return bool(_identity(int(process["pid"])) != process)
+        noted = json.loads(spec)
+        silent = time.time() - float(cursor)
+        process, here = noted.get("process"), _identity(os.getpid())
+        if process and here and all(process[key] == here[key] for key in ("boot", "namespace")):
+            if _identity(int(process["pid"])) != process:
+                return True
+            if "clock" in noted:  # not where an older pydedup works
+                silent = time.monotonic() - float(noted["clock"])
+        return not -_MOST_AHEAD_SECONDS <= silent <= lease_seconds
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return True
 

@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pydedup
 from pydedup import jobs
-from pydedup.jobs import LEASE_SECONDS, job_is_dead
+from pydedup.jobs import LEASE_SECONDS, Job, job_is_dead, staging_jobs
 
 DAY = 86400.0
 
@@ -59,6 +61,24 @@ def test_a_process_is_asked_for_where_it_can_be(change: dict[str, str], is_dead:
     assert job_is_dead(spec, stamp()) == is_dead, "whatever memory it has taken since"
     assert job_is_dead(spec, stamp(LEASE_SECONDS + 60))
     del room
+
+
+@pytest.mark.parametrize("jump", [LEASE_SECONDS + 60, -LEASE_SECONDS - 60, -8 * DAY])
+def test_a_clock_that_is_set_ends_nobody_on_its_machine(
+    jump: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vacuum took a writer for silent, or its row for damaged, since the clock was set."""
+    now = time.time
+    with pydedup.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        adapter = store._adapter
+        job = Job(adapter, "add")
+        with job.staging():
+            job.beat()
+        monkeypatch.setattr(time, "time", lambda: now() + jump)
+        store.vacuum()
+        assert len(staging_jobs(adapter)) == 1
+        store.vacuum(lease_seconds=0)
+        assert staging_jobs(adapter) == []
 
 
 def test_where_nothing_is_known_of_processes_the_last_sign_of_life_counts(
