@@ -20,7 +20,7 @@ from pydedup.errors import ArgumentError, ClusterError, PydedupError
 from pydedup.ray.cluster import attached, import_ray, on_each_node
 from pydedup.ray.score_feed import scored
 from pydedup.ray.score_job import MOST_ROWS, Job
-from pydedup.ray.score_plan import FilePart, PartResult, Settings
+from pydedup.ray.score_plan import FilePart, FolderNotes, PartResult, Settings
 from pydedup.ray.score_worker import Scorer, hindrance
 from pydedup.registry import absolute
 from pydedup.serving.score import MOST_FAILURES
@@ -204,9 +204,8 @@ def _run(
 
 
 def _end(job: Job, settings: Settings, total: _Total) -> None:
-    if job.folder is not None:
-        for left_over in job.folder.glob(".part-*.tmp"):
-            left_over.unlink(missing_ok=True)
+    if isinstance(job.notes, FolderNotes):
+        job.notes.end()
         return
     if not total.rows + total.skipped:
         with contextlib.closing(Scorer(settings)) as scorer:

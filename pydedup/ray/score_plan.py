@@ -18,11 +18,13 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, StorageFullError
+from pydedup.formats._files import full_disk
 from pydedup.ray.cluster import Secret
 from pydedup.serving.pin import Pin
 from pydedup.types import RowFailure
@@ -38,6 +40,7 @@ __all__ = [
     "TableNotes",
     "from_json",
     "part_file",
+    "room_in",
     "to_json",
 ]
 
@@ -277,10 +280,15 @@ class FolderNotes:
                     f"{parent} is not empty and holds no predictions of ours; name a new folder"
                 )
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                if _write_first(noted, json.dumps(dict(work))):
-                    return dict(work), False
+                with room_in(parent):
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    if _write_first(noted, json.dumps(dict(work))):
+                        return dict(work), False
+            except StorageFullError:
+                self._remove_empty()
+                raise
             except OSError as error:
+                self._remove_empty()
                 raise ArgumentError(
                     f"predictions cannot go to {parent}: {error.strerror}; name a new folder that "
                     "can be written"
@@ -299,6 +307,9 @@ class FolderNotes:
         """Take back all that was noted, of a work that cannot be done."""
         for name in ("work.json", "parts.json"):
             (self._folder / name).unlink(missing_ok=True)
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
         for empty in (self._folder, self._folder.parent):
             with contextlib.suppress(OSError):
                 empty.rmdir()
@@ -326,12 +337,26 @@ class FolderNotes:
     def mark(self, number: int, result: PartResult) -> None:
         """Note that a part is done."""
         written = _write(self._folder, json.dumps(result.noted()))
-        written.replace(self._folder / f"done-{number:05d}.json")
+        with contextlib.suppress(FileNotFoundError):  # another run has ended: see `end`
+            written.replace(self._folder / f"done-{number:05d}.json")
+
+    def end(self) -> None:
+        """Remove what runs that were killed had begun to write; all parts are done."""
+        for pattern in (".part-*.tmp", f"{NOTES}/.*.tmp"):
+            for left_over in self._folder.parent.glob(pattern):
+                left_over.unlink(missing_ok=True)
 
 
 def part_file(number: int) -> str:
     """Return the name of the Parquet file of a part."""
     return f"part-{number:05d}.parquet"
+
+
+def room_in(folder: Path) -> AbstractContextManager[None]:
+    """Return a context in which predictions are written to a folder; see `full_disk`."""
+    return full_disk(
+        f"no space left for predictions in {folder}; free some, and the same command goes on"
+    )
 
 
 def _write_first(path: Path, text: str) -> bool:
@@ -352,8 +377,12 @@ def _write_first(path: Path, text: str) -> bool:
 def _write(folder: Path, text: str) -> Path:
     """Write a file of no name yet, all of it on the disk."""
     path = folder / f".{uuid.uuid4().hex}.tmp"
-    with path.open("x") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with room_in(folder.parent), path.open("x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return path

@@ -26,11 +26,17 @@ from pydedup.errors import (
     PydedupError,
     UnavailableError,
 )
-from pydedup.formats._files import full_disk
 from pydedup.opening import connect_store, open_rows
 from pydedup.ray.cluster import import_ray, use_threads
 from pydedup.ray.score_parquet import ParquetPart, TableRows, key_kind, read_part
-from pydedup.ray.score_plan import FilePart, FolderNotes, PartResult, QueryPart, Settings
+from pydedup.ray.score_plan import (
+    FilePart,
+    FolderNotes,
+    PartResult,
+    QueryPart,
+    Settings,
+    room_in,
+)
 from pydedup.serving.features import InputKind, kind_of
 from pydedup.serving.score import MOST_FAILURES, Scoring, removed
 from pydedup.store import Store
@@ -129,12 +135,7 @@ class Scorer:
                 target = ParquetPart(Path(told.folder), number, told.file_key_type, unique=unique)
                 result.rows = 0  # of what was begun before, nothing is left
                 left.callback(target.discard)
-                left.enter_context(
-                    full_disk(
-                        f"no space left for predictions in {told.folder}; free some, and the same "
-                        "command goes on"
-                    )
-                )
+                left.enter_context(room_in(Path(told.folder)))
             stream = left.enter_context(self._read(part))
             work = self.scoring(target, told.into or str(told.folder), stream.columns)
             self._run(work, stream, result)

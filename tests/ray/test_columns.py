@@ -124,6 +124,23 @@ def test_a_disk_that_is_full_is_told_as_that(
     assert (report.rows, report.resumed) == (MANY, True)
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_disk_that_is_full_before_work_begins_is_left_as_it_was(
+    blocks: int,
+    scored_file: Scored,
+    new_disk: Callable[[Path, int], SmallDisk],
+    tmp_path: Path,
+    connected: Any,
+) -> None:
+    """Of notes that had no room, empty files stayed for good; it was said of what is printed."""
+    disk = new_disk(tmp_path / "disk", 1)
+    out, ballast = disk.folder / "out", disk.folder / "ballast"
+    ballast.write_bytes(bytes((1 << 20) - 4096 * blocks))
+    with pytest.raises(StorageFullError, match=f"no space left for predictions in {out}"):
+        pydedup.ray.score(scored_file.query, scored_file.url, "m@1", into=out, workers=1)
+    assert list(disk.folder.iterdir()) == [ballast]
+
+
 def test_keys_in_nanoseconds(scored_file: Scored, tmp_path: Path, connected: Any) -> None:
     """As pandas writes them; SQLite was given what its driver does not take."""
     begun = dt.datetime(2024, 1, 1)

@@ -130,6 +130,19 @@ def test_a_file_of_predictions_that_is_taken_away_is_made_again(
     assert_right(of_folder(out), scored_file)
 
 
+def test_what_killed_runs_had_begun_to_write_is_removed(
+    scored_file: Scored, tmp_path: Path, connected: Any
+) -> None:
+    """Of notes it stayed for good."""
+    out = tmp_path / "out"
+    pydedup.ray.score(scored_file.query, scored_file.url, "m@1", into=out)
+    there = sorted(out.rglob("*"))
+    for name in (".part-00000.parquet.0815.tmp", "_pydedup/.0815.tmp"):
+        (out / name).write_text("")
+    pydedup.ray.score(scored_file.query, scored_file.url, "m@1", into=out)
+    assert sorted(out.rglob("*")) == there
+
+
 def test_queries_that_differ_in_blanks_are_not_one_work(
     scored_file: Scored, connected: Any
 ) -> None:
