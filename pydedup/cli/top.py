@@ -169,7 +169,6 @@ def _keys() -> Iterator[Callable[[float], bool]]:
 def _screen(url: str, rates: Rates | None, trouble: str, size: tuple[int, int]) -> Group:
     """Return what fills the terminal; nothing of it is wrapped."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     width, height = size
@@ -183,12 +182,12 @@ def _screen(url: str, rates: Rates | None, trouble: str, size: tuple[int, int]) 
         said = f"{text.clean(trouble)}; asking again{again}"
         parts.append(Text(said, "bold red", no_wrap=True, overflow="ellipsis"))
     if rates is not None:
-        fields = Table.grid(padding=(0, 2), pad_edge=False)
-        fields.add_column(style="dim", no_wrap=True, min_width=8)
-        fields.add_column(no_wrap=True, overflow="ellipsis", max_width=max(width - 10, 1))
-        for label, value in _fields(rates):
-            fields.add_row(label, Text(value))
-        parts += ["", fields, "", *_table_of(rates, width, height - 14)]
+        # No grid: that of Rich 13.7 is wider than the terminal, which then cuts off the dots.
+        fields = [
+            Text(no_wrap=True, overflow="ellipsis").append(f"{label:10}", "dim").append(value)
+            for label, value in _fields(rates)
+        ]
+        parts += ["", *fields, "", *_table_of(rates, width, height - 14)]
     return Group(*parts)
 
 
