@@ -143,6 +143,30 @@ def test_a_file_is_the_same_however_it_is_called(
         assert [row for row in store._adapter.jobs() if row[3] == SCORING] == []
 
 
+def test_the_same_query_of_another_database_is_other_work(tmp_path: Path) -> None:
+    """Of which the version is what the alias means when it begins."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    for version in (1, 2):
+        add(url, f"m@{version}", seed=version)
+    for name, first in (("cut-off.db", "NULL"), ("other.db", "1")):
+        with contextlib.closing(sqlite3.connect(tmp_path / name)) as rows:
+            rows.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, f0, f1, f2)")
+            rows.execute(f"INSERT INTO t VALUES (1, 1, 2, 3), (2, {first}, 2, 3)")
+            rows.commit()
+    query, options = "SELECT * FROM t ORDER BY id", {"into": "p", "batch": 1}
+    with pydedup.open(url) as store:
+        store.alias("m", "prod", "1")
+        with pytest.raises(ArgumentError, match="row with id 2"):
+            store.score(query, "m@prod", source=tmp_path / "cut-off.db", **options)
+        store.alias("m", "prod", "2")
+        report = store.score(query, "m@prod", source=tmp_path / "other.db", **options)
+        assert (report.model, report.rows, report.resumed) == ("m@2", 2, False)
+        report = store.score(
+            f"{query} LIMIT 1", "m@prod", source=tmp_path / "cut-off.db", **options
+        )
+        assert (report.model, report.resumed) == ("m@2", False)  # another query is, too
+
+
 def test_an_alias_moved_in_the_middle_changes_nothing(
     tables: Tables, source: Make, new_name: Make
 ) -> None:

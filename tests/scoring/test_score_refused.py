@@ -197,7 +197,12 @@ def test_keys_that_the_table_takes_for_one(tables: Tables, new_name: Make) -> No
         assert tables.run(f"SELECT id FROM {into}") == []
         report = store.score(query, "m@1", into=into, on_error="skip")
         assert (report.rows, report.skipped, report.failed) == (21, 1, 0)
-    assert len(tables.run(f"SELECT id FROM {into}")) == 21
+        assert len(tables.run(f"SELECT id FROM {into}")) == 21
+        # Also where nobody is beside the two.
+        tables.run(f"DELETE FROM {into}")
+        pair = " UNION ALL ".join(f"SELECT '{key}' AS id, 1 AS a, 2 AS b, 3 AS c" for key in twins)
+        report = store.score(pair, "m@1", into=into, on_error="skip")
+        assert (report.rows, report.skipped, report.failed) == (1, 1, 0)
 
 
 def test_a_unique_index_of_another_column_is_told(tables: Tables, new_name: Make) -> None:
