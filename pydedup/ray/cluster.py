@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -54,6 +55,8 @@ LOST: Final = "the connection to the Ray cluster was lost"
 #: that may lack what is called here.
 _OLDEST, _TOO_NEW = (2, 44), (3,)
 _PREFIX: Final = "pydedup-ray-"
+#: A folder without a lock for longer than this is left over: who begins makes one at once.
+_UNLOCKED_SECONDS: Final = 600.0
 #: Of what a private Ray may keep in shared memory; little passes through it.
 _OBJECT_STORE_BYTES: Final = 128 * 1024 * 1024
 #: What a function tells of a node.
@@ -216,11 +219,19 @@ def _read_environment() -> None:
 
 
 def _sweep() -> None:
-    """Remove folders of private Rays whose process was killed."""
+    """Remove folders of private Rays whose process was killed.
+
+    A process of Ray's that outlived it for a while may have made its folder anew, without a lock.
+    """
     for folder in Path("/tmp").glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), (folder / "lock").open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if not (folder / "lock").exists():
+                if time.time() - folder.stat().st_mtime > _UNLOCKED_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
+            with (folder / "lock").open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

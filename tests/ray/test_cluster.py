@@ -159,6 +159,18 @@ def test_folders_of_killed_processes_are_swept() -> None:
     assert not folder.exists()
 
 
+def test_folders_that_are_made_anew_when_their_process_is_gone_are_swept() -> None:
+    """By a process of Ray's that ended later; without a lock they stayed for good."""
+    folder = Path("/tmp/pydedup-ray-made-anew")
+    folder.mkdir(exist_ok=True)
+    (folder / "session").touch()
+    cluster._sweep()
+    assert folder.exists()  # who made it just now has no lock yet
+    os.utime(folder, (0, 0))
+    cluster._sweep()
+    assert not folder.exists()
+
+
 def test_a_version_that_differs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = cluster.import_ray()
 
