@@ -92,7 +92,13 @@ def test_an_alias_is_what_it_was_until_the_work_is_done(
 
 
 @pytest.mark.parametrize(
-    "note", ["{}", '{"model": "1", "address": "m@1"}', '{"model": 1, "address": "m@1", "runs": 1}']
+    "note",
+    [
+        "{}",
+        '{"model": 1, "runs": []}',
+        '{"model": "1", "address": "m@1"}',
+        '{"model": 1, "address": "m@1", "runs": 1}',
+    ],
 )
 def test_a_damaged_note_of_the_version_is_told(
     tables: Tables, source: Make, new_name: Make, note: str
@@ -161,10 +167,11 @@ def test_the_same_query_of_another_database_is_other_work(tmp_path: Path) -> Non
         store.alias("m", "prod", "2")
         report = store.score(query, "m@prod", source=tmp_path / "other.db", **options)
         assert (report.model, report.rows, report.resumed) == ("m@2", 2, False)
-        report = store.score(
-            f"{query} LIMIT 1", "m@prod", source=tmp_path / "cut-off.db", **options
-        )
-        assert (report.model, report.resumed) == ("m@2", False)  # another query is, too
+        # So is another query, or another table.
+        for changed, into in ((f"{query} LIMIT 1", "p"), (query, "q")):
+            options = {"source": tmp_path / "cut-off.db", "into": into, "on_error": "skip"}
+            report = store.score(changed, "m@prod", batch=1, **options)
+            assert (report.model, report.resumed) == ("m@2", False)
 
 
 def test_an_alias_moved_in_the_middle_changes_nothing(
@@ -184,25 +191,29 @@ def test_an_alias_moved_in_the_middle_changes_nothing(
     assert_right(predictions(tables, into), x, w1)
 
 
+@pytest.mark.parametrize("address", ["m", "m@prod"])
 def test_the_version_of_work_that_was_removed_is_told(
-    tables: Tables, source: Make, new_name: Make
+    address: str, tables: Tables, source: Make, new_name: Make
 ) -> None:
     add(tables.url, "m@1", seed=1)
     table, into = source(features(3)), new_name()
     ordered = query_of(table, "ORDER BY id")
     tables.run(f"UPDATE {table} SET f0 = NULL WHERE id = 2")
-    with pydedup.open(tables.url) as store, pytest.raises(ArgumentError):
-        store.score(ordered, "m", into=into, batch=1)
+    with pydedup.open(tables.url) as store:
+        store.alias("m", "prod", "1")
+        with pytest.raises(ArgumentError):
+            store.score(ordered, address, into=into, batch=1)
     add(tables.url, "m@2", seed=2)
     with pydedup.open(tables.url) as store:
+        store.alias("m", "prod", "2")
         store.remove("m@1")
         for _ in range(2):
             with pytest.raises(NotFoundError, match=r"began with m@1, which was removed.*: m@2"):
-                store.score(ordered, "m", into=into)
+                store.score(ordered, address, into=into)
         tables.run(f"UPDATE {table} SET f0 = 0 WHERE id = 2")
         assert store.score(ordered, "m@2", into=into).rows == 2
         # It was refused for good, also when the rest was done.
-        assert store.score(ordered, "m", into=into).skipped == 3
+        assert store.score(ordered, address, into=into).skipped == 3
         assert store._adapter.jobs() == []
 
 
