@@ -215,7 +215,7 @@ def _table_of(rates: Rates, width: int, room: int) -> list[Text]:
 def _fields(rates: Rates) -> list[tuple[str, str]]:
     now, before = rates.now, rates.pool
     latency, since = _latency(rates)
-    up = f"up {text.duration(time.time() - now.started)}" if now.started else ""
+    up = "" if now.started is None else f"up {text.duration(_up_seconds(now.started))}"
     hits = "-" if rates.hit_ratio is None else text.percent(rates.hit_ratio)
     failed = _rate(rates, sum(rates.failed.values()))
     batches = rates.batch_requests, rates.batch_rows
@@ -264,6 +264,11 @@ def _fields(rates: Rates) -> list[tuple[str, str]]:
             ", ".join(filter(None, [up, _resident(now.gauges)])) or "-",
         ),
     ]
+
+
+def _up_seconds(started: float) -> float:
+    # By its clock it may begin later than it is by ours.
+    return max(time.time() - started, 0.0)
 
 
 def _resident(gauges: Mapping[str, float]) -> str:
@@ -320,7 +325,7 @@ def _document(url: str, rates: Rates) -> dict[str, Any]:
     return {
         "url": url,
         "interval_seconds": rates.span,
-        "up_seconds": time.time() - now.started if now.started else None,
+        "up_seconds": None if now.started is None else _up_seconds(now.started),
         "requests": {
             "total": int(now.seconds.count),
             "per_second": rates.per_second(rates.seconds.count),

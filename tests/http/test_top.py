@@ -336,6 +336,14 @@ def test_a_server_that_was_started_again_counts_from_its_start(server: Server) -
     assert restarted.seconds.count == second.seconds.count
 
 
+def test_a_server_whose_clock_is_ahead_is_not_up_for_less_than_no_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    assert json.loads(run_here("top", server.url, "--once", "--json").stdout)["up_seconds"] == 0
+    assert "up 0.00 s" in run_here("top", server.url, "--once").stdout
+
+
 def test_what_is_no_metrics_is_refused() -> None:
     for text in ("", "up 1\n", "<html>", "pydedup_pool_hits_total one\n"):
         with pytest.raises(ValueError, match=r"."):
