@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,8 @@ def test_what_is_plain_is_seen(rows: list[tuple[Any, ...]], kind: InputKind, dty
         [(b"",)],
         [(b"abc",)],
         [(struct.pack("<f", 1),), (struct.pack("<2f", 1, 2),)],
+        # As many bytes as three of the first have: numbers of one row would be another's.
+        [(struct.pack("<2f", 1, 2),), (struct.pack("<f", 3),), (struct.pack("<3f", 4, 5, 6),)],
         [(struct.pack("<f", float("inf")),)],
         [(struct.pack("<f", 1), struct.pack("<f", 2))],
     ],
@@ -111,6 +114,13 @@ def test_a_number_of_many_digits_is_told_in_short(ids: bool) -> None:
     with pytest.raises(ArgumentError, match=r"^f is 10{24}\.\.\. \(4001 digits\), ") as told:
         features_of([f"[{10**4000}]"], ["f"], InputKind(ids, width=None))
     assert len(str(told.value)) < 100
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_decimal_of_more_digits_than_python_writes_is_told(ids: bool) -> None:
+    """PostgreSQL's have up to 131,072."""
+    with pytest.raises(ArgumentError, match=r"^f is inf$"):
+        features_of([Decimal("1e5000")], ["f"], InputKind(ids, width=None))
 
 
 def test_ids_go_as_far_as_64_bits_do() -> None:
@@ -127,6 +137,8 @@ def test_a_list_may_be_as_deep_as_arrays_are() -> None:
     assert features_of(["[" * 31 + "1" + "]" * 31], ["f"], kind).shape == (1,) * 31
     with pytest.raises(ArgumentError, match="f is nested 32 deep; 31 is the most"):
         features_of(["[" * 32 + "1" + "]" * 32], ["f"], kind)
+    with pytest.raises(ArgumentError, match="f is a text that is no JSON array of numbers"):
+        features_of(["[" * 100_000 + "]" * 100_000], ["f"], kind)  # deeper than Python reads
 
 
 @pytest.mark.parametrize("text", ["[[1, 2], [3]]", "[[1], [2, 3]]", "[[1], 2]", "[1, [2]]"])

@@ -88,6 +88,7 @@ def test_values_that_are_no_numbers(tables: Tables, new_name: Make) -> None:
     if not tables.kind.startswith("postgres"):
         cases[f"SELECT 1 AS id, X'{blob.hex()}' AS v"] = "v holds nan at place 1"
         cases["SELECT 1 AS id, X'0102' AS v"] = "v has 2 bytes, which is no number of float32"
+        cases["SELECT 1 AS id, X'' AS v"] = "v has 0 bytes, which is no number of float32"
     into = new_name()
     with pydedup.open(tables.url) as store:
         for query, reason in cases.items():
