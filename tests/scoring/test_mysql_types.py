@@ -102,6 +102,39 @@ def test_a_scoring_goes_on_by_such_keys(cursor: Any, store: pydedup.Store, made:
     cursor.execute(f"DROP TABLE {source}, {into}")
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("TINYINT", -7),
+        ("SMALLINT", 300),
+        ("MEDIUMINT", 70_000),
+        ("BIGINT UNSIGNED", 2**64 - 1),
+        ("YEAR", 1999),
+        ("TIMESTAMP", "2024-05-06 07:08:09"),
+        ("DATETIME(3)", "2024-05-06 07:08:09.125"),
+        ("DATE", "2024-05-06"),
+        ("TEXT", "a b"),
+        ("BLOB", b"\0a"),
+    ],
+)
+def test_a_table_of_ours_takes_keys_of_each_type(
+    cursor: Any, store: pydedup.Store, kind: str, key: object
+) -> None:
+    cursor.execute(f"CREATE TABLE source (id {kind}, f0 REAL, f1 REAL, f2 REAL)")
+    cursor.execute("INSERT INTO source VALUES (%s, 1, 2, 3)", [key])
+    for rows in (1, 0):
+        report = store.score("SELECT * FROM source", "m@1", into="p")
+        assert (report.rows, report.skipped) == (rows, 1 - rows)
+    cursor.execute("SELECT COUNT(*) FROM source JOIN p USING (id)")
+    assert cursor.fetchall() == [(1,)]
+
+
+def test_a_key_of_which_the_beginning_is_unique_is_none(cursor: Any, store: pydedup.Store) -> None:
+    cursor.execute("CREATE TABLE mine (id VARCHAR(9) NOT NULL, prediction DOUBLE, UNIQUE (id(3)))")
+    with pytest.raises(ArgumentError, match="not unique by itself"):
+        store.score("SELECT 'abcd' AS id, 1 AS a, 2 AS b, 3 AS c", "m@1", into="mine")
+
+
 def test_a_key_of_zero_stays_zero(cursor: Any, store: pydedup.Store) -> None:
     """Also in a table that counts its keys itself, which took it for the next number."""
     cursor.execute("CREATE TABLE p (id BIGINT AUTO_INCREMENT PRIMARY KEY, prediction REAL)")
@@ -195,6 +228,7 @@ def test_integers_beyond_64_bits_with_a_sign(mysql_database: str, cursor: Any, p
         "SELECT 1 /* 'into */ INTO -- '\n DUMPFILE '{file}'",
         "SELECT 1 /*!INTO OUTFILE '{file}' */",
         "SELECT 1 /*M!99999 INTO @x */",
+        "SELECT 5--1 INTO @x",
     ],
 )
 def test_what_writes_its_rows_elsewhere_is_refused(
