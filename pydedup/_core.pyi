@@ -46,6 +46,8 @@ class Page:
     @property
     def n_slots(self) -> int: ...
     @property
+    def has_factors(self) -> bool: ...
+    @property
     def checksum(self) -> bytes: ...
     @property
     def slots(self) -> NDArray[np.void]: ...
@@ -61,6 +63,17 @@ def encode_blocks(
     planes: bool,
     threads: int = 0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]: ...
+
+#: Rank, exponent, factors of rows and of columns, and for each block the numbers of its own.
+Factors: TypeAlias = tuple[
+    int,
+    int,
+    NDArray[np.int32],
+    NDArray[np.int32],
+    NDArray[np.int64],
+    NDArray[np.int64],
+]
+
 def encode_deltas(
     data: NDArray[np.uint8],
     dtype: int,
@@ -74,6 +87,7 @@ def encode_deltas(
     base_indices: NDArray[np.int64],
     limits: NDArray[np.int64],
     max_rel_error: float | None,
+    factors: Factors | None = None,
     threads: int = 0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]: ...
 def estimate_deltas(
@@ -103,6 +117,9 @@ def build_page(
 def gather_page(
     pages: Sequence[Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
 ) -> bytes: ...
+def encoded_blocks(
+    pages: Sequence[Page], page_index: NDArray[np.uint32], slots: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]: ...
 def page_checksum(payload: bytes) -> bytes: ...
 
 #: Pages, index of each block's base among them (-1 for none), slot on it.

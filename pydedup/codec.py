@@ -23,6 +23,7 @@ from pydedup.blocks import MatrixView
 from pydedup.encoding import (
     EncodedBlocks,
     Encoding,
+    LowRankFactors,
     encode_blocks,
     encode_deltas,
     estimate_deltas,
@@ -39,6 +40,7 @@ __all__ = [
     "SLOT_DTYPE",
     "EncodedBlocks",
     "Encoding",
+    "LowRankFactors",
     "Page",
     "StoredBases",
     "base_tags",
@@ -49,6 +51,7 @@ __all__ = [
     "check_recorded",
     "encode_blocks",
     "encode_deltas",
+    "encoded_blocks",
     "estimate_deltas",
     "gather_page",
     "page_checksum",
@@ -175,6 +178,15 @@ def gather_page(pages: Sequence[Page], page_index: ArrayLike, slots: ArrayLike) 
         When a page does not have the slot: block maps may be damaged.
     """
     return _core.gather_page(*_stored(pages, page_index, slots))
+
+
+def encoded_blocks(pages: Sequence[Page], page_index: ArrayLike, slots: ArrayLike) -> EncodedBlocks:
+    """Return stored blocks as they are encoded, by themselves.
+
+    Parameters are those of `gather_page`. Factors of low-rank deltas that lie elsewhere on a page
+    come with each block, which may so be longer than on its page. Raises what `gather_page` does.
+    """
+    return EncodedBlocks(*_core.encoded_blocks(*_stored(pages, page_index, slots)))
 
 
 def page_checksum(payload: bytes) -> bytes:

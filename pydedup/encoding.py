@@ -22,10 +22,15 @@ from pydedup.errors import ArgumentError
 __all__ = [
     "EncodedBlocks",
     "Encoding",
+    "LowRankFactors",
     "encode_blocks",
     "encode_deltas",
     "estimate_deltas",
 ]
+
+
+# Version of a delta that has factors.
+_WITH_FACTORS = 3
 
 
 class Encoding(enum.IntEnum):
@@ -77,6 +82,13 @@ class EncodedBlocks:
         spans = zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)
         return [self.arena[start : start + length] for start, length in spans]
 
+    def have_factors(self) -> NDArray[np.bool_]:
+        """Return which are deltas with factors (docs/format.md, "Factors"), bool (n_blocks,)."""
+        found = np.zeros(len(self.lengths), np.bool_)
+        deltas = np.flatnonzero(self.encodings >= Encoding.DELTA)
+        found[deltas] = self.arena[self.offsets[deltas]] == _WITH_FACTORS
+        return found
+
     def select(self, which: NDArray[np.int64]) -> EncodedBlocks:
         """Return some of the blocks, ``which`` ascending, one after another without gaps."""
         if len(which) == len(self.lengths):
@@ -121,6 +133,44 @@ def encode_blocks(
     return EncodedBlocks(*columns)
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankFactors:
+    """By how much blocks of low-rank relatives differ, as those with a merged adapter (LoRA) do.
+
+    Element (i, j) of a base is moved by ``2**exponent`` times the sum over k of
+    ``of_rows[row_of[b], k, i] * of_cols[col_of[b], k, j]``, which is exact, and then rounded to the
+    dtype of the differences; where that sum is 0, or the base not finite, it stays.
+
+    Attributes
+    ----------
+    exponent
+        -900 to 900.
+    of_rows, of_cols
+        int32 (any number, rank, rows of a block) and (any number, rank, columns of a block), each
+        number below 2**23 in magnitude; rank is 1 to 64.
+    row_of, col_of
+        int64 (n_blocks,): which of these block b has.
+    """
+
+    exponent: int
+    of_rows: NDArray[np.int32]
+    of_cols: NDArray[np.int32]
+    row_of: NDArray[np.int64]
+    col_of: NDArray[np.int64]
+
+    @property
+    def for_core(self) -> _core.Factors:
+        """As the functions of the core take it."""
+        return (
+            self.of_rows.shape[1],
+            self.exponent,
+            as_integers("factors.of_rows", self.of_rows.reshape(-1), np.int32),
+            as_integers("factors.of_cols", self.of_cols.reshape(-1), np.int32),
+            as_integers("factors.row_of", self.row_of, np.int64),
+            as_integers("factors.col_of", self.col_of, np.int64),
+        )
+
+
 def encode_deltas(
     view: MatrixView,
     indices: ArrayLike,
@@ -129,6 +179,7 @@ def encode_deltas(
     *,
     limits: ArrayLike | None = None,
     max_rel_error: float | None = None,
+    factors: LowRankFactors | None = None,
     threads: int = 0,
 ) -> EncodedBlocks:
     """Encode blocks of a matrix view as deltas on blocks of another.
@@ -151,6 +202,8 @@ def encode_deltas(
         ``None`` for exact deltas. Otherwise what is read back differs from the block by at most
         this share of its Euclidean norm (checked on each block), and elements that are 0 stay 0.
         Blocks that cannot be quantised so, or would not be smaller, become exact deltas.
+    factors
+        By how much the bases are moved first; of floats, and for blocks of one shape.
     threads
         0 chooses by size.
 
@@ -164,7 +217,8 @@ def encode_deltas(
     ------
     ArgumentError
         When an index is outside of its grid, a base has another shape or a dtype that is not
-        converted, a limit is negative, or ``max_rel_error`` is not within 0 and 1.
+        converted, a limit is negative, ``max_rel_error`` is not within 0 and 1, or factors do not
+        fit.
     """
     chosen = as_integers("indices", indices, np.int64)
     if limits is None:
@@ -184,6 +238,7 @@ def encode_deltas(
         as_integers("base_indices", base_indices, np.int64),
         most,
         _error_bound(max_rel_error),
+        None if factors is None else factors.for_core,
         as_count("threads", threads),
     )
     return EncodedBlocks(*columns)

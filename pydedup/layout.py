@@ -134,16 +134,21 @@ def by_kind(
 
 def block_forms(
     pool: PagePool, places: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Return how many bytes each of these blocks has as it is encoded, and its encoding."""
+) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return how many bytes each of these blocks has on its page, and its encoding.
+
+    Also whether its page has deltas with factors: then it may have others on another page.
+    """
     lengths = np.empty(len(places), np.int64)
     encodings = np.empty(len(places), np.uint8)
+    factored = np.zeros(len(places), np.bool_)
     page_ids, slots = split_places(places)
     for rows, pages, page_index in pool.windows(page_ids):
         entries = slot_entries(pages, page_index, slots[rows])
         lengths[rows] = entries["length"]
         encodings[rows] = entries["encoding"]
-    return lengths, encodings
+        factored[rows] = np.array([page.has_factors for page in pages])[page_index]
+    return lengths, encodings, factored
 
 
 def block_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:

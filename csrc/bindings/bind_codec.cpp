@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block encodings and pages.
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -98,13 +99,44 @@ py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size
                            });
 }
 
+// Factors as Python has them, or none.
+class GivenFactors {
+  public:
+    explicit GivenFactors(const py::object& given) {
+        if (given.is_none()) return;
+        const auto columns = py::cast<py::tuple>(given);
+        rows_ = as_copy(py::cast<Array<std::int32_t>>(columns[2]), "factors.of_rows");
+        cols_ = as_copy(py::cast<Array<std::int32_t>>(columns[3]), "factors.of_cols");
+        row_of_ = as_copy(py::cast<Array<std::int64_t>>(columns[4]), "factors.row_of");
+        col_of_ = as_copy(py::cast<Array<std::int64_t>>(columns[5]), "factors.col_of");
+        factors_ = {py::cast<unsigned>(columns[0]),
+                    py::cast<int>(columns[1]),
+                    rows_,
+                    cols_,
+                    row_of_,
+                    col_of_};
+    }
+
+    [[nodiscard]] const LowRankFactors* get() const noexcept {
+        return factors_ ? &*factors_ : nullptr;
+    }
+
+  private:
+    std::vector<std::int32_t> rows_;
+    std::vector<std::int32_t> cols_;
+    std::vector<std::int64_t> row_of_;
+    std::vector<std::int64_t> col_of_;
+    std::optional<LowRankFactors> factors_;
+};
+
 py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size_t block_rows,
                            std::size_t block_cols, const Array<std::int64_t>& indices,
                            const Array<std::uint8_t>& base_data, int base_dtype,
                            std::size_t base_block_rows, std::size_t base_block_cols,
                            const Array<std::int64_t>& base_indices,
                            const Array<std::int64_t>& limits, std::optional<double> max_rel_error,
-                           unsigned threads) {
+                           const py::object& factors, unsigned threads) {
+    const GivenFactors moved_by(factors);
     const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
     const ChosenBlocks base_blocks = as_chosen(base_data, base_dtype, base_block_rows,
                                                base_block_cols, base_indices, "base_indices");
@@ -124,7 +156,7 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
                                std::span<EncodedBlock> encoded) {
                                return encode_deltas(chosen.matrix, chosen.grid, chosen.indices,
                                                     bases, most, max_rel_error, bytes, starts,
-                                                    encoded, threads);
+                                                    encoded, threads, moved_by.get());
                            });
 }
 
@@ -191,6 +223,9 @@ py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64
         blocks.push_back({reinterpret_cast<const std::byte*>(memory.data()) + start,
                           static_cast<std::uint32_t>(length), static_cast<Encoding>(encoding_of[i]),
                           static_cast<Dtype>(dtype_of[i]), rows_of[i], cols_of[i], base_of[i]});
+        // Of a page that is taken apart, a block may refer to what lies in front of it.
+        blocks.back().before =
+            static_cast<std::uint32_t>(std::min<std::uint64_t>(start, UINT32_MAX));
     }
     return page_with(blocks);
 }
@@ -199,6 +234,28 @@ py::bytes gather_page_of(const py::sequence& pages, const Array<std::uint32_t>& 
                          const Array<std::uint32_t>& slots) {
     const HeldBlocks held = hold_blocks(pages, page_index, slots, py::none(), 1);
     return page_with(held.blocks());
+}
+
+py::tuple encoded_blocks_of(const py::sequence& pages, const Array<std::uint32_t>& page_index,
+                            const Array<std::uint32_t>& slots) {
+    const HeldBlocks held = hold_blocks(pages, page_index, slots, py::none(), 1);
+    const std::span<const BlockView> blocks = held.blocks();
+    std::size_t room = 0;
+    for (const BlockView& block : blocks) room += encoded_bytes(block);
+    return encoded_columns(blocks.size(), room,
+                           [&](std::span<std::byte> bytes, std::span<std::int64_t> starts,
+                               std::span<EncodedBlock> encoded) {
+                               std::size_t at = 0;
+                               for (std::size_t i = 0; i < blocks.size(); ++i) {
+                                   const std::size_t length = encoded_bytes(blocks[i]);
+                                   copy_encoded(blocks[i], bytes.subspan(at, length));
+                                   starts[i] = static_cast<std::int64_t>(at);
+                                   encoded[i] = {blocks[i].encoding,
+                                                 static_cast<std::uint32_t>(length)};
+                                   at += length;
+                               }
+                               return at;
+                           });
 }
 
 std::shared_ptr<Page> page_of(const py::bytes& payload) {
@@ -293,6 +350,13 @@ py::array_t<std::uint64_t> block_digests_of(const py::sequence& pages,
     return digests;
 }
 
+bool has_factors(const Page& page) {
+    for (std::size_t slot = 0; slot < page.n_slots(); ++slot) {
+        if (has_factors(page.block(slot))) return true;
+    }
+    return false;
+}
+
 // The page and slot of a base.
 using BasePlace = std::optional<std::pair<std::shared_ptr<Page>, std::size_t>>;
 
@@ -332,7 +396,8 @@ void bind_codec(py::module_& m) {
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("base_data").noconvert(), py::arg("base_dtype"), py::arg("base_block_rows"),
           py::arg("base_block_cols"), py::arg("base_indices").noconvert(),
-          py::arg("limits").noconvert(), py::arg("max_rel_error"), py::arg("threads") = 0);
+          py::arg("limits").noconvert(), py::arg("max_rel_error"), py::arg("factors") = py::none(),
+          py::arg("threads") = 0);
     m.def("estimate_deltas", &estimate_deltas_of, py::arg("data").noconvert(), py::arg("dtype"),
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("base_data").noconvert(), py::arg("base_dtype"), py::arg("base_block_rows"),
@@ -342,6 +407,8 @@ void bind_codec(py::module_& m) {
           py::arg("offsets").noconvert(), py::arg("lengths").noconvert(),
           py::arg("encodings").noconvert(), py::arg("dtypes").noconvert(),
           py::arg("rows").noconvert(), py::arg("cols").noconvert(), py::arg("bases").noconvert());
+    m.def("encoded_blocks", &encoded_blocks_of, py::arg("pages"), py::arg("page_index").noconvert(),
+          py::arg("slots").noconvert());
     m.def("gather_page", &gather_page_of, py::arg("pages"), py::arg("page_index").noconvert(),
           py::arg("slots").noconvert());
     m.def("page_checksum", [](const py::bytes& payload) {
@@ -353,6 +420,7 @@ void bind_codec(py::module_& m) {
         .def(py::init(&page_of), py::arg("payload"))
         .def_property_readonly("nbytes", &Page::nbytes)
         .def_property_readonly("n_slots", &Page::n_slots)
+        .def_property_readonly("has_factors", [](const Page& page) { return has_factors(page); })
         .def_property_readonly("checksum",
                                [](const Page& page) { return digest_bytes(page.checksum()); })
         .def_property_readonly("slots", &slots_of)

@@ -24,6 +24,7 @@ from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition, Nobody
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
+from pydedup.ingest.low_rank import LowRankRelatives, Moved
 from pydedup.ingest.met import MetTensors
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.scan import PageScan
@@ -291,10 +292,14 @@ class Matcher:
     ) -> None:
         """Keep the distinct ones of ``fresh``, in block order."""
         leader_of = _leaders(fresh, view.block)
-        leaders = sorted(set(leader_of.values()))
-        pieces = list(pieces_of(view, np.array(leaders, np.int64)))
+        leaders = np.array(sorted(set(leader_of.values())), np.int64)
+        takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
+        neighbours = hints.aligned if takes_deltas else _NOBODY
+        relatives = LowRankRelatives(self.reader, view, leaders, policy, neighbours)
+        pieces = list(pieces_of(view, leaders))
         for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
-            self._keep_piece(view, piece, looked, matched, policy, hints)
+            moved = list(relatives.of(piece))
+            self._keep_piece(view, piece, looked, matched, policy, hints, neighbours, moved)
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]
             matched.errors[i] = matched.errors[leader]
@@ -307,9 +312,9 @@ class Matcher:
         matched: Matched,
         policy: Policy,
         hints: Hints,
+        neighbours: ByPosition,
+        moved: Sequence[tuple[NDArray[np.int64], Moved]],
     ) -> None:
-        takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
-        neighbours = hints.aligned if takes_deltas else _NOBODY
         aligned = neighbours(piece)
         kept = self.similar.keep(
             looked,
@@ -318,6 +323,7 @@ class Matcher:
             policy,
             aligned=aligned,
             deltas=hints.deltas,
+            moved=moved,
         )
         # What a lossy delta holds may be there: the same source was added before, as such a delta.
         # Or another of the piece holds it: the two differed by no more than was rounded away.

@@ -52,8 +52,28 @@ def plan_layout(matcher: Matcher, models: Sequence[StagedModel]) -> list[NDArray
     used = distinct(np.concatenate(owners))
     if len(used) == 0:
         return []
-    layout = pack(owners, PAGE_CAPACITY, sizes=matcher.spool.costs[used])
-    return list(layout.pages)
+    spool = matcher.spool
+    pages = list(pack(owners, PAGE_CAPACITY, sizes=spool.costs[used]).pages)
+    if spool.has_factors:
+        # Now that blocks have something in common on their pages, more fit.
+        spool.settle(pages)
+        pages = _fitting(spool, pack(owners, PAGE_CAPACITY, sizes=spool.costs[used]).pages)
+    return pages
+
+
+def _fitting(spool: Spool, pages: _Group) -> list[NDArray[np.int64]]:
+    """Return pages, of which those that turn out too large are halved."""
+    fitting: list[NDArray[np.int64]] = []
+    rest = list(reversed(pages))
+    while rest:
+        numbers = rest.pop()
+        (size,) = spool.settle([numbers])
+        if size <= PAGE_CAPACITY or len(numbers) == 1:
+            fitting.append(numbers)
+        else:
+            half = len(numbers) // 2
+            rest += [numbers[half:], numbers[:half]]
+    return fitting
 
 
 class PageWriter:

@@ -19,6 +19,7 @@ from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks, replaced
+from pydedup.ingest.low_rank import Moved, shared_bytes
 from pydedup.ingest.pairs import (
     Columns,
     Pairs,
@@ -32,6 +33,7 @@ from pydedup.ingest.pairs import (
 from pydedup.ingest.places import BlockReader, as_stack, by_shape, stack_blocks, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
+from pydedup.sets import is_among
 from pydedup.similarity import distances, upper_bounds
 from pydedup.types import DType
 
@@ -43,6 +45,8 @@ __all__ = [
     "look_at",
 ]
 
+# A delta that takes one of so many bytes is small.
+_SMALL = 4
 # Candidates of one dtype that are looked at.
 _NEAREST = 3
 
@@ -73,6 +77,9 @@ class Kept:
         References of the bases of deltas, `NO_BASE` for others; what their slots carry.
     errors
         Relative L2 difference to the source, float64 (n,); shared blocks included.
+    costs
+        About what the encoded blocks take, int64 (n,): less than their bytes where a page has some
+        of these for several.
     stacks
         Those that can be candidates of others, stacked: which they are, and what they hold.
     lossy
@@ -85,6 +92,7 @@ class Kept:
     bases: NDArray[np.int64]
     base_tags: NDArray[np.uint64]
     errors: NDArray[np.float64]
+    costs: NDArray[np.int64]
     stacks: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
     lossy: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
 
@@ -133,6 +141,7 @@ class Similar:
         policy: Policy,
         aligned: NDArray[np.int64],
         deltas: Mapping[int, Delta] | None = None,
+        moved: Sequence[tuple[NDArray[np.int64], Moved]] = (),
     ) -> Kept:
         """Decide about blocks of a matrix with these numbers and digests.
 
@@ -144,6 +153,8 @@ class Similar:
             References of candidates for these blocks, int64 (k, n) (aligned.py).
         deltas
             What some blocks are to be, by their number in the matrix.
+        moved
+            Which of the blocks are near to bases that factors move, and by what (low_rank.py).
         """
         count = len(indices)
         kept = Kept(
@@ -153,9 +164,19 @@ class Similar:
             bases=np.full(count, NO_BASE, np.int64),
             base_tags=np.zeros(count, np.uint64),
             errors=np.zeros(count),
+            costs=looked.encoded.lengths.copy(),
         )
         for at, blocks in looked.stacks:
-            self._improve(kept, blocks, at, indices[at], policy, aligned[:, at])
+            for rows, by in moved:
+                self._move(kept, blocks, at, indices, rows, by, policy)
+            # Of those that have become small, nothing else is tried, unless they may be shared.
+            others = (kept.bases[at] == NO_BASE) | (kept.costs[at] > blocks.block_bytes() // _SMALL)
+            rest = np.flatnonzero(others | (policy.max_rel_error > 0))
+            if len(rest):
+                some = at[rest]
+                self._improve(
+                    kept, _rows_of(blocks, rest), some, indices[some], policy, aligned[:, some]
+                )
             kept.stacks.append((at, blocks))
         if deltas:
             _take(kept, [(i, deltas[n]) for i, n in enumerate(indices.tolist()) if n in deltas])
@@ -288,7 +309,7 @@ class Similar:
             for some in pairs
         ]
         least, best = best_pairs(pairs, sizes, len(at))
-        for some in pairs_of(best, least < kept.encoded.lengths[at]):
+        for some in pairs_of(best, least < kept.costs[at]):
             self._encode(kept, blocks, some, at, bound)
 
     @staticmethod
@@ -305,19 +326,49 @@ class Similar:
                 kept.shared[row] = pairs.references[entry]
                 kept.errors[row] = away[entry]
 
+    def _move(
+        self,
+        kept: Kept,
+        blocks: MatrixView,
+        at: NDArray[np.int64],
+        indices: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        moved: Moved,
+        policy: Policy,
+    ) -> None:
+        """Keep those of the blocks ``at`` that are among ``rows`` as deltas on moved bases."""
+        chosen = np.flatnonzero(is_among(at, rows) & (kept.shared[at] == NO_BASE))
+        if not len(chosen):
+            return
+        numbers = indices[at[chosen]]
+        shape = blocks.grid.block_shape
+        chosen_bases, base_index = np.unique(moved.bases_of(numbers), return_inverse=True)
+        (dtype,) = set(self._reader.dtypes_of(chosen_bases))
+        bases = self._reader.read(chosen_bases, dtype, shape)
+        pairs = Pairs(chosen, chosen_bases[base_index], np.zeros(len(chosen)), bases, base_index)
+        bound = policy.max_rel_error or None
+        self._encode(kept, blocks, pairs, at, bound, moved.factors_of(numbers, shape))
+
     @staticmethod
     def _encode(
-        kept: Kept, blocks: MatrixView, pairs: Pairs, at: NDArray[np.int64], bound: float | None
+        kept: Kept,
+        blocks: MatrixView,
+        pairs: Pairs,
+        at: NDArray[np.int64],
+        bound: float | None,
+        factors: codec.LowRankFactors | None = None,
     ) -> None:
         """Keep the blocks of these pairs, one each, as deltas where that saves enough."""
         rows, base_index = pairs.rows, pairs.base_index
+        shared = np.zeros(len(rows), np.int64) if factors is None else shared_bytes(factors)
         deltas = codec.encode_deltas(
             blocks,
             rows,
             pairs.bases,
             base_index,
-            limits=delta_limits(kept.encoded.lengths[at[rows]]),
+            limits=delta_limits(kept.costs[at[rows]]) + shared,
             max_rel_error=bound,
+            factors=factors,
         )
         good = np.flatnonzero(deltas.lengths > 0)
         if not len(good):
@@ -325,6 +376,7 @@ class Similar:
         tags = codec.base_tags(hash_view(pairs.bases))
         places = at[rows[good]]
         kept.bases[places] = pairs.references[good]
+        kept.costs[places] = deltas.lengths[good] - shared[good]
         kept.base_tags[places] = tags[base_index[good]]
         lossy = good[deltas.encodings[good] == codec.Encoding.QUANTISED]
         if len(lossy):

@@ -74,6 +74,7 @@ class Spool:
         self._slot_of = _Column(np.empty(0, np.uint32))
         self._cost = _Column(np.empty(0, np.int64))
         self._length = _Column(np.empty(0, np.int64))
+        self._factored = _Column(np.empty(0, np.bool_))
         self._hashes = _Column(np.empty((0, 2), np.uint64))
         self._bases = _Column(np.empty(0, np.int64))
         self._dtypes = _Column(np.empty(0, np.int64))
@@ -128,6 +129,7 @@ class Spool:
         self._slot_of.append(slots)
         self._cost.append(costs)
         self._length.append(encoded.lengths)
+        self._factored.append(encoded.have_factors())
         self._hashes.append(digests)
         self._bases.append(bases)
         self._dtypes.append(dtypes)
@@ -152,6 +154,7 @@ class Spool:
         self._bases.append(bases)
         for column in (self._cost, self._length, self._dtypes):
             column.append(np.zeros(count, np.int64))
+        self._factored.append(np.zeros(count, np.bool_))
         self.count += count
         return np.arange(self.count - count, self.count, dtype=np.int64)
 
@@ -172,6 +175,22 @@ class Spool:
     def costs(self) -> NDArray[np.int64]:
         """Bytes that each block takes on a page, its slot included."""
         return self._cost.values()
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether what some blocks take depends on which others are on their page."""
+        return bool(self._factored.values().any())
+
+    def settle(self, layout: Sequence[NDArray[np.int64]]) -> list[int]:
+        """Find out what blocks take on these pages, and return that of each page; when frozen.
+
+        Of those with factors only the first has them there, of several with the same.
+        """
+        factored = self._factored.values()
+        for numbers in layout:
+            if factored[numbers].any():
+                self._note_lengths(numbers, codec.Page(self.images([numbers])[0]))
+        return [int(self.costs[numbers].sum()) for numbers in layout]
 
     def cost_of(self, layout: Sequence[NDArray[np.int64]]) -> int:
         """Return what the blocks of pages take together, their slots included."""
@@ -255,11 +274,14 @@ class Spool:
                 f"a page has {len(table)} blocks where {len(numbers)} are recorded; run verify on "
                 "the store that it is copied from"
             )
-        lengths = table["length"].astype(np.int64)
-        self._length.values()[numbers] = lengths
-        self._cost.values()[numbers] = codec.page_cost(lengths)
+        self._note_lengths(numbers, page)
         self._dtypes.values()[numbers] = table["dtype"]
         return bytes(page.payload)
+
+    def _note_lengths(self, numbers: NDArray[np.int64], page: codec.Page) -> None:
+        lengths = page.slots["length"].astype(np.int64)
+        self._length.values()[numbers] = lengths
+        self._cost.values()[numbers] = codec.page_cost(lengths)
 
     def _seal(self) -> None:
         number, page = self._sealed, self._open

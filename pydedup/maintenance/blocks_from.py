@@ -254,8 +254,7 @@ def read_block(
     if encoding.is_delta and not keep_delta:
         fresh = codec.encode_blocks(view, [0], planes=True)
         return EncodedBlock(content, int(fresh.encodings[0]), fresh.arena.tobytes())
-    start, length = int(entry["offset"]), int(entry["length"])
-    data = bytes(page.payload[start : start + length])
+    data = codec.encoded_blocks([page], [0], [slot]).arena.tobytes()
     tag = 0
     if bases is not None and encoding.is_delta:
         tag = int(codec.base_tags(codec.block_digests(bases.pages, [0], bases.slots))[0])

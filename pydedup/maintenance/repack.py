@@ -68,13 +68,14 @@ class _Places:
 
     They are numbered 0 to n - 1 by ascending place (`block_places`); ``bases`` holds the number of
     each one's base, -1 for blocks that are no deltas. ``pages`` are the ids of the pages they are
-    on, in ascending order, ``page_at`` which of these each block is on, and ``unused`` which part
+    on, in ascending order, ``factored`` whether these have deltas with factors, ``page_at`` which of these each block is on, and ``unused`` which part
     of each page is blocks that nobody uses any more.
     """
 
     places: NDArray[np.int64]
     lengths: NDArray[np.int64]
     encodings: NDArray[np.uint8]
+    factored: NDArray[np.bool_]
     hashes: list[bytes]
     bases: NDArray[np.int64]
     pages: NDArray[np.int64]
@@ -174,6 +175,8 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
         gain = saved + unused - _LEAST_GAIN * len(layout.pages)
         if gain > best and layout.stored_pages <= live_pages:
             best, plan = gain, RepackPlan(epoch, models, places, layout, stays)
+    if plan is not None:
+        _settle(pool, places, plan.layout.pages)
     return plan
 
 
@@ -258,13 +261,13 @@ def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> 
     owners = [np.searchsorted(used, key) for key in keys]
     hashes = [row.hash128 for row in rows]
     there = np.sort(block_places(*np.array(list(recorded), np.int64).reshape(-1, 2).T))
-    lengths, encodings = block_forms(pool, there)
+    lengths, encodings, factored = block_forms(pool, there)
     in_use = is_among(there, used)
     pages, at = np.unique(split_places(there)[0], return_inverse=True)
     litter = np.where(in_use, 0, codec.page_cost(lengths))
     unused = np.bincount(at, litter) / np.bincount(at, codec.page_cost(lengths))
     sizes = lengths[in_use], encodings[in_use]
-    return _Places(used, *sizes, hashes, bases, pages, at[in_use], unused, owners)
+    return _Places(used, *sizes, factored[in_use], hashes, bases, pages, at[in_use], unused, owners)
 
 
 def _good_pages(places: _Places) -> NDArray[np.bool_]:
@@ -295,6 +298,14 @@ def _layout_beside(places: _Places, stays: NDArray[np.bool_]) -> Layout:
     existing = (np.concatenate([[0], ends]), np.flatnonzero(stays[places.page_at]))
     sizes = codec.page_cost(places.lengths)
     return pack(places.owners, PAGE_CAPACITY, sizes=sizes, existing=existing)
+
+
+def _settle(pool: PagePool, places: _Places, pages: Sequence[NDArray[np.int64]]) -> None:
+    """Take note of what blocks have on these pages: factors only once, of several with the same."""
+    for numbers in pages:
+        if places.factored[numbers].any():
+            page = codec.Page(copy_page(pool, *places.at(numbers)))
+            places.lengths[numbers] = page.slots["length"]
 
 
 def _stage(

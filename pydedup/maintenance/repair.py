@@ -332,7 +332,7 @@ class _Repair:
             self._end_page()
             if len(self._full) == _PAGES_PER_TRANSACTION:
                 self._stage()
-        self._page.append(_Placed(place, encoded, base, cost))
+        self._page.append(_Placed(place, encoded, base))
         self._bytes += cost
 
     def _end_page(self) -> None:
@@ -346,18 +346,21 @@ class _Repair:
         if not self._full:
             return
         with self._adapter.transaction():
-            ids = [self._stage_page(blocks) for blocks in self._full]
+            staged = [self._stage_page(blocks) for blocks in self._full]
             self._job.beat()
-        self.new_pages += ids  # only now: ids of a transaction that failed may become another's
-        for page_id, blocks in zip(ids, self._full, strict=True):
-            for slot, block in enumerate(blocks):
-                self.moves.note(block.place, block_place(page_id, slot), block.base, block.cost)
+        self.new_pages += [
+            page_id for page_id, _ in staged
+        ]  # only now: ids of a transaction that failed may become another's
+        for (page_id, costs), blocks in zip(staged, self._full, strict=True):
+            for slot, (block, cost) in enumerate(zip(blocks, costs, strict=True)):
+                self.moves.note(block.place, block_place(page_id, slot), block.base, cost)
         self._full = []
         if self._progress is not None:
             done = len(self.moves.places)
             self._progress("restoring blocks", done, max(done, self._total))
 
-    def _stage_page(self, blocks: Sequence[_Placed]) -> int:
+    def _stage_page(self, blocks: Sequence[_Placed]) -> tuple[int, list[int]]:
+        """Write a page; return its id and what each block takes on it."""
         contents = [block.encoded for block in blocks]
         lengths = np.array([len(encoded.data) for encoded in contents], np.int64)
         image = codec.build_page(
@@ -375,7 +378,7 @@ class _Repair:
             (block.encoded.content.digest, page_id, slot, block.base)
             for slot, block in enumerate(blocks)
         )
-        return page_id
+        return page_id, codec.page_cost(codec.Page(image).slots["length"]).tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,4 +388,3 @@ class _Placed:
     place: int
     encoded: EncodedBlock
     base: int | None
-    cost: int

@@ -55,12 +55,7 @@ class Piece:
 
     def encoded(self, which: NDArray[np.int64]) -> codec.EncodedBlocks:
         """Return some of them as they are encoded."""
-        payloads = [np.frombuffer(page.payload, np.uint8) for page in self.pages]
-        entries = self.entries[which]
-        columns = (self.page_index[which], entries["offset"], entries["length"])
-        spans = zip(*(column.tolist() for column in columns), strict=True)
-        pieces = [payloads[index][start : start + length] for index, start, length in spans]
-        return codec.EncodedBlocks.of(pieces, entries["encoding"].astype(np.uint8))
+        return codec.encoded_blocks(self.pages, self.page_index[which], self.slots[which])
 
 
 def stored_pieces(

@@ -64,6 +64,8 @@ struct BlockView {
     const BlockView* base_block = nullptr;
     /// Who is given the elements once they were decoded, and outlives that; or nobody.
     BlockKeeper* keeper = nullptr;
+    /// Bytes in front of `data`, of the same page, that a delta may refer to.
+    std::uint32_t before = 0;
 
     [[nodiscard]] std::size_t row_bytes() const noexcept { return cols * item_bytes(dtype); }
     [[nodiscard]] std::size_t raw_bytes() const noexcept { return rows * row_bytes(); }
@@ -128,19 +130,44 @@ struct BaseBlocks {
     std::span<const std::int64_t> indices;  ///< one for each block
 };
 
+/// By how much relatives of low rank differ: element (i, j) of block b's base is moved by
+/// 2^exponent * sum over k below rank of of_rows[row_of[b]][k][i] * of_cols[col_of[b]][k][j], which
+/// is exact, and then rounded to the dtype; what is not finite, or where that sum is 0, stays. Rank
+/// is 1 to 64, the exponent -900 to 900, numbers are below 2^23.
+struct LowRankFactors {
+    unsigned rank;
+    int exponent;
+    std::span<const std::int32_t> of_rows;  ///< any number of rank * rows of a block
+    std::span<const std::int32_t> of_cols;  ///< any number of rank * columns of a block
+    std::span<const std::int64_t> row_of;   ///< one for each block
+    std::span<const std::int64_t> col_of;   ///< one for each block
+};
+
 /// encode_delta() for blocks `indices` of a matrix, into `arena`, one after another without gaps,
 /// block i at offsets[i]. Up to eight in a row are coded alike where that takes hardly more room,
 /// which saves time: so their bytes may differ from those of encode_delta(), but not by `threads`.
 /// limits[i] is the most bytes that block i may take; encoded[i].length is 0 where that is not
 /// enough. `arena` has room for the sum of the limits; returns how many bytes of it were used.
-/// `threads` 0 means one per core for large inputs.
+/// `threads` 0 means one per core for large inputs. With `factors`, blocks of floats, all of one
+/// shape, are deltas on bases that these moved.
 [[nodiscard]] std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
                                         std::span<const std::int64_t> indices,
                                         const BaseBlocks& bases,
                                         std::span<const std::int64_t> limits,
                                         std::optional<double> max_rel_error,
                                         std::span<std::byte> arena, std::span<std::int64_t> offsets,
-                                        std::span<EncodedBlock> encoded, unsigned threads = 0);
+                                        std::span<EncodedBlock> encoded, unsigned threads = 0,
+                                        const LowRankFactors* factors = nullptr);
+
+/// Whether a block is a delta with factors.
+[[nodiscard]] bool has_factors(const BlockView& block) noexcept;
+
+/// Bytes of a block away from its page: more than its length where it refers to factors of another
+/// block of that page.
+[[nodiscard]] std::size_t encoded_bytes(const BlockView& block);
+
+/// Copies a block as it is encoded, encoded_bytes() to `out`: with its factors, wherever they lie.
+void copy_encoded(const BlockView& block, std::span<std::byte> out);
 
 /// estimates[i] = estimate_delta() of block indices[i] and its base.
 void estimate_deltas(const MatrixRef& matrix, const BlockGrid& grid,

@@ -30,14 +30,50 @@ std::size_t check(const MatrixRef& matrix, const BlockGrid& grid,
     return raw_bytes_of(matrix, grid, indices);
 }
 
+// Factors of a block within all of them.
+detail::Factor factor_of(std::span<const std::int32_t> all, std::int64_t which,
+                         std::size_t size) noexcept {
+    return all.subspan(static_cast<std::size_t>(which) * size, size);
+}
+
+detail::LowRank low_rank_of(const LowRankFactors& factors, const MatrixRef& block,
+                            std::size_t i) noexcept {
+    return {factors.rank, factors.exponent,
+            factor_of(factors.of_rows, factors.row_of[i], factors.rank * block.rows),
+            factor_of(factors.of_cols, factors.col_of[i], factors.rank * block.cols)};
+}
+
+void check_factors(const LowRankFactors& factors, const MatrixRef& matrix, const BlockGrid& grid,
+                   std::span<const std::int64_t> indices) {
+    const auto refuse = [](const std::string& what) {
+        throw Error(ErrorCode::invalid_argument, "factors of deltas " + what);
+    };
+    if (factors.row_of.size() != indices.size() || factors.col_of.size() != indices.size()) {
+        refuse("must be named for each of " + std::to_string(indices.size()) + " blocks");
+    }
+    const auto check = [&](std::span<const std::int32_t> all, std::int64_t which,
+                           std::size_t size) {
+        if (which < 0 || size == 0 || static_cast<std::size_t>(which) >= all.size() / size) {
+            refuse("have no number " + std::to_string(which));
+        }
+    };
+    for (std::size_t i = 0; i < indices.size(); ++i) {
+        const MatrixRef block = block_of(matrix, grid, static_cast<std::size_t>(indices[i]));
+        check(factors.of_rows, factors.row_of[i], factors.rank * block.rows);
+        check(factors.of_cols, factors.col_of[i], factors.rank * block.cols);
+    }
+}
+
 }  // namespace
 
 std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
                           std::span<const std::int64_t> indices, const BaseBlocks& bases,
                           std::span<const std::int64_t> limits, std::optional<double> max_rel_error,
                           std::span<std::byte> arena, std::span<std::int64_t> offsets,
-                          std::span<EncodedBlock> encoded, unsigned threads) {
+                          std::span<EncodedBlock> encoded, unsigned threads,
+                          const LowRankFactors* factors) {
     const std::size_t raw = check(matrix, grid, indices, bases);
+    if (factors != nullptr) check_factors(*factors, matrix, grid, indices);
     if (limits.size() != indices.size() || offsets.size() != indices.size() ||
         encoded.size() != indices.size()) {
         throw Error(ErrorCode::invalid_argument,
@@ -61,10 +97,13 @@ std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
                          if (i % kParallelGrain == 0) encoder = {};
                          const auto room = arena.subspan(static_cast<std::size_t>(offsets[i]),
                                                          static_cast<std::size_t>(limits[i]));
+                         const MatrixRef block =
+                             block_of(matrix, grid, static_cast<std::size_t>(indices[i]));
+                         detail::LowRank low_rank{};
+                         if (factors != nullptr) low_rank = low_rank_of(*factors, block, i);
                          encoded[i] = encoder
-                                          .encode(block_of(matrix, grid,
-                                                           static_cast<std::size_t>(indices[i])),
-                                                  base_of(bases, i), max_rel_error, room)
+                                          .encode(block, base_of(bases, i), max_rel_error, room,
+                                                  factors != nullptr ? &low_rank : nullptr)
                                           .value_or(EncodedBlock{Encoding::delta, 0});
                      }
                  });

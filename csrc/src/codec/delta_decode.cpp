@@ -10,10 +10,12 @@
 
 #include "base/endian.hpp"
 #include "codec/convert.hpp"
+#include "codec/delta_changed.hpp"
 #include "codec/delta_model.hpp"
 #include "codec/delta_pair.hpp"
 #include "codec/delta_room.hpp"
 #include "codec/delta_step.hpp"
+#include "codec/low_rank.hpp"
 #include "codec/narrow.hpp"
 #include "codec/zero_mask.hpp"
 #include "dispatch/dispatch.hpp"
@@ -56,6 +58,15 @@ const char* get_sparse(Source& source, std::size_t count, unsigned value_bits, W
         next += gap + 1;
     }
     return source.left.empty() ? nullptr : "bytes are left over";
+}
+
+// Either form of differences that are mostly 0.
+template <class Wide>
+const char* get_few(std::uint8_t form, Source& source, std::size_t count, unsigned value_bits,
+                    Wide* z) {
+    return form == static_cast<std::uint8_t>(DeltaForm::changed)
+               ? detail::get_changed(source, count, value_bits, z)
+               : get_sparse(source, count, value_bits, z);
 }
 
 const char* get_coded(Source& source, const BlockView& block, DeltaLayout layout,
@@ -121,6 +132,7 @@ struct Header {
     std::uint32_t base_check;
     double step;  // of a quantised delta
     Dtype dtype;  // of the differences
+    std::optional<detail::ReadLowRank> low_rank;
     std::optional<detail::ZeroMask> mask;
 };
 
@@ -146,17 +158,26 @@ Header read_header(const BlockView& delta, const BlockView& base, Source& source
     }
     const std::size_t item = item_bytes(delta.dtype);
     const std::size_t count = std::size_t{delta.rows} * delta.cols;
-    Header header{head[1], head[3], load_le<std::uint32_t>(delta.data + 8), 0, delta.dtype, {}};
-    if (head[0] == 0 || header.form > 1 || load_le<std::uint32_t>(delta.data + 4) != count ||
-        (quantised && header.shift != 0)) {
+    Header header{head[1], head[3], load_le<std::uint32_t>(delta.data + 8), 0, delta.dtype, {}, {}};
+    const auto last =
+        head[0] == detail::kLowRankDeltaVersion ? DeltaForm::changed : DeltaForm::coded;
+    if (head[0] == 0 || header.form > static_cast<std::uint8_t>(last) ||
+        load_le<std::uint32_t>(delta.data + 4) != count || (quantised && header.shift != 0)) {
         corrupt(delta, "its header is damaged");
     }
     static_cast<void>(source.take(bytes));
-    if (head[0] == detail::kExtendedDeltaVersion) {
+    if (head[0] >= detail::kExtendedDeltaVersion) {
         header.dtype = static_cast<Dtype>(source.byte());
         const bool is_narrow = header.dtype != delta.dtype;
         if (is_narrow && (quantised || !detail::is_narrower(header.dtype, delta.dtype))) {
             corrupt(delta, "its differences have an impossible dtype");
+        }
+        if (head[0] == detail::kLowRankDeltaVersion) {
+            if (!detail::can_quantise(header.dtype)) corrupt(delta, "its dtype has no factors");
+            header.low_rank.emplace();
+            const char* wrong = detail::get_low_rank(source, delta.rows, delta.cols, head,
+                                                     delta.before, *header.low_rank);
+            if (wrong != nullptr) corrupt(delta, wrong);
         }
         const char* wrong =
             detail::get_mask(source, count, detail::delta_layout(header.dtype), header.mask);
@@ -180,7 +201,7 @@ Header read_header(const BlockView& delta, const BlockView& base, Source& source
 }
 
 // The base's elements as those that differences are of; `memory` holds them where they had to be
-// decoded, converted or masked. What the header says of the base is checked on the way.
+// decoded, converted, moved or masked. What the header says of the base is checked on the way.
 const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
                                   const Header& header, std::unique_ptr<std::uint8_t[]>& memory) {
     const std::size_t count = std::size_t{base.rows} * base.cols;
@@ -188,7 +209,7 @@ const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
     const bool convert = base.dtype != header.dtype;
     const bool decode = base.encoding != Encoding::raw;
     const std::size_t converted_bytes =
-        convert || header.mask ? count * item_bytes(header.dtype) : 0;
+        convert || header.low_rank || header.mask ? count * item_bytes(header.dtype) : 0;
     const std::uint8_t* from = bytes_at(base.data);
     if (converted_bytes != 0 || decode) {
         memory = std::make_unique_for_overwrite<std::uint8_t[]>(converted_bytes +
@@ -206,6 +227,11 @@ const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
     }
     if (convert) {
         detail::convert_floats(from, base.dtype, count, memory.get(), header.dtype);
+        from = memory.get();
+    }
+    if (header.low_rank) {
+        detail::add_low_rank(header.low_rank->view(), from, base.rows, base.cols, header.dtype,
+                             memory.get());
         from = memory.get();
     }
     if (header.mask) {
@@ -246,9 +272,11 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
         wrong = get_coded(source, delta, layout, value_bits, wide, from,
                           bytes_at(delta.data) + delta.length, room);
     } else if (wide) {
-        wrong = get_sparse(source, n, value_bits, reinterpret_cast<std::uint64_t*>(room.z));
+        wrong =
+            get_few(header.form, source, n, value_bits, reinterpret_cast<std::uint64_t*>(room.z));
     } else {
-        wrong = get_sparse(source, n, value_bits, reinterpret_cast<std::uint32_t*>(room.z));
+        wrong =
+            get_few(header.form, source, n, value_bits, reinterpret_cast<std::uint32_t*>(room.z));
     }
     if (wrong != nullptr) corrupt(delta, wrong);
 

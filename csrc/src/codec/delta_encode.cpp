@@ -7,12 +7,14 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "base/endian.hpp"
 #include "base/rounding.hpp"
 #include "codec/convert.hpp"
+#include "codec/delta_changed.hpp"
 #include "codec/delta_encoder.hpp"
 #include "codec/delta_pair.hpp"
 #include "codec/delta_step.hpp"
@@ -20,6 +22,7 @@
 #include "codec/zero_mask.hpp"
 #include "dispatch/dispatch.hpp"
 #include "pydedup/codec.hpp"
+#include "pydedup/error.hpp"
 
 namespace pydedup {
 namespace {
@@ -34,10 +37,15 @@ using detail::PairOf;
 using detail::Room;
 using detail::Sink;
 
+// What versions above 1 say behind the header.
+struct Extension {
+    std::uint8_t version = 1;
+    Sink bytes;
+};
+
 void put_header(Sink& sink, DeltaForm form, Dtype base, unsigned shift, std::size_t count,
-                std::uint32_t check, std::optional<double> step, const Sink& extension) {
-    const std::uint8_t version = extension.empty() ? 1 : detail::kExtendedDeltaVersion;
-    sink.insert(sink.end(), {version, static_cast<std::uint8_t>(form),
+                std::uint32_t check, std::optional<double> step, const Extension& extension) {
+    sink.insert(sink.end(), {extension.version, static_cast<std::uint8_t>(form),
                              static_cast<std::uint8_t>(base), static_cast<std::uint8_t>(shift)});
     const auto put = [&](auto value) {
         std::array<std::byte, sizeof value> bytes;
@@ -47,7 +55,7 @@ void put_header(Sink& sink, DeltaForm form, Dtype base, unsigned shift, std::siz
     put(static_cast<std::uint32_t>(count));
     put(check);
     if (step) put(std::bit_cast<std::uint64_t>(*step));
-    sink.insert(sink.end(), extension.begin(), extension.end());
+    sink.insert(sink.end(), extension.bytes.begin(), extension.bytes.end());
 }
 
 template <class Wide>
@@ -62,12 +70,13 @@ void put_sparse(Sink& sink, const Wide* z, std::size_t count, std::size_t n_chan
     }
 }
 
-void put_changed(Sink& sink, const Coded& coded) {
-    const Differences& d = coded.differences;
+// Calls write(z) with the numbers as they are, of 4 or 8 bytes.
+template <class Write>
+void with_numbers(const Differences& d, const Write& write) {
     if (d.wide) {
-        put_sparse(sink, static_cast<const std::uint64_t*>(d.z), d.count(), coded.n_changed);
+        write(static_cast<const std::uint64_t*>(d.z));
     } else {
-        put_sparse(sink, static_cast<const std::uint32_t*>(d.z), d.count(), coded.n_changed);
+        write(static_cast<const std::uint32_t*>(d.z));
     }
 }
 
@@ -113,10 +122,9 @@ bool put_coded(Sink& sink, const Coded& coded, const DeltaPlan& plan, const Room
     return true;
 }
 
-// The bytes of a delta, empty when it has more than `limit` or cannot be quantised. `extension` is
-// what version 2 says besides, else empty.
+// The bytes of a delta, empty when it has more than `limit` or cannot be quantised.
 Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::size_t limit,
-                 std::optional<DeltaPlan>& like, const Sink& extension) {
+                 std::optional<DeltaPlan>& like, const Extension& extension) {
     const std::size_t count = pair.count();
     const Room room(count, item_bytes(pair.dtype));
     Coded coded;
@@ -127,19 +135,29 @@ Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::siz
         put_header(sink, form, pair.base_dtype, coded.shift, count, pair.check, coded.step,
                    extension);
     };
-    Sink sparse;
+    Sink few;
     if (coded.n_changed <= count / 16 + 1) {
         header(DeltaForm::sparse);
-        put_changed(sink, coded);
+        with_numbers(coded.differences,
+                     [&](const auto* z) { put_sparse(sink, z, count, coded.n_changed); });
         if (coded.n_changed == 0) return sink.size() <= limit ? sink : Sink{};
-        sparse.swap(sink);
-        limit = std::min(limit, sparse.size());
+        few.swap(sink);
+        limit = std::min(limit, few.size());
+    }
+    if (extension.version == detail::kLowRankDeltaVersion && coded.n_changed <= count / 4) {
+        sink.clear();
+        header(DeltaForm::changed);
+        with_numbers(coded.differences,
+                     [&](const auto* z) { detail::put_changed(sink, z, count); });
+        if (few.empty() || sink.size() < few.size()) few.swap(sink);
+        limit = std::min(limit, few.size());
+        sink.clear();
     }
     header(DeltaForm::coded);
     DeltaPlan plan;
     detail::plan_pair(coded, room, plan, &like);
     if (put_coded(sink, coded, plan, room, limit)) return sink;
-    return sparse.size() <= limit ? sparse : Sink{};
+    return few.size() <= limit ? few : Sink{};
 }
 
 }  // namespace
@@ -151,13 +169,16 @@ DeltaEncoder::DeltaEncoder() = default;
 
 // Behind a mask, if one helps. `dtype` is the block's, of which the pair's may be a narrower one.
 Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
-                                  std::optional<double> max_rel_error, std::size_t limit) {
+                                  std::optional<double> max_rel_error, std::size_t limit,
+                                  const LowRank* low_rank) {
     const auto extension = [&](const std::optional<ZeroMask>& mask) {
-        Sink sink;
-        if (pair.dtype == dtype && !mask) return sink;
-        sink.push_back(static_cast<std::uint8_t>(pair.dtype));
-        put_mask(sink, mask, delta_layout(pair.dtype));
-        return sink;
+        Extension more;
+        if (pair.dtype == dtype && !mask && low_rank == nullptr) return more;
+        more.version = low_rank != nullptr ? kLowRankDeltaVersion : kExtendedDeltaVersion;
+        more.bytes.push_back(static_cast<std::uint8_t>(pair.dtype));
+        if (low_rank != nullptr) put_low_rank(more.bytes, *low_rank);
+        put_mask(more.bytes, mask, delta_layout(pair.dtype));
+        return more;
     };
     Sink best;
     if (const MaskedPair masked(pair); masked.mask) {
@@ -175,26 +196,35 @@ Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
 
 std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const MatrixRef& base,
                                                  std::optional<double> max_rel_error,
-                                                 std::span<std::byte> out) {
+                                                 std::span<std::byte> out,
+                                                 const LowRank* low_rank) {
     check_pair(block, base);
     check_error(max_rel_error);
+    if (low_rank != nullptr) {
+        check_low_rank(*low_rank, block.rows, block.cols);
+        if (!can_quantise(block.dtype)) {
+            throw Error(ErrorCode::invalid_argument,
+                        "only f64, f32, f16 and bf16 have deltas with factors, not dtype code " +
+                            std::to_string(static_cast<unsigned>(block.dtype)));
+        }
+    }
     const std::size_t raw = block.rows * block.cols * item_bytes(block.dtype);
     const std::size_t limit = std::min(out.size(), raw - 1);
     std::optional<PairOf> both;
     Sink best;
     Encoding encoding = Encoding::delta;
     if (max_rel_error && can_quantise(block.dtype)) {
-        both.emplace(block, base);
-        best = encode_smaller(both->pair, block.dtype, max_rel_error, limit);
+        both.emplace(block, base, low_rank);
+        best = encode_smaller(both->pair, block.dtype, max_rel_error, limit, low_rank);
         if (!best.empty()) encoding = Encoding::quantised;
     }
     // Exact where that is no larger: narrow floats have little to lose.
     const std::optional<NarrowBlock> narrow = narrowed(block);
     const MatrixRef& exactly = narrow ? narrow->block : block;
     if (best.empty() || best.size() > exactly.rows * exactly.cols * item_bytes(exactly.dtype) / 4) {
-        if (narrow || !both) both.emplace(exactly, base);
+        if (narrow || !both) both.emplace(exactly, base, low_rank);
         Sink exact = encode_smaller(both->pair, block.dtype, std::nullopt,
-                                    best.empty() ? limit : best.size());
+                                    best.empty() ? limit : best.size(), low_rank);
         if (!exact.empty()) {
             best = std::move(exact);
             encoding = Encoding::delta;

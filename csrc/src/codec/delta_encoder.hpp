@@ -8,6 +8,7 @@
 
 #include "codec/delta_pair.hpp"
 #include "codec/delta_plan.hpp"
+#include "codec/low_rank.hpp"
 #include "pydedup/codec.hpp"
 
 namespace pydedup::detail {
@@ -19,11 +20,11 @@ class DeltaEncoder {
     DeltaEncoder();
     std::optional<EncodedBlock> encode(const MatrixRef& block, const MatrixRef& base,
                                        std::optional<double> max_rel_error,
-                                       std::span<std::byte> out);
+                                       std::span<std::byte> out, const LowRank* low_rank = nullptr);
 
   private:
     Sink encode_smaller(const Pair& pair, Dtype dtype, std::optional<double> max_rel_error,
-                        std::size_t limit);
+                        std::size_t limit, const LowRank* low_rank);
 
     std::optional<DeltaPlan> exact_;
     std::optional<DeltaPlan> exact_masked_;

@@ -98,7 +98,7 @@ std::uint32_t check_of(const std::uint8_t* base, std::size_t rows, std::size_t r
     return static_cast<std::uint32_t>(digest[0]);
 }
 
-PairOf::PairOf(const MatrixRef& block, const MatrixRef& base) {
+PairOf::PairOf(const MatrixRef& block, const MatrixRef& base, const LowRank* low_rank) {
     const std::size_t count = block.rows * block.cols;
     const std::size_t base_item = item_bytes(base.dtype);
     const std::size_t item = item_bytes(block.dtype);
@@ -119,6 +119,10 @@ PairOf::PairOf(const MatrixRef& block, const MatrixRef& base) {
     if (converted != 0) {
         convert_floats(from, base.dtype, count, of_base - converted, block.dtype);
         pair.base = of_base - converted;
+    }
+    if (low_rank != nullptr) {
+        auto* const moved = const_cast<std::uint8_t*>(pair.base);  // into the copy itself
+        add_low_rank(*low_rank, pair.base, block.rows, block.cols, block.dtype, moved);
     }
 }
 

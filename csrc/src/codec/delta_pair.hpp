@@ -9,6 +9,7 @@
 
 #include "codec/delta_plan.hpp"
 #include "codec/delta_room.hpp"
+#include "codec/low_rank.hpp"
 #include "codec/zero_mask.hpp"
 #include "pydedup/codec.hpp"
 
@@ -42,7 +43,8 @@ void check_error(std::optional<double> max_rel_error);
 /// room that was made for it.
 class PairOf {
   public:
-    PairOf(const MatrixRef& block, const MatrixRef& base);
+    /// The base is moved by `low_rank`, if any.
+    PairOf(const MatrixRef& block, const MatrixRef& base, const LowRank* low_rank = nullptr);
     Pair pair;
 
   private:

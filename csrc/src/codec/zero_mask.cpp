@@ -6,9 +6,8 @@
 #include <cstring>
 
 #include "base/rounding.hpp"
+#include "codec/delta_changed.hpp"
 #include "codec/logarithm.hpp"
-#include "codec/plane.hpp"
-#include "dispatch/dispatch.hpp"
 
 namespace pydedup::detail {
 namespace {
@@ -198,12 +197,7 @@ void put_mask(Sink& sink, const std::optional<ZeroMask>& of, DeltaLayout layout)
         }
         return;
     }
-    PlanePlan plan;
-    plan_plane(mask.bits, plan);
-    const std::size_t at = sink.size();
-    sink.resize(at + kPlaneHeaderBytes + plan.length);
-    put_plane_header(plan, sink.data() + at);
-    put_plane(mask.bits, plan, std::span(sink).subspan(at + kPlaneHeaderBytes));
+    put_bytes(sink, mask.bits);
 }
 
 std::uint64_t mask_bits(const ZeroMask& mask, std::size_t count) noexcept {
@@ -223,15 +217,15 @@ const char* get_mask(Source& source, std::size_t count, DeltaLayout layout,
         return "its mask has an unknown form";
     const bool by_threshold = form == MaskForm::threshold;
     const std::uint8_t sign = source.byte();
-    const std::span<const std::uint8_t> head =
-        source.take(by_threshold ? layout.item_bytes : kPlaneHeaderBytes);
+    const std::span<const std::uint8_t> threshold =
+        source.take(by_threshold ? layout.item_bytes : 0);
     if (source.failed) return "its mask is cut off";
     if (sign > 1 || (sign == 1 && !layout.ordered)) return "its mask has an impossible sign";
     ZeroMask& mask = of.emplace();
     mask.keeps_sign = sign == 1;
     if (by_threshold) {
         for (unsigned i = 0; i < layout.item_bytes; ++i) {
-            mask.threshold |= std::uint64_t{head[i]} << 8 * i;
+            mask.threshold |= std::uint64_t{threshold[i]} << 8 * i;
         }
         const std::uint64_t sign_bit = std::uint64_t{layout.ordered} << (8 * layout.item_bytes - 1);
         if (mask.threshold == 0 || (mask.threshold & sign_bit) != 0) {
@@ -240,16 +234,7 @@ const char* get_mask(Source& source, std::size_t count, DeltaLayout layout,
         return nullptr;
     }
     mask.bits.resize(ceil_div(count, 8));
-    ReadPlane plane;
-    const std::uint8_t* const end = source.left.data() + source.left.size();
-    if (const char* wrong =
-            get_plane(head.data(), source.left, end, kernels().codec, mask.bits, plane)) {
-        return wrong;
-    }
-    if (plane.bytes != mask.bits.data()) {
-        mask.bits.assign(plane.bytes, plane.bytes + mask.bits.size());
-    }
-    static_cast<void>(source.take(plane.length));
+    if (const char* wrong = get_bytes(source, mask.bits)) return wrong;
     if (count % 8 != 0 && mask.bits.back() >> (count % 8) != 0) {
         return "its mask ends with stray bits";
     }

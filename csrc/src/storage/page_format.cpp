@@ -10,10 +10,13 @@
 #include <atomic>
 #include <cstring>
 #include <string>
+#include <string_view>
+#include <unordered_map>
 #include <utility>
 
 #include "base/endian.hpp"
 #include "base/rounding.hpp"
+#include "codec/low_rank.hpp"
 #include "pydedup/error.hpp"
 #include "pydedup/hash.hpp"
 
@@ -92,13 +95,17 @@ const std::byte* slot_at(Bytes page, std::size_t slot) noexcept {
 
 BlockView read_slot(Bytes page, std::size_t slot) noexcept {
     const std::byte* at = slot_at(page, slot);
-    return {page.data() + load_le<std::uint64_t>(at + kOffsetAt),
+    const auto offset = load_le<std::uint64_t>(at + kOffsetAt);
+    return {page.data() + offset,
             load_le<std::uint32_t>(at + kLengthAt),
             static_cast<Encoding>(at[kEncodingAt]),
             static_cast<Dtype>(at[kDtypeAt]),
             load_le<std::uint32_t>(at + kRowsAt),
             load_le<std::uint32_t>(at + kColsAt),
-            load_le<std::uint64_t>(at + kBaseAt)};
+            load_le<std::uint64_t>(at + kBaseAt),
+            nullptr,
+            nullptr,
+            static_cast<std::uint32_t>(std::min<std::uint64_t>(offset, UINT32_MAX))};
 }
 
 std::uint64_t next_serial() noexcept {
@@ -113,6 +120,40 @@ std::uint16_t version_for(std::span<const BlockView> blocks) noexcept {
     }
     return 1;
 }
+
+// The factors that blocks of a page hold, each only in the first of them.
+class PageFactors {
+  public:
+    // Bytes that a block takes which begins at byte `offset`; writes them if there is a page.
+    std::size_t place(const BlockView& block, std::size_t offset, std::byte* page) {
+        const auto places = detail::find_factors(block);
+        if (!places) {
+            if (page != nullptr) std::memcpy(page + offset, block.data, block.length);
+            return block.length;
+        }
+        std::size_t end = offset;
+        const auto put = [&](Bytes bytes) {
+            if (page != nullptr) std::copy(bytes.begin(), bytes.end(), page + end);
+            end += bytes.size();
+        };
+        put(places->head);
+        for (const Bytes factor : {places->of_rows, places->of_cols}) {
+            const std::string_view key(reinterpret_cast<const char*>(factor.data()), factor.size());
+            const std::size_t first = found_.try_emplace(key, end + 1).first->second;
+            detail::Sink behind;
+            // Of an earlier block, and not so small that saying where takes more.
+            const bool is_known = first < offset && factor.size() > sizeof(std::uint64_t);
+            detail::put_varint(behind, is_known ? offset - first : 0);
+            put(std::as_bytes(std::span<const std::uint8_t>(behind)));
+            if (!is_known) put(factor);
+        }
+        put(places->tail);
+        return end - offset;
+    }
+
+  private:
+    std::unordered_map<std::string_view, std::size_t> found_;  // where on the page
+};
 
 void check_header(Bytes page) {
     if (page.size() < kPageHeaderBytes) {
@@ -138,9 +179,11 @@ void check_header(Bytes page) {
 
 std::size_t page_bytes(std::span<const BlockView> blocks) {
     const std::uint16_t version = version_for(blocks);
+    PageFactors factors;
     std::size_t end = kPageHeaderBytes + blocks.size() * kSlotBytes;
     for (const BlockView& block : blocks) {
-        end = begin_of(block.encoding, version, end) + block.length;
+        const std::size_t offset = begin_of(block.encoding, version, end);
+        end = offset + factors.place(block, offset, nullptr);
     }
     return end;
 }
@@ -160,6 +203,7 @@ void build_page(std::span<const BlockView> blocks, std::span<std::byte> out) {
     }
     const std::uint16_t version = version_for(blocks);
     std::byte* const page = out.data();
+    PageFactors factors;
     std::size_t end = kPageHeaderBytes + blocks.size() * kSlotBytes;
     std::memset(page, 0, end);
     std::memcpy(page, kMagic.data(), kMagic.size());
@@ -176,12 +220,12 @@ void build_page(std::span<const BlockView> blocks, std::span<std::byte> out) {
         at[kDtypeAt] = static_cast<std::byte>(block.dtype);
         store_le(at + kRowsAt, block.rows);
         store_le(at + kColsAt, block.cols);
-        store_le(at + kLengthAt, block.length);
+        std::memset(page + end, 0, offset - end);
+        const std::size_t length = factors.place(block, offset, page);
+        store_le(at + kLengthAt, static_cast<std::uint32_t>(length));
         store_le(at + kOffsetAt, static_cast<std::uint64_t>(offset));
         store_le(at + kBaseAt, block.base);
-        std::memset(page + end, 0, offset - end);
-        std::memcpy(page + offset, block.data, block.length);
-        end = offset + block.length;
+        end = offset + length;
     }
     const Digest checksum = checksum_of(out);
     store_le(page + kChecksumAt, checksum.lo);

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "codec/delta_changed.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <vector>
+
+#include "base/rounding.hpp"
+#include "codec/plane.hpp"
+#include "dispatch/dispatch.hpp"
+
+namespace pydedup::detail {
+namespace {
+
+// In the byte of a difference: the rest of it follows behind.
+constexpr std::uint8_t kLarge = 255;
+
+}  // namespace
+
+void put_bytes(Sink& sink, std::span<const std::uint8_t> bytes) {
+    if (bytes.empty()) return;
+    PlanePlan plan;
+    plan_plane(bytes, plan);
+    const std::size_t at = sink.size();
+    sink.resize(at + kPlaneHeaderBytes + plan.length);
+    put_plane_header(plan, sink.data() + at);
+    put_plane(bytes, plan, std::span(sink).subspan(at + kPlaneHeaderBytes));
+}
+
+const char* get_bytes(Source& source, std::span<std::uint8_t> room) {
+    if (room.empty()) return nullptr;
+    const std::span<const std::uint8_t> head = source.take(kPlaneHeaderBytes);
+    if (source.failed) return "a plane is cut off";
+    ReadPlane plane;
+    const std::uint8_t* const end = source.left.data() + source.left.size();
+    if (const char* wrong =
+            get_plane(head.data(), source.left, end, kernels().codec, room, plane)) {
+        return wrong;
+    }
+    if (plane.bytes != room.data()) std::copy_n(plane.bytes, room.size(), room.data());
+    static_cast<void>(source.take(plane.length));
+    return nullptr;
+}
+
+template <class Wide>
+void put_changed(Sink& sink, const Wide* z, std::size_t count) {
+    std::vector<std::uint8_t> bits(ceil_div(count, 8));
+    std::vector<std::uint8_t> small;
+    Sink large;
+    for (std::size_t i = 0; i < count; ++i) {
+        if (z[i] == 0) continue;
+        bits[i / 8] = static_cast<std::uint8_t>(bits[i / 8] | 1U << (i % 8));
+        const Wide above = z[i] - 1;
+        small.push_back(static_cast<std::uint8_t>(std::min<Wide>(above, kLarge)));
+        if (above >= kLarge) put_varint(large, above - kLarge);
+    }
+    put_bytes(sink, bits);
+    put_bytes(sink, small);
+    sink.insert(sink.end(), large.begin(), large.end());
+}
+
+template <class Wide>
+const char* get_changed(Source& source, std::size_t count, unsigned value_bits, Wide* z) {
+    std::vector<std::uint8_t> bits(ceil_div(count, 8));
+    if (const char* wrong = get_bytes(source, bits)) return wrong;
+    if (count % 8 != 0 && bits.back() >> (count % 8) != 0) return "its bits end with stray ones";
+    std::size_t n_changed = 0;
+    for (const std::uint8_t byte : bits) n_changed += static_cast<std::size_t>(std::popcount(byte));
+    std::vector<std::uint8_t> small(n_changed);
+    if (const char* wrong = get_bytes(source, small)) return wrong;
+    const std::uint64_t most = value_bits < 64 ? (std::uint64_t{1} << value_bits) - 1 : UINT64_MAX;
+    std::size_t next = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        z[i] = 0;
+        if ((bits[i / 8] >> (i % 8) & 1) == 0) continue;
+        std::uint64_t above = small[next++];
+        if (above == kLarge) {
+            const std::uint64_t rest = source.varint();
+            if (source.failed) return "its large differences are cut off";
+            if (rest > most - 1 - kLarge) return "a change has an impossible value";
+            above += rest;
+        }
+        if (above >= most) return "a change has an impossible value";
+        z[i] = static_cast<Wide>(above + 1);
+    }
+    return source.left.empty() ? nullptr : "bytes are left over";
+}
+
+template void put_changed(Sink&, const std::uint32_t*, std::size_t);
+template void put_changed(Sink&, const std::uint64_t*, std::size_t);
+template const char* get_changed(Source&, std::size_t, unsigned, std::uint32_t*);
+template const char* get_changed(Source&, std::size_t, unsigned, std::uint64_t*);
+
+}  // namespace pydedup::detail

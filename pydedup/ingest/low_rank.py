@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relatives with a merged adapter: blocks that differ from their bases by a product of low rank.
+
+What blocks of a row, and of a column, of a matrix have in common no block can tell alone. So the
+difference of many blocks to what is at their place in a relative is looked at together, and if it
+has a low rank (factors.py) each block has its part of the factors; a page keeps a part that several
+of its blocks have only once (docs/format.md, "Factors").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.arguments import as_dtype
+from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.ingest.aligned import ByPosition
+from pydedup.ingest.factors import Factors, factor_bytes, find_factors, seems_low_rank
+from pydedup.ingest.places import BlockReader, by_shape, stack_blocks, values_of
+from pydedup.ingest.spool import NO_BASE
+from pydedup.policies import Policy
+from pydedup.sets import distinct, is_among
+from pydedup.types import DType
+
+__all__ = ["LowRankRelatives", "Moved", "shared_bytes"]
+
+# Elements whose difference is looked at together, in float64 32 MiB.
+_TOGETHER = 4 * 1024 * 1024
+# Blocks of a sample, and parts of a matrix that seemed to have a low rank and had none, after which
+# it is not looked at again.
+_SAMPLED = 4
+_PATIENCE = 2
+# Of the error that is allowed: how far the product may be off.
+_OF_ERROR = 1 / 4
+# The numbers of factors have fewer bits than f64 would need.
+_DTYPES = DType.F32, DType.F16, DType.BF16
+# Blocks whose bases are read in one go.
+_AT_ONCE = 256
+_BF16_MANTISSA = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Rows of blocks of a matrix whose bases, moved by factors, they are near to.
+
+    Attributes
+    ----------
+    grid
+        Of the matrix.
+    first_row
+        Of the matrix, where the factors begin.
+    references
+        Of the bases of all blocks from there on.
+    factors
+        Of all these blocks.
+    """
+
+    grid: BlockGrid
+    first_row: int
+    references: NDArray[np.int64]
+    factors: Factors
+
+    def bases_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return references of the bases of some blocks, by their numbers in the matrix."""
+        return self.references[numbers - self.first_row * self.grid.grid_cols]
+
+    def factors_of(
+        self, numbers: NDArray[np.int64], shape: tuple[int, int]
+    ) -> codec.LowRankFactors:
+        """Return the factors of some blocks of one shape."""
+        down, across = np.divmod(numbers, self.grid.grid_cols)
+        tall, wide = self.grid.block_shape
+        rows, row_of = _parts(self.factors.of_rows, down - self.first_row, tall, shape[0])
+        cols, col_of = _parts(self.factors.of_cols, across, wide, shape[1])
+        return codec.LowRankFactors(self.factors.exponent, rows, cols, row_of, col_of)
+
+
+def shared_bytes(factors: codec.LowRankFactors) -> NDArray[np.int64]:
+    """Return what a page saves of each block's factors, which others on it have too, about."""
+    saved = np.zeros(len(factors.row_of), np.int64)
+    for numbers, which in ((factors.of_rows, factors.row_of), (factors.of_cols, factors.col_of)):
+        users = np.bincount(which, minlength=len(numbers))
+        taken = factor_bytes(numbers)[which]
+        saved += taken - taken // np.maximum(users[which], 1)
+    return saved
+
+
+class LowRankRelatives:
+    """Finds what moves the bases of blocks of one matrix. Not thread-safe.
+
+    ``fresh`` are the blocks that are to be kept, ascending; ``aligned`` gives what is at their
+    places.
+    """
+
+    def __init__(
+        self,
+        reader: BlockReader,
+        view: MatrixView,
+        fresh: NDArray[np.int64],
+        policy: Policy,
+        aligned: ByPosition,
+    ) -> None:
+        self._reader = reader
+        self._view = view
+        self._fresh = fresh
+        self._bound = policy.max_rel_error
+        self._aligned = aligned
+        self._patience = _PATIENCE if view.dtype in _DTYPES else 0
+        grid = view.grid
+        self._height = max(_TOGETHER // (grid.block_rows * grid.cols), 1)
+        self._known: tuple[int, Moved | None] = (-1, None)
+
+    def of(self, numbers: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Moved]]:
+        """Yield which of some blocks, ascending, have bases that were moved, and by what."""
+        parts = numbers // (self._height * self._view.grid.grid_cols)
+        for part in distinct(parts).tolist():
+            if self._known[0] != part:
+                self._known = part, self._find(part)
+            moved = self._known[1]
+            if moved is not None:
+                yield np.flatnonzero(parts == part), moved
+
+    def _find(self, part: int) -> Moved | None:
+        grid = self._view.grid
+        first = part * self._height
+        numbers = np.arange(
+            first * grid.grid_cols, min((first + self._height) * grid.grid_cols, grid.count)
+        )
+        if self._patience == 0 or not is_among(numbers, self._fresh).all():
+            return None
+        found = self._aligned(numbers)
+        if not len(found) or (found[0] == NO_BASE).any():
+            return None
+        references = found[0]
+        dtypes = set(self._reader.dtypes_of(references))
+        if len(dtypes) != 1:
+            return None
+        dtype = dtypes.pop()
+        sample = numbers[: min(_SAMPLED, grid.grid_cols)]
+        if not seems_low_rank(self._difference(sample, references[: len(sample)], dtype)[0]):
+            return None
+        self._patience -= 1
+        difference, spacing, epsilon, size = self._difference(numbers, references, dtype)
+        if not np.isfinite(difference).all():
+            return None
+        factors = find_factors(difference, spacing, epsilon, self._bound * size * _OF_ERROR)
+        if factors is None:
+            return None
+        self._patience += 1
+        return Moved(grid, first, references, factors)
+
+    def _difference(
+        self, numbers: NDArray[np.int64], references: NDArray[np.int64], dtype: DType
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32], float, float]:
+        """Return a rectangle of blocks minus their bases, which are of that dtype.
+
+        Also the spacing of floats at the blocks' elements and at 1, and the root mean square of
+        these elements.
+        """
+        view, reader = self._view, self._reader
+        (rows, cols), (last_rows, last_cols) = (
+            view.grid.area(number) for number in (int(numbers[0]), int(numbers[-1]))
+        )
+        top, left = rows.start, cols.start
+        difference = np.empty((last_rows.stop - top, last_cols.stop - left))
+        spacing = np.empty(difference.shape, np.float32)
+        squares = 0.0
+        bits = 0
+        for shape, same in by_shape(view, numbers):
+            for start in range(0, len(same), _AT_ONCE):
+                some = same[start : start + _AT_ONCE]
+                blocks = values_of(stack_blocks(view, numbers[some], shape))
+                bases = values_of(reader.read(references[some], dtype, shape))
+                wide = blocks.astype(np.float64)
+                squares += float(np.vdot(wide, wide))
+                bits = max(bits, _mantissa_bits(blocks))
+                exponents = np.frexp(wide)[1] - 1
+                wide -= as_dtype(bases, view.dtype.numpy).astype(np.float64)
+                for i, number in enumerate(numbers[some].tolist()):
+                    rows, cols = view.grid.area(number)
+                    place = (
+                        slice(rows.start - top, rows.stop - top),
+                        slice(cols.start - left, cols.stop - left),
+                    )
+                    difference[place] = wide[i]
+                    spacing[place] = np.ldexp((blocks[i] != 0).astype(np.float32), exponents[i])
+        epsilon = 2.0**-bits
+        spacing *= epsilon
+        return difference, spacing, epsilon, (squares / difference.size) ** 0.5
+
+
+def _parts(
+    factor: NDArray[np.int32], which: NDArray[np.int64], step: int, length: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return the parts of a factor that some blocks of one length have, and of each block its."""
+    chosen, index = np.unique(which, return_inverse=True)
+    parts = [factor[:, i * step : i * step + length] for i in chosen.tolist()]
+    return np.stack(parts), index.astype(np.int64)
+
+
+def _mantissa_bits(values: NDArray[Any]) -> int:
+    """Return how many bits of the mantissa floats use: those of a narrower dtype use fewer."""
+    mantissa = np.finfo(values.dtype).nmant if values.dtype.kind == "f" else _BF16_MANTISSA
+    used = int(np.bitwise_or.reduce(values.view(f"u{values.itemsize}"), axis=None))
+    unused = (used & -used).bit_length() - 1 if used else mantissa
+    return mantissa - min(unused, mantissa)
