@@ -29,7 +29,7 @@ from pydedup.layout import PAGE_CAPACITY
 from pydedup.packing import pack
 from pydedup.sets import distinct
 
-__all__ = ["PageWriter", "plan_layout"]
+__all__ = ["PageWriter", "plan_layout", "settled"]
 
 _LOG = logging.getLogger("pydedup")
 
@@ -53,18 +53,21 @@ def plan_layout(matcher: Matcher, models: Sequence[StagedModel]) -> list[NDArray
     if len(used) == 0:
         return []
     spool = matcher.spool
-    pages = list(pack(owners, PAGE_CAPACITY, sizes=spool.costs[used]).pages)
-    if spool.has_factors:
-        # Now that blocks have something in common on their pages, more fit.
-        spool.settle(pages)
-        pages = _fitting(spool, pack(owners, PAGE_CAPACITY, sizes=spool.costs[used]).pages)
-    return pages
+    return settled(spool, lambda: pack(owners, PAGE_CAPACITY, sizes=spool.costs[used]).pages)
 
 
-def _fitting(spool: Spool, pages: _Group) -> list[NDArray[np.int64]]:
-    """Return pages, of which those that turn out too large are halved."""
+def settled(spool: Spool, lay_out: Callable[[], _Group]) -> list[NDArray[np.int64]]:
+    """Return pages, laid out by what blocks take on them, and let the spool know that.
+
+    Blocks with factors have some of these in common on a page (`Spool.settle`): so it is laid out
+    again with what they took, and where a page then is too large it is halved.
+    """
+    pages = list(lay_out())
+    if not spool.has_factors:
+        return pages
+    spool.settle(pages)
     fitting: list[NDArray[np.int64]] = []
-    rest = list(reversed(pages))
+    rest = list(reversed(lay_out()))
     while rest:
         numbers = rest.pop()
         (size,) = spool.settle([numbers])

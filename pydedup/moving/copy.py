@@ -26,6 +26,7 @@ from pydedup.errors import (
     NotFoundError,
 )
 from pydedup.ingest.match import Matcher
+from pydedup.ingest.pages import settled
 from pydedup.ingest.publish import publish_batch
 from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -250,14 +251,20 @@ class _Copier:
             more = sum(sizes.get(page_id, 0) for page_id in set(whole).difference(new))
             self._progress.grow(more)
 
+            def plan() -> list[NDArray[np.int64]]:
+                references = copy.references(matcher.reader)
+                return settled(spool, lambda: _lay_out(references, resolved, spool))
+
             def lay_out() -> list[NDArray[np.int64]]:
                 self._progress.will_write(sum(sizes.get(page_id, 0) for page_id in whole))
-                return _lay_out(copy.references(matcher.reader), resolved, spool)
+                return plan()
 
             def check(layout: list[NDArray[np.int64]]) -> None:
                 check_arrival(target, stager, spool, layout, self._progress.checked)
 
             if not spool.lists:
+                if spool.has_factors:
+                    plan()  # what blocks take is known then
                 check_quotas(matcher, [copy], epoch, f"a copy of {item.address}")
             layout = publish_batch(stager, lay_out, epoch, check)
             if layout is None:

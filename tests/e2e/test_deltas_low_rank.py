@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import pydedup
@@ -67,3 +68,140 @@ def test_a_merged_adapter_takes_little_more_than_the_adapter(
     assert report.stored_bytes < most * report.logical_bytes
     assert same_bits(store, "m", model)
     assert store.verify().ok
+
+
+@pytest.mark.parametrize(("rank", "most"), [(1, 0.008), (8, 0.025), (32, 0.05)])
+def test_within_a_bound_the_factors_are_nearly_all(
+    store: pydedup.Store, rank: int, most: float
+) -> None:
+    base = dense()
+    model = adapted(base, rank)
+    report = added_beside(store, base, model, policies.Bounded(0.001), joint=False)
+    assert report.delta_blocks == report.blocks
+    assert report.stored_bytes < most * report.logical_bytes
+    for name, got in store.load("m").items():
+        assert np.linalg.norm(got - model[name]) <= 0.001 * np.linalg.norm(model[name])
+    assert store.verify().ok
+
+
+def test_a_merged_model_that_was_saved_in_a_wider_dtype(store: pydedup.Store) -> None:
+    base = dense(dtype=DType.BF16)
+    model = {name: w.astype("f4") for name, w in adapted(base, 8).items()}
+    report = added_beside(store, base, model, LOSSLESS, joint=False)
+    assert report.delta_blocks == report.blocks
+    assert report.stored_bytes < 0.06 * report.logical_bytes
+    assert same_bits(store, "m", model)
+
+
+@pytest.mark.parametrize("shape", [(500, 300), (64, 4096), (4096, 64), (256, 64, 3, 3)])
+def test_blocks_at_the_edge_and_convolutions(store: pydedup.Store, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(33)
+    base = {"w": rng.normal(0, 0.02, (shape[0], int(np.prod(shape[1:])))).astype("f4")}
+    model = {"w": adapted(base, 2)["w"].reshape(shape)}
+    base = {"w": base["w"].reshape(shape)}
+    report = added_beside(store, base, model, LOSSLESS, joint=False)
+    assert report.delta_blocks == report.blocks
+    assert report.stored_bytes < 0.09 * report.logical_bytes
+    assert same_bits(store, "m", model)
+
+
+def test_what_has_no_low_rank_is_stored_as_before(store: pydedup.Store) -> None:
+    """Weights that all moved, some that are infinite, and those of which a row alone moved."""
+    base = dense(3)
+    rng = np.random.default_rng(34)
+    model = {name: w + rng.normal(0, 2e-4, w.shape).astype("f4") for name, w in base.items()}
+    model["l1.weight"] = adapted(base, 4)["l1.weight"]
+    model["l1.weight"][3, 7] = np.inf
+    model["l2.weight"] = base["l2.weight"].copy()
+    model["l2.weight"][5] += 1
+    added_beside(store, base, model, LOSSLESS, joint=False)
+    assert same_bits(store, "m", model)
+    assert store.verify().ok
+
+
+def test_adapters_of_several_tenants(store: pydedup.Store, tmp_path: Path) -> None:
+    """Each is on the base's blocks; removed, copied, packed anew and restored, they are whole."""
+    base = dense(4)
+    models = {f"t{n}": adapted(base, 4 + 4 * n, seed=40 + n) for n in range(4)}
+    store.add("base", base)
+    for name, model in models.items():
+        planned = store.add(name, model, dry_run=True)
+        report = store.add(name, model)
+        assert (planned.stored_bytes, planned.pages) == (report.stored_bytes, report.pages)
+        assert report.stored_bytes < 0.12 * report.logical_bytes
+    store.remove("base")
+    store.remove("t1")
+    before = {name: store.info(name).pages for name in ("t0", "t2", "t3")}
+    dry, wet = store.vacuum(dry_run=True), store.vacuum()
+    assert dry.page_bytes_after == wet.page_bytes_after == store.stats().page_bytes
+    assert before.keys() == {model.name for model in store.models()}
+    assert store.verify().ok
+    for name in before:
+        assert same_bits(store, name, models[name])
+    copy = f"sqlite:///{tmp_path / 'copy.db'}"
+    store.copy_to(copy, ["t2", "t3"])
+    with pydedup.open(copy) as other:
+        assert other.verify().ok
+        for name in ("t2", "t3"):
+            assert same_bits(other, name, models[name])
+        # Beside what is there already, one block after another.
+        store.copy_to(copy, ["t0"])
+        assert other.verify().ok
+        assert same_bits(other, "t0", models["t0"])
+
+
+def test_pages_are_full_of_what_blocks_take_there(store: pydedup.Store, small_pages: None) -> None:
+    """Blocks with their factors each would need four times as many pages."""
+    base = dense(4)
+    model = adapted(base, 16)
+    report = added_beside(store, base, model, LOSSLESS, joint=False)
+    capacity = 256 * 1024
+    rows = {row.id: row.payload_bytes for row in store._adapter.page_rows()}
+    assert max(rows.values()) <= capacity
+    of_base = {
+        page for _, page, _, _ in store._adapter.model_pages(store._catalog.model("base").row.id)
+    }
+    own = [size for page, size in rows.items() if page not in of_base]
+    assert len(own) <= 1.5 * sum(own) / capacity + 1
+    assert store.verify().ok
+
+
+def test_a_quota_is_of_what_is_stored(store: pydedup.Store) -> None:
+    base = dense()
+    model = adapted(base, 16)
+    store.add("base", base, metadata={"tenant": "a"})
+    planned = store.add("m", model, metadata={"tenant": "b"}, dry_run=True).stored_bytes
+    store.quotas.set("tenant", "b", int(1.1 * planned))
+    assert store.add("m", model, metadata={"tenant": "b"}).stored_bytes == planned
+
+
+def test_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
+    base = dense(6)
+    model = adapted(base, 8)
+    checksums = []
+    for workers in (1, 3):
+        with pydedup.open(f"sqlite:///{tmp_path / f'{workers}.db'}") as store:
+            store.add("base", base)
+            store.add("m", model, workers=workers)
+            checksums.append([row.checksum for row in store._adapter.page_rows()])
+    assert checksums[0] == checksums[1]
+
+
+def test_what_is_served(store: pydedup.Store) -> None:
+    """Products, rows and torch modules of weights that are deltas with factors."""
+    base = dense()
+    model = adapted(base, 8)
+    added_beside(store, base, model, LOSSLESS, joint=False)
+    weight = model["l0.weight"]
+    x = np.random.default_rng(35).standard_normal((5, weight.shape[1])).astype("f4")
+    stored = store.tensor("m", "l0.weight")
+    np.testing.assert_allclose(stored.matmul(x), x @ weight.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(stored.take([3, 500, 64]), weight[[3, 500, 64]])
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    linear.load_state_dict({"weight": torch.from_numpy(weight)})
+    store.add("linear", linear)
+    with torch.no_grad():
+        wanted = linear(torch.from_numpy(x))
+    attached = torch.nn.Linear(*weight.shape[::-1], bias=False).eval()
+    store.attach(attached, "linear")
+    torch.testing.assert_close(attached(torch.from_numpy(x)), wanted, rtol=1e-4, atol=1e-5)
