@@ -3,8 +3,8 @@
 
     python bench/peers/variants.py [--only AREA] [--json]
 
-32 tensors of 1024 x 1024 from N(0, 0.02), and a variant of them: fine-tuned, pruned or saved in a
-wider dtype. Percentages are of the variant's
+32 tensors of 1024 x 1024 from N(0, 0.02), and a variant of them: fine-tuned, pruned, saved in a
+wider dtype, or with an adapter merged. Percentages are of the variant's
 own bytes: by how much the database grew, rows, indexes and signatures included, against bytes
 of the peers' streams (and reminis' database). No one tells the store what the variant is one of;
 the peers are told. "1 % of the spread" is noise of N(0, 0.0002) on every weight.
@@ -124,6 +124,29 @@ def pruned_or_widened() -> Iterator[Finding]:
     yield from beside("1 % of the spread, bf16 saved in f32", base, saved, Lossless(), None)
 
 
+def adapted(base: Weights, rank: int) -> dict[str, Any]:
+    """Return the weights after an adapter of 1 % of their spread was merged, as LoRA's are."""
+    rng = np.random.default_rng(4)
+    out = {}
+    for name, array in base.items():
+        up, down = (rng.standard_normal((SIDE, rank), np.float32) for _ in range(2))
+        by = up @ down.T * np.float32(0.01 * SPREAD / rank**0.5)
+        out[name] = array + by.astype(array.dtype)
+    return out
+
+
+def merged() -> Iterator[Finding]:
+    """Yield models with a merged low-rank adapter."""
+    base = drawn(0)
+    half = drawn(0, DType.BF16.numpy)
+    for rank in (8, 32):
+        for weights, label in ((base, "f32"), (half, "bf16")):
+            case = f"an adapter of rank {rank} merged, {label}"
+            yield from beside(case, weights, adapted(weights, rank), Lossless(), None)
+    case = "an adapter of rank 8 merged, f32, 0.1 %"
+    yield from beside(case, base, adapted(base, 8), Bounded(BOUND), None)
+
+
 def bounded() -> Iterator[Finding]:
     """Yield the full fine-tune within 0.1 % of each block's norm."""
     base = drawn(0)
@@ -131,4 +154,4 @@ def bounded() -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [lossless, pruned_or_widened, bounded])
+    main(__doc__, [lossless, pruned_or_widened, merged, bounded])

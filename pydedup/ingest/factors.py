@@ -2,10 +2,10 @@
 """Two thin matrices whose product is most of a difference, in whole numbers.
 
 An adapter that was merged into a model moves each weight matrix by a product B A of low rank (Hu et
-al., *LoRA*, ICLR 2022); what is left of the difference is how the sums were rounded. The factors are
-found by a randomised singular value decomposition (Halko, Martinsson and Tropp, *Finding structure
-with randomness*, SIAM Review 2011, algorithms 4.4 and 5.1) and written as integers, as coarse as
-what is left allows.
+al., *LoRA*, ICLR 2022); what is left of the difference is how the sums were rounded. The factors
+are found by a randomised singular value decomposition (Halko, Martinsson and Tropp, *Finding
+structure with randomness*, SIAM Review 2011, algorithms 4.4 and 5.1), refined by weighted least
+squares, and written as integers, as coarse as what is left allows.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ _SKETCHES = (24, 72)
 _ABOVE_NOISE = 1.1
 # Ranks that are refined, at a cost of their square.
 _MOST_REFINED = 32
+# Rows whose weights are in memory.
+_STRIP = 128
 # Of the spacing of floats: how far the product may be off.
 _FINEST, _COARSEST = 1 / 256, 1 / 8
 # Of setting how many threads numpy uses, which is said for all of a process.
 _THREADS = threading.Lock()
-# Rows of a sample, and how much more alike they are than rows of noise.
-_SAMPLE_ROWS = 16
-_ALIKE = 2.5
+# Squares that are left of a sample, of those of noise: bases may have been rounded, too.
+_MOST_NOISE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +59,19 @@ class Factors:
     of_cols: NDArray[np.int32]
 
 
-def seems_low_rank(sample: NDArray[np.float64]) -> bool:
-    """Return whether some rows of a difference, float64 (rows, columns), seem to be related.
+def seems_low_rank(sample: NDArray[np.float64], spacing: NDArray[np.float32], error: float) -> bool:
+    """Return whether a part of a matrix leaves little but noise behind when its rank is reduced.
 
-    The square of the cosine of two rows is 1/columns on average for rows of noise, and at least 1/r
-    for those of rank r.
+    Parameters are those of `find_factors`, but for a few rows and columns. Weights that were all
+    trained have a rank near to a low one, too, but only near.
     """
     if not np.isfinite(sample).all():
         return False
-    rows = sample[:: max(len(sample) // _SAMPLE_ROWS, 1)][:_SAMPLE_ROWS]
-    norms = np.linalg.norm(rows, axis=1)
-    rows = rows[norms > 0] / norms[norms > 0, None]
-    count = len(rows)
-    if count < _SAMPLE_ROWS // 2:
-        return False
-    squares = (rows @ rows.T) ** 2
-    mean = (squares.sum() - np.trace(squares)) / (count * (count - 1))
-    return bool(mean > _ALIKE / rows.shape[1])
+    products = sample @ sample.T if sample.shape[0] < sample.shape[1] else sample.T @ sample
+    squares = np.linalg.eigvalsh(products)
+    rest = squares[: max(len(squares) // 2, len(squares) - MAX_RANK)].sum()
+    noise = max(_root_mean_square(spacing) / 12**0.5, error)
+    return bool(rest <= _MOST_NOISE * noise**2 * sample.size)
 
 
 def find_factors(
@@ -171,23 +168,29 @@ def _refined(
     """
     # What was added was itself rounded.
     least = _root_mean_square(difference) * epsilon
-    weights = 1 / np.maximum(spacing, least).astype(np.float64) ** 2
-    weighted = weights * difference
-    of_rows = _solved(weights, weighted, of_cols)
-    return of_rows, _solved(weights.T, weighted.T, of_rows)
-
-
-def _solved(
-    weights: NDArray[np.float64], weighted: NDArray[np.float64], factor: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return the other factor, of the rows of a matrix, by weighted least squares."""
-    rank = len(factor)
+    rank, (rows, cols) = len(of_cols), difference.shape
     one, other = np.triu_indices(rank)
-    products = weights @ (factor[one] * factor[other]).T
-    normal = np.empty((len(weights), rank, rank))
+    in_pairs = (of_cols[one] * of_cols[other]).T
+    of_rows = np.empty((rank, rows))
+    products, sums = np.zeros((cols, len(one))), np.zeros((cols, rank))
+    for start in range(0, rows, _STRIP):
+        strip = slice(start, start + _STRIP)
+        weights = 1 / np.maximum(spacing[strip], least).astype(np.float64) ** 2
+        weighted = weights * difference[strip]
+        some = _solved(weights @ in_pairs, weighted @ of_cols.T)
+        of_rows[:, strip] = some
+        products += weights.T @ (some[one] * some[other]).T
+        sums += weighted.T @ some.T
+    return of_rows, _solved(products, sums)
+
+
+def _solved(products: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the solutions of normal equations, of whose matrices there is the upper half."""
+    count, rank = sums.shape
+    one, other = np.triu_indices(rank)
+    normal = np.empty((count, rank, rank))
     normal[:, one, other] = normal[:, other, one] = products
-    solved = np.linalg.solve(normal, (weighted @ factor.T)[:, :, None])[:, :, 0]
-    return np.ascontiguousarray(solved.T)
+    return np.ascontiguousarray(np.linalg.solve(normal, sums[:, :, None])[:, :, 0].T)
 
 
 def _root_mean_square(values: NDArray[Any]) -> float:

@@ -29,11 +29,11 @@ from pydedup.types import DType
 
 __all__ = ["LowRankRelatives", "Moved", "shared_bytes"]
 
-# Elements whose difference is looked at together, in float64 32 MiB.
-_TOGETHER = 4 * 1024 * 1024
-# Blocks of a sample, and parts of a matrix that seemed to have a low rank and had none, after which
-# it is not looked at again.
-_SAMPLED = 4
+# Elements whose difference is looked at together, in float64 16 MiB.
+_TOGETHER = 2 * 1024 * 1024
+# Blocks of a sample, down and across; and parts of a matrix that seemed to have a low rank and had
+# none, after which it is not looked at again.
+_SAMPLED = 2, 4
 _PATIENCE = 2
 # Of the error that is allowed: how far the product may be off.
 _OF_ERROR = 1 / 4
@@ -141,8 +141,10 @@ class LowRankRelatives:
         if len(dtypes) != 1:
             return None
         dtype = dtypes.pop()
-        sample = numbers[: min(_SAMPLED, grid.grid_cols)]
-        if not seems_low_rank(self._difference(sample, references[: len(sample)], dtype)[0]):
+        corner = np.arange(min(_SAMPLED[0], len(numbers) // grid.grid_cols))[:, np.newaxis]
+        sample = (corner * grid.grid_cols + np.arange(min(_SAMPLED[1], grid.grid_cols))).ravel()
+        difference, spacing, _, size = self._difference(numbers[sample], references[sample], dtype)
+        if not seems_low_rank(difference, spacing, self._bound * size * _OF_ERROR):
             return None
         self._patience -= 1
         difference, spacing, epsilon, size = self._difference(numbers, references, dtype)

@@ -68,8 +68,9 @@ class _Places:
 
     They are numbered 0 to n - 1 by ascending place (`block_places`); ``bases`` holds the number of
     each one's base, -1 for blocks that are no deltas. ``pages`` are the ids of the pages they are
-    on, in ascending order, ``factored`` whether these have deltas with factors, ``page_at`` which of these each block is on, and ``unused`` which part
-    of each page is blocks that nobody uses any more.
+    on, in ascending order, ``page_at`` which of these each block is on, ``factored`` whether that
+    has deltas with factors, and ``unused`` which part of each page is blocks that nobody uses any
+    more.
     """
 
     places: NDArray[np.int64]

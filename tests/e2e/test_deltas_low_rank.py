@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,13 +155,12 @@ def test_pages_are_full_of_what_blocks_take_there(store: pydedup.Store, small_pa
     """Blocks with their factors each would need four times as many pages."""
     base = dense(4)
     model = adapted(base, 16)
-    report = added_beside(store, base, model, LOSSLESS, joint=False)
+    added_beside(store, base, model, LOSSLESS, joint=False)
     capacity = 256 * 1024
     rows = {row.id: row.payload_bytes for row in store._adapter.page_rows()}
     assert max(rows.values()) <= capacity
-    of_base = {
-        page for _, page, _, _ in store._adapter.model_pages(store._catalog.model("base").row.id)
-    }
+    base_id = store._catalog.model("base").row.id
+    of_base = {page for _, page, _, _ in store._adapter.model_pages(base_id)}
     own = [size for page, size in rows.items() if page not in of_base]
     assert len(own) <= 1.5 * sum(own) / capacity + 1
     assert store.verify().ok

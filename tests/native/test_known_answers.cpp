@@ -183,6 +183,10 @@ void wrong_dequantise(const void* x, const std::uint32_t* z, std::size_t count, 
                       double step, void* values) noexcept {
     kScalarKernels.codec.delta.dequantise(x, z, count, wide, step * 2, values);
 }
+void wrong_products(const double* of_row, const double* of_cols, std::size_t rank, std::size_t cols,
+                    double* sums) noexcept {
+    kScalarKernels.codec.delta.products(of_row, of_cols, rank - 1, cols, sums);
+}
 std::uint64_t wrong_classify(const void* z, std::size_t count, bool wide,
                              std::uint8_t* classes) noexcept {
     const std::uint64_t all = kScalarKernels.codec.delta.classify(z, count, wide, classes);
@@ -343,6 +347,7 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     };
     CHECK(delta_of([](auto& d) { d.dequantise = wrong_dequantise; }) == "codec");
     CHECK(delta_of([](auto& d) { d.dequantise = wrong_zeros; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.products = wrong_products; }) == "codec");
     CHECK(delta_of([](auto& d) { d.quantise = wrong_errors_alone; }) == "codec");
     CHECK(delta_of([](auto& d) { d.quantise = wrong_wide_multiples; }) == "codec");
     CHECK(delta_of([](auto& d) { d.quantise = wrong_limit; }) == "codec");

@@ -65,16 +65,20 @@ const char* get_changed(Source& source, std::size_t count, unsigned value_bits, 
     std::vector<std::uint8_t> bits(ceil_div(count, 8));
     if (const char* wrong = get_bytes(source, bits)) return wrong;
     if (count % 8 != 0 && bits.back() >> (count % 8) != 0) return "its bits end with stray ones";
-    std::size_t n_changed = 0;
-    for (const std::uint8_t byte : bits) n_changed += static_cast<std::size_t>(std::popcount(byte));
-    std::vector<std::uint8_t> small(n_changed);
+    std::vector<std::uint32_t> changed;
+    changed.reserve(count / 4);
+    for (std::size_t byte = 0; byte < bits.size(); ++byte) {
+        for (unsigned left = bits[byte]; left != 0; left &= left - 1) {
+            const auto bit = static_cast<std::size_t>(std::countr_zero(left));
+            changed.push_back(static_cast<std::uint32_t>(8 * byte + bit));
+        }
+    }
+    std::vector<std::uint8_t> small(changed.size());
     if (const char* wrong = get_bytes(source, small)) return wrong;
     const std::uint64_t most = value_bits < 64 ? (std::uint64_t{1} << value_bits) - 1 : UINT64_MAX;
-    std::size_t next = 0;
-    for (std::size_t i = 0; i < count; ++i) {
-        z[i] = 0;
-        if ((bits[i / 8] >> (i % 8) & 1) == 0) continue;
-        std::uint64_t above = small[next++];
+    std::fill_n(z, count, Wide{0});
+    for (std::size_t i = 0; i < changed.size(); ++i) {
+        std::uint64_t above = small[i];
         if (above == kLarge) {
             const std::uint64_t rest = source.varint();
             if (source.failed) return "its large differences are cut off";
@@ -82,7 +86,7 @@ const char* get_changed(Source& source, std::size_t count, unsigned value_bits, 
             above += rest;
         }
         if (above >= most) return "a change has an impossible value";
-        z[i] = static_cast<Wide>(above + 1);
+        z[changed[i]] = static_cast<Wide>(above + 1);
     }
     return source.left.empty() ? nullptr : "bytes are left over";
 }

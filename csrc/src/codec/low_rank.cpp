@@ -9,7 +9,9 @@
 #include <string>
 
 #include "base/endian.hpp"
+#include "base/rounding.hpp"
 #include "codec/convert.hpp"
+#include "dispatch/dispatch.hpp"
 #include "pydedup/error.hpp"
 
 namespace pydedup {
@@ -86,9 +88,13 @@ std::span<const std::uint8_t> find_factor(Source& source, unsigned rank, std::si
 bool unpack(std::span<const std::uint8_t> factor, unsigned rank, std::size_t n,
             std::vector<std::int32_t>& numbers) {
     numbers.resize(rank * n);
-    const std::uint8_t* next = factor.data() + rank;
-    std::uint64_t bits = 0;
-    unsigned n_bits = 0;
+    // Words are read where a number begins, so there must be one behind the last.
+    thread_local std::vector<std::byte> packed;
+    packed.resize(factor.size() - rank + sizeof(std::uint64_t));
+    std::memcpy(packed.data(), factor.data() + rank, factor.size() - rank);
+    std::memset(packed.data() + factor.size() - rank, 0, sizeof(std::uint64_t));
+    std::size_t bit = 0;
+    std::int32_t least = 0;
     for (unsigned k = 0; k < rank; ++k) {
         const unsigned width = factor[k];
         std::int32_t* const to = numbers.data() + k * n;
@@ -97,32 +103,14 @@ bool unpack(std::span<const std::uint8_t> factor, unsigned rank, std::size_t n,
             continue;
         }
         const unsigned unused = 32 - width;
-        for (std::size_t i = 0; i < n; ++i) {
-            for (; n_bits < width; n_bits += 8) bits |= std::uint64_t{*next++} << n_bits;
-            to[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(bits) << unused) >> unused;
-            if (to[i] < -kLargest) return false;
-            bits >>= width;
-            n_bits -= width;
+        for (std::size_t i = 0; i < n; ++i, bit += width) {
+            const std::uint64_t word = load_le<std::uint64_t>(packed.data() + bit / 8) >> (bit % 8);
+            to[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(word) << unused) >> unused;
+            least = std::min(least, to[i]);
         }
     }
-    return bits == 0;
-}
-
-// Room for the products of a row, and the columns' factor as f64.
-struct ProductRoom {
-    std::vector<double> of_cols;
-    std::vector<double> row;
-};
-
-void product_row(const LowRank& low_rank, std::size_t row, std::size_t rows, std::size_t cols,
-                 ProductRoom& room) noexcept {
-    double* const sums = room.row.data();
-    std::fill_n(sums, cols, 0.0);
-    for (unsigned k = 0; k < low_rank.rank; ++k) {
-        const auto factor = static_cast<double>(low_rank.of_rows[k * rows + row]);
-        const double* const of_cols = room.of_cols.data() + k * cols;
-        for (std::size_t j = 0; j < cols; ++j) sums[j] += factor * of_cols[j];
-    }
+    const unsigned stray = bit % 8 == 0 ? 0U : factor.back() >> (bit % 8);
+    return least >= -kLargest && stray == 0;
 }
 
 // What does not move, or is not finite, keeps its bits.
@@ -140,11 +128,22 @@ void add_row(const Float* base, const double* sums, double scale, std::size_t co
 template <class Float>
 void add_all(const LowRank& low_rank, const Float* base, std::size_t rows, std::size_t cols,
              Float* moved) {
-    ProductRoom room{{low_rank.of_cols.begin(), low_rank.of_cols.end()}, std::vector<double>(cols)};
+    const std::size_t rank = low_rank.rank;
+    const std::size_t wide = round_up(cols, kProductLanes);
+    thread_local std::vector<double> room;
+    room.assign((rank + 1) * wide + rank, 0);
+    double* const of_cols = room.data();
+    double* const sums = of_cols + rank * wide;
+    double* const of_row = sums + wide;
+    for (std::size_t k = 0; k < rank; ++k) {
+        std::copy_n(low_rank.of_cols.data() + k * cols, cols, of_cols + k * wide);
+    }
     const double scale = std::ldexp(1.0, low_rank.exponent);
+    const DeltaKernels& delta = kernels().codec.delta;
     for (std::size_t i = 0; i < rows; ++i) {
-        product_row(low_rank, i, rows, cols, room);
-        add_row(base + i * cols, room.row.data(), scale, cols, moved + i * cols);
+        for (std::size_t k = 0; k < rank; ++k) of_row[k] = low_rank.of_rows[k * rows + i];
+        delta.products(of_row, of_cols, rank, wide, sums);
+        add_row(base + i * cols, sums, scale, cols, moved + i * cols);
     }
 }
 

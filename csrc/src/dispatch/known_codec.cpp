@@ -127,6 +127,27 @@ bool same_multiples(const DeltaKernels& delta, const DeltaKernels& reference,
     return true;
 }
 
+// Rows of products whose numbers have as many bits as they may.
+bool same_products(const DeltaKernels& delta, const DeltaKernels& reference,
+                   Question question) noexcept {
+    constexpr std::size_t kRank = 5;
+    constexpr std::size_t kCols = 2 * kProductLanes;
+    const auto whole = [&](std::size_t i) {
+        const auto bits = static_cast<std::uint32_t>(question[2 * i] | question[2 * i + 1] << 8);
+        return (static_cast<double>(bits) - 32768) * 255;
+    };
+    std::array<double, kRank> of_row{};
+    std::array<double, kRank * kCols> of_cols{};
+    for (std::size_t k = 0; k < kRank; ++k) of_row[k] = whole(k);
+    for (std::size_t i = 0; i < of_cols.size(); ++i) of_cols[i] = whole(kRank + i);
+    const auto answer = [&](const DeltaKernels& k) {
+        std::array<double, kCols> sums{};
+        k.products(of_row.data(), of_cols.data(), kRank, kCols, sums.data());
+        return sums;
+    };
+    return answer(delta) == answer(reference);
+}
+
 // Exponents, mantissas and the contexts that they choose, of a whole piece and a tail.
 bool same_contexts(const DeltaKernels& delta, const DeltaKernels& reference,
                    Question question) noexcept {
@@ -311,6 +332,7 @@ bool same_codec(const CodecKernels& codec, const CodecKernels& reference,
            same_multiples<float>(delta, reference.delta, question) &&
            same_multiples<double>(delta, reference.delta, question) &&
            same_contexts(delta, reference.delta, question) &&
+           same_products(delta, reference.delta, question) &&
            same_raw_bits<std::uint32_t, 300>(delta, reference.delta, question) &&
            same_raw_bits<std::uint64_t, 75>(delta, reference.delta, question) &&
            same_wide_alphabet(delta, reference.delta, question) &&

@@ -23,6 +23,9 @@ inline constexpr std::int32_t kZeroMark = INT32_MIN;
 /// Largest |q| of the quantised form: a rounding trick and f32 both hold it exactly.
 inline constexpr std::int32_t kMaxQuantum = (1 << 21) - 1;
 
+/// Columns that are multiplied at once.
+inline constexpr std::size_t kProductLanes = 16;
+
 /// What a dtype's bits mean: ordered = sign and magnitude; exponent and mantissa are 0 bits where
 /// there are none.
 struct DeltaLayout {
@@ -85,6 +88,10 @@ struct DeltaKernels {
     /// kZeroMark.
     void (*dequantise)(const void* x, const std::uint32_t* z, std::size_t count, bool wide,
                        double step, void* values) noexcept;
+    /// sums[j] = sum over k below `rank` of of_row[k] * of_cols[k * cols + j], for whole numbers
+    /// whose sums are below 2^53; `cols` is a multiple of kProductLanes.
+    void (*products)(const double* of_row, const double* of_cols, std::size_t rank,
+                     std::size_t cols, double* sums) noexcept;
 };
 
 }  // namespace pydedup
