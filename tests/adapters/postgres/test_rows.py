@@ -73,3 +73,24 @@ def test_a_type_of_the_name_of_a_table(rows: RowAdapter, schema: str, sql: Any) 
     sql(f"CREATE TYPE \"{schema}\".p AS ENUM ('a')")
     with pytest.raises(ArgumentError, match=r'creating table \S*p: type "p" already exists'):
         rows.create_predictions(f"{schema}.p", KEY, COLUMNS)
+
+
+def test_an_index_that_lets_a_key_occur_twice_makes_none_unique(
+    rows: RowAdapter, schema: str, sql: Any
+) -> None:
+    """One of some rows, one that is looked at when a transaction ends, and one that failed."""
+    table = f"{schema}.p"
+    sql(f"CREATE TABLE {table} (id BIGINT, prediction FLOAT8)")
+    sql(f"INSERT INTO {table} VALUES (1, 1), (1, 2)")  # noqa: S608
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        sql(f"CREATE UNIQUE INDEX CONCURRENTLY failed ON {table} (id)")
+    sql(f"CREATE UNIQUE INDEX partial ON {table} (id) WHERE prediction > 1")
+    with pytest.raises(ArgumentError, match="not unique by itself"):
+        rows.table_columns(table, "id")
+    sql(f"TRUNCATE {table}")
+    sql(f"DROP INDEX {schema}.failed")
+    sql(f"ALTER TABLE {table} ADD UNIQUE (id) DEFERRABLE")
+    with pytest.raises(ArgumentError, match="not unique by itself"):
+        rows.table_columns(table, "id")
+    sql(f"CREATE UNIQUE INDEX whole ON {table} (id) INCLUDE (prediction)")
+    assert rows.table_columns(table, "id") == ("id", "prediction")
