@@ -36,6 +36,8 @@ _MOST_REFINED = 32
 _STRIP = 128
 # Of the spacing of floats: how far the product may be off.
 _FINEST, _COARSEST = 1 / 256, 1 / 8
+# Of the size of a matrix: what is less is what sums in f64 were rounded to.
+_OF_F64 = 2.0**-40
 # Of setting how many threads numpy uses, which is said for all of a process.
 _THREADS = threading.Lock()
 # Squares that are left of a sample, of those of noise: bases may have been rounded, too.
@@ -91,8 +93,11 @@ def find_factors(
     error
         How far, as a root mean square, the product may be off besides.
     """
-    with _one_thread():
-        return _find(difference, spacing, epsilon, error)
+    try:
+        with _one_thread():
+            return _find(difference, spacing, epsilon, error)
+    except np.linalg.LinAlgError:  # it did not converge, or equations say nothing
+        return None
 
 
 def _find(
@@ -100,6 +105,7 @@ def _find(
 ) -> Factors | None:
     rows, cols = difference.shape
     coarse = _root_mean_square(spacing)
+    error = max(error, _root_mean_square(difference) * _OF_F64)
     noise = max(coarse / 12**0.5, error)
     least = _ABOVE_NOISE * noise * (rows**0.5 + cols**0.5)
     for width in _SKETCHES:
@@ -115,7 +121,10 @@ def _find(
         return None
     of_rows, of_cols = left[:, :rank].T * values[:rank, None], right[:rank]
     if error < coarse and rank <= _MOST_REFINED:
-        of_rows, of_cols = _refined(difference, spacing, epsilon, of_cols)
+        if rows >= cols:
+            of_rows, of_cols = _refined(difference, spacing, epsilon, of_cols)
+        else:
+            of_cols, of_rows = _refined(difference.T, spacing.T, epsilon, of_rows)
     # What is off costs a few bits of each element, and a bit of the factors halves it.
     share = min(max(rank * (rows + cols) / difference.size, _FINEST), _COARSEST)
     return _in_whole_numbers(of_rows, of_cols, max(coarse * share, error))
@@ -163,7 +172,8 @@ def _refined(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return better factors: where floats lie closer, a difference says more.
 
-    Weighted least squares, for the rows' factor and then for the columns' (as Gabriel and Zamir,
+    Weighted least squares, for the rows' factor and then for that of the columns, which are no more
+    than rows: of each there is a matrix in memory (as Gabriel and Zamir,
     *Lower rank approximation of matrices by least squares with any choice of weights*, 1979).
     """
     # What was added was itself rounded.
@@ -210,7 +220,9 @@ def _in_whole_numbers(
     scales = np.sqrt(sizes * 2.0**-exponent)
     of_rows = of_rows * (scales / sizes_of_rows)
     of_cols = of_cols * (scales / sizes_of_cols)
-    largest = max(np.abs(of_rows).max(), np.abs(of_cols).max())
+    largest = float(max(np.abs(of_rows).max(), np.abs(of_cols).max()))
+    if not np.isfinite(largest):
+        return None
     if largest > _LARGEST:
         too_many = int(np.ceil(np.log2(largest / _LARGEST)))
         exponent += 2 * too_many

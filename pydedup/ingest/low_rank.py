@@ -133,10 +133,18 @@ class LowRankRelatives:
         )
         if self._patience == 0 or not is_among(numbers, self._fresh).all():
             return None
-        found = self._aligned(numbers)
-        if not len(found) or (found[0] == NO_BASE).any():
-            return None
-        references = found[0]
+        for references in self._aligned(numbers):
+            if not (references == NO_BASE).any():
+                moved = self._moved(first, numbers, references)
+                if moved is not None:
+                    return moved
+        return None
+
+    def _moved(
+        self, first: int, numbers: NDArray[np.int64], references: NDArray[np.int64]
+    ) -> Moved | None:
+        """Return what moves these bases of blocks, which are whole rows of the grid."""
+        grid = self._view.grid
         dtypes = set(self._reader.dtypes_of(references))
         if len(dtypes) != 1:
             return None
@@ -182,7 +190,8 @@ class LowRankRelatives:
                 squares += float(np.vdot(wide, wide))
                 bits = max(bits, _mantissa_bits(blocks))
                 exponents = np.frexp(wide)[1] - 1
-                wide -= as_dtype(bases, view.dtype.numpy).astype(np.float64)
+                with np.errstate(invalid="ignore"):  # of infinities; whoever asks looks for these
+                    wide -= as_dtype(bases, view.dtype.numpy).astype(np.float64)
                 for i, number in enumerate(numbers[some].tolist()):
                     rows, cols = view.grid.area(number)
                     place = (

@@ -116,6 +116,14 @@ def test_what_has_no_low_rank_is_stored_as_before(store: pydedup.Store) -> None:
     model["l2.weight"] = base["l2.weight"].copy()
     model["l2.weight"][5] += 1
     added_beside(store, base, model, LOSSLESS, joint=False)
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan, 1e38, 1e-42])
+def test_elements_that_are_no_weights_come_back(store: pydedup.Store, odd: float) -> None:
+    base = dense(1)
+    base["l0.weight"][3, 5] = odd
+    model = adapted(base, 4)
+    added_beside(store, base, model, LOSSLESS, joint=False, before=LOSSLESS)
     assert same_bits(store, "m", model)
     assert store.verify().ok
 
@@ -205,3 +213,14 @@ def test_what_is_served(store: pydedup.Store) -> None:
     attached = torch.nn.Linear(*weight.shape[::-1], bias=False).eval()
     store.attach(attached, "linear")
     torch.testing.assert_close(attached(torch.from_numpy(x)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_matrix_that_became_zero_comes_back(store: pydedup.Store) -> None:
+    """It is minus its base, which has a low rank, and zeros have no spacing."""
+    base = {"w": np.zeros((64, 64), np.float32)}
+    base["w"][:, 0] = 1
+    for policy in (LOSSLESS, policies.Bounded(0.01)):
+        store.add("base", base)
+        store.add("base", {"w": np.zeros((64, 64), np.float32)}, policy=policy)
+        assert not store.load("base")["w"].any()
+    assert store.verify().ok

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factors of differences: the rank that is found, how exact they are, and what they take."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pydedup import codec
+from pydedup.blocks import MatrixView
+from pydedup.ingest.factors import (
+    MAX_RANK,
+    Factors,
+    factor_bytes,
+    find_factors,
+    seems_low_rank,
+)
+
+EPSILON = 2.0**-23
+LARGEST = 1 << 23
+
+
+def spacing_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(np.spacing(np.abs(values)), np.float32)
+
+
+def adapted(
+    shape: tuple[int, int], rank: int, size: float = 2e-4
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Return a difference of that rank, as f32 weights round it, and the spacing of these."""
+    rng = np.random.default_rng(51)
+    base = rng.normal(0, 0.02, shape).astype(np.float32)
+    by = rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1]))
+    new = base + (by * (size / max(rank, 1) ** 0.5)).astype(np.float32)
+    return new.astype(np.float64) - base, spacing_of(new)
+
+
+def product(factors: Factors) -> NDArray[np.float64]:
+    whole = factors.of_rows.astype(np.float64).T @ factors.of_cols.astype(np.float64)
+    return whole * 2.0**factors.exponent
+
+
+def is_sound(factors: Factors) -> bool:
+    return (
+        factors.of_rows.dtype == factors.of_cols.dtype == np.int32
+        and len(factors.of_rows) == len(factors.of_cols) <= MAX_RANK
+        and max(np.abs(factors.of_rows).max(), np.abs(factors.of_cols).max()) < LARGEST
+        and -900 <= factors.exponent <= 900
+    )
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (130, 700), (700, 130)])
+@pytest.mark.parametrize("rank", [1, 4, 20, 21, 33, 64])
+def test_the_rank_of_an_adapter_is_found(shape: tuple[int, int], rank: int) -> None:
+    difference, spacing = adapted(shape, rank)
+    factors = find_factors(difference, spacing, EPSILON, 0.0)
+    assert factors is not None
+    assert len(factors.of_rows) == rank
+    assert (factors.of_rows.shape[1], factors.of_cols.shape[1]) == shape
+    assert is_sound(factors)
+    # What is left is how sums were rounded, 0.29 of the spacing, and little else.
+    off = np.linalg.norm(product(factors) - difference)
+    assert off < 0.4 * np.linalg.norm(spacing)
+
+
+@pytest.mark.parametrize("rank", [65, 80])
+def test_more_than_the_format_has_is_no_low_rank(rank: int) -> None:
+    assert find_factors(*adapted((300, 400), rank), EPSILON, 0.0) is None
+
+
+def test_noise_has_no_low_rank() -> None:
+    rng = np.random.default_rng(52)
+    noise = rng.normal(0, 1e-4, (300, 400))
+    spacing = np.full(noise.shape, 1e-9, np.float32)
+    assert not seems_low_rank(noise, spacing, 0.0)
+    assert find_factors(noise, spacing, EPSILON, 0.0) is None
+    # A rank that is there, of which less than half of the difference is.
+    outer = rng.normal(size=(300, 1)) @ rng.normal(size=(1, 400)) * 5e-5
+    assert find_factors(noise + outer, spacing, EPSILON, 0.0) is None
+    # What is as small as sums are rounded is no rank either.
+    assert find_factors(noise, np.full(noise.shape, 1e-3, np.float32), EPSILON, 0.0) is None
+    assert find_factors(np.zeros((30, 40)), np.full((30, 40), 1e-9, "f4"), EPSILON, 0.0) is None
+
+
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_a_part_of_an_adapter_seems_to_be_one(rank: int) -> None:
+    difference, spacing = adapted((128, 256), rank)
+    assert seems_low_rank(difference, spacing, 0.0)
+    trained = difference + np.random.default_rng(57).normal(0, 1e-6, difference.shape)
+    assert not seems_low_rank(trained, spacing, 0.0)
+    assert seems_low_rank(trained, spacing, 1e-6)  # that much is allowed
+    for bad in (np.nan, np.inf):
+        damaged = difference.copy()
+        damaged[3, 5] = bad
+        assert not seems_low_rank(damaged, spacing, 0.0)
+
+
+def test_an_error_that_is_allowed_makes_factors_coarser() -> None:
+    difference, spacing = adapted((300, 400), 8)
+    allowed = 1e-6
+    exact = find_factors(difference, spacing, EPSILON, 0.0)
+    coarse = find_factors(difference, spacing, EPSILON, allowed)
+    assert exact is not None
+    assert coarse is not None
+    assert np.linalg.norm(product(coarse) - difference) <= 1.5 * allowed * difference.size**0.5
+    sizes = [factor_bytes(one.of_rows[None])[0] for one in (coarse, exact)]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e30])
+def test_factors_of_any_size_are_whole_numbers(size: float) -> None:
+    rng = np.random.default_rng(53)
+    whole = rng.integers(-3, 4, (60, 2)) @ rng.integers(-3, 4, (2, 50))
+    difference = whole.astype(np.float64) * size
+    for spacing in (0.0, size * 1e-9, size * 1e-3):
+        spacings = np.full(difference.shape, spacing, np.float32)
+        factors = find_factors(difference, spacings, EPSILON, 0.0)
+        assert factors is not None
+        assert is_sound(factors)
+        assert np.abs(product(factors) - difference).max() <= max(spacing, size * 1e-5)
+
+
+def test_a_matrix_that_became_zero_has_factors() -> None:
+    """Zeros have no spacing, and nothing is allowed to be off: that was an OverflowError."""
+    column = np.zeros((64, 64))
+    column[:, 0] = -1
+    factors = find_factors(column, np.zeros((64, 64), np.float32), EPSILON, 0.0)
+    assert factors is not None
+    assert is_sound(factors)
+    assert np.abs(product(factors) - column).max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(20_000, 80), (80, 20_000)])
+def test_memory_is_bounded_whatever_the_shape(shape: tuple[int, int]) -> None:
+    difference, spacing = adapted(shape, 30)
+    tracemalloc.start()
+    try:
+        factors = find_factors(difference, spacing, EPSILON, 0.0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert factors is not None
+    assert len(factors.of_rows) == 30
+    assert peak < 5 * difference.nbytes + 64 * 1024 * 1024
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_factor_bytes_is_what_a_delta_has_of_them(rank: int) -> None:
+    rng = np.random.default_rng(54)
+    base = rng.normal(0, 0.02, (40, 50)).astype(np.float32)
+    for largest in (0, 1, 2, 127, 128, 2**22, 2**23 - 1):
+        rows, cols = (rng.integers(-largest, largest + 1, (1, rank, n), np.int32) for n in (40, 50))
+        rows[0, 0, 0] = cols[0, -1, -1] = -largest
+        at = np.zeros(1, np.int64)
+        factors = codec.LowRankFactors(-900, rows, cols, at, at)
+        view = MatrixView.of(base, (40, 50))
+        encoded = codec.encode_deltas(view, [0], view, [0], factors=factors)
+        head, no_mask, no_change = 12 + 4 + 2, 1, 1
+        expected = head + no_mask + no_change + factor_bytes(rows)[0] + factor_bytes(cols)[0]
+        assert encoded.lengths.tolist() == [expected]
