@@ -72,8 +72,8 @@ def seems_low_rank(sample: NDArray[np.float64], spacing: NDArray[np.float32], er
     products = sample @ sample.T if sample.shape[0] < sample.shape[1] else sample.T @ sample
     squares = np.linalg.eigvalsh(products)
     rest = squares[: max(len(squares) // 2, len(squares) - MAX_RANK)].sum()
-    noise = max(_root_mean_square(spacing) / 12**0.5, error)
-    return bool(rest <= _MOST_NOISE * noise**2 * sample.size)
+    noise = max(_size(spacing) / 12**0.5, error)
+    return bool(rest <= _MOST_NOISE * noise**2 * np.count_nonzero(spacing))
 
 
 def find_factors(
@@ -87,7 +87,7 @@ def find_factors(
         float64 (m, n), finite.
     spacing
         Of the floats that the elements are differences to, float32 (m, n): what a sum was rounded
-        to.
+        to. Where it is 0, the difference is, too.
     epsilon
         The spacing of these floats at 1.
     error
@@ -104,8 +104,8 @@ def _find(
     difference: NDArray[np.float64], spacing: NDArray[np.float32], epsilon: float, error: float
 ) -> Factors | None:
     rows, cols = difference.shape
-    coarse = _root_mean_square(spacing)
-    error = max(error, _root_mean_square(difference) * _OF_F64)
+    coarse = _size(spacing)
+    error = max(error, _size(difference) * _OF_F64)
     noise = max(coarse / 12**0.5, error)
     least = _ABOVE_NOISE * noise * (rows**0.5 + cols**0.5)
     for width in _SKETCHES:
@@ -177,7 +177,7 @@ def _refined(
     *Lower rank approximation of matrices by least squares with any choice of weights*, 1979).
     """
     # What was added was itself rounded.
-    least = _root_mean_square(difference) * epsilon
+    least = _size(difference) * epsilon
     rank, (rows, cols) = len(of_cols), difference.shape
     one, other = np.triu_indices(rank)
     in_pairs = (of_cols[one] * of_cols[other]).T
@@ -203,8 +203,10 @@ def _solved(products: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray
     return np.ascontiguousarray(np.linalg.solve(normal, sums[:, :, None])[:, :, 0].T)
 
 
-def _root_mean_square(values: NDArray[Any]) -> float:
-    return float((np.square(values, dtype=np.float64).sum() / values.size) ** 0.5)
+def _size(values: NDArray[Any]) -> float:
+    """Return the root mean square of what is not 0: blocks may be left out."""
+    count = max(np.count_nonzero(values), 1)
+    return float((np.square(values, dtype=np.float64).sum() / count) ** 0.5)
 
 
 def _in_whole_numbers(

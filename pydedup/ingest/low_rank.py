@@ -31,6 +31,8 @@ __all__ = ["LowRankRelatives", "Moved", "shared_bytes"]
 
 # Elements whose difference is looked at together, in float64 16 MiB.
 _TOGETHER = 2 * 1024 * 1024
+# The part of all these blocks that must be new, at least.
+_FRESH = 0.5
 # Blocks of a sample, down and across; and parts of a matrix that seemed to have a low rank and had
 # none, after which it is not looked at again.
 _SAMPLED = 2, 4
@@ -131,11 +133,12 @@ class LowRankRelatives:
         numbers = np.arange(
             first * grid.grid_cols, min((first + self._height) * grid.grid_cols, grid.count)
         )
-        if self._patience == 0 or not is_among(numbers, self._fresh).all():
+        is_fresh = is_among(numbers, self._fresh)
+        if self._patience == 0 or is_fresh.mean() < _FRESH:
             return None
         for references in self._aligned(numbers):
-            if not (references == NO_BASE).any():
-                moved = self._moved(first, numbers, references)
+            if not (references[is_fresh] == NO_BASE).any():
+                moved = self._moved(first, numbers, np.where(is_fresh, references, NO_BASE))
                 if moved is not None:
                     return moved
         return None
@@ -143,14 +146,21 @@ class LowRankRelatives:
     def _moved(
         self, first: int, numbers: NDArray[np.int64], references: NDArray[np.int64]
     ) -> Moved | None:
-        """Return what moves these bases of blocks, which are whole rows of the grid."""
+        """Return what moves these bases of blocks, which are whole rows of the grid.
+
+        Blocks with `NO_BASE` are known already: as if nothing moved them.
+        """
         grid = self._view.grid
-        dtypes = set(self._reader.dtypes_of(references))
+        dtypes = set(self._reader.dtypes_of(references[references != NO_BASE]))
         if len(dtypes) != 1:
             return None
         dtype = dtypes.pop()
-        corner = np.arange(min(_SAMPLED[0], len(numbers) // grid.grid_cols))[:, np.newaxis]
-        sample = (corner * grid.grid_cols + np.arange(min(_SAMPLED[1], grid.grid_cols))).ravel()
+        across = min(_SAMPLED[1], grid.grid_cols)
+        in_rows = (references != NO_BASE).reshape(-1, grid.grid_cols)[:, :across].all(axis=1)
+        down = np.flatnonzero(in_rows)[: _SAMPLED[0]]
+        if not len(down):
+            return None
+        sample = (down[:, np.newaxis] * grid.grid_cols + np.arange(across)).ravel()
         difference, spacing, _, size = self._difference(numbers[sample], references[sample], dtype)
         if not seems_low_rank(difference, spacing, self._bound * size * _OF_ERROR):
             return None
@@ -169,19 +179,21 @@ class LowRankRelatives:
     ) -> tuple[NDArray[np.float64], NDArray[np.float32], float, float]:
         """Return a rectangle of blocks minus their bases, which are of that dtype.
 
-        Also the spacing of floats at the blocks' elements and at 1, and the root mean square of
-        these elements.
+        It is 0 where there is none. Also the spacing of floats at the blocks' elements and at 1,
+        and the root mean square of these elements.
         """
         view, reader = self._view, self._reader
         (rows, cols), (last_rows, last_cols) = (
             view.grid.area(number) for number in (int(numbers[0]), int(numbers[-1]))
         )
         top, left = rows.start, cols.start
-        difference = np.empty((last_rows.stop - top, last_cols.stop - left))
-        spacing = np.empty(difference.shape, np.float32)
+        difference = np.zeros((last_rows.stop - top, last_cols.stop - left))
+        spacing = np.zeros(difference.shape, np.float32)
         squares = 0.0
         bits = 0
-        for shape, same in by_shape(view, numbers):
+        given = np.flatnonzero(references != NO_BASE)
+        for shape, at in by_shape(view, numbers[given]):
+            same = given[at]
             for start in range(0, len(same), _AT_ONCE):
                 some = same[start : start + _AT_ONCE]
                 blocks = values_of(stack_blocks(view, numbers[some], shape))

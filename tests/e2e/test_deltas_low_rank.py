@@ -106,6 +106,19 @@ def test_blocks_at_the_edge_and_convolutions(store: pydedup.Store, shape: tuple[
     assert same_bits(store, "m", model)
 
 
+def test_an_adapter_of_some_of_the_rows(store: pydedup.Store) -> None:
+    """Of queries and values, say, in one matrix with keys that did not move."""
+    base = dense()
+    model = adapted(base, 4)
+    for name, weight in model.items():
+        weight[64:256] = base[name][64:256]
+    report = added_beside(store, base, model, LOSSLESS, joint=False)
+    assert report.shared_blocks == report.blocks * 3 // 8
+    assert report.delta_blocks == report.blocks * 5 // 8
+    assert report.stored_bytes < 0.05 * report.logical_bytes
+    assert same_bits(store, "m", model)
+
+
 def test_what_has_no_low_rank_is_stored_as_before(store: pydedup.Store) -> None:
     """Weights that all moved, some that are infinite, and those of which a row alone moved."""
     base = dense(3)
