@@ -211,7 +211,8 @@ def test_what_takes_too_much_memory_is_not_kept(tmp_path: Path) -> None:
         store.add("m", {"w": weights}, block_shape=(32, 32))
         for number in range(2):
             with counted(store) as read:
-                store.add(f"n{number}", {"w": weights[:32] + 9 + number}, block_shape=(32, 32))
+                other = weights[32 * number :][:32] + 9
+                store.add(f"n{number}", {"w": other}, block_shape=(32, 32))
             assert len(set(read)) >= 2 + number
 
 
