@@ -6,7 +6,7 @@ The packer itself is `pydedup.packing`; here is what the way in and the upkeep b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
 __all__ = [
+    "FILLED_PART",
     "NO_PLACE",
     "PAGE_BYTES",
     "PAGE_CAPACITY",
@@ -33,6 +34,8 @@ __all__ = [
     "by_kind",
     "by_page",
     "copy_page",
+    "even_shares",
+    "fitting",
     "joined",
     "least_pages",
     "map_at",
@@ -49,6 +52,8 @@ __all__ = [
 PAGE_BYTES = 1024 * 1024
 #: Bytes of blocks and slots that a page holds: less its header, and what aligns the first block.
 PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES - codec.BLOCK_ALIGNMENT
+#: How much of a page is filled where what blocks take is known only when they are on it.
+FILLED_PART = 0.97
 #: Instead of a place: a block that is no delta has no base, or nobody knows where it is.
 NO_PLACE = -1
 
@@ -165,6 +170,39 @@ def page_bytes(lengths: NDArray[np.int64], encodings: NDArray[np.integer[Any]]) 
     for length, is_aligned in zip(lengths.tolist(), aligned.tolist(), strict=True):
         end += (-end % codec.BLOCK_ALIGNMENT if is_aligned else 0) + length
     return end
+
+
+def even_shares(
+    costs: NDArray[np.int64], chosen: NDArray[np.int64], page_at: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return what blocks take where some of a page share evenly what they take together.
+
+    As those should that have factors, which the first of them has for all. ``chosen`` are these
+    blocks, and ``page_at`` is which page each of them is on, numbers from 0.
+    """
+    shares = costs.copy()
+    totals, counts = np.bincount(page_at, costs[chosen]), np.bincount(page_at)
+    shares[chosen] = np.ceil(totals / np.maximum(counts, 1)).astype(np.int64)[page_at]
+    return shares
+
+
+def fitting(
+    pages: Iterable[NDArray[np.int64]], size_of: Callable[[NDArray[np.int64]], int]
+) -> list[NDArray[np.int64]]:
+    """Return pages, lists of blocks, of which those that turn out too large are halved.
+
+    ``size_of`` says what the blocks of one take together.
+    """
+    fit: list[NDArray[np.int64]] = []
+    rest = list(pages)[::-1]
+    while rest:
+        numbers = rest.pop()
+        if size_of(numbers) <= PAGE_CAPACITY or len(numbers) == 1:
+            fit.append(numbers)
+        else:
+            half = len(numbers) // 2
+            rest += [numbers[half:], numbers[:half]]
+    return fit
 
 
 def joined(parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -129,7 +129,7 @@ class _Add:
                     exc.page_ids += unreadable_pages(self.pool, matcher.stored.page_ids)
                 raise
             spool.freeze()
-            if spool.has_factors:
+            if spool.factored.any():
                 plan_layout(matcher, models)  # what blocks take is known then
             allowed = check_quotas(matcher, models, epoch)
             if self.dry_run:

@@ -25,7 +25,7 @@ from pydedup.ingest.spool import Spool
 from pydedup.ingest.staged import StagedModel
 from pydedup.ingest.workers import Task, Workers
 from pydedup.jobs import Job
-from pydedup.layout import PAGE_CAPACITY
+from pydedup.layout import FILLED_PART, PAGE_CAPACITY, even_shares, fitting, joined
 from pydedup.packing import pack
 from pydedup.sets import distinct
 
@@ -36,6 +36,9 @@ _LOG = logging.getLogger("pydedup")
 _PAGES_PER_TRANSACTION = 16
 # Transactions that write pages side by side, where the database lets them.
 _MOST_AT_ONCE = 4
+# Layouts of blocks with factors, and what part of the one before the next must take to be tried.
+_MOST_LAYOUTS = 4
+_WORTH_A_LAYOUT = 0.99
 
 # Blocks of some pages, in slot order.
 _Group: TypeAlias = Sequence[NDArray[np.int64]]
@@ -52,31 +55,40 @@ def plan_layout(matcher: Matcher, models: Sequence[StagedModel]) -> list[NDArray
     used = distinct(np.concatenate(owners))
     if len(used) == 0:
         return []
-    spool = matcher.spool
-    return settled(spool, lambda: pack(owners, PAGE_CAPACITY, sizes=spool.costs[used]).pages)
+
+    def pages_of(sizes: NDArray[np.int64], capacity: int) -> _Group:
+        return pack(owners, capacity, sizes=sizes[used]).pages
+
+    return settled(matcher.spool, pages_of)
 
 
-def settled(spool: Spool, lay_out: Callable[[], _Group]) -> list[NDArray[np.int64]]:
+def settled(
+    spool: Spool, pages_of: Callable[[NDArray[np.int64], int], _Group]
+) -> list[NDArray[np.int64]]:
     """Return pages, laid out by what blocks take on them, and let the spool know that.
 
-    Blocks with factors have some of these in common on a page (`Spool.settle`): so it is laid out
-    again with what they took, and where a page then is too large it is halved.
+    ``pages_of`` returns pages of such a capacity for blocks of such sizes, those of all of the
+    spool. Blocks with factors have some of these in common on a page (`Spool.settle`). So more fit
+    on one, which then have more in common: it is laid out again while that saves something.
     """
-    pages = list(lay_out())
-    if not spool.has_factors:
-        return pages
-    spool.settle(pages)
-    fitting: list[NDArray[np.int64]] = []
-    rest = list(reversed(lay_out()))
-    while rest:
-        numbers = rest.pop()
-        (size,) = spool.settle([numbers])
-        if size <= PAGE_CAPACITY or len(numbers) == 1:
-            fitting.append(numbers)
-        else:
-            half = len(numbers) // 2
-            rest += [numbers[half:], numbers[:half]]
-    return fitting
+    spool.unsettle()
+    pages = pages_of(spool.costs, PAGE_CAPACITY)
+    factored = spool.factored
+    if not factored.any():
+        return list(pages)
+    page_at = np.zeros(len(factored), np.int64)
+    before = float("inf")
+    for _ in range(_MOST_LAYOUTS):
+        taken = sum(map(spool.settle, pages))
+        if taken > before * _WORTH_A_LAYOUT:
+            break
+        before = taken
+        for number, page in enumerate(pages):
+            page_at[page] = number
+        chosen = joined(page[factored[page]] for page in pages)
+        shares = even_shares(spool.costs, chosen, page_at[chosen])
+        pages = pages_of(shares, int(PAGE_CAPACITY * FILLED_PART))
+    return fitting(pages, spool.settle)
 
 
 class PageWriter:

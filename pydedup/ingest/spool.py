@@ -74,7 +74,7 @@ class Spool:
         self._slot_of = _Column(np.empty(0, np.uint32))
         self._cost = _Column(np.empty(0, np.int64))
         self._length = _Column(np.empty(0, np.int64))
-        self._factored = _Column(np.empty(0, np.bool_))
+        self._alone = _Column(np.empty(0, np.int64))  # lengths of blocks with factors, else 0
         self._hashes = _Column(np.empty((0, 2), np.uint64))
         self._bases = _Column(np.empty(0, np.int64))
         self._dtypes = _Column(np.empty(0, np.int64))
@@ -129,7 +129,7 @@ class Spool:
         self._slot_of.append(slots)
         self._cost.append(costs)
         self._length.append(encoded.lengths)
-        self._factored.append(encoded.have_factors())
+        self._alone.append(np.where(encoded.have_factors(), encoded.lengths, 0))
         self._hashes.append(digests)
         self._bases.append(bases)
         self._dtypes.append(dtypes)
@@ -152,9 +152,8 @@ class Spool:
         self._slot_of.append(slots)
         self._hashes.append(digests)
         self._bases.append(bases)
-        for column in (self._cost, self._length, self._dtypes):
+        for column in (self._cost, self._length, self._alone, self._dtypes):
             column.append(np.zeros(count, np.int64))
-        self._factored.append(np.zeros(count, np.bool_))
         self.count += count
         return np.arange(self.count - count, self.count, dtype=np.int64)
 
@@ -177,20 +176,24 @@ class Spool:
         return self._cost.values()
 
     @property
-    def has_factors(self) -> bool:
-        """Whether what some blocks take depends on which others are on their page."""
-        return bool(self._factored.values().any())
+    def factored(self) -> NDArray[np.bool_]:
+        """Which blocks have factors: what these take depends on which others are on their page."""
+        return self._alone.values() > 0
 
-    def settle(self, layout: Sequence[NDArray[np.int64]]) -> list[int]:
-        """Find out what blocks take on these pages, and return that of each page; when frozen.
+    def unsettle(self) -> None:
+        """Let blocks take again what they do by themselves."""
+        numbers = np.flatnonzero(self.factored)
+        self._note_lengths(numbers, self._alone.values()[numbers])
+
+    def settle(self, numbers: NDArray[np.int64]) -> int:
+        """Find out what these blocks take on a page, return it for all of them; when frozen.
 
         Of those with factors only the first has them there, of several with the same.
         """
-        factored = self._factored.values()
-        for numbers in layout:
-            if factored[numbers].any():
-                self._note_lengths(numbers, codec.Page(self.images([numbers])[0]))
-        return [int(self.costs[numbers].sum()) for numbers in layout]
+        if self.factored[numbers].any():
+            page = codec.Page(self.images([numbers])[0])
+            self._note_lengths(numbers, page.slots["length"].astype(np.int64))
+        return self.cost_of([numbers])
 
     def cost_of(self, layout: Sequence[NDArray[np.int64]]) -> int:
         """Return what the blocks of pages take together, their slots included."""
@@ -274,12 +277,11 @@ class Spool:
                 f"a page has {len(table)} blocks where {len(numbers)} are recorded; run verify on "
                 "the store that it is copied from"
             )
-        self._note_lengths(numbers, page)
+        self._note_lengths(numbers, table["length"].astype(np.int64))
         self._dtypes.values()[numbers] = table["dtype"]
         return bytes(page.payload)
 
-    def _note_lengths(self, numbers: NDArray[np.int64], page: codec.Page) -> None:
-        lengths = page.slots["length"].astype(np.int64)
+    def _note_lengths(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         self._length.values()[numbers] = lengths
         self._cost.values()[numbers] = codec.page_cost(lengths)
 

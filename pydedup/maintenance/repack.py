@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from pydedup.catalog import Catalog, ModelsAhead, StoredModel, tags_of
 from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
+    FILLED_PART,
     NO_PLACE,
     PAGE_CAPACITY,
     base_places,
@@ -33,7 +34,10 @@ from pydedup.layout import (
     block_place,
     block_places,
     copy_page,
+    even_shares,
+    fitting,
     joined,
+    least_pages,
     map_at,
     map_places,
     page_bytes,
@@ -124,10 +128,12 @@ class RepackPlan:
         return sum(page_bytes(lengths[n], encodings[n]) for n in self.layout.pages)
 
     @property
-    def reads(self) -> dict[int, int]:
-        """How many pages each model will read."""
+    def reads(self) -> dict[int, tuple[int, int]]:
+        """How many pages each model will read, and the fewest that could hold its blocks."""
         ids = [model.row.id for model in self.models]
-        return dict(zip(ids, self.layout.page_reads.tolist(), strict=True))
+        costs = codec.page_cost(self.places.lengths)
+        least = [least_pages(int(costs[owned].sum())) for owned in self.places.owners]
+        return dict(zip(ids, zip(self.layout.page_reads.tolist(), least, strict=True), strict=True))
 
 
 class Repacked(NamedTuple):
@@ -171,14 +177,21 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
     choices = [_good_pages(places), _staying(places, places.unused < UNUSED_PART)]
     for stays in (*(stays for stays in choices if stays.any()), np.zeros_like(choices[0])):
         layout = _layout_beside(places, stays)
-        saved = pages_now - layout.stored_pages - int(layout.page_reads.sum())
-        unused = float(places.unused[~stays].sum())
-        gain = saved + unused - _LEAST_GAIN * len(layout.pages)
+        gain = _gain(places, layout, stays, pages_now)
         if gain > best and layout.stored_pages <= live_pages:
             best, plan = gain, RepackPlan(epoch, models, places, layout, stays)
-    if plan is not None:
-        _settle(pool, places, plan.layout.pages)
-    return plan
+    if plan is None:
+        return None
+    plan = replace(plan, layout=_settled(pool, places, plan.layout, plan.stays))
+    gain = _gain(places, plan.layout, plan.stays, pages_now)
+    return plan if gain > 0 and plan.layout.stored_pages <= live_pages else None
+
+
+def _gain(places: _Places, layout: Layout, stays: NDArray[np.bool_], pages_now: int) -> float:
+    """Return how many pages fewer are stored and read, less what it costs to write new ones."""
+    saved = pages_now - layout.stored_pages - int(layout.page_reads.sum())
+    unused = float(places.unused[~stays].sum())
+    return saved + unused - _LEAST_GAIN * len(layout.pages)
 
 
 def repack(
@@ -297,16 +310,33 @@ def _layout_beside(places: _Places, stays: NDArray[np.bool_]) -> Layout:
     """Return a layout of all blocks, of which those on pages that stay are where they are."""
     ends = np.cumsum(np.bincount(places.page_at)[stays])  # places ascend by page
     existing = (np.concatenate([[0], ends]), np.flatnonzero(stays[places.page_at]))
-    sizes = codec.page_cost(places.lengths)
-    return pack(places.owners, PAGE_CAPACITY, sizes=sizes, existing=existing)
+    sizes, capacity = codec.page_cost(places.lengths), PAGE_CAPACITY
+    if places.factored.any():
+        shared = np.flatnonzero(places.factored & (places.bases != NO_PLACE))
+        sizes = even_shares(sizes, shared, places.page_at[shared])
+        capacity = int(PAGE_CAPACITY * FILLED_PART)
+    return pack(places.owners, capacity, sizes=sizes, existing=existing)
 
 
-def _settle(pool: PagePool, places: _Places, pages: Sequence[NDArray[np.int64]]) -> None:
-    """Take note of what blocks have on these pages: factors only once, of several with the same."""
-    for numbers in pages:
+def _settled(pool: PagePool, places: _Places, layout: Layout, stays: NDArray[np.bool_]) -> Layout:
+    """Return the layout with pages that fit, and take note of what blocks have on them.
+
+    Of several blocks with the same factors only the first on a page has these.
+    """
+
+    def size_of(numbers: NDArray[np.int64]) -> int:
         if places.factored[numbers].any():
             page = codec.Page(copy_page(pool, *places.at(numbers)))
             places.lengths[numbers] = page.slots["length"]
+        return int(codec.page_cost(places.lengths[numbers]).sum())
+
+    pages = fitting(layout.pages, size_of)
+    page_at = (np.cumsum(stays) - 1)[places.page_at]
+    for number, numbers in enumerate(pages, layout.existing_pages):
+        page_at[numbers] = number
+    reads = [distinct(page_at[owned]) for owned in places.owners]
+    page_reads = np.array([len(read) for read in reads], np.int64)
+    return replace(layout, pages=pages, reads=reads, page_reads=page_reads)
 
 
 def _stage(

@@ -206,8 +206,7 @@ def plan_vacuum(
             staying = set(plan.kept)
             kept = [row for row in live if row.id in staying]
             newly += [row for row in live if row.id not in staying]
-            reads = plan.reads
-            reads_after = {m: (reads[m], least) for m, (_, least) in reads_before.items()}
+            reads_after = plan.reads
         freed = due if grace_seconds > 0 else due + newly
         stored = adapter.stored_bytes()
         new_pages, new_bytes = (0, 0) if plan is None else (plan.pages, plan.page_bytes)

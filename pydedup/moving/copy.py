@@ -32,7 +32,7 @@ from pydedup.ingest.quota import check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import Stager
 from pydedup.jobs import Job
-from pydedup.layout import PAGE_CAPACITY, joined, split_places
+from pydedup.layout import joined, split_places
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.arrival import check_arrival
 from pydedup.moving.known import Known, Scope, Whereabouts
@@ -253,7 +253,7 @@ class _Copier:
 
             def plan() -> list[NDArray[np.int64]]:
                 references = copy.references(matcher.reader)
-                return settled(spool, lambda: _lay_out(references, resolved, spool))
+                return _lay_out(references, resolved, spool)
 
             def lay_out() -> list[NDArray[np.int64]]:
                 self._progress.will_write(sum(sizes.get(page_id, 0) for page_id in whole))
@@ -263,7 +263,7 @@ class _Copier:
                 check_arrival(target, stager, spool, layout, self._progress.checked)
 
             if not spool.lists:
-                if spool.has_factors:
+                if spool.factored.any():
                     plan()  # what blocks take is known then
                 check_quotas(matcher, [copy], epoch, f"a copy of {item.address}")
             layout = publish_batch(stager, lay_out, epoch, check)
@@ -311,15 +311,20 @@ def _lay_out(
     """Return the new pages: whole ones, then all other new blocks in the order of the source."""
     pages = list(resolved.whole)
     rest = without(references[references >= 0], joined(pages))
-    ends = np.cumsum(spool.costs[rest])
-    start = 0
-    while start < len(rest):
-        before = int(ends[start - 1]) if start else 0
-        stop = int(np.searchsorted(ends, before + PAGE_CAPACITY, side="right"))
-        stop = max(stop, start + 1)
-        pages.append(rest[start:stop])
-        start = stop
-    return pages
+
+    def pages_of(sizes: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
+        filled = []
+        ends = np.cumsum(sizes[rest])
+        start = 0
+        while start < len(rest):
+            before = int(ends[start - 1]) if start else 0
+            stop = int(np.searchsorted(ends, before + capacity, side="right"))
+            stop = max(stop, start + 1)
+            filled.append(rest[start:stop])
+            start = stop
+        return filled
+
+    return pages + settled(spool, pages_of)
 
 
 def _nothing_done(item: Item) -> CopiedModel:

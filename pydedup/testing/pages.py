@@ -24,7 +24,6 @@ _MODULES: Final = (
     "pydedup.ingest.pages",
     "pydedup.maintenance.repack",
     "pydedup.maintenance.repair",
-    "pydedup.moving.copy",
 )
 
 

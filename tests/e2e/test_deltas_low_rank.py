@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import pydedup
 from pydedup import policies
+from pydedup.errors import QuotaError
 from pydedup.types import DType
 
 from .relatives import Model, added_beside
@@ -129,6 +130,8 @@ def test_what_has_no_low_rank_is_stored_as_before(store: pydedup.Store) -> None:
     model["l2.weight"] = base["l2.weight"].copy()
     model["l2.weight"][5] += 1
     added_beside(store, base, model, LOSSLESS, joint=False)
+    assert same_bits(store, "m", model)
+    assert store.verify().ok
 
 
 @pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan, 1e38, 1e-42])
@@ -185,6 +188,53 @@ def test_pages_are_full_of_what_blocks_take_there(store: pydedup.Store, small_pa
     own = [size for page, size in rows.items() if page not in of_base]
     assert len(own) <= 1.5 * sum(own) / capacity + 1
     assert store.verify().ok
+
+
+def test_a_new_layout_has_no_page_that_is_too_large(
+    store: pydedup.Store, small_pages: None
+) -> None:
+    """What had a factor for many blocks goes; of those that stay, few had bytes for it."""
+    base = dense(12)
+    whole = {f"t{n}": adapted(base, 16, seed=60 + n) for n in range(2)}
+    store.add("base", base)
+    store.add_many(whole)
+    halves = {
+        f"half{name}": {
+            key: np.concatenate([base[key][:256], weight[256:]]) for key, weight in model.items()
+        }
+        for name, model in whole.items()
+    }
+    for name, model in halves.items():
+        store.add(name, model)
+    for name in whole:
+        store.remove(name)
+    dry, wet = store.vacuum(dry_run=True), store.vacuum()
+    assert dry.repacked_pages == wet.repacked_pages > 0
+    assert dry.repacked_bytes == wet.repacked_bytes
+    assert dry.models == wet.models
+    assert max(row.payload_bytes for row in store._adapter.page_rows()) <= 256 * 1024
+    assert store.vacuum().repacked_pages == 0
+    assert store.verify().ok
+    for name, model in halves.items():
+        assert same_bits(store, name, model)
+
+
+def test_a_quota_is_checked_on_the_layout_that_is_stored(
+    store: pydedup.Store, tmp_path: Path, small_pages: None
+) -> None:
+    """It was on another one, which took more: what would have fit was refused."""
+    base, mine = dense(6), {"tenant": "b"}
+    model = adapted(base, 30)
+    with pydedup.open(f"sqlite:///{tmp_path / 'free.db'}") as free:
+        free.add("base", base)
+        free.add("m", model, metadata=mine)
+        usage = next(one for one in free.stats(by="tenant").values if one.value == "b")
+    store.add("base", base)
+    store.quotas.set("tenant", "b", usage.marginal_bytes - 1)
+    with pytest.raises(QuotaError):
+        store.add("m", model, metadata=mine)
+    store.quotas.set("tenant", "b", usage.marginal_bytes)
+    store.add("m", model, metadata=mine)
 
 
 def test_a_quota_is_of_what_is_stored(store: pydedup.Store) -> None:
