@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes page_v2.page and page_v2_extended.page. Run only for a NEW page format: old files stay.
+"""Writes page_v2.page, page_v2_extended.page and page_v3_factors.page, of deltas of each version.
+
+Run only for a NEW page format: old files stay.
 
 The first slots are bases, every other one a delta on one of them; the base id of a slot is the
 number of its base's slot plus one. The content comes from a congruential generator, so that no
@@ -11,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # before pydedup is there; not when a test imports this file
     os.environ["PYDEDUP_KERNEL"] = "scalar"
@@ -114,15 +117,100 @@ def extended_blocks() -> list[tuple[Block, int | None, float | None]]:
     ]
 
 
-def build_golden(blocks: list[tuple[Block, int | None, float | None]]) -> bytes:
-    """Return the page of these blocks, every one with a base as a delta."""
+def golden_factors() -> dict[int, codec.LowRankFactors]:
+    """Return the factors of slots of `factored_blocks`: of rows and of columns there are two."""
+    numbers = noise(4 * 5 * 64, 9).reshape(4, 5, 64).astype(np.int32) - 128
+    numbers *= 3 ** np.arange(5, dtype=np.int32)[:, None]
+    numbers[:, 3] = 0  # no bits
+    at = np.zeros(1, np.int64)
+    pairs = [(0, 1), (0, 2), (0, 1), (3, 1), (0, 1), (0, 1), (3, 2), (0, 1)]
+    pairs += [(0, 1), (3, 2), (0, 1), (0, 1), (0, 1), (0, 1)]
+    made = {
+        slot: codec.LowRankFactors(-36, numbers[[rows]], numbers[[cols]], at, at)
+        for slot, (rows, cols) in enumerate(pairs, 3)
+    }
+    largest = np.full((1, 1, 64), (1 << 23) - 1, np.int32)
+    nothing = np.zeros((1, 1, 64), np.int32)
+    made[17] = codec.LowRankFactors(-60, largest, -largest, at, at)
+    made[18] = codec.LowRankFactors(900, nothing, largest, at, at)  # one of a byte
+    made[19] = codec.LowRankFactors(-900, nothing, largest, at, at)
+    return made
+
+
+def moved_by(block: Block, factors: codec.LowRankFactors, numpy: np.dtype[Any]) -> Block:
+    """Return a block moved by factors, by way of f64, as docs/format.md says."""
+    base = block.astype(numpy)
+    sums = factors.of_rows[0].T.astype(np.int64) @ factors.of_cols[0].astype(np.int64)
+    moved = base.astype(np.float64) + sums * 2.0**factors.exponent
+    if numpy != np.float64:
+        moved = moved.astype(np.float32)
+    return np.where((sums == 0) | ~np.isfinite(base.astype(np.float64)), base, moved.astype(numpy))
+
+
+def factored_blocks() -> list[tuple[Block, int | None, float | None]]:
+    """Return the same of deltas of version 3: a base was moved by factors."""
+    f32 = weights(10).astype(np.float32)
+    odd = f32.copy()
+    odd.reshape(-1)[:6] = np.inf, -np.inf, np.nan, -0.0, 1e-42, 3e38
+    wide = weights(11)
+    bf16, f16, f64 = DType.BF16.numpy, np.dtype(np.float16), np.dtype(np.float64)
+    f = golden_factors()
+    few = moved_by(f32, f[4], f32.dtype)
+    few.reshape(-1)[::500] = 1.0
+    near = noise(4096, 12).reshape(64, 64).astype(np.uint32)
+    some = moved_by(f32, f[5], f32.dtype).view(np.uint32)
+    some = (some + np.where(near < 50, near % 3, 0)).astype(np.uint32)
+    some.reshape(-1)[::700] += 1000
+    every = moved_by(f32, f[6], f32.dtype).view(np.uint32) + (near >> 3)
+    gone = noise(4096, 13).reshape(64, 64) > 127
+    doubles = moved_by(wide, f[10], f64).view(np.uint64)
+    doubles = doubles + np.where(near < 40, 1, 0).astype(np.uint64)
+    doubles.reshape(-1)[::900] += np.uint64(1 << 40)
+    return [
+        (f32, None, None),
+        (odd, None, None),
+        (wide, None, None),
+        (moved_by(f32, f[3], f32.dtype), 0, None),  # no change
+        (few, 0, None),  # sparse; the same factor of rows
+        (some.view(np.float32), 0, None),  # changed, some by more than a byte
+        (every.astype(np.uint32).view(np.float32), 0, None),  # coded
+        (moved_by(f32, f[7], f32.dtype) * gone, 0, None),  # a mask as well
+        (moved_by(f32, f[8], bf16), 0, None),  # bf16 on f32
+        (moved_by(f32, f[9], f16), 0, None),  # f16 on f32
+        (doubles.view(np.float64), 2, None),  # f64, changed by more than 32 bits
+        (moved_by(f32, f[11], f64), 0, None),  # f64 on f32
+        (moved_by(f32, f[12], bf16).astype(np.float32), 0, None),  # bf16 saved in f32
+        (moved_by(odd, f[13], f32.dtype), 1, None),  # not all finite
+        (every.astype(np.uint32).view(np.float32), 0, 0.0001),
+        (moved_by(f32, f[15], f32.dtype) * gone, 0, 0.001),
+        (moved_by(f32, f[16], bf16), 0, 0.004),
+        (moved_by(f32, f[17], f32.dtype), 0, None),  # the largest numbers
+        (f32, 0, None),  # nothing moves
+        (few, 0, None),
+    ]
+
+
+def build_golden(
+    blocks: list[tuple[Block, int | None, float | None]],
+    factors: dict[int, codec.LowRankFactors] | None = None,
+) -> bytes:
+    """Return the page of these blocks, every one with a base as a delta; factors are by slot."""
     views = [MatrixView.of(block, block.shape) for block, _, _ in blocks]
     encoded = []
-    for view, (_, base, bound) in zip(views, blocks, strict=True):
+    for number, (view, (_, base, bound)) in enumerate(zip(views, blocks, strict=True)):
         if base is None:
             encoded.append(codec.encode_blocks(view, [0], planes=True))
         else:
-            encoded.append(codec.encode_deltas(view, [0], views[base], [0], max_rel_error=bound))
+            encoded.append(
+                codec.encode_deltas(
+                    view,
+                    [0],
+                    views[base],
+                    [0],
+                    max_rel_error=bound,
+                    factors=(factors or {}).get(number),
+                )
+            )
     lengths = np.array([len(one.arena) for one in encoded])
     return codec.build_page(
         np.concatenate([one.arena for one in encoded]),
@@ -152,14 +240,15 @@ def read_golden(payload: bytes) -> bytes:
 def main() -> None:
     """Write the file, or refuse."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    for name, blocks in (
-        ("page_v2.page", golden_blocks),
-        ("page_v2_extended.page", extended_blocks),
+    for name, blocks, factors in (
+        ("page_v2.page", golden_blocks, None),
+        ("page_v2_extended.page", extended_blocks, None),
+        ("page_v3_factors.page", factored_blocks, golden_factors()),
     ):
         if (folder / name).exists():
             print(f"{folder / name} exists; golden files are never rewritten")
         else:
-            (folder / name).write_bytes(build_golden(blocks()))
+            (folder / name).write_bytes(build_golden(blocks(), factors))
 
 
 if __name__ == "__main__":
