@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core
-from pydedup.arguments import as_count, as_integers
+from pydedup.arguments import as_count, as_integers, check_array
 from pydedup.blocks import MatrixView
 from pydedup.errors import ArgumentError
 
@@ -29,8 +29,9 @@ __all__ = [
 ]
 
 
-# Version of a delta that has factors.
+# Version of a delta that has factors, and of what power of two they are at most.
 _WITH_FACTORS = 3
+_MOST_EXPONENT = 900
 
 
 class Encoding(enum.IntEnum):
@@ -85,7 +86,7 @@ class EncodedBlocks:
     def have_factors(self) -> NDArray[np.bool_]:
         """Return which are deltas with factors (docs/format.md, "Factors"), bool (n_blocks,)."""
         found = np.zeros(len(self.lengths), np.bool_)
-        deltas = np.flatnonzero(self.encodings >= Encoding.DELTA)
+        deltas = np.flatnonzero((self.encodings >= Encoding.DELTA) & (self.lengths > 0))
         found[deltas] = self.arena[self.offsets[deltas]] == _WITH_FACTORS
         return found
 
@@ -160,10 +161,37 @@ class LowRankFactors:
 
     @property
     def for_core(self) -> _core.Factors:
-        """As the functions of the core take it."""
+        """As the functions of the core take it.
+
+        Raises
+        ------
+        ArgumentError
+            When these are no such numbers, or the factors have no rank in common.
+        """
+        exponent = self.exponent
+        if isinstance(exponent, bool | np.bool_) or not isinstance(exponent, int | np.integer):
+            raise ArgumentError(f"factors.exponent must be an integer, got {exponent!r}")
+        if not -_MOST_EXPONENT <= exponent <= _MOST_EXPONENT:
+            raise ArgumentError(
+                f"factors.exponent must be -{_MOST_EXPONENT} to {_MOST_EXPONENT}, got {exponent}"
+            )
+        shapes = []
+        for name, factors in (("of_rows", self.of_rows), ("of_cols", self.of_cols)):
+            check_array(factors, f"factors.{name}")
+            if factors.ndim != 3:
+                raise ArgumentError(
+                    f"factors.{name} must be an array (any number, rank, numbers), "
+                    f"not of the shape {factors.shape}"
+                )
+            shapes.append(factors.shape)
+        if shapes[0][1] != shapes[1][1]:
+            raise ArgumentError(
+                f"factors.of_rows has rank {shapes[0][1]}, and factors.of_cols {shapes[1][1]}: "
+                "both must have the same"
+            )
         return (
-            self.of_rows.shape[1],
-            self.exponent,
+            shapes[0][1],
+            int(exponent),
             as_integers("factors.of_rows", self.of_rows.reshape(-1), np.int32),
             as_integers("factors.of_cols", self.of_cols.reshape(-1), np.int32),
             as_integers("factors.row_of", self.row_of, np.int64),
@@ -221,6 +249,8 @@ def encode_deltas(
         fit.
     """
     chosen = as_integers("indices", indices, np.int64)
+    if not isinstance(factors, LowRankFactors | None):
+        raise ArgumentError(f"factors must be LowRankFactors or None, got {factors!r}")
     if limits is None:
         raw = view.block_bytes()
         if chosen.size and (chosen.min() < 0 or chosen.max() >= raw.size):

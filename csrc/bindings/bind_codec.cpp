@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <pybind11/stl.h>
@@ -99,22 +100,21 @@ py::tuple encode_blocks_of(const Array<std::uint8_t>& data, int dtype, std::size
                            });
 }
 
-// Factors as Python has them, or none.
+// Factors as Python has them: rank, exponent, those of rows and of columns, and which each block
+// has.
+using PyFactors = std::tuple<unsigned, int, Array<std::int32_t>, Array<std::int32_t>,
+                             Array<std::int64_t>, Array<std::int64_t>>;
+
 class GivenFactors {
   public:
-    explicit GivenFactors(const py::object& given) {
-        if (given.is_none()) return;
-        const auto columns = py::cast<py::tuple>(given);
-        rows_ = as_copy(py::cast<Array<std::int32_t>>(columns[2]), "factors.of_rows");
-        cols_ = as_copy(py::cast<Array<std::int32_t>>(columns[3]), "factors.of_cols");
-        row_of_ = as_copy(py::cast<Array<std::int64_t>>(columns[4]), "factors.row_of");
-        col_of_ = as_copy(py::cast<Array<std::int64_t>>(columns[5]), "factors.col_of");
-        factors_ = {py::cast<unsigned>(columns[0]),
-                    py::cast<int>(columns[1]),
-                    rows_,
-                    cols_,
-                    row_of_,
-                    col_of_};
+    explicit GivenFactors(const std::optional<PyFactors>& given) {
+        if (!given) return;
+        const auto& [rank, exponent, rows, cols, row_of, col_of] = *given;
+        rows_ = as_copy(rows, "factors.of_rows");
+        cols_ = as_copy(cols, "factors.of_cols");
+        row_of_ = as_copy(row_of, "factors.row_of");
+        col_of_ = as_copy(col_of, "factors.col_of");
+        factors_ = {rank, exponent, rows_, cols_, row_of_, col_of_};
     }
 
     [[nodiscard]] const LowRankFactors* get() const noexcept {
@@ -135,7 +135,7 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
                            std::size_t base_block_rows, std::size_t base_block_cols,
                            const Array<std::int64_t>& base_indices,
                            const Array<std::int64_t>& limits, std::optional<double> max_rel_error,
-                           const py::object& factors, unsigned threads) {
+                           const std::optional<PyFactors>& factors, unsigned threads) {
     const GivenFactors moved_by(factors);
     const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
     const ChosenBlocks base_blocks = as_chosen(base_data, base_dtype, base_block_rows,
@@ -396,8 +396,8 @@ void bind_codec(py::module_& m) {
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("base_data").noconvert(), py::arg("base_dtype"), py::arg("base_block_rows"),
           py::arg("base_block_cols"), py::arg("base_indices").noconvert(),
-          py::arg("limits").noconvert(), py::arg("max_rel_error"), py::arg("factors") = py::none(),
-          py::arg("threads") = 0);
+          py::arg("limits").noconvert(), py::arg("max_rel_error"),
+          py::arg("factors").noconvert() = py::none(), py::arg("threads") = 0);
     m.def("estimate_deltas", &estimate_deltas_of, py::arg("data").noconvert(), py::arg("dtype"),
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("base_data").noconvert(), py::arg("base_dtype"), py::arg("base_block_rows"),

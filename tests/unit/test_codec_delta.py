@@ -264,6 +264,52 @@ def test_bad_arguments() -> None:
         codec.encode_deltas(view, [0], ints, [0])
 
 
+def test_bad_factors() -> None:
+    view = MatrixView.of(np.ones((8, 8), np.float32), (8, 8))
+    of, at = np.ones((1, 2, 8), np.int32), np.zeros(1, np.int64)
+
+    def encoded(**changes: Any) -> codec.EncodedBlocks:
+        sound = {"exponent": -20, "of_rows": of, "of_cols": of, "row_of": at, "col_of": at}
+        factors = codec.LowRankFactors(**(sound | changes))
+        return codec.encode_deltas(view, [0], view, [0], factors=factors)
+
+    assert encoded().have_factors().tolist() == [True]
+    assert encoded(exponent=np.int64(-20)).arena.tobytes() == encoded().arena.tobytes()
+    for exponent in (901, -901, 10**30, 1.5, "1", True, None):
+        with pytest.raises(ArgumentError, match=r"factors\.exponent must be"):
+            encoded(exponent=exponent)
+    for shape in ((2, 8), (16,), (1, 1, 2, 8)):
+        with pytest.raises(ArgumentError, match=r"factors\.of_cols must be an array"):
+            encoded(of_cols=np.ones(shape, np.int32))
+    for bad, says in (
+        ([[[1] * 8] * 2], "must be a numpy array"),
+        (of.astype(np.float32), "must hold integers"),
+        (of.astype(np.int64) << 40, "must hold integers of int32"),
+        (of << 23, r"numbers below 2\^23"),
+        (np.ones((1, 3, 8), np.int32), "has rank 3, and factors.of_cols 2"),
+        (np.ones((1, 2, 7), np.int32), "14 numbers where each has 16"),
+        (of[:0], "no number 0 of 0"),
+    ):
+        with pytest.raises(ArgumentError, match=says):
+            encoded(of_rows=bad)
+    for rank in (0, 65):
+        wrong = np.ones((1, rank, 8), np.int32)
+        with pytest.raises(ArgumentError, match=r"where each has 0|rank 1 to 64"):
+            encoded(of_rows=wrong, of_cols=wrong)
+    for which in ([1], [-1], [], [0, 0], 0, [0.5]):
+        with pytest.raises(ArgumentError, match="factors"):
+            encoded(row_of=which)
+    for factors in (3, "x", (1, 2)):
+        with pytest.raises(ArgumentError, match="must be LowRankFactors or None"):
+            codec.encode_deltas(view, [0], view, [0], factors=factors)  # type: ignore[arg-type]
+    ints = MatrixView.of(np.ones((8, 8), np.int32), (8, 8))
+    sound = codec.LowRankFactors(-20, of, of, at, at)
+    with pytest.raises(ArgumentError, match="only f64, f32, f16 and bf16 have deltas with factors"):
+        codec.encode_deltas(ints, [0], ints, [0], factors=sound)
+    none = codec.encode_deltas(view, [0], view, [0], limits=[5], factors=sound)
+    assert none.have_factors().tolist() == [False]
+
+
 def test_a_page_names_the_bases_of_its_deltas() -> None:
     view, base = pair((32, 48))
     encoded = codec.encode_deltas(view, [0], base, [0])

@@ -115,9 +115,17 @@ def window(*blocks: int) -> _core.BlockWindow:
     return _core.BlockWindow(i64(0), np.zeros(len(blocks), np.uint32), u32(*blocks))
 
 
-def deltas(limits: np.ndarray[Any, Any]) -> Any:
+def deltas(limits: np.ndarray[Any, Any], factors: Any = None) -> Any:
     w = floats(6, 4).view(np.uint8)
-    return _core.encode_deltas(w, F32, 2, 2, i64(0), w, F32, 2, 2, i64(1), limits, None)
+    return _core.encode_deltas(w, F32, 2, 2, i64(0), w, F32, 2, 2, i64(1), limits, None, factors)
+
+
+def with_factors(**changes: Any) -> Any:
+    """Encode a block of 2 x 2 with factors of rank 1."""
+    two = np.zeros(2, np.int32)
+    factors = {"rank": 1, "exponent": 0, "of_rows": two, "of_cols": two}
+    factors |= {"row_of": i64(0), "col_of": i64(0)}
+    return deltas(i64(100), tuple((factors | changes).values()))
 
 
 def test_what_fits_is_taken() -> None:
@@ -138,6 +146,7 @@ def test_what_fits_is_taken() -> None:
     assert (result == 4).all()
     assert adopt(PAGE.checksum).n_slots == 6
     assert deltas(i64(100))[1].tolist() == [0]
+    assert with_factors()[2].tolist() == [0]  # it would be no smaller than the block
 
 
 _X = "x must be a C-contiguous float32 array of 12 elements"
@@ -194,6 +203,23 @@ _REFUSED: list[tuple[str, Callable[[], object]]] = [
     ("must have the shape", lambda: magnitudes(floats(3, 2, 1))),
     ("must have the shape", lambda: magnitudes(floats(3, 3))),
     ("must be a 2-D array", lambda: magnitudes(floats(16), whole=True)),
+    ("have 3 numbers where each has 2", lambda: with_factors(of_rows=np.zeros(3, np.int32))),
+    (
+        "have 0 numbers where each has 0",
+        lambda: with_factors(
+            rank=0, of_rows=floats(0).astype("i4"), of_cols=floats(0).astype("i4")
+        ),
+    ),
+    (
+        "rank 1 to 64",
+        lambda: with_factors(
+            rank=65, of_rows=np.zeros(130, np.int32), of_cols=np.zeros(130, np.int32)
+        ),
+    ),
+    ("-900 to 900, got 901", lambda: with_factors(exponent=901)),
+    ("no number 1 of 1", lambda: with_factors(row_of=i64(1))),
+    ("no number -1 of 1", lambda: with_factors(col_of=i64(-1))),
+    ("for each of 1 blocks", lambda: with_factors(col_of=i64(0, 0))),
     ("a window is None", lambda: stack([None])),
     ("miss blocks", lambda: stack([window(0, 1, 2)])),
 ]
@@ -205,6 +231,14 @@ def test_what_does_not_fit_is_refused(says: str, call: Callable[[], object]) -> 
         call()
 
 
+@pytest.mark.parametrize("exponent", [None, "0", 0.0, 2**40, ()])
+def test_factors_that_are_no_numbers_are_refused(exponent: Any) -> None:
+    with pytest.raises(TypeError):
+        with_factors(exponent=exponent)
+    with pytest.raises(TypeError):
+        deltas(i64(100), exponent if exponent is not None else (1, 2))
+
+
 def test_a_page_that_was_read_is_the_one_that_was_asked_for() -> None:
     for checksum in (b"", PAGE.checksum[:15], b"\0" * 16):
         with pytest.raises(CorruptStoreError, match="another page"):
@@ -214,5 +248,7 @@ def test_a_page_that_was_read_is_the_one_that_was_asked_for() -> None:
 @pytest.mark.parametrize("dtype", [np.int32, np.uint64, ">u4", np.float32])
 def test_numbers_of_another_type_are_no_numbers(dtype: Any) -> None:
     """They are neither converted, which takes a copy, nor read as what they are not."""
+    with pytest.raises((TypeError, PydedupError)):
+        with_factors(row_of=i64(0).astype(dtype))
     with pytest.raises((TypeError, PydedupError)):
         product().feed([PAGE], NONE.astype(dtype), ALL)

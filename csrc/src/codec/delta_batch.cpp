@@ -53,8 +53,13 @@ void check_factors(const LowRankFactors& factors, const MatrixRef& matrix, const
     }
     const auto check = [&](std::span<const std::int32_t> all, std::int64_t which,
                            std::size_t size) {
-        if (which < 0 || size == 0 || static_cast<std::size_t>(which) >= all.size() / size) {
-            refuse("have no number " + std::to_string(which));
+        if (size == 0 || all.size() % size != 0) {
+            refuse("have " + std::to_string(all.size()) + " numbers where each has " +
+                   std::to_string(size));
+        }
+        if (which < 0 || static_cast<std::size_t>(which) >= all.size() / size) {
+            refuse("have no number " + std::to_string(which) + " of " +
+                   std::to_string(all.size() / size));
         }
     };
     for (std::size_t i = 0; i < indices.size(); ++i) {
