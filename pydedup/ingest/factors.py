@@ -40,8 +40,10 @@ _FINEST, _COARSEST = 1 / 256, 1 / 8
 _OF_F64 = 2.0**-40
 # Of setting how many threads numpy uses, which is said for all of a process.
 _THREADS = threading.Lock()
-# Squares that are left of a sample, of those of noise: bases may have been rounded, too.
-_MOST_NOISE = 4
+# Squares that are left, of those of one rounding: one version after another was rounded.
+_MOST_NOISE = 16
+# Of all squares of a sample: of rows of noise alone about a quarter is left.
+_MOST_REST = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ def seems_low_rank(sample: NDArray[np.float64], spacing: NDArray[np.float32], er
     squares = np.linalg.eigvalsh(products)
     rest = squares[: max(len(squares) // 2, len(squares) - MAX_RANK)].sum()
     noise = max(_size(spacing) / 12**0.5, error)
-    return bool(rest <= _MOST_NOISE * noise**2 * np.count_nonzero(spacing))
+    most = _MOST_NOISE * noise**2 * np.count_nonzero(spacing)
+    return bool(rest <= min(most, _MOST_REST * squares.sum()))
 
 
 def find_factors(
@@ -107,15 +110,15 @@ def _find(
     coarse = _size(spacing)
     error = max(error, _size(difference) * _OF_F64)
     noise = max(coarse / 12**0.5, error)
-    least = _ABOVE_NOISE * noise * (rows**0.5 + cols**0.5)
+    total = float(np.vdot(difference, difference))
     for width in _SKETCHES:
         left, values, right = _decomposed(difference, min(width, rows, cols))
-        rank = int((values > least).sum())
+        least = _ABOVE_NOISE * _noise_of(spacing, total, values, noise)
+        rank = int((values > least * (rows**0.5 + cols**0.5)).sum())
         if rank < min(width - 3, MAX_RANK + 1):
             break
     else:
         return None
-    total = float(np.vdot(difference, difference))
     rest = max(total - float((values[:rank] ** 2).sum()), 0.0)
     if rank == 0 or rest > 0.5 * total:
         return None
@@ -128,6 +131,21 @@ def _find(
     # What is off costs a few bits of each element, and a bit of the factors halves it.
     share = min(max(rank * (rows + cols) / difference.size, _FINEST), _COARSEST)
     return _in_whole_numbers(of_rows, of_cols, max(coarse * share, error))
+
+
+def _noise_of(
+    spacing: NDArray[np.float32], total: float, values: NDArray[np.float64], least: float
+) -> float:
+    """Return the root mean square of what is no part of the first singular values.
+
+    That is more than of one rounding, the least there is, where a base was itself a merged model.
+    """
+    rows, cols = (side - len(values) for side in spacing.shape)
+    count = rows * cols * np.count_nonzero(spacing) / spacing.size
+    if count <= 0:
+        return least
+    rest = max(total - float((values**2).sum()), 0.0) / count
+    return float(min(max(rest**0.5, least), _MOST_NOISE**0.5 * least))
 
 
 def factor_bytes(factors: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -98,6 +98,20 @@ def test_a_part_of_an_adapter_seems_to_be_one(rank: int) -> None:
         assert not seems_low_rank(damaged, spacing, 0.0)
 
 
+def test_more_than_one_rounding_is_still_noise() -> None:
+    """As of a model whose base was itself a merged one."""
+    difference, spacing = adapted((300, 400), 4)
+    rng = np.random.default_rng(55)
+    for roundings in (2, 4, 9):
+        rounded = rng.uniform(-0.5, 0.5, (roundings - 1, *spacing.shape)).sum(axis=0) * spacing
+        factors = find_factors(difference + rounded, spacing, EPSILON, 0.0)
+        assert seems_low_rank((difference + rounded)[:128, :256], spacing[:128, :256], 0.0)
+        assert factors is not None
+        assert len(factors.of_rows) == 4
+        assert not seems_low_rank(rounded[:128, :256], spacing[:128, :256], 0.0)
+        assert find_factors(rounded, spacing, EPSILON, 0.0) is None
+
+
 def test_an_error_that_is_allowed_makes_factors_coarser() -> None:
     difference, spacing = adapted((300, 400), 8)
     allowed = 1e-6
