@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Deltas: decode_delta on any bytes and any base of the right shape writes its rectangle and
-// nothing else, or refuses. Exact deltas that were encoded here give their block back.
+// nothing else, or refuses. Exact deltas that were encoded here give their block back. Each is also
+// decoded behind another copy of itself, whose factors it may so name.
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "decoding.hpp"
 
@@ -23,7 +25,7 @@ std::vector<std::byte> base_values(std::size_t bytes, std::uint8_t kind) {
 }
 
 Input seed_of(Dtype dtype, std::uint8_t rows, std::uint8_t cols, std::uint8_t kind,
-              std::optional<double> max_error, bool pruned) {
+              std::optional<double> max_error, bool pruned, bool factored) {
     const std::size_t bytes = std::size_t{rows} * cols * item_bytes(dtype);
     const std::vector<std::byte> base = base_values(bytes, kind);
     std::vector<std::byte> values = base;
@@ -39,9 +41,24 @@ Input seed_of(Dtype dtype, std::uint8_t rows, std::uint8_t cols, std::uint8_t ki
     }
     const std::size_t stride = cols * item_bytes(dtype);
     std::vector<std::byte> encoded(bytes);
-    const std::optional<EncodedBlock> delta =
-        encode_delta({values.data(), rows, cols, stride, dtype},
-                     {base.data(), rows, cols, stride, dtype}, max_error, encoded);
+    const MatrixRef block{values.data(), rows, cols, stride, dtype};
+    const MatrixRef of{base.data(), rows, cols, stride, dtype};
+    std::optional<EncodedBlock> delta;
+    if (factored) {
+        EncodedBlock one{Encoding::delta, 0};
+        const std::vector<std::int32_t> of_rows(2U * rows, 3), of_cols(2U * cols, -77);
+        const std::int64_t limit = static_cast<std::int64_t>(bytes) - 1;
+        const std::int64_t first = 0;
+        std::int64_t offset = 0;
+        const LowRankFactors factors{2, -30, of_rows, of_cols, {&first, 1}, {&first, 1}};
+        const BlockGrid grid{rows, cols, rows, cols};
+        static_cast<void>(encode_deltas(block, grid, {&first, 1}, {of, grid, {&first, 1}},
+                                        {&limit, 1}, max_error, encoded, {&offset, 1}, {&one, 1}, 1,
+                                        &factors));
+        if (one.length != 0) delta = one;
+    } else {
+        delta = encode_delta(block, of, max_error, encoded);
+    }
     if (!delta) return {};
     if (delta->encoding == Encoding::delta) {
         std::vector<std::byte> back(bytes);
@@ -57,10 +74,28 @@ Input seed_of(Dtype dtype, std::uint8_t rows, std::uint8_t cols, std::uint8_t ki
     return input;
 }
 
-void decode(const BlockView& delta, const BlockView& base) {
+std::vector<std::byte> decode(const BlockView& delta, const BlockView& base) {
     Gapped target(delta);
     decode_delta(delta, base, target.memory.data(), target.stride);
     target.check_gaps(delta);
+    return target.memory;
+}
+
+// Decodes a delta behind a copy of it, and then by itself, with the factors that it names there.
+void decode_behind_itself(const Input& payload, BlockView delta, const BlockView& base) {
+    std::vector<std::byte> twice(2 * payload.size());
+    std::copy_n(delta.data, payload.size(), twice.begin());
+    std::copy_n(delta.data, payload.size(),
+                twice.begin() + static_cast<std::ptrdiff_t>(payload.size()));
+    delta.data = twice.data() + payload.size();
+    delta.before = static_cast<std::uint32_t>(payload.size());
+    std::vector<std::byte> alone(encoded_bytes(delta));
+    copy_encoded(delta, alone);
+    const std::vector<std::byte> content = decode(delta, base);
+    delta.data = alone.data();
+    delta.length = static_cast<std::uint32_t>(alone.size());
+    delta.before = 0;
+    require(decode(delta, base) == content, "a delta with its factors is the same");
 }
 
 }  // namespace
@@ -71,10 +106,12 @@ std::vector<Input> seeds() {
                               Dtype::i32, Dtype::u64, Dtype::f8_e4m3}) {
         for (const std::uint8_t kind : {std::uint8_t{0}, std::uint8_t{1}, std::uint8_t{18}}) {
             for (const double error : {0.0, 0.01, 0.2}) {
-                for (const bool pruned : {false, true}) {
-                    Input input =
-                        seed_of(dtype, 16, 20, kind,
-                                error > 0 ? std::optional<double>(error) : std::nullopt, pruned);
+                for (const auto& [pruned, factored] :
+                     {std::pair{false, false}, {true, false}, {false, true}, {true, true}}) {
+                    if (factored && (dtype > Dtype::bf16 || kind == 0)) continue;
+                    Input input = seed_of(dtype, 16, 20, kind,
+                                          error > 0 ? std::optional<double>(error) : std::nullopt,
+                                          pruned, factored);
                     if (!input.empty()) made.push_back(std::move(input));
                 }
             }
@@ -100,13 +137,30 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const fuzz::Input payload = reader.rest();
     const std::vector<std::byte> values =
         fuzz::base_values(std::size_t{rows} * cols * item_bytes(base_dtype), kind);
-    try {
-        fuzz::decode({fuzz::as_bytes(payload).data(), static_cast<std::uint32_t>(payload.size()),
-                      encoding, dtype, rows, cols, 1},
-                     {values.data(), static_cast<std::uint32_t>(values.size()), Encoding::raw,
-                      base_dtype, rows, cols, 0});
-    } catch (const Error& error) {
-        fuzz::check_refusal(error);
+    const BlockView delta{fuzz::as_bytes(payload).data(),
+                          static_cast<std::uint32_t>(payload.size()),
+                          encoding,
+                          dtype,
+                          rows,
+                          cols,
+                          1};
+    const BlockView base{values.data(),
+                         static_cast<std::uint32_t>(values.size()),
+                         Encoding::raw,
+                         base_dtype,
+                         rows,
+                         cols,
+                         0};
+    for (const bool behind : {false, true}) {
+        try {
+            if (behind) {
+                fuzz::decode_behind_itself(payload, delta, base);
+            } else {
+                static_cast<void>(fuzz::decode(delta, base));
+            }
+        } catch (const Error& error) {
+            fuzz::check_refusal(error);
+        }
     }
     return 0;
 }

@@ -51,6 +51,17 @@ void read_content(const Page& page) {
     } catch (const Error&) {
         // One block does not decode.
     }
+    std::size_t alone = 0;
+    for (BlockView& block : blocks) {
+        block.base_block = nullptr;
+        alone += encoded_bytes(block);
+    }
+    if (alone <= kMostBytes) {  // a factor may be named by many
+        std::vector<std::byte> again(page_bytes(blocks));
+        build_page(blocks, again);
+        std::vector<std::byte> bytes(alone);
+        for (const BlockView& block : blocks) copy_encoded(block, bytes);
+    }
     for (std::size_t slot = 1; slot < std::min<std::size_t>(page.n_slots(), 8); ++slot) {
         try {
             const bool same = same_block(page.block(slot - 1), page.block(slot));
