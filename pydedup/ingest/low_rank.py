@@ -198,12 +198,12 @@ class LowRankRelatives:
                 some = same[start : start + _AT_ONCE]
                 blocks = values_of(stack_blocks(view, numbers[some], shape))
                 bases = values_of(reader.read(references[some], dtype, shape))
-                wide = blocks.astype(np.float64)
+                wide = as_dtype(blocks, np.dtype(np.float64))
                 squares += float(np.vdot(wide, wide))
                 bits = max(bits, _mantissa_bits(blocks))
-                exponents = np.frexp(wide)[1] - 1
+                units = np.ldexp((wide != 0).astype(np.float32), np.frexp(wide)[1] - 1)
                 with np.errstate(invalid="ignore"):  # of infinities; whoever asks looks for these
-                    wide -= as_dtype(bases, view.dtype.numpy).astype(np.float64)
+                    wide -= as_dtype(as_dtype(bases, view.dtype.numpy), wide.dtype)
                 for i, number in enumerate(numbers[some].tolist()):
                     rows, cols = view.grid.area(number)
                     place = (
@@ -211,7 +211,7 @@ class LowRankRelatives:
                         slice(cols.start - left, cols.stop - left),
                     )
                     difference[place] = wide[i]
-                    spacing[place] = np.ldexp((blocks[i] != 0).astype(np.float32), exponents[i])
+                    spacing[place] = units[i]
         epsilon = 2.0**-bits
         spacing *= epsilon
         return difference, spacing, epsilon, (squares / difference.size) ** 0.5

@@ -293,6 +293,19 @@ def test_what_is_served(store: pydedup.Store) -> None:
     torch.testing.assert_close(attached(torch.from_numpy(x)), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "word"), [(DType.F32, 0x7F800001), (DType.BF16, 0x7F81), (DType.F16, 0x7C01)]
+)
+def test_a_nan_that_signals_comes_back(store: pydedup.Store, dtype: DType, word: int) -> None:
+    """numpy warned of it, where warnings are errors the add failed."""
+    base = dense(1, dtype)
+    model = adapted(base, 4)
+    for weight in (base["l0.weight"], model["l0.weight"]):
+        weight.view(f"u{dtype.itemsize}")[3, 4] = word
+    added_beside(store, base, model, LOSSLESS, joint=False, before=LOSSLESS)
+    assert same_bits(store, "m", model)
+
+
 def test_a_matrix_that_became_zero_comes_back(store: pydedup.Store) -> None:
     """It is minus its base, which has a low rank, and zeros have no spacing."""
     base = {"w": np.zeros((64, 64), np.float32)}
