@@ -10,6 +10,9 @@ squares, and written as integers, as coarse as what is left allows.
 
 from __future__ import annotations
 
+import copy
+import functools
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +22,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_RANK", "Factors", "factor_bytes", "find_factors", "seems_low_rank"]
+from pydedup.arguments import as_dtype
+
+__all__ = [
+    "MAX_RANK",
+    "Difference",
+    "Factors",
+    "factor_bytes",
+    "find_factors",
+    "refit",
+    "seems_low_rank",
+]
 
 #: Of a delta (docs/format.md, "Factors").
 MAX_RANK = 64
@@ -32,16 +45,19 @@ _SKETCHES = (24, 72)
 _ABOVE_NOISE = 1.1
 # Ranks that are refined, at a cost of their square.
 _MOST_REFINED = 32
-# Rows whose weights are in memory.
-_STRIP = 128
+# Elements that are in memory as f64.
+_STRIP = 16 * 1024
+_BF16_MANTISSA = 7
+_WIDE = np.dtype(np.float64)
 # Of the spacing of floats: how far the product may be off.
 _FINEST, _COARSEST = 1 / 256, 1 / 8
-# Of the size of a matrix: what is less is what sums in f64 were rounded to.
-_OF_F64 = 2.0**-40
+# Of the size of a matrix: what is less is what its differences were rounded to.
+_OF_F32 = 2.0**-25
 # Of setting how many threads numpy uses, which is said for all of a process.
-_THREADS = threading.Lock()
-# Squares that are left, of those of one rounding: one version after another was rounded.
-_MOST_NOISE = 16
+_threads = threading.Lock()
+# Squares that are left, of those of one rounding: one version after another was rounded; and those
+# of a factor of columns that fits other rows as well.
+_MOST_NOISE, _AS_WELL = 16, 2
 # Of all squares of a sample: of rows of noise alone about a quarter is left.
 _MOST_REST = 0.15
 
@@ -63,57 +79,132 @@ class Factors:
     of_cols: NDArray[np.int32]
 
 
-def seems_low_rank(sample: NDArray[np.float64], spacing: NDArray[np.float32], error: float) -> bool:
+class Difference:
+    """A matrix of floats minus another, and how these floats were rounded.
+
+    Parameters
+    ----------
+    values
+        The floats, (m, n) of f32, f16 or bf16; they are borrowed.
+    apart
+        What they differ by, float32 (m, n).
+
+    Attributes
+    ----------
+    epsilon
+        The spacing of these floats at 1.
+    size, coarse
+        Root mean squares of the floats and of the spacing of floats at each.
+    """
+
+    def __init__(self, values: NDArray[Any], apart: NDArray[np.float32]) -> None:
+        self.apart = apart
+        self.values = values
+        used = 0
+        for strip in self.strips():
+            bits = np.ascontiguousarray(values[strip]).view(f"u{values.itemsize}")
+            used |= int(np.bitwise_or.reduce(bits, axis=None))
+        mantissa = np.finfo(values.dtype).nmant if values.dtype.kind == "f" else _BF16_MANTISSA
+        unused = (used & -used).bit_length() - 1 if used else mantissa
+        # Those of a narrower dtype that were saved in this one use fewer bits.
+        self.epsilon = 2.0 ** -(mantissa - min(unused, mantissa))
+        squares, spacings = 0.0, 0.0
+        for strip in self.strips():
+            wide = as_dtype(values[strip], _WIDE)
+            squares += float(np.vdot(wide, wide))
+            spacing = self.spacing(strip)
+            spacings += float(np.vdot(spacing, spacing))
+        self.size = (squares / apart.size) ** 0.5
+        self.coarse = (spacings / apart.size) ** 0.5
+
+    @property
+    def transposed(self) -> Difference:
+        """Columns as rows."""
+        other = copy.copy(self)
+        other.apart, other.values = self.apart.T, self.values.T
+        return other
+
+    def strips(self) -> Iterator[slice]:
+        """Yield rows that are looked at together, so that little of it is in memory as f64."""
+        rows, cols = self.apart.shape
+        step = max(_STRIP // cols, 1)
+        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def spacing(self, strip: slice) -> NDArray[np.float64]:
+        """Return the spacing of floats at each of these, 0 at 0."""
+        wide = as_dtype(self.values[strip], _WIDE)
+        spacing: NDArray[np.float64] = np.ldexp((wide != 0) * self.epsilon, np.frexp(wide)[1] - 1)
+        return spacing
+
+    def times(self, right: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return its product with a matrix (n, k)."""
+        parts = [self.apart[strip].astype(np.float64) @ right for strip in self.strips()]
+        return np.concatenate(parts)
+
+    def transposed_times(self, right: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the product of its columns, as rows, with a matrix (m, k)."""
+        total = np.zeros((self.apart.shape[1], right.shape[1]))
+        for strip in self.strips():
+            total += self.apart[strip].astype(np.float64).T @ right[strip]
+        return total
+
+    def squares(self) -> float:
+        """Return the sum of its squares."""
+        return sum(
+            float(np.vdot(wide, wide))
+            for wide in (self.apart[strip].astype(np.float64) for strip in self.strips())
+        )
+
+
+def seems_low_rank(sample: Difference, error: float) -> bool:
     """Return whether a part of a matrix leaves little but noise behind when its rank is reduced.
 
-    Parameters are those of `find_factors`, but for a few rows and columns. Weights that were all
-    trained have a rank near to a low one, too, but only near.
+    ``error`` is as `find_factors` takes it. Weights that were all trained have a rank near to a
+    low one, too, but only near.
     """
-    if not np.isfinite(sample).all():
+    apart = sample.apart.astype(np.float64)
+    if not np.isfinite(apart).all():
         return False
-    products = sample @ sample.T if sample.shape[0] < sample.shape[1] else sample.T @ sample
-    squares = np.linalg.eigvalsh(products)
+    one = apart if apart.shape[0] < apart.shape[1] else apart.T
+    try:
+        with _one_thread():
+            squares = np.linalg.eigvalsh(one @ one.T)
+    except np.linalg.LinAlgError:  # it did not converge
+        return False
     rest = squares[: max(len(squares) // 2, len(squares) - MAX_RANK)].sum()
-    noise = max(_size(spacing) / 12**0.5, error)
-    most = _MOST_NOISE * noise**2 * np.count_nonzero(spacing)
-    return bool(rest <= min(most, _MOST_REST * squares.sum()))
+    noise = max(sample.coarse / 12**0.5, error)
+    return bool(rest <= min(_MOST_NOISE * noise**2 * apart.size, _MOST_REST * squares.sum()))
 
 
-def find_factors(
-    difference: NDArray[np.float64], spacing: NDArray[np.float32], epsilon: float, error: float
-) -> Factors | None:
+def find_factors(difference: Difference, error: float) -> Factors | None:
     """Return factors of most of a matrix, ``None`` where it has no low rank.
 
     Parameters
     ----------
     difference
-        float64 (m, n), finite.
-    spacing
-        Of the floats that the elements are differences to, float32 (m, n): what a sum was rounded
-        to. Where it is 0, the difference is, too.
-    epsilon
-        The spacing of these floats at 1.
+        What the product is to be near to; finite.
     error
-        How far, as a root mean square, the product may be off besides.
+        How far, as a root mean square, the product may be off besides what was rounded.
     """
     try:
         with _one_thread():
-            return _find(difference, spacing, epsilon, error)
+            return _find(difference, error)
     except np.linalg.LinAlgError:  # it did not converge, or equations say nothing
         return None
 
 
-def _find(
-    difference: NDArray[np.float64], spacing: NDArray[np.float32], epsilon: float, error: float
-) -> Factors | None:
-    rows, cols = difference.shape
-    coarse = _size(spacing)
-    error = max(error, _size(difference) * _OF_F64)
+def _find(difference: Difference, error: float) -> Factors | None:
+    rows, cols = difference.apart.shape
+    count = rows * cols
+    total = difference.squares()
+    if total == 0:
+        return None
+    coarse = difference.coarse
+    error = max(error, (total / count) ** 0.5 * _OF_F32)
     noise = max(coarse / 12**0.5, error)
-    total = float(np.vdot(difference, difference))
     for width in _SKETCHES:
         left, values, right = _decomposed(difference, min(width, rows, cols))
-        least = _ABOVE_NOISE * _noise_of(spacing, total, values, noise)
+        least = _ABOVE_NOISE * _noise_of(difference, total, values, noise)
         rank = int((values > least * (rows**0.5 + cols**0.5)).sum())
         if rank < min(width - 3, MAX_RANK + 1):
             break
@@ -124,28 +215,66 @@ def _find(
         return None
     of_rows, of_cols = left[:, :rank].T * values[:rank, None], right[:rank]
     if error < coarse and rank <= _MOST_REFINED:
+        least = (total / count) ** 0.5 * difference.epsilon  # what was added was itself rounded
         if rows >= cols:
-            of_rows, of_cols = _refined(difference, spacing, epsilon, of_cols)
+            of_rows, of_cols = _refined(difference, least, of_cols)
         else:
-            of_cols, of_rows = _refined(difference.T, spacing.T, epsilon, of_rows)
+            of_cols, of_rows = _refined(difference.transposed, least, of_rows)
     # What is off costs a few bits of each element, and a bit of the factors halves it.
-    share = min(max(rank * (rows + cols) / difference.size, _FINEST), _COARSEST)
+    share = min(max(rank * (rows + cols) / count, _FINEST), _COARSEST)
     return _in_whole_numbers(of_rows, of_cols, max(coarse * share, error))
 
 
 def _noise_of(
-    spacing: NDArray[np.float32], total: float, values: NDArray[np.float64], least: float
+    difference: Difference, total: float, values: NDArray[np.float64], least: float
 ) -> float:
     """Return the root mean square of what is no part of the first singular values.
 
     That is more than of one rounding, the least there is, where a base was itself a merged model.
     """
-    rows, cols = (side - len(values) for side in spacing.shape)
-    count = rows * cols * np.count_nonzero(spacing) / spacing.size
-    if count <= 0:
+    rows, cols = (side - len(values) for side in difference.apart.shape)
+    if rows <= 0 or cols <= 0:
         return least
-    rest = max(total - float((values**2).sum()), 0.0) / count
+    rest = max(total - float((values**2).sum()), 0.0) / (rows * cols)
     return float(min(max(rest**0.5, least), _MOST_NOISE**0.5 * least))
+
+
+def refit(difference: Difference, factors: Factors, error: float) -> Factors | None:
+    """Return the factors of other rows that the same factor of columns fits as well, if it does.
+
+    So a page has that once for more rows. ``error`` is as `find_factors` takes it.
+    """
+    try:
+        with _one_thread():
+            return _refit(difference, factors, error)
+    except np.linalg.LinAlgError:
+        return None
+
+
+def _refit(difference: Difference, factors: Factors, error: float) -> Factors | None:
+    of_cols = factors.of_cols * 2.0**factors.exponent
+    rank, rows = len(of_cols), difference.apart.shape[0]
+    one, other = np.triu_indices(rank)
+    in_pairs = (of_cols[one] * of_cols[other]).T
+    is_refined = error < difference.coarse and rank <= _MOST_REFINED
+    least = (difference.squares() / difference.apart.size) ** 0.5 * difference.epsilon
+    of_rows = np.empty((rank, rows))
+    rest = 0.0
+    for strip in difference.strips():
+        apart = difference.apart[strip].astype(np.float64)
+        if is_refined:
+            weights = 1 / np.maximum(difference.spacing(strip), least) ** 2
+            some = _solved(weights @ in_pairs, (weights * apart) @ of_cols.T)
+        else:
+            some = np.asarray(np.linalg.solve(of_cols @ of_cols.T, of_cols @ apart.T), np.float64)
+        of_rows[:, strip] = np.rint(some)
+        apart -= of_rows[:, strip].T @ of_cols
+        rest += float(np.vdot(apart, apart))
+    noise = max(difference.coarse / 12**0.5, error)
+    is_near = rest <= _AS_WELL * noise**2 * difference.apart.size
+    if not is_near or np.abs(of_rows).max() > _LARGEST:
+        return None
+    return Factors(factors.exponent, of_rows.astype(np.int32), factors.of_cols)
 
 
 def factor_bytes(factors: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -163,48 +292,56 @@ def _one_thread() -> Iterator[None]:
     So the result does not depend on the number of cores; and where others want these too, threads
     that wait for each other take ten times as long.
     """
-    import threadpoolctl  # type: ignore[import-untyped]  # not before it is wanted
-
-    with _THREADS, threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
+    with _threads, _libraries().limit(limits=1, user_api="blas"):
         yield
 
 
+@functools.cache
+def _libraries() -> Any:
+    """Return what sets the threads of the libraries that are loaded; to find these takes 1 ms."""
+    import threadpoolctl  # type: ignore[import-untyped]  # not before it is wanted
+
+    return threadpoolctl.ThreadpoolController()
+
+
+def _restart_in_child() -> None:
+    global _threads
+    _threads = threading.Lock()  # whoever had it is not there
+
+
+os.register_at_fork(after_in_child=_restart_in_child)
+
+
 def _decomposed(
-    matrix: NDArray[np.float64], width: int
+    matrix: Difference, width: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the first singular vectors and values, so many."""
-    drawn = np.random.default_rng(0).standard_normal((matrix.shape[1], width))
-    basis = np.linalg.qr(matrix @ drawn)[0]
+    drawn = np.random.default_rng(0).standard_normal((matrix.apart.shape[1], width))
+    basis = np.linalg.qr(matrix.times(drawn))[0]
     for _ in range(2):
-        basis = np.linalg.qr(matrix.T @ basis)[0]
-        basis = np.linalg.qr(matrix @ basis)[0]
-    inner, values, right = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+        basis = np.linalg.qr(matrix.transposed_times(basis))[0]
+        basis = np.linalg.qr(matrix.times(basis))[0]
+    inner, values, right = np.linalg.svd(matrix.transposed_times(basis).T, full_matrices=False)
     return basis @ inner, values, right
 
 
 def _refined(
-    difference: NDArray[np.float64],
-    spacing: NDArray[np.float32],
-    epsilon: float,
-    of_cols: NDArray[np.float64],
+    difference: Difference, least: float, of_cols: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return better factors: where floats lie closer, a difference says more.
+    """Return better factors: where floats lie closer, a difference says more, down to ``least``.
 
     Weighted least squares, for the rows' factor and then for that of the columns, which are no more
     than rows: of each there is a matrix in memory (as Gabriel and Zamir,
     *Lower rank approximation of matrices by least squares with any choice of weights*, 1979).
     """
-    # What was added was itself rounded.
-    least = _size(difference) * epsilon
-    rank, (rows, cols) = len(of_cols), difference.shape
+    rank, (rows, cols) = len(of_cols), difference.apart.shape
     one, other = np.triu_indices(rank)
     in_pairs = (of_cols[one] * of_cols[other]).T
     of_rows = np.empty((rank, rows))
     products, sums = np.zeros((cols, len(one))), np.zeros((cols, rank))
-    for start in range(0, rows, _STRIP):
-        strip = slice(start, start + _STRIP)
-        weights = 1 / np.maximum(spacing[strip], least).astype(np.float64) ** 2
-        weighted = weights * difference[strip]
+    for strip in difference.strips():
+        weights = 1 / np.maximum(difference.spacing(strip), least) ** 2
+        weighted = weights * difference.apart[strip]
         some = _solved(weights @ in_pairs, weighted @ of_cols.T)
         of_rows[:, strip] = some
         products += weights.T @ (some[one] * some[other]).T
@@ -219,12 +356,6 @@ def _solved(products: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray
     normal = np.empty((count, rank, rank))
     normal[:, one, other] = normal[:, other, one] = products
     return np.ascontiguousarray(np.linalg.solve(normal, sums[:, :, None])[:, :, 0].T)
-
-
-def _size(values: NDArray[Any]) -> float:
-    """Return the root mean square of what is not 0: blocks may be left out."""
-    count = max(np.count_nonzero(values), 1)
-    return float((np.square(values, dtype=np.float64).sum() / count) ** 0.5)
 
 
 def _in_whole_numbers(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,15 @@ from pydedup import codec
 from pydedup.arguments import as_dtype
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.ingest.aligned import ByPosition
-from pydedup.ingest.factors import Factors, factor_bytes, find_factors, seems_low_rank
-from pydedup.ingest.places import BlockReader, by_shape, stack_blocks, values_of
+from pydedup.ingest.factors import (
+    Difference,
+    Factors,
+    factor_bytes,
+    find_factors,
+    refit,
+    seems_low_rank,
+)
+from pydedup.ingest.places import BlockReader, by_shape, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
@@ -29,8 +35,10 @@ from pydedup.types import DType
 
 __all__ = ["LowRankRelatives", "Moved", "shared_bytes"]
 
-# Elements whose difference is looked at together, in float64 16 MiB.
-_TOGETHER = 2 * 1024 * 1024
+# Elements whose difference is looked at together, in float32 2 MiB; more where there are so many
+# columns that it would be few rows, up to 16 MiB.
+_TOGETHER, _MOST_TOGETHER = 512 * 1024, 4 * 1024 * 1024
+_ROWS = 512
 # The part of all these blocks that must be new, at least.
 _FRESH = 0.5
 # Blocks of a sample, down and across; and parts of a matrix that seemed to have a low rank and had
@@ -41,9 +49,9 @@ _PATIENCE = 2
 _OF_ERROR = 1 / 4
 # The numbers of factors have fewer bits than f64 would need.
 _DTYPES = DType.F32, DType.F16, DType.BF16
+_WIDE = np.dtype(np.float64)
 # Blocks whose bases are read in one go.
-_AT_ONCE = 256
-_BF16_MANTISSA = 7
+_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +122,10 @@ class LowRankRelatives:
         self._aligned = aligned
         self._patience = _PATIENCE if view.dtype in _DTYPES else 0
         grid = view.grid
-        self._height = max(_TOGETHER // (grid.block_rows * grid.cols), 1)
+        together = max(_TOGETHER, min(_ROWS * grid.cols, _MOST_TOGETHER))
+        self._height = max(together // (grid.block_rows * grid.cols), 1)
         self._known: tuple[int, Moved | None] = (-1, None)
+        self._factors: Factors | None = None  # of the rows before
 
     def of(self, numbers: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Moved]]:
         """Yield which of some blocks, ascending, have bases that were moved, and by what."""
@@ -161,60 +171,50 @@ class LowRankRelatives:
         if not len(down):
             return None
         sample = (down[:, np.newaxis] * grid.grid_cols + np.arange(across)).ravel()
-        difference, spacing, _, size = self._difference(numbers[sample], references[sample], dtype)
-        if not seems_low_rank(difference, spacing, self._bound * size * _OF_ERROR):
+        part = self._difference(numbers[sample], references[sample], dtype)
+        if not seems_low_rank(part, self._bound * part.size * _OF_ERROR):
             return None
         self._patience -= 1
-        difference, spacing, epsilon, size = self._difference(numbers, references, dtype)
-        if not np.isfinite(difference).all():
+        difference = self._difference(numbers, references, dtype)
+        if not np.isfinite(difference.apart).all():
             return None
-        factors = find_factors(difference, spacing, epsilon, self._bound * size * _OF_ERROR)
+        error = self._bound * difference.size * _OF_ERROR
+        factors = None if self._factors is None else refit(difference, self._factors, error)
+        if factors is None:
+            factors = find_factors(difference, error)
         if factors is None:
             return None
         self._patience += 1
+        self._factors = factors
         return Moved(grid, first, references, factors)
 
     def _difference(
         self, numbers: NDArray[np.int64], references: NDArray[np.int64], dtype: DType
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32], float, float]:
-        """Return a rectangle of blocks minus their bases, which are of that dtype.
-
-        It is 0 where there is none. Also the spacing of floats at the blocks' elements and at 1,
-        and the root mean square of these elements.
-        """
+    ) -> Difference:
+        """Return a rectangle of blocks minus their bases of that dtype, 0 where there is none."""
         view, reader = self._view, self._reader
         (rows, cols), (last_rows, last_cols) = (
             view.grid.area(number) for number in (int(numbers[0]), int(numbers[-1]))
         )
         top, left = rows.start, cols.start
-        difference = np.zeros((last_rows.stop - top, last_cols.stop - left))
-        spacing = np.zeros(difference.shape, np.float32)
-        squares = 0.0
-        bits = 0
+        values = view.data[top : last_rows.stop].view(view.dtype.numpy)[:, left : last_cols.stop]
+        apart = np.zeros(values.shape, np.float32)
         given = np.flatnonzero(references != NO_BASE)
         for shape, at in by_shape(view, numbers[given]):
-            same = given[at]
-            for start in range(0, len(same), _AT_ONCE):
-                some = same[start : start + _AT_ONCE]
-                blocks = values_of(stack_blocks(view, numbers[some], shape))
+            for start in range(0, len(at), _AT_ONCE):
+                some = given[at[start : start + _AT_ONCE]]
                 bases = values_of(reader.read(references[some], dtype, shape))
-                wide = as_dtype(blocks, np.dtype(np.float64))
-                squares += float(np.vdot(wide, wide))
-                bits = max(bits, _mantissa_bits(blocks))
-                units = np.ldexp((wide != 0).astype(np.float32), np.frexp(wide)[1] - 1)
-                with np.errstate(invalid="ignore"):  # of infinities; whoever asks looks for these
-                    wide -= as_dtype(as_dtype(bases, view.dtype.numpy), wide.dtype)
-                for i, number in enumerate(numbers[some].tolist()):
+                bases = as_dtype(bases, view.dtype.numpy)
+                for number, base in zip(numbers[some].tolist(), bases, strict=True):
                     rows, cols = view.grid.area(number)
                     place = (
                         slice(rows.start - top, rows.stop - top),
                         slice(cols.start - left, cols.stop - left),
                     )
-                    difference[place] = wide[i]
-                    spacing[place] = units[i]
-        epsilon = 2.0**-bits
-        spacing *= epsilon
-        return difference, spacing, epsilon, (squares / difference.size) ** 0.5
+                    one, other = (as_dtype(of, _WIDE) for of in (values[place], base))
+                    with np.errstate(all="ignore"):  # of infinities; whoever asks looks for these
+                        apart[place] = one - other
+        return Difference(values, apart)
 
 
 def _parts(
@@ -224,11 +224,3 @@ def _parts(
     chosen, index = np.unique(which, return_inverse=True)
     parts = [factor[:, i * step : i * step + length] for i in chosen.tolist()]
     return np.stack(parts), index.astype(np.int64)
-
-
-def _mantissa_bits(values: NDArray[Any]) -> int:
-    """Return how many bits of the mantissa floats use: those of a narrower dtype use fewer."""
-    mantissa = np.finfo(values.dtype).nmant if values.dtype.kind == "f" else _BF16_MANTISSA
-    used = int(np.bitwise_or.reduce(values.view(f"u{values.itemsize}"), axis=None))
-    unused = (used & -used).bit_length() - 1 if used else mantissa
-    return mantissa - min(unused, mantissa)
