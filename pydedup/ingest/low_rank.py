@@ -33,7 +33,7 @@ from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
-__all__ = ["LowRankRelatives", "Moved", "shared_bytes"]
+__all__ = ["LowRankRelatives", "Moved"]
 
 # Elements whose difference is looked at together, in float32 2 MiB; more where there are so many
 # columns that it would be few rows, up to 16 MiB.
@@ -45,6 +45,8 @@ _FRESH = 0.5
 # none, after which it is not looked at again.
 _SAMPLED = 2, 4
 _PATIENCE = 2
+# Blocks of a page that have a factor in common, at most, when it is weighed whether one pays.
+_USERS = 8
 # Of the error that is allowed: how far the product may be off.
 _OF_ERROR = 1 / 4
 # The numbers of factors have fewer bits than f64 would need.
@@ -89,15 +91,14 @@ class Moved:
         cols, col_of = _parts(self.factors.of_cols, across, wide, shape[1])
         return codec.LowRankFactors(self.factors.exponent, rows, cols, row_of, col_of)
 
-
-def shared_bytes(factors: codec.LowRankFactors) -> NDArray[np.int64]:
-    """Return what a page saves of each block's factors, which others on it have too, about."""
-    saved = np.zeros(len(factors.row_of), np.int64)
-    for numbers, which in ((factors.of_rows, factors.row_of), (factors.of_cols, factors.col_of)):
-        users = np.bincount(which, minlength=len(numbers))
-        taken = factor_bytes(numbers)[which]
-        saved += taken - taken // np.maximum(users[which], 1)
-    return saved
+    def shared_bytes(self, factors: codec.LowRankFactors) -> NDArray[np.int64]:
+        """Return what a page saves of each block's factors, which others on it have too, about."""
+        across = self.grid.grid_cols
+        down = len(self.references) // across
+        of_rows = factor_bytes(factors.of_rows)[factors.row_of]
+        of_cols = factor_bytes(factors.of_cols)[factors.col_of]
+        alone = of_rows // min(across, _USERS) + of_cols // min(down, _USERS)
+        return np.asarray(of_rows + of_cols - alone, np.int64)
 
 
 class LowRankRelatives:

@@ -19,7 +19,7 @@ from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks, replaced
-from pydedup.ingest.low_rank import Moved, shared_bytes
+from pydedup.ingest.low_rank import Moved
 from pydedup.ingest.pairs import (
     Columns,
     Pairs,
@@ -347,7 +347,8 @@ class Similar:
         bases = self._reader.read(chosen_bases, dtype, shape)
         pairs = Pairs(chosen, chosen_bases[base_index], np.zeros(len(chosen)), bases, base_index)
         bound = policy.max_rel_error or None
-        self._encode(kept, blocks, pairs, at, bound, moved.factors_of(numbers, shape))
+        factors = moved.factors_of(numbers, shape)
+        self._encode(kept, blocks, pairs, at, bound, factors, moved.shared_bytes(factors))
 
     @staticmethod
     def _encode(
@@ -357,10 +358,12 @@ class Similar:
         at: NDArray[np.int64],
         bound: float | None,
         factors: codec.LowRankFactors | None = None,
+        shared: NDArray[np.int64] | None = None,
     ) -> None:
         """Keep the blocks of these pairs, one each, as deltas where that saves enough."""
         rows, base_index = pairs.rows, pairs.base_index
-        shared = np.zeros(len(rows), np.int64) if factors is None else shared_bytes(factors)
+        if shared is None:  # of what the deltas take, since others on their pages have it too
+            shared = np.zeros(len(rows), np.int64)
         deltas = codec.encode_deltas(
             blocks,
             rows,

@@ -57,6 +57,8 @@ def same_bits(store: pydedup.Store, name: str, model: Model) -> bool:
         (DType.BF16, 1, 0.10),
         (DType.BF16, 8, 0.12),
         (DType.BF16, 32, 0.16),
+        (DType.F32, 64, 0.40),
+        (DType.BF16, 64, 0.25),
         (DType.F16, 8, 0.12),
     ],
 )

@@ -105,7 +105,8 @@ void decode_block(const BlockView& block, std::byte* dst, std::size_t dst_stride
 /// `max_rel_error` (above 0, below 1), or where no quantised delta keeps it or is smaller, the
 /// delta is exact. With it, |decoded - block| <= max_rel_error * |block| in Euclidean norm, and
 /// elements that are 0 stay 0 (their sign may be lost). Returns nullopt when the delta takes more
-/// than out.size() bytes or is no smaller than the raw block. Throws Error{invalid_argument}.
+/// than out.size() bytes or is no smaller than the raw block, factors aside. Throws
+/// Error{invalid_argument}.
 [[nodiscard]] std::optional<EncodedBlock> encode_delta(const MatrixRef& block,
                                                        const MatrixRef& base,
                                                        std::optional<double> max_rel_error,

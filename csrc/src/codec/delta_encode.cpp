@@ -209,7 +209,9 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
         }
     }
     const std::size_t raw = block.rows * block.cols * item_bytes(block.dtype);
-    const std::size_t limit = std::min(out.size(), raw - 1);
+    // Factors do not count: a page may have them for many blocks.
+    const std::size_t besides = low_rank != nullptr ? factor_bytes(*low_rank) : 0;
+    const std::size_t limit = std::min(out.size(), raw - 1 + besides);
     std::optional<PairOf> both;
     Sink best;
     Encoding encoding = Encoding::delta;

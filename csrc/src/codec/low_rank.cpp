@@ -200,6 +200,14 @@ void add_low_rank(const LowRank& low_rank, const std::uint8_t* base, std::size_t
     }
 }
 
+std::size_t factor_bytes(const LowRank& low_rank) {
+    Sink sink;
+    for (const Factor factor : {low_rank.of_rows, low_rank.of_cols}) {
+        put_factor(sink, low_rank.rank, factor);
+    }
+    return sink.size();
+}
+
 void put_low_rank(Sink& sink, const LowRank& low_rank) {
     sink.push_back(static_cast<std::uint8_t>(low_rank.rank));
     const auto exponent = static_cast<std::uint16_t>(static_cast<std::int16_t>(low_rank.exponent));
@@ -228,6 +236,12 @@ const char* get_low_rank(Source& source, std::size_t rows, std::size_t cols,
         return "its factors are damaged";
     }
     return nullptr;
+}
+
+std::size_t bytes_besides_factors(const BlockView& delta) {
+    const std::optional<FactorPlaces> places = find_factors(delta);
+    if (!places) return delta.length;
+    return places->head.size() + places->tail.size();
 }
 
 std::optional<FactorPlaces> find_factors(const BlockView& delta) {

@@ -45,6 +45,9 @@ void check_low_rank(const LowRank& low_rank, std::size_t rows, std::size_t cols)
 void add_low_rank(const LowRank& low_rank, const std::uint8_t* base, std::size_t rows,
                   std::size_t cols, Dtype dtype, std::uint8_t* moved);
 
+/// Bytes of both factors.
+[[nodiscard]] std::size_t factor_bytes(const LowRank& low_rank);
+
 /// Rank and exponent, and both factors.
 void put_low_rank(Sink& sink, const LowRank& low_rank);
 
@@ -61,6 +64,9 @@ struct FactorPlaces {
     std::span<const std::byte> of_cols;
     std::span<const std::byte> tail;
 };
+
+/// Bytes of a delta without the factors that follow in it.
+[[nodiscard]] std::size_t bytes_besides_factors(const BlockView& delta);
 
 /// nullopt for deltas without factors, and for what does not decode.
 [[nodiscard]] std::optional<FactorPlaces> find_factors(const BlockView& delta);

@@ -81,7 +81,10 @@ const char* block_fault(const BlockView& block) noexcept {
             break;
         case Encoding::delta:
         case Encoding::quantised:
-            if (block.length >= count * item) return "is longer than its raw block";
+            if (block.length >= count * item &&
+                detail::bytes_besides_factors(block) >= count * item) {
+                return "is longer than its raw block";
+            }
             return block.base != 0 ? nullptr : "is a delta and names no base";
         default:
             return "has an unknown encoding";
