@@ -84,7 +84,7 @@ class EncodedBlocks:
         return [self.arena[start : start + length] for start, length in spans]
 
     def have_factors(self) -> NDArray[np.bool_]:
-        """Return which are deltas with factors (docs/format.md, "Factors"), bool (n_blocks,)."""
+        """Return which are deltas with factors (docs/format.md, "Version 3"), bool (n_blocks,)."""
         found = np.zeros(len(self.lengths), np.bool_)
         deltas = np.flatnonzero((self.encodings >= Encoding.DELTA) & (self.lengths > 0))
         found[deltas] = self.arena[self.offsets[deltas]] == _WITH_FACTORS

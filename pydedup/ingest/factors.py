@@ -34,7 +34,7 @@ __all__ = [
     "seems_low_rank",
 ]
 
-#: Of a delta (docs/format.md, "Factors").
+#: Of a delta (docs/format.md, "Version 3").
 MAX_RANK = 64
 _LARGEST = (1 << 23) - 1
 _LEAST_EXPONENT = -900
@@ -45,8 +45,8 @@ _SKETCHES = (24, 72)
 _ABOVE_NOISE = 1.1
 # Ranks that are refined, at a cost of their square.
 _MOST_REFINED = 32
-# Elements that are in memory as f64.
-_STRIP = 16 * 1024
+# Elements that are in memory as f64, or rows where that is more.
+_STRIP, _STRIP_ROWS = 16 * 1024, 32
 _BF16_MANTISSA = 7
 _WIDE = np.dtype(np.float64)
 # Of the spacing of floats: how far the product may be off.
@@ -127,7 +127,7 @@ class Difference:
     def strips(self) -> Iterator[slice]:
         """Yield rows that are looked at together, so that little of it is in memory as f64."""
         rows, cols = self.apart.shape
-        step = max(_STRIP // cols, 1)
+        step = max(_STRIP // cols, _STRIP_ROWS)
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def spacing(self, strip: slice) -> NDArray[np.float64]:

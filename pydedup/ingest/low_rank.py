@@ -4,7 +4,7 @@
 What blocks of a row, and of a column, of a matrix have in common no block can tell alone. So the
 difference of many blocks to what is at their place in a relative is looked at together, and if it
 has a low rank (factors.py) each block has its part of the factors; a page keeps a part that several
-of its blocks have only once (docs/format.md, "Factors").
+of its blocks have only once (docs/format.md, "Version 3").
 """
 
 from __future__ import annotations
