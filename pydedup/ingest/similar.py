@@ -71,8 +71,10 @@ class Kept:
         that follows has an entry for these too, which says nothing.
     encoded
         The blocks as they are stored.
+    source
+        Digests of the blocks, uint64 (n, 2).
     digests
-        Of what they hold, uint64 (n, 2); that of the source where it is stored bit by bit.
+        Of what they hold; that of the source where it is stored bit by bit.
     bases, base_tags
         References of the bases of deltas, `NO_BASE` for others; what their slots carry.
     errors
@@ -88,6 +90,7 @@ class Kept:
 
     shared: NDArray[np.int64]
     encoded: codec.EncodedBlocks
+    source: NDArray[np.uint64]
     digests: NDArray[np.uint64]
     bases: NDArray[np.int64]
     base_tags: NDArray[np.uint64]
@@ -160,6 +163,7 @@ class Similar:
         kept = Kept(
             shared=np.full(count, NO_BASE, np.int64),
             encoded=looked.encoded,
+            source=digests,
             digests=digests.copy(),
             bases=np.full(count, NO_BASE, np.int64),
             base_tags=np.zeros(count, np.uint64),
@@ -167,11 +171,15 @@ class Similar:
             costs=looked.encoded.lengths.copy(),
         )
         for at, blocks in looked.stacks:
+            every = np.arange(len(at))
+            if policy.max_rel_error > 0:  # it may be shared, which is best
+                self._improve(kept, blocks, at, indices[at], policy, aligned[:, at])
+                every = every[:0]
             for rows, by in moved:
                 self._move(kept, blocks, at, indices, rows, by, policy)
-            # Of those that have become small, nothing else is tried, unless they may be shared.
-            others = (kept.bases[at] == NO_BASE) | (kept.costs[at] > blocks.block_bytes() // _SMALL)
-            rest = np.flatnonzero(others | (policy.max_rel_error > 0))
+            # Of those that have become small, nothing else is tried.
+            is_small = kept.costs[at] <= blocks.block_bytes() // _SMALL
+            rest = every[~is_small[every] | (kept.bases[at[every]] == NO_BASE)]
             if len(rest):
                 some = at[rest]
                 self._improve(
@@ -378,6 +386,8 @@ class Similar:
             return
         tags = codec.base_tags(hash_view(pairs.bases))
         places = at[rows[good]]
+        kept.lossy = _without(kept.lossy, places)
+        kept.digests[places], kept.errors[places] = kept.source[places], 0
         kept.bases[places] = pairs.references[good]
         kept.costs[places] = deltas.lengths[good] - shared[good]
         kept.base_tags[places] = tags[base_index[good]]
@@ -402,6 +412,18 @@ def _take(kept: Kept, chosen: Sequence[tuple[int, Delta]]) -> None:
     kept.bases[rows] = [delta.base for delta in deltas]
     kept.base_tags[rows] = np.array([delta.base_tag for delta in deltas], np.uint64)
     kept.encoded = replaced(kept.encoded, rows, encoded_blocks(deltas), np.arange(len(rows)))
+
+
+def _without(
+    lossy: Sequence[tuple[NDArray[np.int64], MatrixView]], rows: NDArray[np.int64]
+) -> list[tuple[NDArray[np.int64], MatrixView]]:
+    """Leave out blocks that become something else."""
+    left = []
+    for at, content in lossy:
+        stay = np.flatnonzero(~is_among(at, rows))
+        if len(stay):
+            left.append((at[stay], _rows_of(content, stay)))
+    return left
 
 
 def _rows_of(blocks: MatrixView, rows: NDArray[np.int64]) -> MatrixView:

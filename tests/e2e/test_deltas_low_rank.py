@@ -317,3 +317,19 @@ def test_a_matrix_that_became_zero_comes_back(store: pydedup.Store) -> None:
         store.add("base", {"w": np.zeros((64, 64), np.float32)}, policy=policy)
         assert not store.load("base")["w"].any()
     assert store.verify().ok
+
+
+def test_an_exact_delta_takes_the_place_of_one_within_a_bound(store: pydedup.Store) -> None:
+    """Within a bound that bf16 is about as fine as: what is recorded is of the delta that stays."""
+    base = dense(dtype=DType.BF16)
+    model = adapted(base, 4)
+    model["l1.weight"][:64] = adapted(model, 4, seed=60, share=0.05)["l1.weight"][:64]
+    for bound in (1e-4, 1e-3, 3e-3, 1e-2):
+        store.add("base", base)
+        store.add("m", model, policy=policies.Bounded(bound))
+        assert store.verify().ok
+        for name, got in store.load("m").items():
+            wide = model[name].astype("f8")
+            assert np.linalg.norm(got.astype("f8") - wide) <= bound * np.linalg.norm(wide)
+        store.remove("m")
+        store.vacuum()
