@@ -136,6 +136,10 @@ class Difference:
         spacing: NDArray[np.float64] = np.ldexp((wide != 0) * self.epsilon, np.frexp(wide)[1] - 1)
         return spacing
 
+    def weights(self, strip: slice, least: float) -> NDArray[np.float64]:
+        """Return how much each says: the more, the closer floats lie, down to ``least``."""
+        return np.asarray(1 / np.maximum(self.spacing(strip), least) ** 2, np.float64)
+
     def times(self, right: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return its product with a matrix (n, k)."""
         parts = [self.apart[strip].astype(np.float64) @ right for strip in self.strips()]
@@ -252,10 +256,9 @@ def refit(difference: Difference, factors: Factors, error: float) -> Factors | N
 
 
 def _refit(difference: Difference, factors: Factors, error: float) -> Factors | None:
-    of_cols = factors.of_cols * 2.0**factors.exponent
+    of_cols = np.asarray(factors.of_cols * 2.0**factors.exponent, np.float64)
     rank, rows = len(of_cols), difference.apart.shape[0]
-    one, other = np.triu_indices(rank)
-    in_pairs = (of_cols[one] * of_cols[other]).T
+    in_pairs = _in_pairs(of_cols)
     is_refined = error < difference.coarse and rank <= _MOST_REFINED
     least = (difference.squares() / difference.apart.size) ** 0.5 * difference.epsilon
     of_rows = np.empty((rank, rows))
@@ -263,7 +266,7 @@ def _refit(difference: Difference, factors: Factors, error: float) -> Factors | 
     for strip in difference.strips():
         apart = difference.apart[strip].astype(np.float64)
         if is_refined:
-            weights = 1 / np.maximum(difference.spacing(strip), least) ** 2
+            weights = difference.weights(strip, least)
             some = _solved(weights @ in_pairs, (weights * apart) @ of_cols.T)
         else:
             some = np.asarray(np.linalg.solve(of_cols @ of_cols.T, of_cols @ apart.T), np.float64)
@@ -316,13 +319,24 @@ def _decomposed(
     matrix: Difference, width: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the first singular vectors and values, so many."""
-    drawn = np.random.default_rng(0).standard_normal((matrix.apart.shape[1], width))
-    basis = np.linalg.qr(matrix.times(drawn))[0]
+    basis = np.linalg.qr(matrix.times(_drawn(matrix.apart.shape[1], width)))[0]
     for _ in range(2):
         basis = np.linalg.qr(matrix.transposed_times(basis))[0]
         basis = np.linalg.qr(matrix.times(basis))[0]
     inner, values, right = np.linalg.svd(matrix.transposed_times(basis).T, full_matrices=False)
     return basis @ inner, values, right
+
+
+def _drawn(rows: int, cols: int) -> NDArray[np.float64]:
+    """Return numbers from -1 to 1 as if drawn at random, the same ones each time (SplitMix64).
+
+    Not by `numpy.random`: to load it takes 8 MB, and its numbers change between releases.
+    """
+    z = np.arange(1, rows * cols + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return np.asarray((z >> np.uint64(11)) * 2.0**-52 - 1, np.float64).reshape(rows, cols)
 
 
 def _refined(
@@ -335,18 +349,23 @@ def _refined(
     *Lower rank approximation of matrices by least squares with any choice of weights*, 1979).
     """
     rank, (rows, cols) = len(of_cols), difference.apart.shape
-    one, other = np.triu_indices(rank)
-    in_pairs = (of_cols[one] * of_cols[other]).T
+    in_pairs = _in_pairs(of_cols)
     of_rows = np.empty((rank, rows))
-    products, sums = np.zeros((cols, len(one))), np.zeros((cols, rank))
+    products, sums = np.zeros(in_pairs.shape), np.zeros((cols, rank))
     for strip in difference.strips():
-        weights = 1 / np.maximum(difference.spacing(strip), least) ** 2
+        weights = difference.weights(strip, least)
         weighted = weights * difference.apart[strip]
         some = _solved(weights @ in_pairs, weighted @ of_cols.T)
         of_rows[:, strip] = some
-        products += weights.T @ (some[one] * some[other]).T
+        products += weights.T @ _in_pairs(some)
         sums += weighted.T @ some.T
     return of_rows, _solved(products, sums)
+
+
+def _in_pairs(factor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the products of each two of a factor's numbers, of shape (numbers, pairs)."""
+    one, other = np.triu_indices(len(factor))
+    return np.asarray((factor[one] * factor[other]).T, np.float64)
 
 
 def _solved(products: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray[np.float64]:

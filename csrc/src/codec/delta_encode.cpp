@@ -167,16 +167,17 @@ namespace detail {
 // Not in the class: the compiler would fill all of the plans that are not there with zeros.
 DeltaEncoder::DeltaEncoder() = default;
 
-// Behind a mask, if one helps. `dtype` is the block's, of which the pair's may be a narrower one.
+// Behind a mask, if one helps. `dtype` is the block's, of which the pair's may be a narrower one;
+// `factors` what put_low_rank() wrote, if they moved the base.
 Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
                                   std::optional<double> max_rel_error, std::size_t limit,
-                                  const LowRank* low_rank) {
+                                  const Sink& factors) {
     const auto extension = [&](const std::optional<ZeroMask>& mask) {
         Extension more;
-        if (pair.dtype == dtype && !mask && low_rank == nullptr) return more;
-        more.version = low_rank != nullptr ? kLowRankDeltaVersion : kExtendedDeltaVersion;
+        if (pair.dtype == dtype && !mask && factors.empty()) return more;
+        more.version = factors.empty() ? kExtendedDeltaVersion : kLowRankDeltaVersion;
         more.bytes.push_back(static_cast<std::uint8_t>(pair.dtype));
-        if (low_rank != nullptr) put_low_rank(more.bytes, *low_rank);
+        more.bytes.insert(more.bytes.end(), factors.begin(), factors.end());
         put_mask(more.bytes, mask, delta_layout(pair.dtype));
         return more;
     };
@@ -210,14 +211,15 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
     }
     const std::size_t raw = block.rows * block.cols * item_bytes(block.dtype);
     // Factors do not count: a page may have them for many blocks.
-    const std::size_t besides = low_rank != nullptr ? factor_bytes(*low_rank) : 0;
+    Sink factors;
+    const std::size_t besides = low_rank != nullptr ? put_low_rank(factors, *low_rank) : 0;
     const std::size_t limit = std::min(out.size(), raw - 1 + besides);
     std::optional<PairOf> both;
     Sink best;
     Encoding encoding = Encoding::delta;
     if (max_rel_error && can_quantise(block.dtype)) {
         both.emplace(block, base, low_rank);
-        best = encode_smaller(both->pair, block.dtype, max_rel_error, limit, low_rank);
+        best = encode_smaller(both->pair, block.dtype, max_rel_error, limit, factors);
         if (!best.empty()) encoding = Encoding::quantised;
     }
     // Exact where that is no larger: narrow floats have little to lose.
@@ -226,7 +228,7 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
     if (best.empty() || best.size() > exactly.rows * exactly.cols * item_bytes(exactly.dtype) / 4) {
         if (narrow || !both) both.emplace(exactly, base, low_rank);
         Sink exact = encode_smaller(both->pair, block.dtype, std::nullopt,
-                                    best.empty() ? limit : best.size(), low_rank);
+                                    best.empty() ? limit : best.size(), factors);
         if (!exact.empty()) {
             best = std::move(exact);
             encoding = Encoding::delta;

@@ -24,7 +24,7 @@ class DeltaEncoder {
 
   private:
     Sink encode_smaller(const Pair& pair, Dtype dtype, std::optional<double> max_rel_error,
-                        std::size_t limit, const LowRank* low_rank);
+                        std::size_t limit, const Sink& factors);
 
     std::optional<DeltaPlan> exact_;
     std::optional<DeltaPlan> exact_masked_;

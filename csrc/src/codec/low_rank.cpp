@@ -200,23 +200,19 @@ void add_low_rank(const LowRank& low_rank, const std::uint8_t* base, std::size_t
     }
 }
 
-std::size_t factor_bytes(const LowRank& low_rank) {
-    Sink sink;
-    for (const Factor factor : {low_rank.of_rows, low_rank.of_cols}) {
-        put_factor(sink, low_rank.rank, factor);
-    }
-    return sink.size();
-}
-
-void put_low_rank(Sink& sink, const LowRank& low_rank) {
+std::size_t put_low_rank(Sink& sink, const LowRank& low_rank) {
     sink.push_back(static_cast<std::uint8_t>(low_rank.rank));
     const auto exponent = static_cast<std::uint16_t>(static_cast<std::int16_t>(low_rank.exponent));
     sink.push_back(static_cast<std::uint8_t>(exponent));
     sink.push_back(static_cast<std::uint8_t>(exponent >> 8));
+    std::size_t bytes = 0;
     for (const Factor factor : {low_rank.of_rows, low_rank.of_cols}) {
         put_varint(sink, 0);
+        const std::size_t first = sink.size();
         put_factor(sink, low_rank.rank, factor);
+        bytes += sink.size() - first;
     }
+    return bytes;
 }
 
 const char* get_low_rank(Source& source, std::size_t rows, std::size_t cols,

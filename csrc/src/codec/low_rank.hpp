@@ -45,11 +45,8 @@ void check_low_rank(const LowRank& low_rank, std::size_t rows, std::size_t cols)
 void add_low_rank(const LowRank& low_rank, const std::uint8_t* base, std::size_t rows,
                   std::size_t cols, Dtype dtype, std::uint8_t* moved);
 
-/// Bytes of both factors.
-[[nodiscard]] std::size_t factor_bytes(const LowRank& low_rank);
-
-/// Rank and exponent, and both factors.
-void put_low_rank(Sink& sink, const LowRank& low_rank);
+/// Rank and exponent, and both factors; returns the bytes of these.
+std::size_t put_low_rank(Sink& sink, const LowRank& low_rank);
 
 /// Reads what put_low_rank() wrote, or a page made of it. `before` are the bytes in front of the
 /// block, which begins at `block`. Returns nullptr, or what is wrong.
