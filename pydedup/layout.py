@@ -234,11 +234,13 @@ def used_places(maps: Iterable[BlockMap]) -> NDArray[np.int64]:
     return distinct(joined(map(map_places, maps)))
 
 
-def base_places(block_map: BlockMap) -> NDArray[np.int64]:
-    """Return the place of each block's base, `NO_PLACE` for blocks that are no deltas."""
+def base_places(
+    block_map: BlockMap, numbers: NDArray[np.int64] | slice = slice(None)
+) -> NDArray[np.int64]:
+    """Return the place of the base of each block, or some, `NO_PLACE` for those without."""
     if block_map.bases is None:
-        return np.full(len(block_map.slots), NO_PLACE, np.int64)
-    page_ids, slots = block_map.bases
+        return np.full(len(block_map.slots[numbers]), NO_PLACE, np.int64)
+    page_ids, slots = block_map.bases[0][numbers], block_map.bases[1][numbers]
     return np.where(page_ids == NO_PAGE, NO_PLACE, block_places(page_ids, slots))
 
 

@@ -4,15 +4,16 @@
     python bench/peers/variants.py [--only AREA] [--json]
 
 32 tensors of 1024 x 1024 from N(0, 0.02), and a variant of them: fine-tuned, pruned, saved in a
-wider dtype, or with an adapter merged. Percentages are of the variant's
-own bytes: by how much the database grew, rows, indexes and signatures included, against bytes
-of the peers' streams (and reminis' database). No one tells the store what the variant is one of;
-the peers are told. "1 % of the spread" is noise of N(0, 0.0002) on every weight.
+wider dtype, or with an adapter merged; and what is made of a fine-tune, of 8 such tensors.
+Percentages are of the variant's own bytes: by how much the database grew, rows, indexes and
+signatures included, against bytes of the peers' streams (and reminis' database). No one tells the
+store what the variant is one of; the peers are told. "1 % of the spread" is noise of N(0, 0.0002)
+on every weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from pydedup.policies import Bounded, Lossless, Policy
 from pydedup.types import DType
 
 TENSORS, SIDE = 32, 1024
+# Tensors of models made of a fine-tune, and such models.
+FEW, IN_A_ROW = 8, 8
 SPREAD = 0.02
 BOUND = 0.001
 
@@ -124,9 +127,9 @@ def pruned_or_widened() -> Iterator[Finding]:
     yield from beside("1 % of the spread, bf16 saved in f32", base, saved, Lossless(), None)
 
 
-def adapted(base: Weights, rank: int) -> dict[str, Any]:
+def adapted(base: Weights, rank: int, seed: int = 4) -> dict[str, Any]:
     """Return the weights after an adapter of 1 % of their spread was merged, as LoRA's are."""
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng(seed)
     out = {}
     for name, array in base.items():
         up, down = (rng.standard_normal((SIDE, rank), np.float32) for _ in range(2))
@@ -147,6 +150,60 @@ def merged() -> Iterator[Finding]:
     yield from beside(case, base, adapted(base, 8), Bounded(BOUND), None)
 
 
+def next_night(model: Weights, seed: int) -> dict[str, Any]:
+    """Return the weights after 3 % of the rows were trained on, by 1 % of the spread."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, array in model.items():
+        by = rng.standard_normal(array.shape, np.float32) * np.float32(0.01 * SPREAD)
+        by *= rng.random((len(array), 1)) < 0.03
+        out[name] = (array.astype(np.float32) + by).astype(array.dtype)
+    return out
+
+
+def in_a_row(case: str, models: Sequence[Weights], parents: Sequence[Weights]) -> Iterator[Finding]:
+    """Yield what models take that come after a base and a fine-tune of it, and their parents."""
+    sides: dict[str, list[float]] = {}
+    seconds = []
+    base, tuned, *rest = models
+    with Scratch() as scratch:
+        scratch.add("base", base, Lossless())
+        scratch.add("tuned", tuned, Lossless())
+        for number, (model, parent) in enumerate(zip(rest, parents, strict=True)):
+            size = sum(array.nbytes for array in model.values())
+            scratch.add(f"m{number}", model, Lossless())
+            seconds.append(scratch.seconds)
+            found = {"pydedup": scratch.grown, "XOR + planes + zstd-3": xor_planes(parent, model)}
+            peer = zipnn_bytes(model, parent)
+            if peer is not None:
+                found["zipnn delta"] = peer
+            for side, count in found.items():
+                sides.setdefault(side, []).append(100 * count / size)
+            back = scratch.store.load(f"m{number}")
+            if not all(back[n].tobytes() == a.tobytes() for n, a in model.items()):
+                raise SystemExit(f"{case}: what came back is not what went in")
+    for side, shares in sides.items():
+        yield Finding(case, f"{side}, each", float(np.mean(shares)), "%")
+        yield Finding(case, f"{side}, the last", shares[-1], "%")
+    yield Finding(case, "pydedup, add", float(np.median(seconds)), "s")
+
+
+def derived() -> Iterator[Finding]:
+    """Yield models made of a fine-tune that the store has as deltas; the peers know of what."""
+    drawn_first = dict(list(drawn(0).items())[:FEW])
+    for dtype, label in ((np.float32, "f32"), (DType.BF16.numpy, "bf16")):
+        base = {name: array.astype(dtype) for name, array in drawn_first.items()}
+        tuned = moved(base, dtype)
+        tenants = [adapted(tuned, 8, seed) for seed in range(IN_A_ROW)]
+        case = f"{IN_A_ROW} adapters of rank 8 merged into a fine-tune, {label}"
+        yield from in_a_row(case, [base, tuned, *tenants], [tuned] * IN_A_ROW)
+        nights: list[Weights] = [tuned]
+        for seed in range(IN_A_ROW):
+            nights.append(next_night(nights[-1], seed))
+        case = f"{IN_A_ROW} nights after a fine-tune, 3 % of the rows each, {label}"
+        yield from in_a_row(case, [base, *nights], nights[:-1])
+
+
 def bounded() -> Iterator[Finding]:
     """Yield the full fine-tune within 0.1 % of each block's norm."""
     base = drawn(0)
@@ -154,4 +211,4 @@ def bounded() -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [lossless, pruned_or_widened, merged, bounded])
+    main(__doc__, [lossless, pruned_or_widened, merged, derived, bounded])

@@ -8,13 +8,14 @@ family come to lie around the blocks of one model. A model that helped none of a
 blocks is no relative of it, and asked no more: models of one architecture that were trained
 separately have all names in common and nothing else. Of names with other prefixes this is settled
 for each pair of these: that ``lm_head.weight`` is not ``embed.weight`` says nothing of all others.
+The newest models are asked first, or the nearest, once somebody found out (families.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Protocol
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
-from pydedup.blocks import NO_PAGE, BlockGrid
+from pydedup.blocks import BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
@@ -33,10 +34,10 @@ from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import block_places
+from pydedup.layout import NO_PLACE, base_places, block_places
 from pydedup.types import DType, TensorInfo
 
-__all__ = ["Aligned", "ByPosition", "Neighbours", "Nobody"]
+__all__ = ["Aligned", "ByPosition", "Kinship", "Neighbours", "Nobody", "Relation", "Relative"]
 
 # Models, of the store and of this add, that may be looked at, and how many are asked at a time.
 _NEWEST = 32
@@ -50,7 +51,8 @@ _STRANGERS = 8
 
 # Shape of a tensor, and the dtypes of its bases.
 _Kind = tuple[tuple[int, ...], tuple[DType, ...]]
-_Find = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+# References at the places of some blocks: of what the deltas among them are of, or of these too.
+_Find = Callable[[NDArray[np.int64], bool], NDArray[np.int64]]
 # A model of the store by its id, one of this add by its address; and the prefixes of the names of
 # who asks and of this one (names.py).
 _Key = tuple[int | str, tuple[str, str]]
@@ -73,12 +75,19 @@ class _Matched:
     references: NDArray[np.int64]
 
 
-@dataclass(slots=True)
-class _Relation:
-    """What came of asking one model for the blocks of another."""
+@dataclass(slots=True, eq=False)
+class Relation:
+    """What came of asking one model for the blocks of another.
+
+    Attributes
+    ----------
+    away
+        How far its bases are, if that was measured: what a delta takes of the block by itself.
+    """
 
     asked: int = 0
     is_near: bool = False
+    away: float = np.inf
 
     def note(self, helped: NDArray[np.bool_]) -> None:
         """Remember which of some blocks it helped."""
@@ -89,6 +98,50 @@ class _Relation:
     def is_stranger(self) -> bool:
         """Whether it was asked often enough to no avail."""
         return not self.is_near and self.asked >= _PATIENCE
+
+
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """What one model has at the places of some blocks.
+
+    Attributes
+    ----------
+    blocks, bases
+        References int64 (n,): of its blocks, and of what the deltas among these are of instead.
+    relation
+        That of the two models.
+    """
+
+    blocks: NDArray[np.int64]
+    bases: NDArray[np.int64]
+    relation: Relation
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether a block is a delta."""
+        return not np.array_equal(self.blocks, self.bases)
+
+
+@dataclass(slots=True)
+class Kinship:
+    """What is known of the relatives of one model (families.py).
+
+    Attributes
+    ----------
+    is_measured
+        Whether it is known how far they are.
+    near
+        Those that its blocks are much nearer to than to any base, being deltas.
+    times
+        How many others each of these stands for, itself included.
+    vain
+        For how many tensors on end such were looked for in vain.
+    """
+
+    is_measured: bool = False
+    near: list[Relation] = field(default_factory=list)
+    times: float = 1.0
+    vain: int = 0
 
 
 class ByPosition(Protocol):
@@ -119,19 +172,39 @@ class Neighbours:
     """Candidates for the blocks of one tensor, from other models (a `ByPosition`).
 
     ``others`` gives what finds them, and what is known of the model that they are of.
+
+    Attributes
+    ----------
+    kinship
+        What is known of all of these.
     """
 
-    def __init__(self, others: Callable[[], Iterator[tuple[_Find, _Relation]]]) -> None:
+    def __init__(
+        self, others: Callable[[], Iterator[tuple[_Find, Relation]]], kinship: Kinship
+    ) -> None:
         self._others = others
-        self._asked: list[_Relation] = []
+        self.kinship = kinship
+        self._asked: list[Relation] = []
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return candidates from models that are no strangers by now."""
         found = np.full((_ENOUGH, len(numbers)), NO_BASE, np.int64)
         self._asked.clear()
-        for row, (find, relation) in zip(found, self._others(), strict=False):
-            row[:] = find(numbers)
+        others: Iterable[tuple[_Find, Relation]] = self._others()
+        if self.kinship.is_measured:
+            others = sorted(others, key=lambda other: other[1].away)
+        for row, (find, relation) in zip(found, others, strict=False):
+            row[:] = find(numbers, False)
             self._asked.append(relation)
+        return found
+
+    def relatives(self, numbers: NDArray[np.int64]) -> list[Relative]:
+        """Return what models that are no strangers have there; where it can be read, all of it."""
+        found = []
+        for find, relation in self._others():
+            one = Relative(find(numbers, True), find(numbers, False), relation)
+            if not ((one.blocks == NO_BASE) | (one.bases == NO_BASE)).any():
+                found.append(one)
         return found
 
     def note(self, helped: NDArray[np.bool_]) -> None:
@@ -154,7 +227,9 @@ class Aligned:
         self._stored_models: dict[int, _Stored | None] = {}  # by model id
         # Of this add, by address, newest last.
         self._matched: dict[_Kind, dict[str, ByName[_Matched]]] = {}
-        self._relations: dict[_Key, _Relation] = {}  # of the model that asks now
+        # Of the model that asks now.
+        self._relations: dict[_Key, Relation] = {}
+        self._kinship = Kinship()
         self._asker = ""
 
     def note(
@@ -173,13 +248,14 @@ class Aligned:
         """
         if request.address != self._asker:
             self._relations.clear()
+            self._kinship = Kinship()
             self._asker = request.address
 
-        def others() -> Iterator[tuple[_Find, _Relation]]:
+        def others() -> Iterator[tuple[_Find, Relation]]:
             yield from self._but_strangers(self._in_this_add(request, entry, grid))
             yield from self._but_strangers(self._in_the_store(request, entry, grid))
 
-        return Neighbours(others)
+        return Neighbours(others, self._kinship)
 
     def _in_this_add(
         self, request: Request, entry: TensorEntry, grid: BlockGrid
@@ -208,11 +284,11 @@ class Aligned:
 
     def _but_strangers(
         self, others: Iterable[tuple[_Key, _Find]]
-    ) -> Iterator[tuple[_Find, _Relation]]:
+    ) -> Iterator[tuple[_Find, Relation]]:
         """Leave out who is known to be no relative, and all others after some of these."""
         strangers = 0
         for key, find in others:
-            relation = self._relations.setdefault(key, _Relation())
+            relation = self._relations.setdefault(key, Relation())
             if not relation.is_stranger:
                 yield find, relation
                 continue
@@ -221,29 +297,32 @@ class Aligned:
                 return
 
     def _matched_blocks(
-        self, references: NDArray[np.int64], numbers: NDArray[np.int64]
+        self, references: NDArray[np.int64], numbers: NDArray[np.int64], with_deltas: bool
     ) -> NDArray[np.int64]:
         chosen = references[numbers]
+        if with_deltas:
+            return chosen
         bases = self._reader.bases_of(chosen)
         return np.where(bases == NO_BASE, chosen, bases)
 
     def _stored_blocks(
-        self, model: StoredModel, name: str, numbers: NDArray[np.int64]
+        self, model: StoredModel, name: str, numbers: NDArray[np.int64], with_deltas: bool
     ) -> NDArray[np.int64]:
         try:
             block_map = model.block_map(name)
         except CorruptStoreError:
             return np.full(len(numbers), NO_BASE, np.int64)
-        page_ids, slots = block_map.page_ids[numbers], block_map.slots[numbers]
-        if block_map.bases is not None:
-            base_page_ids, base_slots = (column[numbers] for column in block_map.bases)
-            is_delta = base_page_ids != NO_PAGE
-            page_ids = np.where(is_delta, base_page_ids, page_ids)
-            slots = np.where(is_delta, base_slots, slots)
+        places = block_places(block_map.page_ids[numbers], block_map.slots[numbers])
+        bases = base_places(block_map, numbers)
+        is_delta = bases != NO_PLACE
+        if with_deltas:
+            references = self._stored.references_at(places)
+            on = self._stored.references_at(bases[is_delta])
+            self._stored.set_bases(references[is_delta], on)
+            self._stored.note_dtype(references, block_map.dtype)
         else:
-            is_delta = np.zeros(len(numbers), np.bool_)
-        references = self._stored.references_at(block_places(page_ids, slots))
-        self._stored.note_dtype(references[~is_delta], block_map.dtype)
+            references = self._stored.references_at(np.where(is_delta, bases, places))
+            self._stored.note_dtype(references[~is_delta], block_map.dtype)
         return self._stored.readable(references)
 
     def _newest(self) -> list[ModelRow]:

@@ -33,7 +33,7 @@ from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
-__all__ = ["LowRankRelatives", "Moved"]
+__all__ = ["LowRankRelatives", "Moved", "sample_of", "seems_moved"]
 
 # Elements whose difference is looked at together, in float32 2 MiB; more where there are so many
 # columns that it would be few rows, up to 16 MiB.
@@ -166,17 +166,14 @@ class LowRankRelatives:
         if len(dtypes) != 1:
             return None
         dtype = dtypes.pop()
-        across = min(_SAMPLED[1], grid.grid_cols)
-        in_rows = (references != NO_BASE).reshape(-1, grid.grid_cols)[:, :across].all(axis=1)
-        down = np.flatnonzero(in_rows)[: _SAMPLED[0]]
-        if not len(down):
+        sample = sample_of(grid, references != NO_BASE)
+        if not len(sample):
             return None
-        sample = (down[:, np.newaxis] * grid.grid_cols + np.arange(across)).ravel()
-        part = self._difference(numbers[sample], references[sample], dtype)
-        if not seems_low_rank(part, self._bound * part.size * _OF_ERROR):
+        given = numbers[sample], references[sample]
+        if not seems_moved(self._reader, self._view, *given, dtype, self._bound):
             return None
         self._patience -= 1
-        difference = self._difference(numbers, references, dtype)
+        difference = _difference(self._reader, self._view, numbers, references, dtype)
         if not np.isfinite(difference.apart).all():
             return None
         error = self._bound * difference.size * _OF_ERROR
@@ -189,33 +186,60 @@ class LowRankRelatives:
         self._factors = factors
         return Moved(grid, first, references, factors)
 
-    def _difference(
-        self, numbers: NDArray[np.int64], references: NDArray[np.int64], dtype: DType
-    ) -> Difference:
-        """Return a rectangle of blocks minus their bases of that dtype, 0 where there is none."""
-        view, reader = self._view, self._reader
-        (rows, cols), (last_rows, last_cols) = (
-            view.grid.area(number) for number in (int(numbers[0]), int(numbers[-1]))
-        )
-        top, left = rows.start, cols.start
-        values = view.data[top : last_rows.stop].view(view.dtype.numpy)[:, left : last_cols.stop]
-        apart = np.zeros(values.shape, np.float32)
-        given = np.flatnonzero(references != NO_BASE)
-        for shape, at in by_shape(view, numbers[given]):
-            for start in range(0, len(at), _AT_ONCE):
-                some = given[at[start : start + _AT_ONCE]]
-                bases = values_of(reader.read(references[some], dtype, shape))
-                bases = as_dtype(bases, view.dtype.numpy)
-                for number, base in zip(numbers[some].tolist(), bases, strict=True):
-                    rows, cols = view.grid.area(number)
-                    place = (
-                        slice(rows.start - top, rows.stop - top),
-                        slice(cols.start - left, cols.stop - left),
-                    )
-                    one, other = (as_dtype(of, _WIDE) for of in (values[place], base))
-                    with np.errstate(all="ignore"):  # of infinities; whoever asks looks for these
-                        apart[place] = one - other
-        return Difference(values, apart)
+
+def sample_of(grid: BlockGrid, given: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return which blocks of whole rows of a grid are a sample, all of them given; may be none."""
+    across = min(_SAMPLED[1], grid.grid_cols)
+    in_rows = given.reshape(-1, grid.grid_cols)[:, :across].all(axis=1)
+    down = np.flatnonzero(in_rows)[: _SAMPLED[0]]
+    return np.asarray((down[:, np.newaxis] * grid.grid_cols + np.arange(across)).ravel(), np.int64)
+
+
+def seems_moved(
+    reader: BlockReader,
+    view: MatrixView,
+    numbers: NDArray[np.int64],
+    references: NDArray[np.int64],
+    dtype: DType,
+    bound: float,
+) -> bool:
+    """Return whether the blocks of a sample differ from others of that dtype by a low rank."""
+    if view.dtype not in _DTYPES:
+        return False
+    part = _difference(reader, view, numbers, references, dtype)
+    return seems_low_rank(part, bound * part.size * _OF_ERROR)
+
+
+def _difference(
+    reader: BlockReader,
+    view: MatrixView,
+    numbers: NDArray[np.int64],
+    references: NDArray[np.int64],
+    dtype: DType,
+) -> Difference:
+    """Return a rectangle of blocks minus their bases of that dtype, 0 where there is none."""
+    (rows, cols), (last_rows, last_cols) = (
+        view.grid.area(number) for number in (int(numbers[0]), int(numbers[-1]))
+    )
+    top, left = rows.start, cols.start
+    values = view.data[top : last_rows.stop].view(view.dtype.numpy)[:, left : last_cols.stop]
+    apart = np.zeros(values.shape, np.float32)
+    given = np.flatnonzero(references != NO_BASE)
+    for shape, at in by_shape(view, numbers[given]):
+        for start in range(0, len(at), _AT_ONCE):
+            some = given[at[start : start + _AT_ONCE]]
+            bases = values_of(reader.read(references[some], dtype, shape))
+            bases = as_dtype(bases, view.dtype.numpy)
+            for number, base in zip(numbers[some].tolist(), bases, strict=True):
+                rows, cols = view.grid.area(number)
+                place = (
+                    slice(rows.start - top, rows.stop - top),
+                    slice(cols.start - left, cols.stop - left),
+                )
+                one, other = (as_dtype(of, _WIDE) for of in (values[place], base))
+                with np.errstate(all="ignore"):  # of infinities; whoever asks looks for these
+                    apart[place] = one - other
+    return Difference(values, apart)
 
 
 def _parts(

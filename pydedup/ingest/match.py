@@ -96,10 +96,14 @@ class Hints:
     deltas
         What some blocks are to be, unless an identical one is stored, by number; under a policy
         that keeps bits.
+    are_bases
+        What says whether blocks of the matrix that are new had better be kept by themselves, as
+        bases of others (families.py).
     """
 
     aligned: ByPosition = _NOBODY
     deltas: Mapping[int, Delta] = field(default_factory=dict)
+    are_bases: Callable[[MatrixView, NDArray[np.int64]], bool] | None = None
 
 
 _NO_HINTS = Hints()
@@ -294,12 +298,13 @@ class Matcher:
         leader_of = _leaders(fresh, view.block)
         leaders = np.array(sorted(set(leader_of.values())), np.int64)
         takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
-        neighbours = hints.aligned if takes_deltas else _NOBODY
+        apart = takes_deltas and hints.are_bases is not None and hints.are_bases(view, leaders)
+        neighbours = hints.aligned if takes_deltas and not apart else _NOBODY
         relatives = LowRankRelatives(self.reader, view, leaders, policy, neighbours)
         pieces = list(pieces_of(view, leaders))
         for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
             moved = list(relatives.of(piece))
-            self._keep_piece(view, piece, looked, matched, policy, hints, neighbours, moved)
+            self._keep_piece(view, piece, looked, matched, policy, hints, neighbours, moved, apart)
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]
             matched.errors[i] = matched.errors[leader]
@@ -314,6 +319,7 @@ class Matcher:
         hints: Hints,
         neighbours: ByPosition,
         moved: Sequence[tuple[NDArray[np.int64], Moved]],
+        apart: bool,
     ) -> None:
         aligned = neighbours(piece)
         kept = self.similar.keep(
@@ -324,6 +330,7 @@ class Matcher:
             aligned=aligned,
             deltas=hints.deltas,
             moved=moved,
+            apart=apart,
         )
         # What a lossy delta holds may be there: the same source was added before, as such a delta.
         # Or another of the piece holds it: the two differed by no more than was rounded away.

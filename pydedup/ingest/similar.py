@@ -145,6 +145,7 @@ class Similar:
         aligned: NDArray[np.int64],
         deltas: Mapping[int, Delta] | None = None,
         moved: Sequence[tuple[NDArray[np.int64], Moved]] = (),
+        apart: bool = False,
     ) -> Kept:
         """Decide about blocks of a matrix with these numbers and digests.
 
@@ -158,6 +159,8 @@ class Similar:
             What some blocks are to be, by their number in the matrix.
         moved
             Which of the blocks are near to bases that factors move, and by what (low_rank.py).
+        apart
+            Whether they are kept by themselves, whatever is near (families.py).
         """
         count = len(indices)
         kept = Kept(
@@ -171,6 +174,9 @@ class Similar:
             costs=looked.encoded.lengths.copy(),
         )
         for at, blocks in looked.stacks:
+            if apart:
+                kept.stacks.append((at, blocks))
+                continue
             every = np.arange(len(at))
             if policy.max_rel_error > 0:  # it may be shared, which is best
                 self._improve(kept, blocks, at, indices[at], policy, aligned[:, at])

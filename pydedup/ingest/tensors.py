@@ -22,6 +22,7 @@ from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.ahead import SMALL_BYTES, Ahead
 from pydedup.ingest.aligned import Neighbours
+from pydedup.ingest.families import Family
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.places import as_stack, by_shape, stack_blocks
 from pydedup.ingest.plan import Request
@@ -109,12 +110,13 @@ def _match_one(
     known: _Known,
     advance: Callable[[int], None],
 ) -> MatchedTensor:
+    neighbours = matcher.aligned.neighbours(request, entry, view.grid)
     found = matcher.match(
         view,
         digests=known.digests,
         known=matcher.met.find(view, known.digests, known.references),
         policy=request.policy,
-        hints=Hints(matcher.aligned.neighbours(request, entry, view.grid)),
+        hints=Hints(neighbours, are_bases=Family(matcher.reader, request.policy, neighbours)),
         advance=advance,
     )
     matcher.met.note(known.digests, found.references)

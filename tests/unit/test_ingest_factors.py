@@ -20,6 +20,7 @@ from pydedup.ingest.factors import (
     refit,
     seems_low_rank,
 )
+from pydedup.types import DType
 
 LARGEST = 1 << 23
 
@@ -100,6 +101,38 @@ def test_a_part_of_an_adapter_seems_to_be_one(rank: int) -> None:
         part.apart[:] = adapter
         part.apart[3, 5] = bad
         assert not seems_low_rank(part, 0.0)
+
+
+@pytest.mark.parametrize("few", [1, 2, 3, 10, 40])
+@pytest.mark.parametrize("across", [False, True])
+def test_few_rows_or_columns_of_noise_seem_to_have_no_low_rank(few: int, across: bool) -> None:
+    """Their rank is as low as they are few; but no fewer numbers say what they hold."""
+    rng = np.random.default_rng(55)
+    apart = np.zeros((128, 256))
+    at = rng.choice(apart.shape[across], few, replace=False)
+    apart[(slice(None), at) if across else at] = rng.normal(
+        0, 1e-4, (128, few) if across else (few, 256)
+    )
+    assert not seems_low_rank(spaced(apart, 1e-9), 0.0)
+
+
+def test_an_adapter_of_few_rows_is_one() -> None:
+    """As one of an embedding is, of which other rows did not occur."""
+    whole = adapted((128, 256), 4)
+    apart = whole.apart.copy()
+    apart[::2] = 0
+    assert seems_low_rank(Difference(whole.values, apart), 0.0)
+
+
+def test_trained_weights_of_bf16_seem_to_have_no_low_rank() -> None:
+    """They are rounded so coarsely that little is left of the noise beside an adapter."""
+    rng = np.random.default_rng(56)
+    base = rng.normal(0, 0.02, (128, 256)).astype(np.float32)
+    by = rng.normal(size=(128, 4)) @ rng.normal(size=(4, 256)) * 1e-4
+    new = base + (by + rng.normal(0, 2e-4, base.shape)).astype(np.float32)
+    old, new = (a.astype(DType.BF16.numpy) for a in (base, new))
+    apart = (new.astype(np.float32) - old.astype(np.float32)).astype(np.float32)
+    assert not seems_low_rank(Difference(new, apart), 0.0)
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-6])

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many relatives, and for how many tensors, are asked whether blocks had better be bases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import pydedup
+from pydedup.ingest import families
+
+TENSORS = 5
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of blocks that deltas were measured on."""
+    found: list[int] = []
+    measure = families._Probe._measured
+
+    def counted(self: Any, references: NDArray[np.int64]) -> float:
+        found.append(len(references))
+        return measure(self, references)
+
+    monkeypatch.setattr(families._Probe, "_measured", counted)
+    return found
+
+
+def trained(base: dict[str, NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    return {name: w + rng.normal(0, 2e-4, w.shape).astype(np.float32) for name, w in base.items()}
+
+
+def test_a_family_of_fine_tunes_is_not_asked_for_long(tmp_path: Path, measured: list[int]) -> None:
+    rng = np.random.default_rng(61)
+    base = {f"l{i}": rng.normal(0, 0.02, (384, 192)).astype(np.float32) for i in range(TENSORS)}
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("base", base)
+        store.add("t0", trained(base, 62))
+        assert not measured  # there are no deltas yet
+        for number in range(1, 12):
+            store.add(f"t{number}", trained(base, 62 + number))
+        measured.clear()
+        report = store.add("last", trained(base, 90))
+    assert report.delta_blocks == report.blocks
+    # Of two tensors: their common base, and the newest relatives.
+    assert len(measured) == 2 * (1 + 8)
+    assert max(measured) <= 8
+
+
+def test_strangers_are_not_asked(tmp_path: Path, measured: list[int]) -> None:
+    rng = np.random.default_rng(63)
+    with pydedup.open(tmp_path / "store.db") as store:
+        for number in range(4):
+            model = {"w": rng.normal(0, 0.02, (384, 192)).astype(np.float32)}
+            store.add(f"m{number}", model)
+    assert not measured
