@@ -2,7 +2,7 @@
 """The search of the policy `Accuracy`: which blocks may be replaced before the metric falls.
 
 `choose` is given the model's tensors and, for each block that has them, contents to try instead,
-the most saving first (a stored block, then quantised deltas on it). Rounds, each a search of
+the most saving first (a stored block, then quantised deltas). Rounds, each a search of
 ``searches.py`` over the blocks in order:
 
 1. for each of a few small errors, ascending: every block to its most saving content that is as near

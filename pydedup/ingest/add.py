@@ -270,7 +270,8 @@ def _match_chosen(matcher: Matcher, request: Request, chosen: Chosen) -> Matched
     for entry in request.source.entries:
         view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)
         deltas = chosen.deltas.get(entry.name, {})
-        hints = Hints(matcher.aligned.neighbours(request, entry, view.grid), deltas)
+        aligned = matcher.aligned.neighbours(request, entry, view.grid)
+        hints = Hints(aligned, deltas, moved=chosen.moved.get(entry.name, {}))
         matched = matcher.match(view, policy=Lossless(), hints=hints)
         matcher.aligned.note(request, entry, view.grid, matched.references)
         model.tensors.append(

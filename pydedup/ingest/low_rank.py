@@ -9,8 +9,9 @@ of its blocks have only once (docs/format.md, "Version 3").
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from pydedup.ingest.factors import (
     refit,
     seems_low_rank,
 )
+from pydedup.ingest.pairs import Pairs
 from pydedup.ingest.places import BlockReader, by_shape, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
@@ -54,6 +56,7 @@ _DTYPES = DType.F32, DType.F16, DType.BF16
 _WIDE = np.dtype(np.float64)
 # Blocks whose bases are read in one go.
 _AT_ONCE = 32
+_NOTHING: Mapping[int, Moved] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,20 @@ class Moved:
         cols, col_of = _parts(self.factors.of_cols, across, wide, shape[1])
         return codec.LowRankFactors(self.factors.exponent, rows, cols, row_of, col_of)
 
+    def pairs(
+        self,
+        reader: BlockReader,
+        rows: NDArray[np.int64],
+        numbers: NDArray[np.int64],
+        shape: tuple[int, int],
+    ) -> tuple[Pairs, codec.LowRankFactors]:
+        """Return rows of a stack with their bases, and what moves these; ``numbers`` are theirs."""
+        bases, base_index = np.unique(self.bases_of(numbers), return_inverse=True)
+        (dtype,) = set(reader.dtypes_of(bases))
+        stacked = reader.read(bases, dtype, shape)
+        pairs = Pairs(rows, bases[base_index], np.zeros(len(rows)), stacked, base_index)
+        return pairs, self.factors_of(numbers, shape)
+
     def shared_bytes(self, factors: codec.LowRankFactors) -> NDArray[np.int64]:
         """Return what a page saves of each block's factors, which others on it have too, about."""
         across = self.grid.grid_cols
@@ -105,7 +122,7 @@ class LowRankRelatives:
     """Finds what moves the bases of blocks of one matrix. Not thread-safe.
 
     ``fresh`` are the blocks that are to be kept, ascending; ``aligned`` gives what is at their
-    places.
+    places. ``known`` is what another one found.
     """
 
     def __init__(
@@ -115,6 +132,7 @@ class LowRankRelatives:
         fresh: NDArray[np.int64],
         policy: Policy,
         aligned: ByPosition,
+        known: Mapping[int, Moved] = _NOTHING,
     ) -> None:
         self._reader = reader
         self._view = view
@@ -125,18 +143,26 @@ class LowRankRelatives:
         grid = view.grid
         together = max(_TOGETHER, min(_ROWS * grid.cols, _MOST_TOGETHER))
         self._height = max(together // (grid.block_rows * grid.cols), 1)
-        self._known: tuple[int, Moved | None] = (-1, None)
+        self._known: dict[int, Moved | None] = dict(known)
         self._factors: Factors | None = None  # of the rows before
+
+    @property
+    def found(self) -> Mapping[int, Moved]:
+        """What moves the bases of parts of the matrix, of those that were looked at."""
+        return {part: moved for part, moved in self._known.items() if moved is not None}
 
     def of(self, numbers: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Moved]]:
         """Yield which of some blocks, ascending, have bases that were moved, and by what."""
         parts = numbers // (self._height * self._view.grid.grid_cols)
         for part in distinct(parts).tolist():
-            if self._known[0] != part:
-                self._known = part, self._find(part)
-            moved = self._known[1]
+            if part not in self._known:
+                self._known[part] = self._find(part)
+            moved = self._known[part]
             if moved is not None:
-                yield np.flatnonzero(parts == part), moved
+                rows = np.flatnonzero(parts == part)
+                rows = rows[moved.bases_of(numbers[rows]) != NO_BASE]
+                if len(rows):
+                    yield rows, moved
 
     def _find(self, part: int) -> Moved | None:
         grid = self._view.grid

@@ -99,11 +99,14 @@ class Hints:
     are_bases
         What says whether blocks of the matrix that are new had better be kept by themselves, as
         bases of others (families.py).
+    moved
+        What moves the bases of blocks, as far as that was looked for before (low_rank.py).
     """
 
     aligned: ByPosition = _NOBODY
     deltas: Mapping[int, Delta] = field(default_factory=dict)
     are_bases: Callable[[MatrixView, NDArray[np.int64]], bool] | None = None
+    moved: Mapping[int, Moved] = field(default_factory=dict)
 
 
 _NO_HINTS = Hints()
@@ -300,7 +303,7 @@ class Matcher:
         takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
         apart = takes_deltas and hints.are_bases is not None and hints.are_bases(view, leaders)
         neighbours = hints.aligned if takes_deltas and not apart else _NOBODY
-        relatives = LowRankRelatives(self.reader, view, leaders, policy, neighbours)
+        relatives = LowRankRelatives(self.reader, view, leaders, policy, neighbours, hints.moved)
         pieces = list(pieces_of(view, leaders))
         for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
             moved = list(relatives.of(piece))

@@ -8,15 +8,13 @@ it is being changed, and the stored blocks that are near to its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import codec
 from pydedup.accuracy import Accuracy
 from pydedup.blocks import MatrixView
 from pydedup.formats.base import TensorEntry
@@ -25,7 +23,9 @@ from pydedup.ingest.accuracy import GENTLE, Replacement, choose
 from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.aligned import ByPosition
 from pydedup.ingest.candidates import can_be_delta
-from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks
+from pydedup.ingest.deltas import Delta
+from pydedup.ingest.levels import Levels, MovedBases
+from pydedup.ingest.low_rank import Moved
 from pydedup.ingest.match import Matcher, pieces_of
 from pydedup.ingest.pairs import Pairs, best_pairs, exact_distances, pairs_of
 from pydedup.ingest.places import by_shape, stack_blocks, values_of
@@ -37,11 +37,6 @@ from pydedup.ingest.trial import changes
 from pydedup.similarity import magnitude
 
 __all__ = ["Chosen", "choose_blocks"]
-
-_Content = Callable[[], NDArray[Any]]
-# What a block may become: its content, the bytes that saves, the delta behind it if there is one,
-# and the relative change at most.
-_Level = tuple[_Content, int, Delta | None, float]
 
 
 @dataclass(slots=True)
@@ -56,6 +51,8 @@ class Chosen:
         Those of the source's blocks by name, uint64 (n, 2).
     deltas
         By name: number of a block -> the quantised delta that gives what ``arrays`` has there.
+    moved
+        By name: what moves the bases of blocks that were not replaced (low_rank.py).
     certificate
         What `choose` found out.
     errors
@@ -67,6 +64,7 @@ class Chosen:
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     digests: dict[str, NDArray[np.uint64]] = field(default_factory=dict)
     deltas: dict[str, dict[int, Delta]] = field(default_factory=dict)
+    moved: dict[str, Mapping[int, Moved]] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
@@ -127,8 +125,13 @@ def choose_blocks(
         found = np.flatnonzero(references != NO_BASE)
         shared[entry.name] = [view.grid.area(number) for number in found.tolist()]
         aligned = matcher.aligned.neighbours(request, entry, view.grid)
-        tensor = _Tensor(matcher, entry, view, digests, policy.max_rel_error, previous, aligned)
-        offers += tensor.offers(np.flatnonzero(references == NO_BASE))
+        before = np.full(view.grid.count, NO_BASE, np.int64), 0.0
+        if previous is not None:
+            before = previous.unchanged(entry, view.grid, digests)
+        new = np.flatnonzero(references == NO_BASE)
+        tensor = _Tensor(matcher, entry, view, new, policy.max_rel_error, before, aligned)
+        offers += tensor.offers()
+        chosen.moved[entry.name] = tensor.moved
         advance(array.nbytes)
     replacements = [offer.replacement for offer in offers]
     choice = choose(chosen.arrays, replacements, policy, shared=shared, tell=tell)
@@ -154,33 +157,43 @@ class _Offer:
 
 
 class _Tensor:
-    """A tensor of the model whose blocks may be replaced."""
+    """A tensor of the model, of which these blocks may be replaced.
+
+    ``before`` is what the version before has for blocks that did not change, and how far from them
+    it is at most, as `Previous.unchanged` returns it.
+    """
 
     def __init__(
         self,
         matcher: Matcher,
         entry: TensorEntry,
         view: MatrixView,
-        digests: NDArray[np.uint64],
+        numbers: NDArray[np.int64],
         farthest: float,
-        previous: Previous | None,
+        before: tuple[NDArray[np.int64], float],
         aligned: ByPosition,
     ) -> None:
         self._aligned = aligned
         self._matcher = matcher
         self._name = entry.name
         self._view = view
+        self._numbers = numbers
         self._farthest = farthest
         # Error bounds of the quantised deltas that are tried where a stored block is too far away.
-        self._bounds = sorted({min(bound, farthest) for bound in GENTLE} - {0.0}, reverse=True)
+        self._bounds = sorted({min(bound, farthest) for bound in GENTLE} - {0.0})
         self._spread = _spread(view)
-        self._before = np.full(view.grid.count, NO_BASE, np.int64)
-        if previous is not None:
-            self._before = previous.unchanged(entry, view.grid, digests)[0]
+        self._before, self._error_before = before
+        fresh = numbers[self._before[numbers] == NO_BASE]
+        self._moved = MovedBases(matcher.reader, view, fresh, self._bounds, aligned)
 
-    def offers(self, numbers: NDArray[np.int64]) -> Iterator[_Offer]:
-        """Yield what these blocks may become, in order, for those that may become anything."""
-        view = self._view
+    @property
+    def moved(self) -> Mapping[int, Moved]:
+        """What moves the bases of blocks that stay as they are, as far as they were looked at."""
+        return self._moved.exact
+
+    def offers(self) -> Iterator[_Offer]:
+        """Yield what the blocks may become, in order, for those that may become anything."""
+        view, numbers = self._view, self._numbers
         for shape, at in by_shape(view, numbers):
             if not (view.dtype.has_distances and can_be_delta(shape)):
                 continue
@@ -191,39 +204,38 @@ class _Tensor:
         view = self._view
         blocks = stack_blocks(view, numbers, shape)
         magnitudes = magnitude(values_of(blocks)) / self._spread
-        plain = codec.encode_blocks(view, numbers, planes=True).lengths
-        levels: list[list[_Level]] = [[] for _ in numbers]
-        rest = self._as_before(numbers, shape, plain, levels)
+        levels = Levels(blocks)
+        rest = self._as_before(numbers, shape, levels)
+        moved = self._moved.settle(levels, numbers)
         near = self._aligned(numbers)
-        taken = self._as_others(blocks, numbers, near, plain, rest, levels)
-        self._aligned.note((near == taken) & (near != NO_BASE))
-        for row, number in enumerate(numbers.tolist()):
-            if not levels[row]:
-                continue
-            contents, saved, deltas, errors = zip(*levels[row], strict=True)
+        least, nearest = self._as_others(levels, numbers, near, rest)
+        helped = near == moved
+        for some in nearest:
+            helped[:, some.rows] |= near[:, some.rows] == some.references
+        self._aligned.note((helped & (near != NO_BASE))[:, rest])
+        self._moved.add_to(levels, numbers, least, nearest)
+        for row, best in levels.best():
+            number = int(numbers[row])
             rows, cols = view.grid.area(number)
+            deltas = tuple(level.delta for level in best)
             yield _Offer(
                 number,
                 Replacement(
                     tensor=self._name,
                     rows=rows,
                     cols=cols,
-                    levels=contents,
-                    saved=saved,
+                    levels=tuple(level.content for level in best),
+                    saved=tuple(level.saved for level in best),
                     magnitude=float(magnitudes[row]),
                     layer_bytes=view.data.nbytes,
                     shares=deltas[0] is None,
-                    errors=errors,
+                    errors=tuple(level.error for level in best),
                 ),
                 deltas,
             )
 
     def _as_before(
-        self,
-        numbers: NDArray[np.int64],
-        shape: tuple[int, int],
-        plain: NDArray[np.int64],
-        levels: list[list[_Level]],
+        self, numbers: NDArray[np.int64], shape: tuple[int, int], levels: Levels
     ) -> NDArray[np.bool_]:
         """Offer what the version before has for blocks that did not change; return the others."""
         references = self._before[numbers]
@@ -231,80 +243,37 @@ class _Tensor:
         rows = np.flatnonzero(~rest)
         kept = values_of(self._matcher.reader.read(references[rows], self._view.dtype, shape))
         for content, row in zip(kept, rows.tolist(), strict=True):
-            levels[row].append((partial(_same, content), int(plain[row]), None, np.inf))
+            levels.add_stored(row, content, self._error_before)
         return rest
 
     def _as_others(
         self,
-        blocks: MatrixView,
+        levels: Levels,
         numbers: NDArray[np.int64],
         aligned: NDArray[np.int64],
-        plain: NDArray[np.int64],
         rest: NDArray[np.bool_],
-        levels: list[list[_Level]],
-    ) -> NDArray[np.int64]:
-        """Offer the nearest stored block, and quantised deltas on it; return its reference."""
+    ) -> tuple[NDArray[np.float64], list[Pairs]]:
+        """Offer the nearest stored block, and quantised deltas on it.
+
+        Returns how far away it is, infinity without one, and the pairs of blocks with theirs.
+        """
+        blocks = levels.blocks
         # Bases of deltas may be farther than what is shared.
         limit = max(self._farthest, farthest_base(self._farthest))
         pairs = pairs_of(self._matcher.similar.pairs(blocks, numbers, limit, aligned), rest)
         away = [exact_distances(blocks, some, limit) for some in pairs]
-        least, best = best_pairs(pairs, away, len(plain))
-        taken = np.full(len(plain), NO_BASE, np.int64)
+        least, best = best_pairs(pairs, away, len(numbers))
         for some in best:
             rows = some.rows
-            taken[rows] = some.references
             if some.bases.dtype == blocks.dtype:
                 contents = values_of(some.bases)
                 for row, base in zip(rows.tolist(), some.base_index, strict=True):
                     if least[row] <= self._farthest:
-                        content = partial(_same, contents[base])
-                        levels[row].append((content, int(plain[row]), None, float(least[row])))
+                        levels.add_stored(row, contents[base], float(least[row]))
             for bound in self._bounds:
                 for worth in pairs_of([some], least > bound):
-                    self._quantise(blocks, worth, plain, bound, levels)
-        return taken
-
-    @staticmethod
-    def _quantise(
-        blocks: MatrixView,
-        pairs: Pairs,
-        plain: NDArray[np.int64],
-        bound: float,
-        levels: list[list[_Level]],
-    ) -> None:
-        rows, base_index = pairs.rows, pairs.base_index
-        encoded = codec.encode_deltas(
-            blocks,
-            rows,
-            pairs.bases,
-            base_index,
-            limits=delta_limits(plain[rows]),
-            max_rel_error=bound,
-        )
-        tags = codec.base_tags(hash_view(pairs.bases))
-        for i, (row, payload) in enumerate(zip(rows.tolist(), encoded.pieces(), strict=True)):
-            if not len(payload) or encoded.encodings[i] != codec.Encoding.QUANTISED:
-                continue
-            base = int(base_index[i])
-            delta = Delta(
-                int(pairs.references[i]),
-                int(tags[base]),
-                payload.copy(),
-                int(codec.Encoding.QUANTISED),
-            )
-            content = partial(_decoded, delta, blocks, pairs.bases, base)
-            levels[row].append((content, int(plain[row]) - len(payload), delta, bound))
-
-
-def _same(content: NDArray[Any]) -> NDArray[Any]:
-    return content
-
-
-def _decoded(delta: Delta, blocks: MatrixView, bases: MatrixView, base: int) -> NDArray[Any]:
-    which = np.zeros(1, np.int64)
-    one = decode_deltas(encoded_blocks([delta]), which, blocks.dtype, bases, which + base)
-    content: NDArray[Any] = values_of(one)[0]
-    return content
+                    levels.add_deltas(worth, bound)
+        return least, best
 
 
 def _spread(view: MatrixView) -> float:

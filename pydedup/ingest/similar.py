@@ -355,13 +355,8 @@ class Similar:
         if not len(chosen):
             return
         numbers = indices[at[chosen]]
-        shape = blocks.grid.block_shape
-        chosen_bases, base_index = np.unique(moved.bases_of(numbers), return_inverse=True)
-        (dtype,) = set(self._reader.dtypes_of(chosen_bases))
-        bases = self._reader.read(chosen_bases, dtype, shape)
-        pairs = Pairs(chosen, chosen_bases[base_index], np.zeros(len(chosen)), bases, base_index)
+        pairs, factors = moved.pairs(self._reader, chosen, numbers, blocks.grid.block_shape)
         bound = policy.max_rel_error or None
-        factors = moved.factors_of(numbers, shape)
         self._encode(kept, blocks, pairs, at, bound, factors, moved.shared_bytes(factors))
 
     @staticmethod

@@ -41,7 +41,7 @@ class Replacement:
         Contents to try, the most saving first; each returns the block's new content, a 2-D array
         of the block's shape in the tensor's dtype. Called once per attempt.
     saved
-        Bytes that each level saves.
+        Bytes that each level saves, about: a page has some of several deltas once.
     magnitude
         Third quartile of the block's absolute weights, normalised by its layer.
     layer_bytes

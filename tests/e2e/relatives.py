@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 import pydedup
 from pydedup.policies import Exact, Policy
+from pydedup.types import DType
 
 Model = dict[str, NDArray[Any]]
 
@@ -29,3 +31,31 @@ def added_beside(
         return store.add_many({"base": base, "m": model}, policy=policy)[1]
     store.add("base", base, policy=before)
     return store.add("m", model, policy=policy)
+
+
+def dense(tensors: int = 2, dtype: DType = DType.F32) -> Model:
+    """Return weights of a drawn model."""
+    rng = np.random.default_rng(31)
+    return {
+        f"l{i}.weight": rng.normal(0, 0.02, (512, 384)).astype("f4").astype(dtype.numpy)
+        for i in range(tensors)
+    }
+
+
+def adapted(model: Model, rank: int, seed: int = 32, share: float = 0.01) -> Model:
+    """Return weights + (B @ A * scaling).to(their dtype), that part of them, as LoRA does."""
+    rng = np.random.default_rng(seed)
+
+    def of(weight: NDArray[Any]) -> NDArray[Any]:
+        rows, cols = weight.shape
+        by = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, cols))
+        by *= share * 0.02 / rank**0.5
+        return weight + by.astype("f4").astype(weight.dtype)
+
+    return {name: of(weight) for name, weight in model.items()}
+
+
+def same_bits(store: pydedup.Store, name: str, model: Model) -> bool:
+    """Return whether a stored model has these very bits."""
+    loaded = store.load(name)
+    return all(loaded[key].tobytes() == weight.tobytes() for key, weight in model.items())

@@ -4,47 +4,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 import pydedup
 from pydedup import policies
 from pydedup.errors import QuotaError
 from pydedup.types import DType
 
-from .relatives import Model, added_beside
+from .relatives import adapted, added_beside, dense, same_bits
 
 LOSSLESS = policies.Lossless()
-
-
-def dense(tensors: int = 2, dtype: DType = DType.F32) -> Model:
-    rng = np.random.default_rng(31)
-    return {
-        f"l{i}.weight": rng.normal(0, 0.02, (512, 384)).astype("f4").astype(dtype.numpy)
-        for i in range(tensors)
-    }
-
-
-def adapted(model: Model, rank: int, seed: int = 32, share: float = 0.01) -> Model:
-    """As after ``weight.data += (B @ A * scaling).to(weight.dtype)``; ``share`` of its size."""
-    rng = np.random.default_rng(seed)
-
-    def of(weight: NDArray[Any]) -> NDArray[Any]:
-        rows, cols = weight.shape
-        by = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, cols))
-        by *= share * 0.02 / rank**0.5
-        return weight + by.astype("f4").astype(weight.dtype)
-
-    return {name: of(weight) for name, weight in model.items()}
-
-
-def same_bits(store: pydedup.Store, name: str, model: Model) -> bool:
-    loaded = store.load(name)
-    return all(loaded[key].tobytes() == weight.tobytes() for key, weight in model.items())
 
 
 @pytest.mark.parametrize("joint", [False, True])
