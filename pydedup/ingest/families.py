@@ -45,18 +45,22 @@ _PATIENCE = 2
 
 
 class Family:
-    """The relatives of a tensor, asked whether its new blocks had better be bases."""
+    """The relatives of a tensor, asked whether its new blocks had better be bases of others."""
 
     def __init__(self, reader: BlockReader, policy: Policy, neighbours: Neighbours) -> None:
         self._reader = reader
         self._policy = policy
         self._neighbours = neighbours
 
-    def __call__(self, view: MatrixView, fresh: NDArray[np.int64]) -> bool:
-        """Return whether these blocks of a matrix, ascending, had better be kept by themselves."""
+    def __call__(self, view: MatrixView, fresh: NDArray[np.int64]) -> float:
+        """Return what a delta may take of these blocks of a matrix, ascending, by themselves.
+
+        That is 1, or half of what deltas seem to take where blocks had better be bases: a delta
+        that is so much smaller has a base that is nearer than those of the others.
+        """
         kinship = self._neighbours.kinship
         if not len(fresh) or kinship.vain >= _PATIENCE:
-            return False
+            return 1.0
         grid = view.grid
         sample = sample_of(grid, is_among(np.arange(grid.count), fresh))
         is_rectangle = len(sample) > 0
@@ -65,7 +69,7 @@ class Family:
             sample = fresh[middle : middle + _SAMPLED]
         relatives = self._neighbours.relatives(sample)
         if not any(one.has_deltas for one in relatives):
-            return False
+            return 1.0
         if kinship.near:
             relatives = [one for one in relatives if one.relation in kinship.near]
         probe = _Probe(self._reader, self._policy, view, sample, is_rectangle)
@@ -76,12 +80,15 @@ class Family:
             kinship.is_measured = True
         least = min(away, default=1.0)
         saved, near = self._near(probe, relatives, least, view.data.nbytes)
-        kinship.vain = 0 if near else kinship.vain + 1
-        if near and not kinship.near:
+        if not near:
+            kinship.vain += 1
+            return 1.0
+        kinship.vain = 0
+        saved *= kinship.times
+        if not kinship.near:
             kinship.near = [one.relation for one in near[:_NEAREST]]
             kinship.times = len(near) / len(kinship.near)
-            return saved >= 1 - least
-        return saved * kinship.times >= 1 - least
+        return _NEAR * least if saved >= 1 - least else 1.0
 
     def _near(
         self, probe: _Probe, relatives: Sequence[Relative], least: float, size: int

@@ -250,21 +250,28 @@ def _difference(
     top, left = rows.start, cols.start
     values = view.data[top : last_rows.stop].view(view.dtype.numpy)[:, left : last_cols.stop]
     apart = np.zeros(values.shape, np.float32)
+
+    def place(number: int) -> tuple[slice, slice]:
+        rows, cols = view.grid.area(number)
+        return slice(rows.start - top, rows.stop - top), slice(cols.start - left, cols.stop - left)
+
     given = np.flatnonzero(references != NO_BASE)
-    for shape, at in by_shape(view, numbers[given]):
-        for start in range(0, len(at), _AT_ONCE):
-            some = given[at[start : start + _AT_ONCE]]
-            bases = values_of(reader.read(references[some], dtype, shape))
-            bases = as_dtype(bases, view.dtype.numpy)
-            for number, base in zip(numbers[some].tolist(), bases, strict=True):
-                rows, cols = view.grid.area(number)
-                place = (
-                    slice(rows.start - top, rows.stop - top),
-                    slice(cols.start - left, cols.stop - left),
-                )
-                one, other = (as_dtype(of, _WIDE) for of in (values[place], base))
-                with np.errstate(all="ignore"):  # of infinities; whoever asks looks for these
-                    apart[place] = one - other
+    with np.errstate(all="ignore"):  # of NaN and infinities; whoever asks looks for these
+        for shape, at in by_shape(view, numbers[given]):
+            for start in range(0, len(at), _AT_ONCE):
+                some = given[at[start : start + _AT_ONCE]]
+                bases = values_of(reader.read(references[some], dtype, shape))
+                bases = as_dtype(bases, view.dtype.numpy)
+                for number, base in zip(numbers[some].tolist(), bases, strict=True):
+                    apart[place(number)] = base
+        for start in range(0, len(apart), view.grid.block_rows):
+            strip = slice(start, start + view.grid.block_rows)
+            apart[strip] = as_dtype(values[strip], _WIDE) - apart[strip]
+    corners = np.divmod(numbers[[0, -1]], view.grid.grid_cols)
+    down, across = (np.arange(first, last + 1) for first, last in corners)
+    every = (down[:, np.newaxis] * view.grid.grid_cols + across).ravel()
+    for number in every[~is_among(every, numbers[given])].tolist():
+        apart[place(number)] = 0
     return Difference(values, apart)
 
 

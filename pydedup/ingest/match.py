@@ -96,16 +96,16 @@ class Hints:
     deltas
         What some blocks are to be, unless an identical one is stored, by number; under a policy
         that keeps bits.
-    are_bases
-        What says whether blocks of the matrix that are new had better be kept by themselves, as
-        bases of others (families.py).
+    most
+        What says how much of blocks of the matrix that are new deltas on others may take, at most;
+        else they are kept by themselves, as bases of others (families.py).
     moved
         What moves the bases of blocks, as far as that was looked for before (low_rank.py).
     """
 
     aligned: ByPosition = _NOBODY
     deltas: Mapping[int, Delta] = field(default_factory=dict)
-    are_bases: Callable[[MatrixView, NDArray[np.int64]], bool] | None = None
+    most: Callable[[MatrixView, NDArray[np.int64]], float] | None = None
     moved: Mapping[int, Moved] = field(default_factory=dict)
 
 
@@ -301,13 +301,13 @@ class Matcher:
         leader_of = _leaders(fresh, view.block)
         leaders = np.array(sorted(set(leader_of.values())), np.int64)
         takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
-        apart = takes_deltas and hints.are_bases is not None and hints.are_bases(view, leaders)
-        neighbours = hints.aligned if takes_deltas and not apart else _NOBODY
+        most = hints.most(view, leaders) if takes_deltas and hints.most is not None else 1.0
+        neighbours = hints.aligned if takes_deltas else _NOBODY
         relatives = LowRankRelatives(self.reader, view, leaders, policy, neighbours, hints.moved)
         pieces = list(pieces_of(view, leaders))
         for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
-            moved = list(relatives.of(piece))
-            self._keep_piece(view, piece, looked, matched, policy, hints, neighbours, moved, apart)
+            moved = list(relatives.of(piece)) if most == 1 else []
+            self._keep_piece(view, piece, looked, matched, policy, hints, neighbours, moved, most)
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]
             matched.errors[i] = matched.errors[leader]
@@ -322,7 +322,7 @@ class Matcher:
         hints: Hints,
         neighbours: ByPosition,
         moved: Sequence[tuple[NDArray[np.int64], Moved]],
-        apart: bool,
+        most: float,
     ) -> None:
         aligned = neighbours(piece)
         kept = self.similar.keep(
@@ -333,7 +333,7 @@ class Matcher:
             aligned=aligned,
             deltas=hints.deltas,
             moved=moved,
-            apart=apart,
+            most=most,
         )
         # What a lossy delta holds may be there: the same source was added before, as such a delta.
         # Or another of the piece holds it: the two differed by no more than was rounded away.
@@ -349,8 +349,9 @@ class Matcher:
         first_of = np.arange(len(piece))
         for i, first in _leaders(fresh, held.__getitem__).items():
             first_of[i] = first
-        helped = (aligned == kept.bases) | (aligned == kept.shared)
-        neighbours.note(helped & (aligned != NO_BASE))
+        if most == 1:  # else they are relatives, who might have helped
+            helped = (aligned == kept.bases) | (aligned == kept.shared)
+            neighbours.note(helped & (aligned != NO_BASE))
         is_new = kept.shared == NO_BASE
         matched.references[piece[~is_new]] = kept.shared[~is_new]
         new = np.flatnonzero(is_new & (first_of == np.arange(len(piece))))

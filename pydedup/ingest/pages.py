@@ -39,6 +39,8 @@ _MOST_AT_ONCE = 4
 # Layouts of blocks with factors, and what part of the one before the next must take to be tried.
 _MOST_LAYOUTS = 4
 _WORTH_A_LAYOUT = 0.99
+# Rows of blocks with factors that pages are filled with at a time.
+_TILE_ROWS = 16
 
 # Blocks of some pages, in slot order.
 _Group: TypeAlias = Sequence[NDArray[np.int64]]
@@ -52,14 +54,43 @@ def plan_layout(matcher: Matcher, models: Sequence[StagedModel]) -> list[NDArray
     for model in models:
         references = model.references(matcher.reader)
         owners.append(distinct(references[references >= 0]))
-    used = distinct(np.concatenate(owners))
+    order = _in_tiles(matcher.spool, models)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    ranks = [rank[numbers] for numbers in owners]
+    used = order[distinct(joined(ranks))]
     if len(used) == 0:
         return []
 
     def pages_of(sizes: NDArray[np.int64], capacity: int) -> _Group:
-        return pack(owners, capacity, sizes=sizes[used]).pages
+        return [order[page] for page in pack(ranks, capacity, sizes=sizes[used]).pages]
 
     return settled(matcher.spool, pages_of)
+
+
+def _in_tiles(spool: Spool, models: Sequence[StagedModel]) -> NDArray[np.int64]:
+    """Return all blocks of the spool in the order in which pages are filled: as they came.
+
+    But those with factors by columns, some rows of blocks at a time: a page has a factor once for
+    each row and for each column, so it had better be as high as it is wide.
+    """
+    numbers = np.arange(spool.count, dtype=np.int64)
+    keys = np.zeros((3, spool.count), np.int64)
+    keys[0] = numbers
+    factored = spool.factored
+    for model in models if factored.any() else ():
+        for tensor in model.tensors:
+            there = np.flatnonzero(tensor.references >= 0)
+            there = there[factored[tensor.references[there]]]
+            if not len(there):
+                continue
+            down, across = np.divmod(there, tensor.grid.grid_cols)
+            mine = tensor.references[there]
+            for tile in distinct(down // _TILE_ROWS).tolist():
+                some = down // _TILE_ROWS == tile
+                keys[0][mine[some]] = mine[some].min()
+            keys[1][mine], keys[2][mine] = across, down
+    return np.lexsort(keys[::-1])
 
 
 def settled(

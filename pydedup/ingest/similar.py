@@ -145,7 +145,7 @@ class Similar:
         aligned: NDArray[np.int64],
         deltas: Mapping[int, Delta] | None = None,
         moved: Sequence[tuple[NDArray[np.int64], Moved]] = (),
-        apart: bool = False,
+        most: float = 1.0,
     ) -> Kept:
         """Decide about blocks of a matrix with these numbers and digests.
 
@@ -159,8 +159,8 @@ class Similar:
             What some blocks are to be, by their number in the matrix.
         moved
             Which of the blocks are near to bases that factors move, and by what (low_rank.py).
-        apart
-            Whether they are kept by themselves, whatever is near (families.py).
+        most
+            What a delta may take of the block by itself, about (families.py).
         """
         count = len(indices)
         kept = Kept(
@@ -174,12 +174,9 @@ class Similar:
             costs=looked.encoded.lengths.copy(),
         )
         for at, blocks in looked.stacks:
-            if apart:
-                kept.stacks.append((at, blocks))
-                continue
             every = np.arange(len(at))
             if policy.max_rel_error > 0:  # it may be shared, which is best
-                self._improve(kept, blocks, at, indices[at], policy, aligned[:, at])
+                self._improve(kept, blocks, at, indices[at], policy, aligned[:, at], most)
                 every = every[:0]
             for rows, by in moved:
                 self._move(kept, blocks, at, indices, rows, by, policy)
@@ -188,9 +185,8 @@ class Similar:
             rest = every[~is_small[every] | (kept.bases[at[every]] == NO_BASE)]
             if len(rest):
                 some = at[rest]
-                self._improve(
-                    kept, _rows_of(blocks, rest), some, indices[some], policy, aligned[:, some]
-                )
+                left = _rows_of(blocks, rest)
+                self._improve(kept, left, some, indices[some], policy, aligned[:, some], most)
             kept.stacks.append((at, blocks))
         if deltas:
             _take(kept, [(i, deltas[n]) for i, n in enumerate(indices.tolist()) if n in deltas])
@@ -307,6 +303,7 @@ class Similar:
         numbers: NDArray[np.int64],
         policy: Policy,
         aligned: NDArray[np.int64],
+        most: float,
     ) -> None:
         """Replace what ``kept`` says of the blocks ``at`` where a similar block helps."""
         pairs = self.pairs(blocks, numbers, farthest_base(policy.max_rel_error), aligned)
@@ -323,7 +320,7 @@ class Similar:
             for some in pairs
         ]
         least, best = best_pairs(pairs, sizes, len(at))
-        for some in pairs_of(best, least < kept.costs[at]):
+        for some in pairs_of(best, least < most * kept.costs[at]):
             self._encode(kept, blocks, some, at, bound)
 
     @staticmethod

@@ -116,7 +116,7 @@ def _match_one(
         digests=known.digests,
         known=matcher.met.find(view, known.digests, known.references),
         policy=request.policy,
-        hints=Hints(neighbours, are_bases=Family(matcher.reader, request.policy, neighbours)),
+        hints=Hints(neighbours, most=Family(matcher.reader, request.policy, neighbours)),
         advance=advance,
     )
     matcher.met.note(known.digests, found.references)

@@ -96,6 +96,25 @@ def test_blocks_at_the_edge_and_convolutions(store: pydedup.Store, shape: tuple[
     assert same_bits(store, "m", model)
 
 
+@pytest.mark.parametrize("shape", [(512, 4096), (1024, 3072)])
+def test_pages_of_a_wide_matrix_are_as_high_as_wide(
+    store: pydedup.Store, shape: tuple[int, int]
+) -> None:
+    """In the order of blocks, each page had the factors of nearly all columns once more."""
+    rng = np.random.default_rng(35)
+    base = {"w": rng.normal(0, 0.02, shape).astype("f4")}
+    model = adapted(base, 64)
+    report = added_beside(store, base, model, LOSSLESS, joint=False)
+    assert report.pages <= 2
+    assert report.stored_bytes < 0.18 * report.logical_bytes
+    before = store.stats().stored_bytes
+    store.remove("base")
+    store.vacuum()
+    assert store.stats().stored_bytes <= before
+    assert same_bits(store, "m", model)
+    assert store.verify().ok
+
+
 def test_an_adapter_of_some_of_the_rows(store: pydedup.Store) -> None:
     """Of queries and values, say, in one matrix with keys that did not move."""
     base = dense()
