@@ -145,7 +145,7 @@ class MovedBases:
     ) -> None:
         self._reader = reader
         self._bounds = bounds
-        self._exact = LowRankRelatives(reader, view, fresh, Lossless(), aligned)
+        self._exact = LowRankRelatives(reader, view, fresh, Lossless(), aligned, keeps=True)
         # The same factors for each bound: blocks on a page that differ in theirs share none.
         self._near = None
         if bounds:

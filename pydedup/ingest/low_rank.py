@@ -122,7 +122,8 @@ class LowRankRelatives:
     """Finds what moves the bases of blocks of one matrix. Not thread-safe.
 
     ``fresh`` are the blocks that are to be kept, ascending; ``aligned`` gives what is at their
-    places. ``known`` is what another one found.
+    places. ``known`` is what another one found. What was found of the parts of a large matrix takes
+    memory, so only the last is kept unless ``keeps`` says that all of `found` will be wanted.
     """
 
     def __init__(
@@ -133,6 +134,8 @@ class LowRankRelatives:
         policy: Policy,
         aligned: ByPosition,
         known: Mapping[int, Moved] = _NOTHING,
+        *,
+        keeps: bool = False,
     ) -> None:
         self._reader = reader
         self._view = view
@@ -143,6 +146,8 @@ class LowRankRelatives:
         grid = view.grid
         together = max(_TOGETHER, min(_ROWS * grid.cols, _MOST_TOGETHER))
         self._height = max(together // (grid.block_rows * grid.cols), 1)
+        self._given = known
+        self._keeps = keeps
         self._known: dict[int, Moved | None] = dict(known)
         self._factors: Factors | None = None  # of the rows before
 
@@ -156,6 +161,8 @@ class LowRankRelatives:
         parts = numbers // (self._height * self._view.grid.grid_cols)
         for part in distinct(parts).tolist():
             if part not in self._known:
+                if not self._keeps:
+                    self._known = dict(self._given)
                 self._known[part] = self._find(part)
             moved = self._known[part]
             if moved is not None:
