@@ -64,6 +64,8 @@ int call_in_a_child(void (*call)()) {
 // Before all others here, since it wants processes that have chosen nothing. Where the choice was
 // made under a lock, one child in four waited for it for ever.
 TEST(a_process_that_is_forked_during_the_first_call_does_not_wait_for_it) {
+    // Emulated: QEMU has locks of its own, which a child that is forked meanwhile may wait for.
+    if (test_percent() < 100) return;
     void (*const calls[])() = {[] { static_cast<void>(kernels()); },
                                [] { static_cast<void>(default_threads()); }};
     for (auto* call : calls) {
