@@ -3,6 +3,7 @@
 // kernels, and the kernels may be cut differently without a change here.
 #include "workloads.hpp"
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -144,6 +145,84 @@ Workload delta(const std::string& name, Dtype dtype, double max_error, bool deco
             }};
 }
 
+// Moved by factors whose numbers have as many bits as those of merged adapters: all of 23 where
+// f32 has them, 8 in bf16, one element in ten being off by one.
+struct Merged {
+    Buffer base = nullptr, block = nullptr, encoded = nullptr;
+    std::vector<std::int32_t> of_rows, of_cols;
+    std::vector<std::int64_t> zero{0};
+    EncodedBlock made{};
+};
+
+std::shared_ptr<Merged> merged(Dtype dtype, unsigned rank) {
+    auto data = std::make_shared<Merged>();
+    const std::size_t item = item_bytes(dtype);
+    const unsigned shift = dtype == Dtype::f32 ? 8 : 23;  // of draws of 31 bits
+    data->base = weights(kBlock * kBlock, dtype);
+    data->block = make_buffer(data->base->size());
+    data->encoded = make_buffer(data->base->size());
+    std::minstd_rand random(2);
+    for (auto* numbers : {&data->of_rows, &data->of_cols}) {
+        for (std::size_t i = 0; i < kBlock * rank; ++i) {
+            const auto draw = static_cast<std::int32_t>(random() >> shift);
+            numbers->push_back(draw - (1 << (30 - shift)));
+        }
+    }
+    for (std::size_t i = 0; i < kBlock * kBlock; ++i) {
+        double sum = 0;
+        for (std::size_t k = 0; k < rank; ++k) {
+            sum += static_cast<double>(data->of_rows[k * kBlock + i / kBlock]) *
+                   data->of_cols[k * kBlock + i % kBlock];
+        }
+        float value = 0;
+        auto* const upper = reinterpret_cast<std::byte*>(&value) + (4 - item);
+        std::memcpy(upper, data->base->data() + i * item, item);
+        value = static_cast<float>(static_cast<double>(value) +
+                                   std::ldexp(sum, dtype == Dtype::f32 ? -57 : -27));
+        std::uint32_t bits = 0;
+        std::memcpy(&bits, &value, sizeof bits);
+        if (item == 2) bits += 0x7FFFU + (bits >> 16 & 1U);
+        if (random() % 10 == 0) bits += item == 2 ? 1U << 16 : 1U;
+        std::memcpy(data->block->data() + i * item,
+                    reinterpret_cast<const std::byte*>(&bits) + (4 - item), item);
+    }
+    return data;
+}
+
+Workload delta_with_factors(const std::string& name, Dtype dtype, unsigned rank, bool decoding) {
+    return {
+        name, [=] {
+            auto data = merged(dtype, rank);
+            const std::size_t row_bytes = kBlock * item_bytes(dtype);
+            const auto encode = [=] {
+                const BlockGrid grid{kBlock, kBlock, kBlock, kBlock};
+                const LowRankFactors factors{rank,          dtype == Dtype::f32 ? -57 : -27,
+                                             data->of_rows, data->of_cols,
+                                             data->zero,    data->zero};
+                const std::vector<std::int64_t> limit{
+                    static_cast<std::int64_t>(data->encoded->size())};
+                std::vector<std::int64_t> offset(1);
+                keep(encode_deltas(
+                    {data->block->data(), kBlock, kBlock, row_bytes, dtype}, grid, data->zero,
+                    {{data->base->data(), kBlock, kBlock, row_bytes, dtype}, grid, data->zero},
+                    limit, std::nullopt, *data->encoded, offset, {&data->made, 1}, 1, &factors));
+            };
+            encode();
+            std::function<void()> call = encode;
+            if (decoding) {
+                call = [=] {
+                    decode_delta(
+                        {data->encoded->data(), data->made.length, data->made.encoding, dtype,
+                         kBlock, kBlock, 1},
+                        {data->base->data(), static_cast<std::uint32_t>(data->base->size()),
+                         Encoding::raw, dtype, kBlock, kBlock, 0},
+                        data->block->data(), row_bytes);
+                };
+            }
+            return call;
+        }};
+}
+
 Workload matmul(const std::string& name, std::size_t m, Dtype dtype, bool transpose = false) {
     return {name, [=] {
                 constexpr std::size_t kSize = 256;
@@ -259,6 +338,12 @@ std::vector<Workload> workloads() {
         delta("codec.decode-delta-bf16", Dtype::bf16, 0, true),
         delta("codec.encode-quantised", Dtype::f32, 0.01, false),
         delta("codec.decode-quantised", Dtype::f32, 0.01, true),
+        delta_with_factors("codec.encode-rank-8", Dtype::f32, 8, false),
+        delta_with_factors("codec.decode-rank-8", Dtype::f32, 8, true),
+        delta_with_factors("codec.decode-rank-32", Dtype::f32, 32, true),
+        delta_with_factors("codec.encode-rank-8-bf16", Dtype::bf16, 8, false),
+        delta_with_factors("codec.decode-rank-8-bf16", Dtype::bf16, 8, true),
+        delta_with_factors("codec.decode-rank-32-bf16", Dtype::bf16, 32, true),
         matmul("gemm.nt-m1", 1, Dtype::f32),
         matmul("gemm.nt-m8", 8, Dtype::f32),
         matmul("gemm.nt-m64", 64, Dtype::f32),

@@ -183,9 +183,22 @@ void wrong_dequantise(const void* x, const std::uint32_t* z, std::size_t count, 
                       double step, void* values) noexcept {
     kScalarKernels.codec.delta.dequantise(x, z, count, wide, step * 2, values);
 }
-void wrong_products(const double* of_row, const double* of_cols, std::size_t rank, std::size_t cols,
-                    double* sums) noexcept {
-    kScalarKernels.codec.delta.products(of_row, of_cols, rank - 1, cols, sums);
+void wrong_unpack(const std::uint8_t* from, std::size_t position, unsigned width, std::size_t count,
+                  std::int32_t* to) noexcept {
+    kScalarKernels.codec.delta.unpack(from, position & ~std::size_t{7}, width, count, to);
+}
+void wrong_products(const double* of_rows, std::size_t rows, const double* of_cols,
+                    std::size_t cols, std::size_t rank, double* sums) noexcept {
+    kScalarKernels.codec.delta.products(of_rows, rows, of_cols, cols, rank - 1, sums);
+}
+void wrong_pairs(const std::int32_t* of_rows, std::size_t rows, const std::int32_t* of_cols,
+                 std::size_t cols, std::size_t n_pairs, double* sums) noexcept {
+    kScalarKernels.codec.delta.pair_products(of_rows, rows, of_cols, cols, n_pairs - 1, sums);
+}
+void wrong_move(const std::uint8_t* x, const double* sums, std::size_t count, DeltaLayout layout,
+                double scale, std::uint8_t* y) noexcept {
+    kScalarKernels.codec.delta.move(x, sums, count, layout, scale, y);
+    if (layout.item_bytes == 2) ++y[2 * count - 1];
 }
 std::uint64_t wrong_classify(const void* z, std::size_t count, bool wide,
                              std::uint8_t* classes) noexcept {
@@ -347,7 +360,10 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     };
     CHECK(delta_of([](auto& d) { d.dequantise = wrong_dequantise; }) == "codec");
     CHECK(delta_of([](auto& d) { d.dequantise = wrong_zeros; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.unpack = wrong_unpack; }) == "codec");
     CHECK(delta_of([](auto& d) { d.products = wrong_products; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.pair_products = wrong_pairs; }) == "codec");
+    CHECK(delta_of([](auto& d) { d.move = wrong_move; }) == "codec");
     CHECK(delta_of([](auto& d) { d.quantise = wrong_errors_alone; }) == "codec");
     CHECK(delta_of([](auto& d) { d.quantise = wrong_wide_multiples; }) == "codec");
     CHECK(delta_of([](auto& d) { d.quantise = wrong_limit; }) == "codec");

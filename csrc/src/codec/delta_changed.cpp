@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/endian.hpp"
 #include "base/rounding.hpp"
 #include "codec/plane.hpp"
 #include "dispatch/dispatch.hpp"
@@ -62,15 +63,24 @@ void put_changed(Sink& sink, const Wide* z, std::size_t count) {
 
 template <class Wide>
 const char* get_changed(Source& source, std::size_t count, unsigned value_bits, Wide* z) {
-    std::vector<std::uint8_t> bits(ceil_div(count, 8));
-    if (const char* wrong = get_bytes(source, bits)) return wrong;
-    if (count % 8 != 0 && bits.back() >> (count % 8) != 0) return "its bits end with stray ones";
-    std::vector<std::uint32_t> changed;
-    changed.reserve(count / 4);
-    for (std::size_t byte = 0; byte < bits.size(); ++byte) {
-        for (unsigned left = bits[byte]; left != 0; left &= left - 1) {
+    // Looked at in words: of a byte, nobody foresees how many bits are set.
+    std::vector<std::uint8_t> bits(round_up(ceil_div(count, 8), sizeof(std::uint64_t)));
+    const std::span<std::uint8_t> used(bits.data(), ceil_div(count, 8));
+    if (const char* wrong = get_bytes(source, used)) return wrong;
+    if (count % 8 != 0 && used.back() >> (count % 8) != 0) return "its bits end with stray ones";
+    const auto word_at = [&](std::size_t at) {
+        return load_le<std::uint64_t>(reinterpret_cast<const std::byte*>(&bits[at]));
+    };
+    std::size_t n_changed = 0;
+    for (std::size_t at = 0; at < bits.size(); at += sizeof(std::uint64_t)) {
+        n_changed += static_cast<std::size_t>(std::popcount(word_at(at)));
+    }
+    std::vector<std::uint32_t> changed(n_changed);
+    auto next = changed.begin();
+    for (std::size_t at = 0; at < bits.size(); at += sizeof(std::uint64_t)) {
+        for (std::uint64_t left = word_at(at); left != 0; left &= left - 1) {
             const auto bit = static_cast<std::size_t>(std::countr_zero(left));
-            changed.push_back(static_cast<std::uint32_t>(8 * byte + bit));
+            *next++ = static_cast<std::uint32_t>(8 * at + bit);
         }
     }
     std::vector<std::uint8_t> small(changed.size());

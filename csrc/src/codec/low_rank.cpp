@@ -24,11 +24,13 @@ constexpr unsigned kMaxBits = 24;
 constexpr std::int32_t kLargest = (std::int32_t{1} << (kMaxBits - 1)) - 1;
 constexpr int kMaxExponent = 900;
 
-// Bits of a number with its sign, 0 for 0.
-unsigned bits_of(std::int32_t value) noexcept {
-    if (value == 0) return 0;
-    const auto magnitude = static_cast<std::uint32_t>(value < 0 ? -value : value);
-    return static_cast<unsigned>(std::bit_width(magnitude)) + 1;
+// Bits of each of these numbers with its sign, 0 if all are 0.
+unsigned width_of(Factor numbers) noexcept {
+    std::uint32_t used = 0;
+    for (const std::int32_t number : numbers) {
+        used |= static_cast<std::uint32_t>(number < 0 ? -number : number);
+    }
+    return used == 0 ? 0 : static_cast<unsigned>(std::bit_width(used)) + 1;
 }
 
 std::size_t packed_bytes(std::span<const std::uint8_t> widths, std::size_t n) noexcept {
@@ -41,10 +43,11 @@ void put_factor(Sink& sink, unsigned rank, Factor factor) {
     const std::size_t n = factor.size() / rank;
     const std::size_t first = sink.size();
     for (unsigned k = 0; k < rank; ++k) {
-        unsigned width = 0;
-        for (std::size_t i = 0; i < n; ++i) width = std::max(width, bits_of(factor[k * n + i]));
-        sink.push_back(static_cast<std::uint8_t>(width));
+        sink.push_back(static_cast<std::uint8_t>(width_of(factor.subspan(k * n, n))));
     }
+    const std::size_t at = sink.size();
+    sink.resize(at + packed_bytes(std::span(sink).subspan(first), n));
+    std::uint8_t* to = sink.data() + at;
     std::uint64_t bits = 0;
     unsigned n_bits = 0;
     for (unsigned k = 0; k < rank; ++k) {
@@ -53,12 +56,14 @@ void put_factor(Sink& sink, unsigned rank, Factor factor) {
         for (std::size_t i = 0; width != 0 && i < n; ++i) {
             bits |= (static_cast<std::uint64_t>(factor[k * n + i]) & mask) << n_bits;
             n_bits += width;
-            for (; n_bits >= 8; n_bits -= 8, bits >>= 8) {
-                sink.push_back(static_cast<std::uint8_t>(bits));
-            }
+            if (n_bits < 32) continue;
+            store_le(reinterpret_cast<std::byte*>(to), static_cast<std::uint32_t>(bits));
+            to += sizeof(std::uint32_t);
+            bits >>= 32;
+            n_bits -= 32;
         }
     }
-    if (n_bits != 0) sink.push_back(static_cast<std::uint8_t>(bits));
+    for (; to != sink.data() + sink.size(); bits >>= 8) *to++ = static_cast<std::uint8_t>(bits);
 }
 
 // The bytes of a factor of n numbers for each of `rank`; empty when they are cut off or no factor.
@@ -88,13 +93,13 @@ std::span<const std::uint8_t> find_factor(Source& source, unsigned rank, std::si
 bool unpack(std::span<const std::uint8_t> factor, unsigned rank, std::size_t n,
             std::vector<std::int32_t>& numbers) {
     numbers.resize(rank * n);
-    // Words are read where a number begins, so there must be one behind the last.
-    thread_local std::vector<std::byte> packed;
-    packed.resize(factor.size() - rank + sizeof(std::uint64_t));
-    std::memcpy(packed.data(), factor.data() + rank, factor.size() - rank);
-    std::memset(packed.data() + factor.size() - rank, 0, sizeof(std::uint64_t));
+    const std::size_t bytes = factor.size() - rank;
+    thread_local std::vector<std::uint8_t> packed;
+    packed.resize(bytes + kUnpackedAhead);
+    std::memcpy(packed.data(), factor.data() + rank, bytes);
+    std::memset(packed.data() + bytes, 0, kUnpackedAhead);
+    const DeltaKernels& delta = kernels().codec.delta;
     std::size_t bit = 0;
-    std::int32_t least = 0;
     for (unsigned k = 0; k < rank; ++k) {
         const unsigned width = factor[k];
         std::int32_t* const to = numbers.data() + k * n;
@@ -102,67 +107,85 @@ bool unpack(std::span<const std::uint8_t> factor, unsigned rank, std::size_t n,
             std::fill_n(to, n, 0);
             continue;
         }
-        const unsigned unused = 32 - width;
-        for (std::size_t i = 0; i < n; ++i, bit += width) {
-            const std::uint64_t word = load_le<std::uint64_t>(packed.data() + bit / 8) >> (bit % 8);
-            to[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(word) << unused) >> unused;
-            least = std::min(least, to[i]);
-        }
+        delta.unpack(packed.data(), bit, width, n, to);
+        bit += width * n;
+        if (width == kMaxBits && *std::min_element(to, to + n) < -kLargest) return false;
     }
     const unsigned stray = bit % 8 == 0 ? 0U : factor.back() >> (bit % 8);
-    return least >= -kLargest && stray == 0;
+    return stray == 0;
 }
 
-// What does not move, or is not finite, keeps its bits.
-template <class Float>
-void add_row(const Float* base, const double* sums, double scale, std::size_t cols,
-             Float* moved) noexcept {
-    for (std::size_t j = 0; j < cols; ++j) {
-        const bool stays = sums[j] == 0 || !std::isfinite(base[j]);
-        const auto sum = static_cast<Float>(static_cast<double>(base[j]) + sums[j] * scale);
-        moved[j] = stays ? base[j] : sum;
+// Whether numbers have 16 bits at most, and their sums are below 2^31.
+bool are_pairs(const LowRank& low_rank, std::size_t rows, std::size_t cols) noexcept {
+    constexpr unsigned kMost = 16;
+    std::uint64_t largest = 0;
+    for (unsigned k = 0; k < low_rank.rank; ++k) {
+        const unsigned of_row = width_of(low_rank.of_rows.subspan(k * rows, rows));
+        const unsigned of_col = width_of(low_rank.of_cols.subspan(k * cols, cols));
+        if (of_row > kMost || of_col > kMost) return false;
+        if (of_row != 0 && of_col != 0) largest += std::uint64_t{1} << (of_row + of_col - 2);
+    }
+    return largest <= std::uint64_t{1} << 31;
+}
+
+// The numbers of a factor as products take them, with zeros up to `wide` for each k.
+void put_numbers(Factor factor, std::size_t n, std::size_t rank, std::size_t wide, double* to) {
+    for (std::size_t k = 0; k < rank; ++k, to += wide) {
+        std::copy_n(factor.data() + k * n, n, to);
+        std::fill(to + n, to + wide, 0.0);
     }
 }
 
-// Of elements that lie aligned.
-template <class Float>
-void add_all(const LowRank& low_rank, const Float* base, std::size_t rows, std::size_t cols,
-             Float* moved) {
-    const std::size_t rank = low_rank.rank;
+void put_numbers(Factor factor, std::size_t n, std::size_t rank, std::size_t wide,
+                 std::int32_t* to) {
+    for (std::size_t k = 0; k < rank; k += 2, to += wide) {
+        const std::int32_t* const first = factor.data() + k * n;
+        const bool is_last = k + 1 == rank;
+        const std::int32_t* const second = is_last ? first : first + n;
+        const std::int32_t of_second = is_last ? 0 : -1;
+        for (std::size_t i = 0; i < n; ++i) {
+            to[i] = (second[i] & of_second) << 16 | (first[i] & 0xFFFF);
+        }
+        std::fill(to + n, to + wide, 0);
+    }
+}
+
+// `products` of all rows, of `depth` numbers or pairs.
+template <class Number, class Products>
+void move_all(const LowRank& low_rank, std::size_t depth, const std::uint8_t* base,
+              std::size_t rows, std::size_t cols, Dtype dtype, Products products,
+              std::uint8_t* moved) {
+    const std::size_t high = round_up(rows, kProductRows);
     const std::size_t wide = round_up(cols, kProductLanes);
-    thread_local std::vector<double> room;
-    room.assign((rank + 1) * wide + rank, 0);
-    double* const of_cols = room.data();
-    double* const sums = of_cols + rank * wide;
-    double* const of_row = sums + wide;
-    for (std::size_t k = 0; k < rank; ++k) {
-        std::copy_n(low_rank.of_cols.data() + k * cols, cols, of_cols + k * wide);
-    }
+    thread_local std::vector<Number> numbers;
+    thread_local std::vector<double> sums;
+    numbers.resize(depth * (high + wide));
+    sums.resize(kProductRows * wide);
+    Number* const of_rows = numbers.data();
+    Number* const of_cols = of_rows + depth * high;
+    put_numbers(low_rank.of_rows, rows, low_rank.rank, high, of_rows);
+    put_numbers(low_rank.of_cols, cols, low_rank.rank, wide, of_cols);
     const double scale = std::ldexp(1.0, low_rank.exponent);
+    const DeltaLayout layout = delta_layout(dtype);
+    const std::size_t row_bytes = cols * layout.item_bytes;
     const DeltaKernels& delta = kernels().codec.delta;
-    for (std::size_t i = 0; i < rows; ++i) {
-        for (std::size_t k = 0; k < rank; ++k) of_row[k] = low_rank.of_rows[k * rows + i];
-        delta.products(of_row, of_cols, rank, wide, sums);
-        add_row(base + i * cols, sums, scale, cols, moved + i * cols);
+    for (std::size_t i = 0; i < rows; i += kProductRows) {
+        products(of_rows + i, high, of_cols, wide, depth, sums.data());
+        for (std::size_t r = i; r < std::min(rows, i + kProductRows); ++r) {
+            delta.move(base + r * row_bytes, sums.data() + (r - i) * wide, cols, layout, scale,
+                       moved + r * row_bytes);
+        }
     }
 }
 
-template <class Float>
-void add_of(const LowRank& low_rank, const std::uint8_t* base, std::size_t rows, std::size_t cols,
-            Dtype dtype, Dtype wide, std::uint8_t* moved) {
-    const std::size_t count = rows * cols;
-    const auto values = std::make_unique_for_overwrite<Float[]>(count);
-    auto* const bytes = reinterpret_cast<std::uint8_t*>(values.get());
-    if (dtype == wide) {
-        std::memcpy(bytes, base, count * sizeof(Float));
+void move_base(const LowRank& low_rank, const std::uint8_t* base, std::size_t rows,
+               std::size_t cols, Dtype dtype, std::uint8_t* moved) {
+    const DeltaKernels& delta = kernels().codec.delta;
+    if (delta.prefers_pairs && are_pairs(low_rank, rows, cols)) {
+        move_all<std::int32_t>(low_rank, ceil_div(low_rank.rank, 2U), base, rows, cols, dtype,
+                               delta.pair_products, moved);
     } else {
-        convert_floats(base, dtype, count, bytes, wide);
-    }
-    add_all(low_rank, values.get(), rows, cols, values.get());
-    if (dtype == wide) {
-        std::memcpy(moved, bytes, count * sizeof(Float));
-    } else {
-        convert_floats(bytes, wide, count, moved, dtype);
+        move_all<double>(low_rank, low_rank.rank, base, rows, cols, dtype, delta.products, moved);
     }
 }
 
@@ -193,11 +216,12 @@ void check_low_rank(const LowRank& low_rank, std::size_t rows, std::size_t cols)
 
 void add_low_rank(const LowRank& low_rank, const std::uint8_t* base, std::size_t rows,
                   std::size_t cols, Dtype dtype, std::uint8_t* moved) {
-    if (dtype == Dtype::f64) {
-        add_of<double>(low_rank, base, rows, cols, dtype, Dtype::f64, moved);
-    } else {
-        add_of<float>(low_rank, base, rows, cols, dtype, Dtype::f32, moved);
-    }
+    if (dtype != Dtype::f16) return move_base(low_rank, base, rows, cols, dtype, moved);
+    const std::size_t count = rows * cols;
+    const auto values = std::make_unique_for_overwrite<std::uint8_t[]>(count * sizeof(float));
+    convert_floats(base, Dtype::f16, count, values.get(), Dtype::f32);
+    move_base(low_rank, values.get(), rows, cols, Dtype::f32, values.get());
+    convert_floats(values.get(), Dtype::f32, count, moved, Dtype::f16);
 }
 
 std::size_t put_low_rank(Sink& sink, const LowRank& low_rank) {

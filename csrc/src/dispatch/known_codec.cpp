@@ -127,25 +127,75 @@ bool same_multiples(const DeltaKernels& delta, const DeltaKernels& reference,
     return true;
 }
 
-// Rows of products whose numbers have as many bits as they may.
+// Numbers of few bits and of many, that begin at a byte or not.
+bool same_numbers(const DeltaKernels& delta, const DeltaKernels& reference,
+                  Question question) noexcept {
+    constexpr std::size_t kCount = 37;
+    for (const unsigned width : {1U, 7U, 12U, 24U}) {
+        for (const std::size_t position : {std::size_t{16}, std::size_t{13}}) {
+            std::array<std::int32_t, kCount> want{};
+            std::array<std::int32_t, kCount> got{};
+            reference.unpack(question.data(), position, width, kCount, want.data());
+            delta.unpack(question.data(), position, width, kCount, got.data());
+            if (want != got) return false;
+        }
+    }
+    return true;
+}
+
+// Products whose numbers have as many bits as they may.
 bool same_products(const DeltaKernels& delta, const DeltaKernels& reference,
                    Question question) noexcept {
     constexpr std::size_t kRank = 5;
+    constexpr std::size_t kRows = 2 * kProductRows;
     constexpr std::size_t kCols = 2 * kProductLanes;
-    const auto whole = [&](std::size_t i) {
-        const auto bits = static_cast<std::uint32_t>(question[2 * i] | question[2 * i + 1] << 8);
-        return (static_cast<double>(bits) - 32768) * 255;
+    const auto bits = [&](std::size_t i) {
+        return static_cast<std::int32_t>(question[i] | question[i + 1] << 8 |
+                                         question[i + 2] << 16);
     };
-    std::array<double, kRank> of_row{};
+    std::array<double, kRank * kRows> of_rows{};
     std::array<double, kRank * kCols> of_cols{};
-    for (std::size_t k = 0; k < kRank; ++k) of_row[k] = whole(k);
-    for (std::size_t i = 0; i < of_cols.size(); ++i) of_cols[i] = whole(kRank + i);
+    std::array<std::int32_t, kRank * kRows> pairs_of_rows{};
+    std::array<std::int32_t, kRank * kCols> pairs_of_cols{};
+    const auto pair = [&](std::size_t i) {  // of 14 bits, so that ten products are below 2^31
+        return (bits(i) & 0x3FFF) - 0x2000 + (((bits(i + 1) & 0x3FFF) - 0x2000) << 16);
+    };
+    for (std::size_t i = 0; i < of_rows.size(); ++i) {
+        of_rows[i] = bits(i + 330) - 0x800000;
+        pairs_of_rows[i] = pair(i + 330);
+    }
+    for (std::size_t i = 0; i < of_cols.size(); ++i) {
+        of_cols[i] = bits(i) - 0x800000;
+        pairs_of_cols[i] = pair(i);
+    }
+    using Sums = std::array<double, kProductRows * kCols>;
     const auto answer = [&](const DeltaKernels& k) {
-        std::array<double, kCols> sums{};
-        k.products(of_row.data(), of_cols.data(), kRank, kCols, sums.data());
-        return sums;
+        Sums sums{};
+        Sums of_pairs{};
+        k.products(of_rows.data() + kProductRows, kRows, of_cols.data(), kCols, kRank, sums.data());
+        k.pair_products(pairs_of_rows.data(), kRows, pairs_of_cols.data(), kCols, kRank,
+                        of_pairs.data());
+        return std::tuple(sums, of_pairs);
     };
     return answer(delta) == answer(reference);
+}
+
+// Elements of all kinds, and how they move.
+bool same_moves(const DeltaKernels& delta, const DeltaKernels& reference,
+                Question question) noexcept {
+    constexpr std::size_t kCount = 85;
+    std::array<double, 3 * kProductLanes> sums{};
+    for (std::size_t i = 0; i < sums.size(); ++i)
+        sums[i] = question[i] % 5 == 0 ? 0 : question[i] - 99.0;
+    for (const DeltaLayout layout :
+         {DeltaLayout{2, 8, 7, true}, DeltaLayout{4, 8, 23, true}, DeltaLayout{8, 11, 52, true}}) {
+        std::array<std::uint8_t, 8 * kCount> want{};
+        std::array<std::uint8_t, 8 * kCount> got{};
+        reference.move(question.data(), sums.data(), kCount, layout, 0.125, want.data());
+        delta.move(question.data(), sums.data(), kCount, layout, 0.125, got.data());
+        if (want != got) return false;
+    }
+    return true;
 }
 
 // Exponents, mantissas and the contexts that they choose, of a whole piece and a tail.
@@ -332,7 +382,9 @@ bool same_codec(const CodecKernels& codec, const CodecKernels& reference,
            same_multiples<float>(delta, reference.delta, question) &&
            same_multiples<double>(delta, reference.delta, question) &&
            same_contexts(delta, reference.delta, question) &&
+           same_numbers(delta, reference.delta, question) &&
            same_products(delta, reference.delta, question) &&
+           same_moves(delta, reference.delta, question) &&
            same_raw_bits<std::uint32_t, 300>(delta, reference.delta, question) &&
            same_raw_bits<std::uint64_t, 75>(delta, reference.delta, question) &&
            same_wide_alphabet(delta, reference.delta, question) &&

@@ -9,7 +9,24 @@ namespace {
 
 constexpr std::size_t kVectorBytes = 64;
 
+// For delta_products-inl.hpp: products, exact ones, and the sums of two each of 16 bits.
+constexpr bool kPrefersPairs = true;
+
+template <class Doubles>
+inline void add_products(Doubles& sums, const Doubles& one, const Doubles& other) noexcept {
+    sums = reinterpret_cast<Doubles>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(one),
+                                                     reinterpret_cast<__m512d>(other),
+                                                     reinterpret_cast<__m512d>(sums)));
+}
+
+template <class Ints>
+inline void add_pairs(Ints& sums, const Ints& one, const Ints& other) noexcept {
+    sums += reinterpret_cast<Ints>(
+        _mm512_madd_epi16(reinterpret_cast<__m512i>(one), reinterpret_cast<__m512i>(other)));
+}
+
 #include "kernels/codec_common-inl.hpp"
+#include "kernels/codec_numbers-inl.hpp"
 #include "kernels/codec_pairs-inl.hpp"
 #include "kernels/codec_planes-inl.hpp"
 #include "kernels/delta_common-inl.hpp"

@@ -12,6 +12,60 @@ namespace {
 
 constexpr std::size_t kVectorBytes = 16;
 
+// For delta_products-inl.hpp: products, exact ones, and the sums of two each of 16 bits.
+constexpr bool kPrefersPairs = true;
+
+template <class Doubles>
+inline void add_products(Doubles& sums, const Doubles& one, const Doubles& other) noexcept {
+    sums = reinterpret_cast<Doubles>(vfmaq_f64(reinterpret_cast<float64x2_t>(sums),
+                                               reinterpret_cast<float64x2_t>(one),
+                                               reinterpret_cast<float64x2_t>(other)));
+}
+
+template <class Ints>
+inline void add_pairs(Ints& sums, const Ints& one, const Ints& other) noexcept {
+    const auto first = reinterpret_cast<int16x8_t>(one);
+    const auto second = reinterpret_cast<int16x8_t>(other);
+    const int32x4_t low = vmull_s16(vget_low_s16(first), vget_low_s16(second));
+    sums += reinterpret_cast<Ints>(vpaddq_s32(low, vmull_high_s16(first, second)));
+}
+
+// For delta_products-inl.hpp: numbers four at a time out of 16 bytes, and how many of the first.
+struct FourNumbers {
+    std::size_t byte;
+    uint8x16_t bytes;  // of each number, where within the 16
+    int32x4_t above;   // how far its last bit is from the top of its bytes
+
+    FourNumbers(std::size_t position, unsigned width) noexcept : byte(position / 8) {
+        std::uint32_t places[4];
+        std::int32_t shifts[4];
+        for (unsigned i = 0; i < 4; ++i) {
+            const auto first = static_cast<unsigned>(position % 8) + i * width;
+            places[i] = first / 8 * 0x01010101U + 0x03020100U;
+            shifts[i] = static_cast<std::int32_t>(32 - width - first % 8);
+        }
+        bytes = vreinterpretq_u8_u32(vld1q_u32(places));
+        above = vld1q_s32(shifts);
+    }
+    [[nodiscard]] int32x4_t unpack(const std::uint8_t* from, int32x4_t unused) const noexcept {
+        const uint8x16_t some = vqtbl1q_u8(vld1q_u8(from + byte), bytes);
+        return vshlq_s32(vshlq_s32(vreinterpretq_s32_u8(some), above), vnegq_s32(unused));
+    }
+};
+
+inline std::size_t unpack_first(const std::uint8_t* from, std::size_t position, unsigned width,
+                                std::size_t count, std::int32_t* to) noexcept {
+    const FourNumbers low(position, width);
+    const FourNumbers high(position + 4 * std::size_t{width}, width);
+    const int32x4_t unused = vdupq_n_s32(static_cast<std::int32_t>(32 - width));
+    std::size_t i = 0;
+    for (; i + 8 <= count; i += 8, from += width) {
+        vst1q_s32(to + i, low.unpack(from, unused));
+        vst1q_s32(to + i + 4, high.unpack(from, unused));
+    }
+    return i;
+}
+
 #include "kernels/codec_common-inl.hpp"
 #include "kernels/codec_pairs-inl.hpp"
 #include "kernels/delta_common-inl.hpp"

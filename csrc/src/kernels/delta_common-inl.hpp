@@ -82,10 +82,12 @@ inline void load_vector(Vector& vector, const Element* from) noexcept {
 #include "kernels/delta_streams-inl.hpp"
 // Floats to multiples of a step and back.
 #include "kernels/delta_quantised-inl.hpp"
-// Products of factors.
+// Factors, their products, and what these move.
 #include "kernels/delta_products-inl.hpp"
 
-constexpr DeltaKernels kDelta = {
-    delta_subtract,     delta_add,           delta_classify,  delta_exponents,    delta_mantissas,
-    delta_map_features, delta_write_symbols, delta_write_raw, delta_read_symbols, delta_read_raw,
-    delta_quantise,     delta_dequantise,    delta_products};
+constexpr DeltaKernels kDelta = {delta_subtract,      delta_add,       delta_classify,
+                                 delta_exponents,     delta_mantissas, delta_map_features,
+                                 delta_write_symbols, delta_write_raw, delta_read_symbols,
+                                 delta_read_raw,      delta_quantise,  delta_dequantise,
+                                 delta_unpack,        delta_products,  delta_pair_products,
+                                 delta_move,          kPrefersPairs};

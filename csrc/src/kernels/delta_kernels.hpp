@@ -23,8 +23,12 @@ inline constexpr std::int32_t kZeroMark = INT32_MIN;
 /// Largest |q| of the quantised form: a rounding trick and f32 both hold it exactly.
 inline constexpr std::int32_t kMaxQuantum = (1 << 21) - 1;
 
-/// Columns that are multiplied at once.
-inline constexpr std::size_t kProductLanes = 16;
+/// Rows and columns of a product that are made at once; there may be more of either than asked for.
+inline constexpr std::size_t kProductRows = 4;
+inline constexpr std::size_t kProductLanes = 32;
+
+/// Readable bytes that unpack() wants behind the last number.
+inline constexpr std::size_t kUnpackedAhead = 16;
 
 /// What a dtype's bits mean: ordered = sign and magnitude; exponent and mantissa are 0 bits where
 /// there are none.
@@ -88,10 +92,27 @@ struct DeltaKernels {
     /// kZeroMark.
     void (*dequantise)(const void* x, const std::uint32_t* z, std::size_t count, bool wide,
                        double step, void* values) noexcept;
-    /// sums[j] = sum over k below `rank` of of_row[k] * of_cols[k * cols + j], for whole numbers
-    /// whose sums are below 2^53; `cols` is a multiple of kProductLanes.
-    void (*products)(const double* of_row, const double* of_cols, std::size_t rank,
-                     std::size_t cols, double* sums) noexcept;
+    /// to[i] = the number of `width` bits (1 to 24, two's complement) that begins at bit position +
+    /// i * width. Reads up to kUnpackedAhead bytes behind the last.
+    void (*unpack)(const std::uint8_t* from, std::size_t position, unsigned width,
+                   std::size_t count, std::int32_t* to) noexcept;
+    /// sums[r * cols + j] = sum over k below `rank` of of_rows[k * rows + r] * of_cols[k * cols +
+    /// j] for r below kProductRows, of whole numbers whose sums are below 2^53; `cols` is a
+    /// multiple of kProductLanes.
+    void (*products)(const double* of_rows, std::size_t rows, const double* of_cols,
+                     std::size_t cols, std::size_t rank, double* sums) noexcept;
+    /// The same of numbers of 16 bits, those of two k in one of 32, the first in its lower half,
+    /// whose sums are below 2^31; where `prefers_pairs`, in less time.
+    void (*pair_products)(const std::int32_t* of_rows, std::size_t rows,
+                          const std::int32_t* of_cols, std::size_t cols, std::size_t n_pairs,
+                          double* sums) noexcept;
+    /// y[i] = x[i] + sums[i] * scale, rounded to f64 and then to the dtype, for the layouts of f64,
+    /// f32 and bf16. What is NaN, of bf16 as the quiet one of its sign, or infinite stays, and so
+    /// does all whose sum is 0 (not -0). y may be x; of sums there are as many as a multiple of
+    /// kProductLanes.
+    void (*move)(const std::uint8_t* x, const double* sums, std::size_t count, DeltaLayout layout,
+                 double scale, std::uint8_t* y) noexcept;
+    bool prefers_pairs;
 };
 
 }  // namespace pydedup
