@@ -202,12 +202,11 @@ def run(chosen: argparse.Namespace) -> None:
                 "Lossless": policies.Lossless(),
                 "Bounded(0.001)": policies.Bounded(0.001),
             }
+            given["Accuracy(0.01, 95 %)"] = policies.Accuracy(
+                evaluate, 0.01, confidence=0.95, max_evaluations=20
+            )
             if label:
                 given = {f"{title}, merged adapters": policy for title, policy in given.items()}
-            else:
-                given["Accuracy(0.01, 95 %)"] = policies.Accuracy(
-                    evaluate, 0.01, confidence=0.95, max_evaluations=20
-                )
             for title, policy in given.items():
                 lossless = isinstance(policy, policies.Lossless)
                 members[title].append(Member(name, arrays, policy, None if lossless else test))

@@ -20,7 +20,7 @@ import numpy as np
 from _stored import Finding, Scratch, Weights, main, reminis_share, xor_planes, zipnn_bytes
 from numpy.typing import NDArray
 
-from pydedup.policies import Bounded, Lossless, Policy
+from pydedup.policies import Accuracy, Bounded, Lossless, Policy
 from pydedup.types import DType
 
 TENSORS, SIDE = 32, 1024
@@ -138,6 +138,17 @@ def adapted(base: Weights, rank: int, seed: int = 4) -> dict[str, Any]:
     return out
 
 
+def within_bound(model: Weights) -> Accuracy:
+    """Return a policy with a metric that falls once a tensor is farther away than the bound."""
+
+    def evaluate(weights: Weights) -> float:
+        away = (np.linalg.norm(weights[n] - a) / np.linalg.norm(a) for n, a in wide.items())
+        return float(max(away) <= BOUND)
+
+    wide = {name: array.astype(np.float64) for name, array in model.items()}
+    return Accuracy(evaluate, 0, max_evaluations=20)
+
+
 def merged() -> Iterator[Finding]:
     """Yield models with a merged low-rank adapter."""
     base = drawn(0)
@@ -146,8 +157,11 @@ def merged() -> Iterator[Finding]:
         for weights, label in ((base, "f32"), (half, "bf16")):
             case = f"an adapter of rank {rank} merged, {label}"
             yield from beside(case, weights, adapted(weights, rank), Lossless(), None)
-    case = "an adapter of rank 8 merged, f32, 0.1 %"
-    yield from beside(case, base, adapted(base, 8), Bounded(BOUND), None)
+    for weights, label in ((base, "f32"), (half, "bf16")):
+        variant = adapted(weights, 8)
+        case = f"an adapter of rank 8 merged, {label}, 0.1 %"
+        yield from beside(case, weights, variant, Bounded(BOUND), None)
+        yield from beside(f"{case} by a metric", weights, variant, within_bound(variant), None)
 
 
 def next_night(model: Weights, seed: int) -> dict[str, Any]:

@@ -149,7 +149,9 @@ class MovedBases:
         # The same factors for each bound: blocks on a page that differ in theirs share none.
         self._near = None
         if bounds:
-            self._near = LowRankRelatives(reader, view, fresh, Bounded(min(bounds)), aligned)
+            # Kept as well: blocks at the edge of all parts come after the others.
+            nearest = Bounded(min(bounds))
+            self._near = LowRankRelatives(reader, view, fresh, nearest, aligned, keeps=True)
 
     @property
     def exact(self) -> Mapping[int, Moved]:

@@ -96,12 +96,13 @@ def test_a_metric_that_tolerates_anything(store: pydedup.Store, dtype: DType, jo
     check_stored(store, evaluate)
 
 
+@pytest.mark.parametrize("share", [0.01, 4.0])  # that far, it is found by place alone
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
 def test_a_metric_that_tolerates_nothing_takes_what_lossless_does(
-    store: pydedup.Store, dtype: DType
+    store: pydedup.Store, dtype: DType, share: float
 ) -> None:
     base = dense(dtype=dtype)
-    model = adapted(base, 8)
+    model = adapted(base, 8, share=share)
     evaluate = Tolerant(model, 0)
     policy = accuracy(evaluate)
     report = added_beside(store, base, model, policy, joint=False, before=LOSSLESS)
@@ -109,6 +110,20 @@ def test_a_metric_that_tolerates_nothing_takes_what_lossless_does(
     assert report.stored_bytes == stored_as(LOSSLESS, base, model)
     assert same_bits(store, "m", model)
     check_stored(store, evaluate)
+
+
+@pytest.mark.parametrize("bound", [1e-5, 1e-4, 3e-4])
+def test_no_delta_takes_the_place_of_a_smaller_one_that_keeps_the_bits(
+    store: pydedup.Store, bound: float
+) -> None:
+    """Dense ones within a tight bound take three times as much of bf16."""
+    base = dense(dtype=DType.BF16)
+    model = adapted(base, 8)
+    policy = accuracy(Tolerant(model, np.inf), max_rel_error=bound)
+    report = added_beside(store, base, model, policy, joint=False, before=LOSSLESS)
+    assert report.stored_bytes <= 1.01 * stored_as(LOSSLESS, base, model)
+    assert report.certificate["largest_block_error"] <= bound
+    assert store.verify().ok
 
 
 def test_blocks_that_stay_as_they_are_beside_others_have_their_factors(
@@ -138,6 +153,23 @@ def test_blocks_that_stay_as_they_are_beside_others_have_their_factors(
     assert evaluate(loaded) == 0
     assert all(0 < away(loaded[name], weight) <= 0.005 for name, weight in model.items())
     assert store.verify(evaluate={"m": evaluate}).ok
+
+
+def test_what_is_nearer_than_the_base_but_by_no_low_rank(store: pydedup.Store) -> None:
+    """Deltas on it take more, and its blocks in memory are not those that factors move."""
+    base = dense()
+    model = adapted(base, 8, share=0.3)
+    noise = np.random.default_rng(36)
+    sibling = {
+        name: weight + noise.normal(0, 2e-4, weight.shape).astype("f4")
+        for name, weight in model.items()
+    }
+    store.add("base", base, policy=policies.Exact())
+    store.add("sibling", sibling, policy=policies.Exact())
+    evaluate = Tolerant(model, 0.002)
+    report = store.add("m", model, policy=accuracy(evaluate, max_rel_error=0.005))
+    assert report.stored_bytes <= 1.02 * stored_as(policies.Bounded(0.001), base, model)
+    check_stored(store, evaluate)
 
 
 def test_what_is_said_to_be_saved_is_about_what_is(store: pydedup.Store) -> None:
@@ -208,15 +240,22 @@ def test_versions_of_a_model(store: pydedup.Store) -> None:
     assert reports[2].stored_bytes < 0.5 * reports[1].stored_bytes
 
 
-def test_a_version_whose_metric_takes_nothing_of_the_one_before(store: pydedup.Store) -> None:
+@pytest.mark.parametrize("unchanged", [512, 192])  # rows of each tensor
+def test_a_version_whose_metric_takes_nothing_of_the_one_before(
+    store: pydedup.Store, unchanged: int
+) -> None:
     """What that one has of its unchanged blocks is refused: they are stored as they are."""
     base = dense()
     model = adapted(base, 8)
     store.add("base", base)
     store.add("m", model, policy=accuracy(Tolerant(model, 0.004)))
+    for name, weight in adapted(base, 8, seed=92).items():
+        model[name][unchanged:] = weight[unchanged:]
     report = store.add("m", model, policy=accuracy(Tolerant(model, 0)))
     assert same_bits(store, "m", model)
-    assert report.stored_bytes < 1.05 * stored_as(LOSSLESS, base, model)
+    assert store.verify().ok
+    if unchanged == 512:
+        assert report.stored_bytes < 1.05 * stored_as(LOSSLESS, base, model)
 
 
 def test_tied_weights_stay_tied(store: pydedup.Store) -> None:

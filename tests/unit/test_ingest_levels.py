@@ -56,6 +56,7 @@ def test_what_is_farther_and_saves_no_more_is_not_offered() -> None:
     levels = levels_of(moved(base, 0.01))
     levels.add_deltas(pair(base), 0.03)
     levels.add_stored(0, base, 0.01)
+    levels.add_stored(0, moved(base, 0.001), 0.01)
     levels.add_stored(0, moved(base, 0.5), 0.5)
     ((_, best),) = levels.best()
     assert [level.error for level in best] == [0.01]
@@ -74,6 +75,7 @@ def test_what_saves_little_beside_the_block_as_it_is_is_not_offered() -> None:
     levels.kept[0] = taken
     levels.add_deltas(pair(base), 0.03)
     levels.add_deltas(pair(base), 0.0005)  # takes more
+    levels.add_deltas(pair(moved(base, -0.3)), 0.03)  # and so does that
     assert [level.error for _, best in levels.best() for level in best] == [0.03]
 
 
