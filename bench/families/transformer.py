@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MiniLM fine-tuned on two tasks: every parameter, or low-rank adapters that are then merged.
+"""MiniLM fine-tuned on two tasks: every parameter, or low-rank adapters that are then merged; and
+adapters of three tenants merged into the first of these models, which is stored as deltas.
 
     python bench/families/transformer.py [--quick]
 
@@ -14,6 +15,7 @@ Lossless, Bounded(0.001) and Accuracy, which may fall by one point, shown at 95 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import inspect
 import time
@@ -37,6 +39,7 @@ from pydedup.demo.packages import unpack
 
 _MOST_TOKENS = 48
 _VALIDATION, _HELD_OUT = 1500, 1500
+_TENANTS = 3
 _SENTENCES = (
     "That is a happy person",
     "That is a happy dog",
@@ -156,6 +159,19 @@ def tuned(path: Path, start: Classifier, data: Examples, steps: int, seed: int, 
     console.print(f"  {path.name}: {steps} steps in {time.perf_counter() - started:.0f} s")
 
 
+def tenants_of(module: Classifier, data: Examples, steps: int, folder: Path) -> list[Member]:
+    """Return models with adapters of some tenants' own, merged into a classifier."""
+    tenants = []
+    for number in range(_TENANTS):
+        own = copy.deepcopy(module)
+        edges = (len(data.texts) * one // _TENANTS for one in (number, number + 1))
+        part = data.part(*edges)
+        tuned(folder / f"minilm-tenant{number}", own, part, steps, 51 + number, fit_adapters)
+        arrays = {key: value.numpy().copy() for key, value in own.state_dict().items()}
+        tenants.append(Member(f"tenant{number}@1", arrays, policies.Lossless()))
+    return tenants
+
+
 def scores(data: Examples) -> Callable[[nn.Module], NDArray[np.float64]]:
     """Return what gives 1 for each text that a classifier gets right, and 0 for each other."""
 
@@ -186,6 +202,7 @@ def run(chosen: argparse.Namespace) -> None:
     state = load_file(folder / "model.safetensors")
     base = {name: value.numpy() for name, value in Encoder(state).state_dict().items()}
     members: dict[str, list[Member]] = defaultdict(list)
+    derived: list[Member] = []
     for seed, (name, pairs) in enumerate(tasks.items(), 41):
         data, classes = examples(pairs, tokenise)
         start = _VALIDATION + _HELD_OUT
@@ -207,9 +224,14 @@ def run(chosen: argparse.Namespace) -> None:
             )
             if label:
                 given = {f"{title}, merged adapters": policy for title, policy in given.items()}
+            elif not derived:
+                derived.append(Member(name, arrays, policies.Lossless()))
+                trained = data.part(start, len(data.texts))
+                derived += tenants_of(module, trained, steps, chosen.cache / "families")
             for title, policy in given.items():
                 lossless = isinstance(policy, policies.Lossless)
                 members[title].append(Member(name, arrays, policy, None if lossless else test))
+    members["Lossless, adapters of tenants merged into a fine-tune"] = derived
     for title, some in members.items():
         first = Member("minilm@1", base, policies.Lossless())
         console.print(family_table(store_family(title, [first, *some], tell=title[0] == "A")))
