@@ -43,9 +43,9 @@ _TOGETHER, _MOST_TOGETHER = 512 * 1024, 4 * 1024 * 1024
 _ROWS = 512
 # The part of all these blocks that must be new, at least.
 _FRESH = 0.5
-# Blocks of a sample, down and across; and parts of a matrix that seemed to have a low rank and had
-# none, after which it is not looked at again.
-_SAMPLED = 2, 4
+# Blocks of a row of a sample; and parts of a matrix that seemed to have a low rank and had none,
+# after which it is not looked at again.
+_ACROSS = 4
 _PATIENCE = 2
 # Blocks of a page that have a factor in common, at most, when it is weighed whether one pays.
 _USERS = 8
@@ -221,11 +221,17 @@ class LowRankRelatives:
 
 
 def sample_of(grid: BlockGrid, given: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return which blocks of whole rows of a grid are a sample, all of them given; may be none."""
-    across = min(_SAMPLED[1], grid.grid_cols)
-    in_rows = given.reshape(-1, grid.grid_cols)[:, :across].all(axis=1)
-    down = np.flatnonzero(in_rows)[: _SAMPLED[0]]
-    return np.asarray((down[:, np.newaxis] * grid.grid_cols + np.arange(across)).ravel(), np.int64)
+    """Return which blocks of whole rows of a grid are a sample, all of them given; may be none.
+
+    It is a rectangle, since what lies between its blocks would be looked at, too, and in the
+    middle, since the first rows of an embedding, for one, are of what is most frequent.
+    """
+    across = min(_ACROSS, grid.grid_cols)
+    down = np.flatnonzero(given.reshape(-1, grid.grid_cols)[:, :across].all(axis=1))
+    pairs = down[:-1][np.diff(down) == 1]
+    tops, height = (pairs, 2) if len(pairs) else (down, 1)
+    rows = tops[len(tops) // 2 :][:1] + np.arange(height)
+    return np.asarray((rows[:, np.newaxis] * grid.grid_cols + np.arange(across)).ravel(), np.int64)
 
 
 def seems_moved(

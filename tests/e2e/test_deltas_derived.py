@@ -202,6 +202,31 @@ def test_only_parts_that_were_trained_anew_become_bases(store: pydedup.Store) ->
     check_bits(store, {"tenant": tenant})
 
 
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_nightly_updates_of_an_embedding_with_the_frequent_first(
+    store: pydedup.Store, dtype: DType
+) -> None:
+    """Its first rows are all trained each night, few of the others: these tell what pays."""
+    rng = np.random.default_rng(44)
+    base = rng.normal(0, 0.02, (8192, 64)).astype("f4")
+    share = np.where(np.arange(len(base)) < 512, 1, 0.01)
+
+    def trained(weight: NDArray[Any], share: NDArray[np.float64] | float) -> NDArray[Any]:
+        at = rng.random(len(weight)) < share
+        return weight + rng.normal(0, 0.0002, weight.shape).astype("f4") * at[:, np.newaxis]
+
+    night = trained(base, 1)
+    store.add("base", {"e.weight": base.astype(dtype.numpy)})
+    tuned = share_of(store.add("m", {"e.weight": night.astype(dtype.numpy)}))
+    shares = []
+    for _ in range(8):
+        night = trained(night, share)
+        shares.append(share_of(store.add("m", {"e.weight": night.astype(dtype.numpy)})))
+    assert min(shares) < 0.35 * tuned
+    assert sum(shares) < 0.6 * 8 * tuned
+    check_bits(store, {"m": {"e.weight": night.astype(dtype.numpy)}})
+
+
 @pytest.mark.parametrize(
     ("dtype", "across", "most"),
     [

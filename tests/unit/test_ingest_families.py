@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 import pydedup
+from pydedup.blocks import BlockGrid
 from pydedup.ingest import families
+from pydedup.ingest.low_rank import sample_of
 
 TENSORS = 5
 
@@ -59,3 +62,17 @@ def test_strangers_are_not_asked(tmp_path: Path, measured: list[int]) -> None:
             model = {"w": rng.normal(0, 0.02, (384, 192)).astype(np.float32)}
             store.add(f"m{number}", model)
     assert not measured
+
+
+@pytest.mark.parametrize(
+    ("rows", "sample"),
+    [(range(9), [4, 5]), ([0, 8], [8]), ([0, 1, 8], [0, 1]), ([2, 4, 5, 7, 8], [7, 8]), ([], [])],
+    ids=str,
+)
+def test_rows_of_a_sample_follow_one_another(rows: Sequence[int], sample: Sequence[int]) -> None:
+    """Else all of the matrix that lies between two of them would be in memory."""
+    grid = BlockGrid(rows=9 * 64, cols=5 * 64, block_rows=64, block_cols=64)
+    given = np.zeros((9, 5), np.bool_)
+    given[list(rows), :4] = True
+    expected = [5 * row + col for row in sample for col in range(4)]
+    assert sample_of(grid, given.ravel()).tolist() == expected
