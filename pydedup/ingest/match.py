@@ -101,12 +101,15 @@ class Hints:
         else they are kept by themselves, as bases of others (families.py).
     moved
         What moves the bases of blocks, as far as that was looked for before (low_rank.py).
+    is_stack
+        Whether the matrix is blocks of several tensors, which no factors have in common.
     """
 
     aligned: ByPosition = _NOBODY
     deltas: Mapping[int, Delta] = field(default_factory=dict)
     most: Callable[[MatrixView, NDArray[np.int64]], float] | None = None
     moved: Mapping[int, Moved] = field(default_factory=dict)
+    is_stack: bool = False
 
 
 _NO_HINTS = Hints()
@@ -306,7 +309,7 @@ class Matcher:
         relatives = LowRankRelatives(self.reader, view, leaders, policy, neighbours, hints.moved)
         pieces = list(pieces_of(view, leaders))
         for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
-            moved = list(relatives.of(piece)) if most == 1 else []
+            moved = list(relatives.of(piece)) if most == 1 and not hints.is_stack else []
             self._keep_piece(view, piece, looked, matched, policy, hints, neighbours, moved, most)
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]

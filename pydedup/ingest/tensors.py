@@ -241,7 +241,7 @@ class _Bundle:
                 digests=digests[blocks],
                 known=references[blocks],
                 policy=self._request.policy,
-                hints=Hints(_Together(neighbours, of, numbers)),
+                hints=Hints(_Together(neighbours, of, numbers), is_stack=True),
             )
             references[blocks] = found.references
             errors[blocks] = np.maximum(errors[blocks], found.errors)
