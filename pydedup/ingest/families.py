@@ -4,10 +4,10 @@
 A base is never itself a delta (docs/architecture.md, "Similar blocks"). So what was derived from a
 fine-tune that is stored as deltas can be a delta on that one's bases only, however little the two
 differ: an adapter per tenant, or a nightly update of a few rows, takes as much as the fine-tune
-did. To keep its blocks whole costs more now and makes all later ones of its kind small. When that
-pays nobody knows; but it does as soon as the relatives that there are would have saved as much, and
-who waits for that never pays twice what the best would have (the ski rental problem: Karlin et al.,
-*Competitive Snoopy Caching*, Algorithmica 3, 1988, section 2).
+did. To keep its blocks whole costs more now and makes all later ones of its kind small. Whether
+that pays nobody knows who does not know what comes; but who does it as soon as the relatives that
+there are would have saved as much pays at most about twice what the best choice takes (the ski
+rental problem: Karlin et al., *Competitive Snoopy Caching*, Algorithmica 3, 1988).
 """
 
 from __future__ import annotations
