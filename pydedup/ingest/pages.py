@@ -75,10 +75,12 @@ def _in_tiles(spool: Spool, models: Sequence[StagedModel]) -> NDArray[np.int64]:
     each row and for each column, so it had better be as high as it is wide.
     """
     numbers = np.arange(spool.count, dtype=np.int64)
+    factored = spool.factored
+    if not factored.any():
+        return numbers
     keys = np.zeros((3, spool.count), np.int64)
     keys[0] = numbers
-    factored = spool.factored
-    for model in models if factored.any() else ():
+    for model in models:
         for tensor in model.tensors:
             there = np.flatnonzero(tensor.references >= 0)
             there = there[factored[tensor.references[there]]]
@@ -86,10 +88,10 @@ def _in_tiles(spool: Spool, models: Sequence[StagedModel]) -> NDArray[np.int64]:
                 continue
             down, across = np.divmod(there, tensor.grid.grid_cols)
             mine = tensor.references[there]
-            for tile in distinct(down // _TILE_ROWS).tolist():
-                some = down // _TILE_ROWS == tile
-                keys[0][mine[some]] = mine[some].min()
-            keys[1][mine], keys[2][mine] = across, down
+            _, edges, tile_of = np.unique(
+                down // _TILE_ROWS, return_index=True, return_inverse=True
+            )
+            keys[:, mine] = np.minimum.reduceat(mine, edges)[tile_of], across, down
     return np.lexsort(keys[::-1])
 
 
