@@ -24,7 +24,7 @@ from pydedup.errors import (
     PydedupError,
 )
 from pydedup.ingest.ahead import Ahead
-from pydedup.ingest.match import Hints, Matcher
+from pydedup.ingest.match import Hints, Matcher, look_now
 from pydedup.ingest.pages import plan_layout
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous, split_sums
@@ -165,9 +165,13 @@ class _Add:
         models = []
         with Ahead(self.workers, self.requests, matcher) as ahead:
             matcher.look = ahead.look
-            for request in self.requests:
-                with _named(request, self.requests):
-                    models.append(self._match_model(matcher, ahead, request, advance))
+            try:
+                for request in self.requests:
+                    with _named(request, self.requests):
+                        models.append(self._match_model(matcher, ahead, request, advance))
+            finally:
+                # Else the two hold each other, and the index, until a garbage collection.
+                matcher.look = look_now
         reader = matcher.reader
         split_sums(matcher.stored, reader, (model.references(reader) for model in models))
         return models

@@ -9,6 +9,7 @@ Synthetic weights: they imitate a network of equal dense layers and a fine-tune 
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import pydedup
+from pydedup.ingest.match import Matcher
+from pydedup.ingest.stored_index import StoredIndex
 
 TENSOR_BYTES = 48 * 1024 * 1024
 TENSORS = 4
@@ -158,3 +161,21 @@ def test_pairs_of_models_take_what_their_rows_take(tmp_path: Path) -> None:
             tracemalloc.stop()
     assert len(found) == 300 * 299 // 2
     assert peak < 400 * len(found)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_of_an_add_waits_for_the_garbage_collector(tmp_path: Path, workers: int) -> None:
+    """Adds held the index that each had read: after ten, a hundred MiB that nobody used."""
+    rng = np.random.default_rng(3)
+    gc.collect()
+    gc.disable()
+    try:
+        with pydedup.open(tmp_path / "store.db") as store:
+            for number in range(2):
+                weights = {"w": rng.standard_normal((1024, 512), np.float32)}
+                store.add(f"m{number}", weights, workers=workers)
+            kept = [one for one in gc.get_objects() if isinstance(one, Matcher | StoredIndex)]
+            assert len(kept) <= 1  # what the store keeps for the next add
+            assert not any(isinstance(one, Matcher) for one in kept)
+    finally:
+        gc.enable()
