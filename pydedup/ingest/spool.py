@@ -10,25 +10,20 @@ blocks are only listed (`list_blocks`).
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import IO, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.blocks import MatrixView
-from pydedup.errors import CorruptStoreError, PageNotFoundError
-from pydedup.formats._files import full_disk
+from pydedup.errors import CorruptStoreError
+from pydedup.ingest.spool_file import SpoolFile
 from pydedup.ingest.workers import Task, Workers
 from pydedup.layout import PAGE_CAPACITY, copy_page
-from pydedup.pool import Fetched, PagePool
+from pydedup.pool import PagePool
 
 __all__ = ["NO_BASE", "Spool"]
 
@@ -61,14 +56,10 @@ class Spool:
     ) -> None:
         self._elsewhere = elsewhere
         self._workers = workers
-        # Closed by __exit__; it has no name, so it vanishes with the process whatever happens.
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=_spool_folder())  # noqa: SIM115
-        self._pages = PagePool(self._read_pages, memory_bytes)
+        self._file = SpoolFile()
+        self._pages = PagePool(self._file.read, memory_bytes)
         self._sealed = 0
-        self._extents: dict[int, tuple[int, int]] = {}
         self._sealing: dict[int, Task[None]] = {}  # the oldest first
-        self._end = 0
-        self._lock = threading.Lock()  # of the file, and of where its pages are
         self._open = _OpenPage()
         self._page_of = _Column(np.empty(0, np.int64))
         self._slot_of = _Column(np.empty(0, np.uint32))
@@ -86,8 +77,7 @@ class Spool:
     def __exit__(self, *error: object) -> None:
         for task in self._sealing.values():
             task.drop()
-        with self._lock:
-            self._file.close()
+        self._file.close()
         self._pages.clear()
 
     def append(
@@ -163,7 +153,7 @@ class Spool:
             self._seal()
         self._finish(len(self._sealing))
         self._pages.clear()
-        self._pages = PagePool(self._read_pages, _FROZEN_BYTES)
+        self._pages = PagePool(self._file.read, _FROZEN_BYTES)
 
     @property
     def lists(self) -> bool:
@@ -302,27 +292,7 @@ class Spool:
             self._sealing.pop(number).result()
 
     def _write(self, number: int, page: _OpenPage) -> None:
-        payload = page.image()
-        said = (
-            f"no space left for the temporary file of this add in {_spool_folder()}; free some or "
-            "set TMPDIR to a folder with room for the new blocks"
-        )
-        with self._lock, full_disk(said):
-            self._file.seek(self._end)
-            self._file.write(payload)
-            self._file.flush()
-            self._extents[number] = self._end, len(payload)
-            self._end += len(payload)
-
-    def _read_pages(self, ids: Sequence[int]) -> Iterator[Fetched]:
-        for page_id in ids:
-            with self._lock:
-                offset, length = self._extents[page_id]
-                self._file.seek(offset)
-                payload = self._file.read(length)
-            if len(payload) != length:
-                raise PageNotFoundError("the temporary file of this add was cut short by someone")
-            yield page_id, None, payload
+        self._file.write(number, page.image())
 
 
 def _walk(
@@ -375,13 +345,3 @@ class _Column(Generic[_Item]):
         if len(self._parts) > 1:
             self._parts = [np.concatenate(self._parts)]
         return self._parts[0]
-
-
-def _spool_folder() -> str:
-    # /tmp is memory on many machines; /var/tmp is meant for files that may be large.
-    if "TMPDIR" not in os.environ:
-        with contextlib.suppress(OSError):
-            folder = Path("/var/tmp")
-            if folder.is_dir() and os.access(folder, os.W_OK):
-                return str(folder)
-    return tempfile.gettempdir()
