@@ -106,20 +106,14 @@ class Relative:
 
     Attributes
     ----------
-    blocks, bases
-        References int64 (n,): of its blocks, and of what the deltas among these are of instead.
+    blocks
+        References of its blocks, int64 (n,), deltas among them.
     relation
         That of the two models.
     """
 
     blocks: NDArray[np.int64]
-    bases: NDArray[np.int64]
     relation: Relation
-
-    @property
-    def has_deltas(self) -> bool:
-        """Whether a block is a delta."""
-        return not np.array_equal(self.blocks, self.bases)
 
 
 @dataclass(slots=True)
@@ -202,9 +196,9 @@ class Neighbours:
         """Return what models that are no strangers have there; where it can be read, all of it."""
         found = []
         for find, relation in self._others():
-            one = Relative(find(numbers, True), find(numbers, False), relation)
-            if not ((one.blocks == NO_BASE) | (one.bases == NO_BASE)).any():
-                found.append(one)
+            blocks = find(numbers, True)
+            if not (blocks == NO_BASE).any():
+                found.append(Relative(blocks, relation))
         return found
 
     def note(self, helped: NDArray[np.bool_]) -> None:
@@ -302,8 +296,7 @@ class Aligned:
         chosen = references[numbers]
         if with_deltas:
             return chosen
-        bases = self._reader.bases_of(chosen)
-        return np.where(bases == NO_BASE, chosen, bases)
+        return self._reader.plain(chosen)
 
     def _stored_blocks(
         self, model: StoredModel, name: str, numbers: NDArray[np.int64], with_deltas: bool

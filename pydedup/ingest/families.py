@@ -22,6 +22,7 @@ from pydedup.blocks import MatrixView
 from pydedup.ingest.aligned import Neighbours, Relative
 from pydedup.ingest.low_rank import sample_of, seems_moved
 from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
+from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import is_among
 
@@ -68,12 +69,12 @@ class Family:
             middle = len(fresh) // 2
             sample = fresh[middle : middle + _SAMPLED]
         relatives = self._neighbours.relatives(sample)
-        if not any(one.has_deltas for one in relatives):
+        if not any(self._has_deltas(one) for one in relatives):
             return 1.0
         if kinship.near:
             relatives = [one for one in relatives if one.relation in kinship.near]
         probe = _Probe(self._reader, self._policy, view, sample, is_rectangle)
-        away = [probe.cost(one.bases) for one in relatives]
+        away = [probe.cost(self._reader.plain(one.blocks)) for one in relatives]
         if not kinship.is_measured:
             for one, cost in zip(relatives, away, strict=True):
                 one.relation.away = cost
@@ -90,13 +91,16 @@ class Family:
             kinship.times = len(near) / len(kinship.near)
         return _NEAR * least if saved >= 1 - least else 1.0
 
+    def _has_deltas(self, relative: Relative) -> bool:
+        return bool((self._reader.bases_of(relative.blocks) != NO_BASE).any())
+
     def _near(
         self, probe: _Probe, relatives: Sequence[Relative], least: float, size: int
     ) -> tuple[float, list[Relative]]:
         """Return what deltas on relatives would save, and the relatives, nearest first."""
         if least <= 1 / _SMALL:
             return 0.0, []
-        deltas = [one for one in relatives if one.has_deltas]
+        deltas = [one for one in relatives if self._has_deltas(one)]
         deltas = deltas[: min(max(size // _BYTES_EACH, _LEAST), _MOST)]
         costs = np.array([probe.cost(one.blocks) for one in deltas])
         near = [i for i in np.argsort(costs, kind="stable").tolist() if costs[i] <= _NEAR * least]

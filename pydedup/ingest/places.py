@@ -45,6 +45,11 @@ class BlockReader:
         bases[~new] = self._stored.bases_of(references[~new])
         return bases
 
+    def plain(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the references of blocks that are no deltas: of each itself, or of its base."""
+        bases = self.bases_of(references)
+        return np.where(bases == NO_BASE, references, bases)
+
     def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return what blocks take on their pages, in bytes."""
         costs = np.empty(len(references), np.int64)
