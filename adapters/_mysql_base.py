@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -17,6 +17,7 @@ from pydedup.errors import (
     NotAStoreError,
     ReadOnlyError,
     StoreError,
+    UnavailableError,
 )
 
 from ._again import ReadsAgain
@@ -308,7 +309,22 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         """
         if self._query(INNODB_READS)[0][0]:
             return []
-        check = f"CHECK TABLE {', '.join(map(self._sql.dialect.name, TABLES))}"
+        found = self._checked(TABLES)
+        # A lock that was waited for in vain is told like damage, in words; here it is an error.
+        for table in found:
+            try:
+                self._query(f"SELECT 1 FROM {self._sql.dialect.name(table)} LIMIT 0")
+            except (ConflictError, UnavailableError):
+                raise
+            except StoreError:
+                continue
+        again = self._checked(list(found)) if found else {}
+        return [complaint for complaints in again.values() for complaint in complaints]
+
+    def _checked(self, tables: Iterable[str]) -> dict[str, list[str]]:
+        """Return what CHECK TABLE says of those of the tables that are not as they should be."""
+        names = {self._bare(table): table for table in tables}
+        check = f"CHECK TABLE {', '.join(map(self._sql.dialect.name, names.values()))}"
         if self._pool.scope() is None:
             rows = self._query(check)
         else:  # a transaction would be ended by it
@@ -317,9 +333,10 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
                 rows = self._run(session, check, (), fetch_all)
             finally:
                 session.close()
-        return [
-            f"{text(table)}: {text(said)}"
-            for table, _, kind, said in rows
-            if text(kind).lower() in ("error", "warning")
-            or (text(kind).lower() == "status" and text(said) != "OK")
-        ]
+        found: dict[str, list[str]] = {}
+        for table, _, kind, said in rows:
+            is_wrong = text(kind).lower() in ("error", "warning")
+            if is_wrong or (text(kind).lower() == "status" and text(said) != "OK"):
+                name = text(table).rpartition(".")[2]
+                found.setdefault(names[name], []).append(f"{text(table)}: {text(said)}")
+        return found

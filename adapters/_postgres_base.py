@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from pydedup.adapter import Capabilities
-from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
+from pydedup.errors import (
+    ConflictError,
+    MissingStoreError,
+    NotAStoreError,
+    ReadOnlyError,
+    StoreError,
+    UnavailableError,
+)
 
 from ._again import ReadsAgain
 from ._dbapi import DbApiAdapter
@@ -199,11 +206,16 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
 
     def integrity_errors(self) -> list[str]:
         """Return which indexes are not to be used, and what amcheck finds where it may run."""
-        indexes = "JOIN pg_index i ON i.indrelid = c.oid JOIN pg_class x ON x.oid = i.indexrelid"
-        found = self._of_tables("x.relname, i.indexrelid, i.indisvalid AND i.indisready", indexes)
+        indexes = (
+            "JOIN pg_index i ON i.indrelid = c.oid JOIN pg_class x ON x.oid = i.indexrelid "
+            "JOIN pg_am a ON a.oid = x.relam"
+        )
+        found = self._of_tables(
+            "x.relname, i.indexrelid, i.indisvalid AND i.indisready, a.amname", indexes
+        )
         complaints = [
             f'index {name} is not valid; run REINDEX SCHEMA "{self._place.schema}"'
-            for name, _, valid in found
+            for name, _, valid, _ in found
             if not valid
         ]
         check = self._query(
@@ -212,14 +224,16 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
             "AND p.proname = 'bt_index_check' AND p.pronargs = 1 "
             "AND has_function_privilege(p.oid, 'EXECUTE')"
         )
-        for name, oid, valid in found if check else []:
-            if valid:
+        for name, oid, valid, kind in found if check else []:
+            if valid and kind == "btree":  # of others, which a user may add, it knows nothing
                 complaints += self._checked(str(check[0][0]), str(name), int(oid))
         return complaints
 
     def _checked(self, function: str, index: str, oid: int) -> list[str]:
         try:
             self._query(f"SELECT {function}(CAST(%b AS oid))", [oid])
+        except (ConflictError, UnavailableError) as error:  # which says nothing of the index
+            raise type(error)(f"index {index}: {error}") from error
         except StoreError as error:
             return [f"index {index}: {error}"]
         return []

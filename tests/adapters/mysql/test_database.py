@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -26,7 +26,13 @@ from pydedup.errors import (
     ReadOnlyError,
     StoreError,
 )
-from pydedup.testing._contract_base import add_pages, add_random_pages, model_row, with_option
+from pydedup.testing._contract_base import (
+    add_pages,
+    add_random_pages,
+    model_row,
+    open_store,
+    with_option,
+)
 from pydedup.testing.servers import as_user, mysql_connection, password_of, unused_name
 
 MIB = 1 << 20
@@ -258,6 +264,27 @@ def test_a_table_that_is_gone_is_complained_of(adapter: Adapter, url: str, run: 
     found = adapter.integrity_errors()
     assert found
     assert all("pydedup_signatures" in complaint for complaint in found)
+
+
+def test_a_table_that_is_locked_is_not_taken_for_damaged(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CHECK TABLE waits for it as long as it may, and says so like damage."""
+    adapter = open_store(with_option(url, "timeout=1"))
+    with mysql_connection(url) as other, other.cursor() as cursor:
+        cursor.execute("LOCK TABLES pydedup_signatures WRITE")
+        with pytest.raises(ConflictError, match="another writer"):
+            adapter.integrity_errors()
+        real = adapter._checked  # type: ignore[attr-defined]
+
+        def unlocked_afterwards(tables: Iterable[str]) -> dict[str, list[str]]:
+            found: dict[str, list[str]] = real(tables)
+            cursor.execute("UNLOCK TABLES")
+            return found
+
+        monkeypatch.setattr(adapter, "_checked", unlocked_afterwards)
+        assert adapter.integrity_errors() == []
+    adapter.close()
 
 
 def test_a_payload_that_is_null_is_damage(adapter: Adapter, url: str, run: Run) -> None:

@@ -211,6 +211,35 @@ def test_amcheck_is_asked_where_it_is_installed(adapter: Adapter, schema: str, s
         sql("DROP EXTENSION amcheck CASCADE")
 
 
+def test_an_index_of_another_kind_is_not_for_amcheck(
+    adapter: Adapter, schema: str, sql: Any
+) -> None:
+    sql(f"CREATE EXTENSION amcheck SCHEMA {schema}")
+    try:
+        sql(f"CREATE INDEX by_name ON {schema}.models USING hash (name)")
+        sql(f"CREATE INDEX by_time ON {schema}.models USING brin (created_at)")
+        assert adapter.integrity_errors() == []
+    finally:
+        sql("DROP EXTENSION amcheck CASCADE")
+
+
+@pytest.mark.parametrize(("code", "kind"), [("57014", UnavailableError), ("55P03", ConflictError)])
+def test_an_index_that_could_not_be_checked_is_not_damaged(
+    adapter: Adapter, schema: str, sql: Any, code: str, kind: type[StoreError]
+) -> None:
+    sql(f"CREATE EXTENSION amcheck SCHEMA {schema}")
+    try:
+        sql(f"ALTER FUNCTION {schema}.bt_index_check(regclass) RENAME TO real_check")
+        sql(
+            f"CREATE FUNCTION {schema}.bt_index_check(regclass) RETURNS void LANGUAGE plpgsql AS "
+            f"$$BEGIN RAISE EXCEPTION 'too long' USING ERRCODE = '{code}'; END$$"
+        )
+        with pytest.raises(kind, match=r"index .*_pkey: .*too long"):
+            adapter.integrity_errors()
+    finally:
+        sql("DROP EXTENSION amcheck CASCADE")
+
+
 # ---- schemas and roles --------------------------------------------------------------------------
 
 
