@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from pydedup.errors import (
@@ -123,8 +124,12 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
 
 #: What the driver without its C extension raises where it waited too long.
 _PURE_TIMEOUTS: Final = ("ConnectionTimeoutError", "ReadTimeoutError", "WriteTimeoutError")
-#: Errors that name the one of the operating system.
-_OF_SYSTEM: Final = frozenset({3, 1026, 1030, 1598})
+#: Errors that name the one of the operating system -> which are ENOSPC and EDQUOT, as MariaDB and
+#: MySQL write it; a number in a file's name is another, and so is 122 of a storage engine.
+_NO_ROOM: Final = {
+    **dict.fromkeys((3, 1026, 1598), re.compile(r"\b(28|122)( \"| - )")),
+    1030: re.compile(r"\b28( \"| - )"),
+}
 
 
 def meaning(error: Exception, place: Place, *, connected: bool = True) -> PydedupError:
@@ -158,7 +163,7 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         kind, advice = UnavailableError, _TLS
     elif code == 2003 and "Errno -" in said:  # what getaddrinfo says, by the pure driver
         kind, advice = ConnectionLostError, _HOST
-    elif code in _OF_SYSTEM and ("28" in said or "122" in said):  # ENOSPC, EDQUOT
+    elif code in _NO_ROOM and _NO_ROOM[code].search(said):
         kind, advice = StorageFullError, _FULL
     elif code is None or code <= 0:
         # The driver itself: its connection is not there any more, or a value is none it knows.

@@ -105,8 +105,9 @@ def _split(url: str) -> tuple[SplitResult, int | None]:
         parts = urlsplit(url)
         port = parts.port
         # After a password with a special character, or one "/" too many, comes a piece of it.
-        misplaced = "@" in parts.path + parts.query.partition("=")[0] + parts.fragment
-        if not misplaced and "\0" not in unquote(url):
+        misplaced = "@" in parts.path + parts.query.partition("=")[0]
+        # Behind a "#" would be a part of a name or option that nobody read.
+        if not (misplaced or parts.fragment or "\0" in unquote(url)):
             return parts, port
     # What is wrong may be a part of the password.
     raise ArgumentError(_UNREADABLE)

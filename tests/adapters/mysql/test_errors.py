@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 import socket
 import threading
@@ -184,6 +185,8 @@ def test_users_that_are_not_let_in_are_told_why(url: str, user: Any, run: Any, p
         ("mysql://u:s3cret@host/db?timeout=soon", "soon"),
         ("mysql://u:s3cret@host/db?ssl_verify_cert=maybe", "maybe"),
         ("mysql://u@host/db?password=s3cret&timeout=-1", "-1"),
+        ("mysql://u:s3cret@host/db#1", "percent-encoded"),
+        ("mysql://u@host/db?password=1#s3cret", "percent-encoded"),
         ("mysql://u:s3cret@host/db?ssl_ca=/no/such/file", "ssl_ca names no file"),
         ("mysql://u:s3cret@host/db?ssl_verify_cert=true", "needs ssl_ca"),
         ("mysql://u:s3cret@host/db?ssl_verify_identity=true", "needs ssl_ca"),
@@ -228,6 +231,29 @@ def test_numbers_of_errors_have_meanings(adapter: Adapter) -> None:
         assert type(caught.value.__cause__).__module__.startswith("mysql.connector")
         with adapter.transaction():
             adapter.bump_epoch()
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "is_full"),
+    [
+        (3, """Error writing file '/tmp/ML1' (Errcode: 28 "No space left on device")""", True),
+        (1026, "Error writing file 'a' (OS errno 122 - Disk quota exceeded)", True),
+        (1030, 'Got error 28 "No space left on device" from storage engine InnoDB', True),
+        (1030, "Got error 28 - 'No space left on device' from storage engine", True),
+        (3, """Error writing file '/tmp/ML28 - 1' (Errcode: 5 "Input/output error")""", False),
+        (1026, "Error writing file 'ML122' (OS errno 5 - Input/output error)", False),
+        (1030, "Got error 122 - 'Internal (unspecified) error in handler'", False),
+        (1030, 'Got error 128 "Out of memory in engine" from storage engine InnoDB', False),
+    ],
+)
+def test_an_error_of_a_file_is_no_full_disk_because_of_its_name(
+    adapter: Adapter, number: int, said: str, is_full: bool
+) -> None:
+    text = said.replace("'", "''")
+    statement = f"SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = {number}, MESSAGE_TEXT = '{text}'"
+    with pytest.raises(StoreError, match=re.escape(said)) as caught, adapter.transaction():
+        adapter._write(statement)  # type: ignore[attr-defined]
+    assert isinstance(caught.value, StorageFullError) == is_full
 
 
 def test_half_of_a_character_is_refused(adapter: Adapter) -> None:
