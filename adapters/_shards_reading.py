@@ -20,7 +20,7 @@ from ._dbapi import PAYLOADS_PER_READ
 from ._errors import ConnectionLostError
 from ._postgres_copy import PostgresCopy
 from ._postgres_statement import Statement, run_together
-from ._sessions import WRITE, Session
+from ._sessions import READ, WRITE, Session
 from ._shard import Shard
 from ._shards_url import Ring, places_of
 
@@ -66,25 +66,28 @@ class ShardedReads(PostgresCopy):
         """Read transaction, as in :class:`DbApiBase`; while it lasts, no payload is deleted.
 
         The lock is the session's, and taken before the snapshot: within it, the statement that took
-        it would see a state older than the lock.
+        it would see a state older than the lock. Where the connection is lost before the snapshot
+        has begun, so is the lock: both are begun again.
         """
         if self._pool.scope() is not None or not hasattr(self, "_ring"):
             with super().snapshot():
                 yield
             return
+        lock = f"SELECT pg_advisory_lock_shared({self._users_lock})"
         self._again(self._connected)
         with self._pool.keep():
-            self._query("SELECT pg_advisory_lock_shared(%b)", [self._users_lock])
             try:
-                with super().snapshot():
+                with self._scope(READ, (lock, *self._sql.dialect.begin_snapshot)):
                     yield
             finally:
-                with contextlib.suppress(StoreError):  # then the connection is gone, and its locks
-                    self._unlock()
+                self._unlock()
 
     def _unlock(self) -> None:
-        with self._pool.acquire() as session:
-            self._run(session, "SELECT pg_advisory_unlock_shared(%b)", [self._users_lock], _ignored)
+        session = self._pool.acquire_open()
+        if session is not None:  # else the connection is gone, and its locks
+            with session, contextlib.suppress(StoreError):
+                sql = "SELECT pg_advisory_unlock_shared(%b)"
+                self._run(session, sql, [self._users_lock], _ignored)
 
     # ---- reading ------------------------------------------------------------------------------
 

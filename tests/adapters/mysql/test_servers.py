@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import MissingStoreError, ReadOnlyError
+from pydedup.errors import MissingStoreError, ReadOnlyError, StoreError
 from pydedup.testing.servers import MariadbServer, as_user
 
 
@@ -124,3 +124,15 @@ def test_a_store_opened_on_a_replica_is_written_when_that_is_the_primary(
             np.testing.assert_array_equal(store.load("n")["w"], -weights)
     finally:
         mysql_run(mysql_database, "SET GLOBAL read_only = OFF")
+
+
+def test_servers_that_are_too_old_are_refused(
+    own_mysql: MariadbServer, restarted: Callable[..., None]
+) -> None:
+    url = own_mysql.new_place()
+    for version in ("10.10.7-MariaDB", "5.7.44-log"):
+        restarted(f"--version={version}")
+        with pytest.raises(StoreError, match=f"server {version} is too old; MariaDB 10.11 or"):
+            pydedup.open(url)
+    restarted("--version=10.11.2-MARIADB")
+    pydedup.open(url).close()
