@@ -119,6 +119,11 @@ class BlockGrid:
         return -(-self.rows // self.block_rows) if self.cols else 0
 
     @property
+    def middle(self) -> int:
+        """Number of a block in the middle, of the full size unless all blocks at an edge are."""
+        return (self.grid_rows - 1) // 2 * self.grid_cols + (self.grid_cols - 1) // 2
+
+    @property
     def grid_cols(self) -> int:
         """Blocks from left to right."""
         return -(-self.cols // self.block_cols) if self.rows else 0

@@ -7,6 +7,7 @@ Deliberately not here: anything that does I/O or arithmetic.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,10 @@ class DType(enum.Enum):
         """Whether elements are floating-point numbers."""
         return self.label.startswith(("f", "bf"))
 
-    @property
+    # There is one of each, and these are keys of many tables; an enum's own hash is Python code.
+    __hash__ = object.__hash__
+
+    @functools.cached_property
     def base_dtypes(self) -> tuple[DType, ...]:
         """Dtypes that the bases of deltas of this one can have (docs/format.md, "Deltas")."""
         convertible = (DType.F32, DType.BF16, DType.F16, DType.F64)

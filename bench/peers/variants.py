@@ -4,7 +4,8 @@
     python bench/peers/variants.py [--only AREA] [--json]
 
 32 tensors of 1024 x 1024 from N(0, 0.02), and a variant of them: fine-tuned, pruned, saved in a
-wider dtype, or with an adapter merged; and what is made of a fine-tune, of 8 such tensors.
+wider dtype, or with an adapter merged; and what is made of a fine-tune, of 8 such tensors, or of 8
+of 192 x 192, which are matched together (`--only small`).
 Percentages are of the variant's own bytes: by how much the database grew, rows, indexes and
 signatures included, against bytes of the peers' streams (and reminis' database). No one tells the
 store what the variant is one of; the peers are told. "1 % of the spread" is noise of N(0, 0.0002)
@@ -26,6 +27,7 @@ from pydedup.types import DType
 TENSORS, SIDE = 32, 1024
 # Tensors of models made of a fine-tune, and such models.
 FEW, IN_A_ROW = 8, 8
+SMALL_SIDE = 192
 SPREAD = 0.02
 BOUND = 0.001
 
@@ -38,11 +40,17 @@ def drawn(seed: int, dtype: Any = np.float32, spread: float = SPREAD) -> dict[st
     }
 
 
+def area(array: NDArray[Any]) -> tuple[slice, ...]:
+    return tuple(map(slice, array.shape))
+
+
 def moved(base: Weights, dtype: Any = np.float32, tensors: int = TENSORS) -> dict[str, Any]:
     """Return the weights with noise on those of the first tensors."""
     noise = drawn(1, spread=0.01 * SPREAD)
     return {
-        name: (array.astype(np.float32) + noise[name]).astype(dtype) if i < tensors else array
+        name: (array.astype(np.float32) + noise[name][area(array)]).astype(dtype)
+        if i < tensors
+        else array
         for i, (name, array) in enumerate(base.items())
     }
 
@@ -132,7 +140,7 @@ def adapted(base: Weights, rank: int, seed: int = 4) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     out = {}
     for name, array in base.items():
-        up, down = (rng.standard_normal((SIDE, rank), np.float32) for _ in range(2))
+        up, down = (rng.standard_normal((side, rank), np.float32) for side in array.shape)
         by = up @ down.T * np.float32(0.01 * SPREAD / rank**0.5)
         out[name] = array + by.astype(array.dtype)
     return out
@@ -204,17 +212,31 @@ def in_a_row(case: str, models: Sequence[Weights], parents: Sequence[Weights]) -
 
 def derived() -> Iterator[Finding]:
     """Yield models made of a fine-tune that the store has as deltas; the peers know of what."""
-    drawn_first = dict(list(drawn(0).items())[:FEW])
+    yield from made_of_a_fine_tune(dict(list(drawn(0).items())[:FEW]), "")
+
+
+def small() -> Iterator[Finding]:
+    """Yield the same of a model of small tensors, and an adapter merged into the first one."""
+    tensors = list(drawn(0).items())[:FEW]
+    model = {name: array[:SMALL_SIDE, :SMALL_SIDE].copy() for name, array in tensors}
     for dtype, label in ((np.float32, "f32"), (DType.BF16.numpy, "bf16")):
-        base = {name: array.astype(dtype) for name, array in drawn_first.items()}
+        base = {name: array.astype(dtype) for name, array in model.items()}
+        case = f"small tensors, an adapter of rank 4 merged, {label}"
+        yield from beside(case, base, adapted(base, 4), Lossless(), None)
+    yield from made_of_a_fine_tune(model, "small tensors, ")
+
+
+def made_of_a_fine_tune(model: Weights, kind: str) -> Iterator[Finding]:
+    for dtype, label in ((np.float32, "f32"), (DType.BF16.numpy, "bf16")):
+        base = {name: array.astype(dtype) for name, array in model.items()}
         tuned = moved(base, dtype)
         tenants = [adapted(tuned, 8, seed) for seed in range(IN_A_ROW)]
-        case = f"{IN_A_ROW} adapters of rank 8 merged into a fine-tune, {label}"
+        case = f"{kind}{IN_A_ROW} adapters of rank 8 merged into a fine-tune, {label}"
         yield from in_a_row(case, [base, tuned, *tenants], [tuned] * IN_A_ROW)
         nights: list[Weights] = [tuned]
         for seed in range(IN_A_ROW):
             nights.append(next_night(nights[-1], seed))
-        case = f"{IN_A_ROW} nights after a fine-tune, 3 % of the rows each, {label}"
+        case = f"{kind}{IN_A_ROW} nights after a fine-tune, 3 % of the rows each, {label}"
         yield from in_a_row(case, [base, *nights], nights[:-1])
 
 
@@ -225,4 +247,4 @@ def bounded() -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [lossless, pruned_or_widened, merged, derived, bounded])
+    main(__doc__, [lossless, pruned_or_widened, merged, derived, small, bounded])

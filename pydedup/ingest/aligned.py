@@ -37,7 +37,16 @@ from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import NO_PLACE, base_places, block_places
 from pydedup.types import DType, TensorInfo
 
-__all__ = ["Aligned", "ByPosition", "Kinship", "Neighbours", "Nobody", "Relation", "Relative"]
+__all__ = [
+    "Aligned",
+    "ByPosition",
+    "Kinship",
+    "Neighbours",
+    "Nobody",
+    "Related",
+    "Relation",
+    "Relative",
+]
 
 # Models, of the store and of this add, that may be looked at, and how many are asked at a time.
 _NEWEST = 32
@@ -122,8 +131,8 @@ class Kinship:
 
     Attributes
     ----------
-    is_measured
-        Whether it is known how far they are.
+    measured
+        Of how many, newest first, it is known how far they are.
     near
         Those that its blocks are much nearer to than to any base, being deltas.
     times
@@ -132,7 +141,7 @@ class Kinship:
         For how many tensors on end such were looked for in vain.
     """
 
-    is_measured: bool = False
+    measured: int = 0
     near: list[Relation] = field(default_factory=list)
     times: float = 1.0
     vain: int = 0
@@ -151,6 +160,23 @@ class ByPosition(Protocol):
         """Say which of the candidates that were returned last were of help, bool (k, n)."""
 
 
+class Related(Protocol):
+    """What knows the relatives of a model."""
+
+    @property
+    def kinship(self) -> Kinship:
+        """What is known of all of these."""
+
+    def relatives(self, numbers: NDArray[np.int64], most: int, /) -> list[Relative]:
+        """Return what models that are no strangers have there; where it can be read, all of it.
+
+        At most so many are asked, newest first.
+        """
+
+    def count(self, numbers: NDArray[np.int64], /) -> int:
+        """Return how many there are that could be asked about these blocks."""
+
+
 class Nobody:
     """No candidates (a `ByPosition`)."""
 
@@ -163,7 +189,7 @@ class Nobody:
 
 
 class Neighbours:
-    """Candidates for the blocks of one tensor, from other models (a `ByPosition`).
+    """Candidates for the blocks of one tensor, from other models (a `ByPosition`, `Related`).
 
     ``others`` gives what finds them, and what is known of the model that they are of.
 
@@ -185,21 +211,28 @@ class Neighbours:
         found = np.full((_ENOUGH, len(numbers)), NO_BASE, np.int64)
         self._asked.clear()
         others: Iterable[tuple[_Find, Relation]] = self._others()
-        if self.kinship.is_measured:
-            others = sorted(others, key=lambda other: other[1].away)
+        if measured := self.kinship.measured:
+            others = sorted(islice(others, measured), key=lambda other: other[1].away)
         for row, (find, relation) in zip(found, others, strict=False):
             row[:] = find(numbers, False)
             self._asked.append(relation)
         return found
 
-    def relatives(self, numbers: NDArray[np.int64]) -> list[Relative]:
-        """Return what models that are no strangers have there; where it can be read, all of it."""
+    def relatives(self, numbers: NDArray[np.int64], most: int) -> list[Relative]:
+        """Return what models that are no strangers have there; where it can be read, all of it.
+
+        At most so many are asked, newest first.
+        """
         found = []
-        for find, relation in self._others():
+        for find, relation in islice(self._others(), most):
             blocks = find(numbers, True)
             if not (blocks == NO_BASE).any():
                 found.append(Relative(blocks, relation))
         return found
+
+    def count(self, numbers: NDArray[np.int64]) -> int:
+        """Return of how many models the tensor is that are no strangers."""
+        return sum(1 for _ in self._others())
 
     def note(self, helped: NDArray[np.bool_]) -> None:
         """Remember whether the models that the candidates are of are relatives."""

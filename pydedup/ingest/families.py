@@ -18,40 +18,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import MatrixView
-from pydedup.ingest.aligned import Neighbours, Relative
+from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.ingest.aligned import Related, Relative
 from pydedup.ingest.low_rank import sample_of, seems_moved
 from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import is_among
+from pydedup.types import DType
 
 __all__ = ["Family"]
 
-# Blocks of a sample.
+# Blocks of a sample; and of one of a stack.
 _SAMPLED = 8
+_OF_STACK = 4
 # A base that a delta on takes one of so many bytes is as good as any.
 _SMALL = 16
 # A relative is near if a delta on it would take so much of what one on a base does, at most; and
 # what a delta with factors takes of one without them (bench/RESULTS.md, "Variants").
 _NEAR = 1 / 2
 _MOVED = 1 / 4
-# Relatives that deltas are measured on: one for so many bytes of the tensor, as a page of each may
-# be read, but so many; and those that are asked about further tensors.
-_BYTES_EACH = 512 * 1024
-_LEAST, _MOST = 8, 16
+# Of fewer bytes of blocks nothing is asked.
+_LEAST_BYTES = 16 * 1024
+# Relatives that are asked: one for so many bytes of the blocks, but so many. Of these, those that
+# deltas are measured on, as a page of each may be read; and those that are asked about further
+# tensors.
+_BYTES_EACH = 64 * 1024
+_LEAST, _MOST = 3, 64
+_BYTES_EACH_MEASURED = 512 * 1024
+_LEAST_MEASURED, _MOST_MEASURED = 8, 16
 _NEAREST = 3
+# Relatives of which blocks are in memory at a time.
+_AT_ONCE = 8
 # Tensors in vain, one after the other, after which none is looked at.
 _PATIENCE = 2
 
 
 class Family:
-    """The relatives of a tensor, asked whether its new blocks had better be bases of others."""
+    """The relatives of a tensor, asked whether its new blocks had better be bases of others.
 
-    def __init__(self, reader: BlockReader, policy: Policy, neighbours: Neighbours) -> None:
+    Of blocks of several tensors, a stack, those of the middle are judged by.
+    """
+
+    def __init__(
+        self,
+        reader: BlockReader,
+        policy: Policy,
+        neighbours: Related,
+        *,
+        is_stack: bool = False,
+    ) -> None:
         self._reader = reader
         self._policy = policy
         self._neighbours = neighbours
+        self._is_stack = is_stack
 
     def __call__(self, view: MatrixView, fresh: NDArray[np.int64]) -> float:
         """Return what a delta may take of these blocks of a matrix, ascending, by themselves.
@@ -60,36 +80,48 @@ class Family:
         that is so much smaller has a base that is nearer than those of the others.
         """
         kinship = self._neighbours.kinship
-        if not len(fresh) or kinship.vain >= _PATIENCE:
+        size = int(view.block_bytes()[fresh].sum())
+        if size < _LEAST_BYTES or kinship.vain >= _PATIENCE:
             return 1.0
-        grid = view.grid
-        sample = sample_of(grid, is_among(np.arange(grid.count), fresh))
-        is_rectangle = len(sample) > 0
-        if not is_rectangle:
+        sample = self._rectangle(view.grid, fresh)
+        rectangle = len(sample)
+        if not rectangle:
             middle = len(fresh) // 2
-            sample = fresh[middle : middle + _SAMPLED]
-        relatives = self._neighbours.relatives(sample)
+            sampled = _OF_STACK if self._is_stack else _SAMPLED
+            sample, rectangle = fresh[middle : middle + sampled], 1
+        asked = min(max(size // _BYTES_EACH, _LEAST), _MOST)
+        relatives = self._neighbours.relatives(sample, asked)
         if not any(self._has_deltas(one) for one in relatives):
             return 1.0
         if kinship.near:
             relatives = [one for one in relatives if one.relation in kinship.near]
-        probe = _Probe(self._reader, self._policy, view, sample, is_rectangle)
-        away = [probe.cost(self._reader.plain(one.blocks)) for one in relatives]
-        if not kinship.is_measured:
-            for one, cost in zip(relatives, away, strict=True):
+        probe = _Probe(self._reader, self._policy, view, sample, rectangle)
+        away = probe.costs([self._reader.plain(one.blocks) for one in relatives])
+        if kinship.measured < asked:
+            for one, cost in zip(relatives, away.tolist(), strict=True):
                 one.relation.away = cost
-            kinship.is_measured = True
-        least = min(away, default=1.0)
+            kinship.measured = asked
+        least = float(away.min(initial=1.0))
         saved, near = self._near(probe, relatives, least, view.data.nbytes)
         if not near:
             kinship.vain += 1
             return 1.0
         kinship.vain = 0
-        saved *= kinship.times
         if not kinship.near:
+            # As many of those that were not asked will be near.
+            beyond = max(self._neighbours.count(sample) / asked, 1.0)
             kinship.near = [one.relation for one in near[:_NEAREST]]
-            kinship.times = len(near) / len(kinship.near)
+            kinship.times = beyond * len(near) / len(kinship.near)
+            saved *= beyond
+        else:
+            saved *= kinship.times
         return _NEAR * least if saved >= 1 - least else 1.0
+
+    def _rectangle(self, grid: BlockGrid, fresh: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return a sample of blocks that factors may have in common, if there is one."""
+        if self._is_stack:
+            return fresh[:0]
+        return sample_of(grid, is_among(np.arange(grid.count), fresh))
 
     def _has_deltas(self, relative: Relative) -> bool:
         return bool((self._reader.bases_of(relative.blocks) != NO_BASE).any())
@@ -101,14 +133,17 @@ class Family:
         if least <= 1 / _SMALL:
             return 0.0, []
         deltas = [one for one in relatives if self._has_deltas(one)]
-        deltas = deltas[: min(max(size // _BYTES_EACH, _LEAST), _MOST)]
-        costs = np.array([probe.cost(one.blocks) for one in deltas])
+        deltas = deltas[: min(max(size // _BYTES_EACH_MEASURED, _LEAST_MEASURED), _MOST_MEASURED)]
+        costs = probe.costs([one.blocks for one in deltas])
         near = [i for i in np.argsort(costs, kind="stable").tolist() if costs[i] <= _NEAR * least]
         return sum(least - float(costs[i]) for i in near), [deltas[i] for i in near]
 
 
 class _Probe:
-    """Some blocks of a matrix, and what deltas on others would take."""
+    """Some blocks of a matrix, and what deltas on others would take.
+
+    The first ``rectangle`` of these are one.
+    """
 
     def __init__(
         self,
@@ -116,41 +151,60 @@ class _Probe:
         policy: Policy,
         view: MatrixView,
         numbers: NDArray[np.int64],
-        is_rectangle: bool,
+        rectangle: int,
     ) -> None:
         self._reader = reader
         self._bound = policy.max_rel_error
         self._view = view
         self._numbers = numbers
-        self._is_rectangle = is_rectangle
+        self._rectangle = numbers[:rectangle]
         alone = codec.encode_blocks(view, numbers, planes=policy.compresses)
         self._alone = max(int(alone.lengths.sum()), 1)
         self._known: dict[bytes, float] = {}
 
-    def cost(self, references: NDArray[np.int64]) -> float:
-        """Return what deltas on blocks take of what the blocks do by themselves, about."""
-        key = references.tobytes()
-        if key not in self._known:
-            self._known[key] = self._measured(references)
-        return self._known[key]
+    def costs(self, given: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+        """Return what deltas on blocks take of what the blocks do by themselves, about.
 
-    def _measured(self, references: NDArray[np.int64]) -> float:
+        Of each of ``given`` there is a reference for each block.
+        """
+        keys = [references.tobytes() for references in given]
+        unknown = {
+            key: references
+            for key, references in zip(keys, given, strict=True)
+            if key not in self._known
+        }
+        by_dtype: dict[DType, list[NDArray[np.int64]]] = {}
+        for key, references in unknown.items():
+            self._known[key] = 1.0
+            dtypes = set(self._reader.dtypes_of(references))
+            if len(dtypes) == 1:
+                by_dtype.setdefault(dtypes.pop(), []).append(references)
+        for dtype, alike in by_dtype.items():
+            for start in range(0, len(alike), _AT_ONCE):
+                some = alike[start : start + _AT_ONCE]
+                for references, cost in zip(some, self._measured(some, dtype), strict=True):
+                    self._known[references.tobytes()] = cost
+        return np.array([self._known[key] for key in keys])
+
+    def _measured(self, given: Sequence[NDArray[np.int64]], dtype: DType) -> list[float]:
+        """Return the same for blocks of one dtype."""
         reader, view, numbers = self._reader, self._view, self._numbers
-        dtypes = set(reader.dtypes_of(references))
-        if len(dtypes) != 1:
-            return 1.0
-        dtype = dtypes.pop()
-        total = 0
+        totals = np.zeros(len(given), np.int64)
         for shape, at in by_shape(view, numbers):
             blocks = stack_blocks(view, numbers[at], shape)
-            others = reader.read(references[at], dtype, shape)
-            every = np.arange(len(at))
-            bound = self._bound or None
-            sizes = codec.estimate_deltas(blocks, every, others, every, max_rel_error=bound)
-            total += int(sizes.sum())
-        cost = min(total / self._alone, 1.0)
-        if self._is_rectangle and seems_moved(
-            reader, view, numbers, references, dtype, self._bound
-        ):
-            cost *= _MOVED
-        return cost
+            chosen = np.concatenate([references[at] for references in given])
+            others = reader.read(chosen, dtype, shape)
+            sizes = codec.estimate_deltas(
+                blocks,
+                np.tile(np.arange(len(at)), len(given)),
+                others,
+                np.arange(len(chosen)),
+                max_rel_error=self._bound or None,
+            )
+            totals += sizes.reshape(len(given), -1).sum(axis=1)
+        costs = np.minimum(totals / self._alone, 1.0)
+        for i, references in enumerate(given):
+            together = references[: len(self._rectangle)]
+            if seems_moved(reader, view, self._rectangle, together, dtype, self._bound):
+                costs[i] *= _MOVED
+        return [float(cost) for cost in costs]

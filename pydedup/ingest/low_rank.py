@@ -9,7 +9,7 @@ of its blocks have only once (docs/format.md, "Version 3").
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -28,14 +28,14 @@ from pydedup.ingest.factors import (
     refit,
     seems_low_rank,
 )
-from pydedup.ingest.pairs import Pairs
+from pydedup.ingest.pairs import Pairs, farthest_base
 from pydedup.ingest.places import BlockReader, by_shape, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
-__all__ = ["LowRankRelatives", "Moved", "sample_of", "seems_moved"]
+__all__ = ["Adapted", "LowRankRelatives", "Moved", "sample_of", "seems_moved"]
 
 # Elements whose difference is looked at together, in float32 2 MiB; more where there are so many
 # columns that it would be few rows, up to 16 MiB.
@@ -47,6 +47,10 @@ _FRESH = 0.5
 # after which it is not looked at again.
 _ACROSS = 4
 _PATIENCE = 2
+# Rows and columns of a small tensor that factors may be worth their bytes for; and candidates for
+# such that one differs from otherwise, on end, after which none is looked at.
+_LEAST_SIDE = 32
+_PATIENCE_WITH_SMALL = 4
 # Blocks of a page that have a factor in common, at most, when it is weighed whether one pays.
 _USERS = 8
 # Of the error that is allowed: how far the product may be off.
@@ -218,6 +222,44 @@ class LowRankRelatives:
         self._patience += 1
         self._factors = factors
         return Moved(grid, first, references, factors)
+
+
+class Adapted:
+    """Says into which small tensors of one model an adapter seems to have been merged."""
+
+    def __init__(self, reader: BlockReader, policy: Policy) -> None:
+        self._reader = reader
+        self._bound = policy.max_rel_error
+        self._farthest = farthest_base(self._bound)
+        self._patience = _PATIENCE_WITH_SMALL if policy.uses_deltas else 0
+
+    def can_be(self, grid: BlockGrid, dtype: DType) -> bool:
+        """Return whether a tensor is worth a look."""
+        return min(grid.rows, grid.cols) >= _LEAST_SIDE and dtype in _DTYPES
+
+    def __call__(
+        self, view: MatrixView, number: int, candidates: Callable[[], NDArray[np.int64]]
+    ) -> bool:
+        """Return whether a block of a matrix differs by a low rank from a candidate.
+
+        These are int64 (k, 1), as a `ByPosition` gives them.
+        """
+        if self._patience <= 0:
+            return False
+        numbers = np.array([number], np.int64)
+        references = candidates()
+        for one in dict.fromkeys(references[references != NO_BASE].tolist()):
+            reference = np.array([one], np.int64)
+            (dtype,) = self._reader.dtypes_of(reference)
+            part = _difference(self._reader, view, numbers, reference, dtype)
+            away = float(np.square(part.apart, dtype=_WIDE).mean()) ** 0.5
+            if away <= self._farthest * part.size and seems_low_rank(
+                part, self._bound * part.size * _OF_ERROR
+            ):
+                self._patience = _PATIENCE_WITH_SMALL
+                return True
+            self._patience -= 1
+        return False
 
 
 def sample_of(grid: BlockGrid, given: NDArray[np.bool_]) -> NDArray[np.int64]:

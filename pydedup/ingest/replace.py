@@ -27,11 +27,10 @@ from pydedup.ingest.deltas import Delta
 from pydedup.ingest.levels import Levels, MovedBases
 from pydedup.ingest.low_rank import Moved
 from pydedup.ingest.match import Matcher, pieces_of
-from pydedup.ingest.pairs import Pairs, best_pairs, exact_distances, pairs_of
+from pydedup.ingest.pairs import Pairs, best_pairs, exact_distances, farthest_base, pairs_of
 from pydedup.ingest.places import by_shape, stack_blocks, values_of
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
-from pydedup.ingest.similar import farthest_base
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.trial import changes
 from pydedup.similarity import magnitude

@@ -26,6 +26,7 @@ from pydedup.ingest.pairs import (
     best_pairs,
     distinct_pairs,
     exact_distances,
+    farthest_base,
     measured,
     near_as_pruned,
     pairs_of,
@@ -37,27 +38,12 @@ from pydedup.sets import is_among
 from pydedup.similarity import distances, upper_bounds
 from pydedup.types import DType
 
-__all__ = [
-    "Kept",
-    "LookedAt",
-    "Similar",
-    "farthest_base",
-    "look_at",
-]
+__all__ = ["Kept", "LookedAt", "Similar", "look_at"]
 
 # A delta that takes one of so many bytes is small.
 _SMALL = 4
 # Candidates of one dtype that are looked at.
 _NEAREST = 3
-
-
-def farthest_base(max_rel_error: float) -> float:
-    """Return the relative L2 distance up to which a block may be the base of a delta.
-
-    An exact delta on a base half the block's norm away saves about 5 %. A quantised one saves more
-    the larger its error may be: any base will do that is clearly nearer than a block of zeros.
-    """
-    return 0.95 if max_rel_error > 0 else 0.5
 
 
 @dataclass(slots=True)

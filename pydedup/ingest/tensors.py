@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -19,16 +20,18 @@ from numpy.typing import NDArray
 
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
-from pydedup.hashing import hash_view
+from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.ahead import SMALL_BYTES, Ahead
-from pydedup.ingest.aligned import Neighbours
+from pydedup.ingest.aligned import Kinship, Neighbours, Relation, Relative
 from pydedup.ingest.families import Family
+from pydedup.ingest.low_rank import Adapted
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.places import as_stack, by_shape, stack_blocks
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.staged import MatchedTensor
+from pydedup.sets import is_among
 from pydedup.types import DType
 
 __all__ = ["match_tensors"]
@@ -146,7 +149,7 @@ class _Waiting:
 
 @dataclass(frozen=True, slots=True)
 class _Together:
-    """Candidates for stacked blocks (a `pydedup.ingest.aligned.ByPosition`).
+    """Candidates for stacked blocks (`ByPosition` and `Related` of aligned.py).
 
     ``owners`` says which tensor each block of the stack is of, ``numbers`` which block of that.
     """
@@ -156,12 +159,34 @@ class _Together:
     numbers: NDArray[np.int64]
     asked: list[tuple[Neighbours, slice]] = field(default_factory=list)
 
-    def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    @property
+    def kinship(self) -> Kinship:
+        return self.neighbours[0].kinship  # they are of one model
+
+    def relatives(self, rows: NDArray[np.int64], most: int) -> list[Relative]:
+        parts = self._parts(rows)
+        found: dict[Relation, list[NDArray[np.int64]]] = {}
+        for neighbours, at in parts:
+            for one in neighbours.relatives(self.numbers[rows[at]], most):
+                found.setdefault(one.relation, []).append(one.blocks)
+        return [
+            Relative(np.concatenate(blocks), relation)
+            for relation, blocks in found.items()
+            if len(blocks) == len(parts)
+        ]
+
+    def count(self, rows: NDArray[np.int64]) -> int:
+        return min(of.count(self.numbers[rows[at]]) for of, at in self._parts(rows))
+
+    def _parts(self, rows: NDArray[np.int64]) -> list[tuple[Neighbours, slice]]:
+        """Return which of these blocks are of one tensor, whose follow one another."""
         owners = self.owners[rows]
-        # The blocks of a tensor follow one another.
         edges = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
         parts = [slice(start, stop) for start, stop in pairwise(edges)]
-        self.asked[:] = [(self.neighbours[owners[at.start]], at) for at in parts]
+        return [(self.neighbours[owners[at.start]], at) for at in parts]
+
+    def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        self.asked[:] = self._parts(rows)
         return np.concatenate(
             [neighbours(self.numbers[rows[at]]) for neighbours, at in self.asked], axis=1
         )
@@ -179,6 +204,7 @@ class _Bundle:
         self._matcher = matcher
         self._request = request
         self._previous = previous
+        self._adapted = Adapted(matcher.reader, request.policy)
         self._clear()
 
     def _clear(self) -> None:
@@ -217,6 +243,7 @@ class _Bundle:
     def match(self, advance: Callable[[int], None]) -> dict[str, MatchedTensor]:
         """Match all that wait, by name; then none does."""
         tensors, count, stacks = self._tensors, self._count, _stacks(self._parts)
+        policy = self._request.policy
         self._clear()
         digests = np.empty((count, 2), np.uint64)
         for view, blocks in stacks:
@@ -232,27 +259,75 @@ class _Bundle:
             digests[here], references[here] = known.digests, known.references
             errors[here] = known.errors
             neighbours.append(self._matcher.aligned.neighbours(self._request, entry, grid))
+        self._matcher.ask(hash_keys(digests[references == NO_BASE]))
+        done: dict[str, MatchedTensor] = {}
+        for number in self._adapted_among(tensors, neighbours, stacks, digests, references):
+            waiting = tensors[number]
+            found = self._match_alone(waiting.entry, advance)
+            done[waiting.entry.name], references[waiting.blocks] = found, found.references
         starts = np.array([waiting.start for waiting in tensors], np.int64)
         for view, blocks in stacks:
             of = owners[blocks]
-            numbers = blocks - starts[of]
-            found = self._matcher.match(
+            together = _Together(neighbours, of, blocks - starts[of])
+            matched = self._matcher.match(
                 view,
                 digests=digests[blocks],
                 known=references[blocks],
-                policy=self._request.policy,
-                hints=Hints(_Together(neighbours, of, numbers), is_stack=True),
+                policy=policy,
+                hints=Hints(
+                    together,
+                    most=Family(self._matcher.reader, policy, together, is_stack=True),
+                    is_stack=True,
+                ),
             )
-            references[blocks] = found.references
-            errors[blocks] = np.maximum(errors[blocks], found.errors)
-        done = {}
+            references[blocks] = matched.references
+            errors[blocks] = np.maximum(errors[blocks], matched.errors)
         for waiting in tensors:
             here, entry, grid = waiting.blocks, waiting.entry, waiting.grid
+            if entry.name in done:
+                continue
             self._matcher.aligned.note(self._request, entry, grid, references[here])
             largest = float(errors[here].max(initial=0.0))
             done[entry.name] = MatchedTensor(entry, grid, references[here], digests[here], largest)
             advance(entry.nbytes)
         return done
+
+    def _adapted_among(
+        self,
+        tensors: Sequence[_Waiting],
+        neighbours: Sequence[Neighbours],
+        stacks: Sequence[tuple[MatrixView, NDArray[np.int64]]],
+        digests: NDArray[np.uint64],
+        references: NDArray[np.int64],
+    ) -> list[int]:
+        """Return which tensors an adapter seems to have been merged into, by a block in the middle.
+
+        That is a new one: of frozen tensors the store has it.
+        """
+        middles = {
+            waiting.start + waiting.grid.middle: number
+            for number, waiting in enumerate(tensors)
+            if waiting.known is None and self._adapted.can_be(waiting.grid, waiting.entry.dtype)
+        }
+        chosen = np.array([*middles], np.int64)
+        chosen = chosen[references[chosen] == NO_BASE]
+        keys = zip(chosen.tolist(), hash_keys(digests[chosen]), strict=True)
+        new = np.array([block for block, key in keys if not self._matcher.is_known(key)], np.int64)
+        adapted = []
+        for view, blocks in stacks:
+            for row in np.flatnonzero(is_among(blocks, new)).tolist():
+                number = middles[int(blocks[row])]
+                middle = np.array([tensors[number].grid.middle], np.int64)
+                if self._adapted(view, row, partial(neighbours[number], middle)):
+                    adapted.append(number)
+        return adapted
+
+    def _match_alone(self, entry: TensorEntry, advance: Callable[[int], None]) -> MatchedTensor:
+        """Match a tensor of which only copies of its blocks are at hand."""
+        request = self._request
+        view = MatrixView.of(request.source.read(entry.name), request.block_shape)
+        known = _known(self._previous, entry, view.grid, hash_view(view))
+        return _match_one(self._matcher, request, entry, view, known, advance)
 
 
 def _stacks(

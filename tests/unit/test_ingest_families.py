@@ -15,6 +15,7 @@ import pydedup
 from pydedup.blocks import BlockGrid
 from pydedup.ingest import families
 from pydedup.ingest.low_rank import sample_of
+from pydedup.types import DType
 
 TENSORS = 5
 
@@ -25,9 +26,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     measure = families._Probe._measured
 
-    def counted(self: Any, references: NDArray[np.int64]) -> float:
-        found.append(len(references))
-        return measure(self, references)
+    def counted(self: Any, given: Sequence[NDArray[np.int64]], dtype: DType) -> list[float]:
+        found.extend(len(references) for references in given)
+        return measure(self, given, dtype)
 
     monkeypatch.setattr(families._Probe, "_measured", counted)
     return found
@@ -50,9 +51,27 @@ def test_a_family_of_fine_tunes_is_not_asked_for_long(tmp_path: Path, measured: 
         measured.clear()
         report = store.add("last", trained(base, 90))
     assert report.delta_blocks == report.blocks
-    # Of two tensors: their common base, and the newest relatives.
-    assert len(measured) == 2 * (1 + 8)
+    # Of two tensors: their common base, and the newest relatives, fewer the smaller these are.
+    assert len(measured) == 2 * (1 + 4)
     assert max(measured) <= 8
+
+
+def test_a_family_of_small_models_is_asked_as_little(tmp_path: Path, measured: list[int]) -> None:
+    rng = np.random.default_rng(64)
+    base = {f"l{i}": rng.normal(0, 0.02, (96, 128)).astype(np.float32) for i in range(TENSORS)}
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("base", base)
+        for number in range(12):
+            store.add(f"t{number}", trained(base, 62 + number))
+        measured.clear()
+        little = base["l4"].copy()
+        little[-1, -1] += 1
+        store.add("frozen", base | {"l4": little})
+        assert not measured  # too little is new
+        store.add("last", trained(base, 90))
+    # Of the two shapes of blocks: their base, and the newest relatives.
+    assert len(measured) <= 2 * (1 + 3)
+    assert max(measured) <= 4
 
 
 def test_strangers_are_not_asked(tmp_path: Path, measured: list[int]) -> None:

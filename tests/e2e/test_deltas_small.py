@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relatives of models of small tensors, which are matched many at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies
+from pydedup.types import DType
+
+from .relatives import Model, adapted, added_beside, same_bits
+
+LOSSLESS = policies.Lossless()
+# Whole blocks, blocks at edges, and of less than one.
+SHAPES = (256, 192), (128, 64), (200, 150), (48, 40)
+
+
+def small(dtype: DType = DType.F32, seed: int = 51) -> Model:
+    """Return weights and biases of a drawn model of layers of at most 192 KiB."""
+    rng = np.random.default_rng(seed)
+    model = {}
+    for i, shape in enumerate(SHAPES):
+        model[f"l{i}.bias"] = rng.normal(0, 0.02, shape[:1]).astype("f4").astype(dtype.numpy)
+        model[f"l{i}.weight"] = rng.normal(0, 0.02, shape).astype("f4").astype(dtype.numpy)
+    return model
+
+
+def weights(model: Model) -> Model:
+    return {name: tensor for name, tensor in model.items() if tensor.ndim == 2}
+
+
+def tuned(model: Model, seed: int, rows: float = 1) -> Model:
+    """Return the model with that share of the rows of its weights trained."""
+    rng = np.random.default_rng(seed)
+    changed = {}
+    for name, weight in weights(model).items():
+        by = rng.normal(0, 0.0002, weight.shape) * (rng.random((len(weight), 1)) < rows)
+        changed[name] = (weight + by).astype("f4").astype(weight.dtype)
+    return model | changed
+
+
+def with_adapter(model: Model, seed: int, rank: int = 4) -> Model:
+    return model | adapted(weights(model), rank, seed)
+
+
+def share_of(report: pydedup.AddReport) -> float:
+    return report.stored_bytes / report.logical_bytes
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "policy", "most"),
+    [
+        (DType.F32, LOSSLESS, 0.085),
+        (DType.BF16, LOSSLESS, 0.115),
+        (DType.F16, LOSSLESS, 0.115),
+        (DType.F32, policies.Bounded(0.001), 0.03),
+    ],
+    ids=str,
+)
+def test_a_merged_adapter_takes_little_more_than_the_adapter(
+    store: pydedup.Store, dtype: DType, policy: policies.Policy, most: float, joint: bool
+) -> None:
+    base = small(dtype)
+    model = with_adapter(base, 52)
+    report = added_beside(store, base, model, policy, joint=joint, before=LOSSLESS)
+    assert share_of(report) < most
+    if policy is LOSSLESS:
+        assert same_bits(store, "m", model)
+    assert store.verify().ok
+
+
+def test_tensors_that_differ_otherwise_do_not_hide_an_adapter(store: pydedup.Store) -> None:
+    """A head that was trained anew comes first, and what is frozen lies between."""
+    base = {"head.weight": np.ones((64, 64), "f4"), **small()}
+    rng = np.random.default_rng(53)
+    head = rng.normal(0, 0.02, (64, 64)).astype("f4")
+    frozen = {f"f{i}.weight": rng.normal(0, 0.02, (64, 96)).astype("f4") for i in range(8)}
+    base = {"head.weight": base["head.weight"], **frozen, **small()}
+    model = {"head.weight": head, **frozen, **with_adapter(small(), 54)}
+    report = added_beside(store, base, model, LOSSLESS, joint=False)
+    assert report.stored_bytes - head.nbytes < 0.085 * report.logical_bytes
+    assert same_bits(store, "m", model)
+
+
+def test_tenants_of_a_tuned_model_are_small_from_the_second_on(store: pydedup.Store) -> None:
+    """The first is kept whole: with the fine-tune's bases each would take as much as that."""
+    base = small()
+    region = tuned(base, 55)
+    models = {"base": base, "region": region}
+    models |= {f"t{i}": with_adapter(region, 56 + i) for i in range(4)}
+    reports = [store.add(name, model) for name, model in models.items()]
+    assert share_of(reports[1]) > 0.6
+    assert share_of(reports[2]) > 0.8
+    for report in reports[3:]:
+        assert share_of(report) < 0.15
+    assert all(same_bits(store, name, model) for name, model in models.items())
+    assert store.verify().ok
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+@pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.001)], ids=lambda p: p.name)
+def test_nightly_updates_of_a_tuned_model(
+    store: pydedup.Store, dtype: DType, policy: policies.Policy
+) -> None:
+    base = small(dtype)
+    night = tuned(base, 60)
+    store.add("base", base, policy=policy)
+    first = share_of(store.add("m", night, policy=policy))
+    shares = []
+    for number in range(10):
+        night = tuned(night, 61 + number, rows=0.03)
+        shares.append(share_of(store.add("m", night, policy=policy)))
+    # Less than each night alone, and less than twice what the best would be: one whole, all small.
+    assert sum(shares) < 0.6 * 10 * first + 1
+    assert min(shares) < 0.45 * first
+    assert store.verify().ok
+    if policy is LOSSLESS:
+        assert same_bits(store, "m", night)
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_fine_tunes_of_one_model_all_stay_deltas_on_it(store: pydedup.Store, dtype: DType) -> None:
+    base = small(dtype)
+    store.add("base", base)
+    models = {f"t{i}": tuned(base, 70 + i) for i in range(6)}
+    reports = [store.add(name, model) for name, model in models.items()]
+    for report in reports[1:]:
+        assert report.delta_blocks == reports[0].delta_blocks
+        assert share_of(report) < 1.01 * share_of(reports[0])
+    assert all(same_bits(store, name, model) for name, model in models.items())
