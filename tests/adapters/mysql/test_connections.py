@@ -18,7 +18,7 @@ import pytest
 from mysql.connector import HAVE_CEXT
 
 from pydedup.adapter import Adapter
-from pydedup.errors import UnavailableError
+from pydedup.errors import ArgumentError, UnavailableError
 from pydedup.testing._contract_base import (
     add_pages,
     add_random_pages,
@@ -202,6 +202,29 @@ def test_statements_are_kept_within_a_bound(adapter: Adapter, url: str, run: Run
         counts.append(kept())
     assert counts[0] < counts[-1] == counts[40]
     assert adapter._query(number) == before  # type: ignore[attr-defined]
+
+
+def test_what_the_server_refused_costs_neither_the_connection_nor_a_statement(
+    adapter: Adapter,
+) -> None:
+    number = "SELECT CONNECTION_ID()"
+
+    def session_count(name: str) -> int:
+        ((_, count),) = adapter._query(f"SHOW SESSION STATUS LIKE '{name}'")  # type: ignore[attr-defined]
+        return int(count)
+
+    row = ("x" * 2000, "")  # longer than the column
+    before = adapter._query(number)  # type: ignore[attr-defined]
+    with adapter.transaction():
+        for _ in range(40):
+            with pytest.raises(ArgumentError, match="does not take this value"):
+                adapter._insert_many("meta", [row])  # type: ignore[attr-defined]
+        adapter.set_meta("of", "the same transaction")
+    assert adapter.meta()["of"] == "the same transaction"
+    assert adapter._query(number) == before  # type: ignore[attr-defined]
+    left = session_count("Com_stmt_prepare") - session_count("Com_stmt_close")
+    assert 40 <= session_count("Com_stmt_prepare")
+    assert left < 20
 
 
 def test_an_equal_statement_is_not_prepared_again(adapter: Adapter) -> None:

@@ -9,6 +9,7 @@ import pytest
 from mysql.connector import HAVE_CEXT
 
 import pydedup
+from pydedup.testing._contract_base import open_store, with_option
 
 
 def test_an_interrupt_while_a_connection_is_made(
@@ -29,3 +30,27 @@ def test_an_interrupt_while_a_connection_is_made(
             pydedup.open(mysql_database)
     with pydedup.open(mysql_database) as store:
         assert store.models() == []
+
+
+def test_an_interrupt_before_the_server_has_answered(
+    mysql_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked next on that connection would get this answer, and its end another's."""
+    adapter = open_store(with_option(mysql_database, "use_pure=true"))
+    with adapter._pool.acquire() as session:  # type: ignore[attr-defined]
+        network = session.connection.raw._socket
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    before = adapter.meta()
+    with pytest.raises(KeyboardInterrupt), adapter.transaction():
+        adapter.set_meta("kept", "no")
+        with monkeypatch.context() as patched:
+            patched.setattr(network, "recv", interrupted)
+            adapter.set_meta("kept", "neither")
+    assert adapter.meta() == before
+    with adapter.transaction():  # which no lock of the other keeps out
+        adapter.set_meta("kept", "yes")
+    assert adapter.meta() == {**before, "kept": "yes"}
+    adapter.close()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MySQL/MariaDB: what a user is told who finds no store, by what the server says of his rights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+import pydedup
+from pydedup import registry
+from pydedup.errors import MissingStoreError
+
+Run = Callable[..., list[tuple[Any, ...]]]
+
+
+def hint(user: Any) -> str:
+    """What a user is told who finds no store, but may look for one."""
+    with pytest.raises(MissingStoreError, match="holds no store") as caught:
+        registry.connect(user.url, mode="r")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("privileges", "where", "may"),
+    [
+        ("CREATE", "*", True),
+        ("ALL", "`{name}`", True),
+        ("INSERT, CREATE, DROP", "`{name}`", True),
+        ("CREATE", "`{stem}%`", True),
+        ("CREATE", "`{stem}" + 12 * "_" + "`", True),
+        ("CREATE", "`{first}%`", True),
+        ("CREATE VIEW, CREATE ROUTINE, DROP", "`{name}`", False),
+        ("CREATE", "`{stem}`", False),
+        ("CREATE", "`{first}\\_%`", False),  # an underscore and nothing else
+        ("CREATE", "`{first}\\%`", False),
+    ],
+)
+def test_who_may_create_a_store_is_not_told_to_ask(
+    url: str, user: Any, run: Run, privileges: str, where: str, may: bool
+) -> None:
+    user.grant("SELECT")
+    ((name,),) = run(url, "SELECT DATABASE()")
+    place = where.format(name=name, stem=name[:-12], first=name[:3])
+    run(url, f"GRANT {privileges} ON {place}.* TO {user.name}")
+    assert ("may not create one" in hint(user)) == (not may)
+
+
+def test_a_role_that_is_not_the_default_one_allows_nothing(url: str, user: Any, run: Run) -> None:
+    role = f"{user.name}_role"
+    user.grant("SELECT")
+    run(
+        url, f"CREATE ROLE {role}", f"GRANT CREATE ON *.* TO {role}", f"GRANT {role} TO {user.name}"
+    )
+    try:
+        assert f"user {user.name}@% may not create one" in hint(user)
+        run(url, f"SET DEFAULT ROLE {role} FOR {user.name}")
+        assert "may not create one" not in hint(user)
+    finally:
+        run(url, f"DROP ROLE {role}")
+
+
+def test_what_is_to_be_granted_can_be_run_as_it_is_told(url: str, user: Any, run: Run) -> None:
+    ((name,),) = run(url, "SELECT CONCAT(DATABASE(), '`b_c')")
+    quoted = name.replace("`", "``")
+    run(url, f"CREATE DATABASE `{quoted}`", f"GRANT SELECT ON `{quoted}`.* TO {user.name}")
+    try:
+        user._url = urlsplit(url)._replace(path=f"/{quote(name)}").geturl()
+        told = hint(user)
+        assert "may not create one: let an administrator run GRANT" in told
+        run(url, told[told.index("GRANT") :].partition(", then")[0])
+        assert "GRANT" not in hint(user)
+        pydedup.open(user.url).close()
+    finally:
+        run(url, f"DROP DATABASE `{quoted}`")
