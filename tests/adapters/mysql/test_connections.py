@@ -223,7 +223,7 @@ def test_what_the_server_refused_costs_neither_the_connection_nor_a_statement(
     assert adapter.meta()["of"] == "the same transaction"
     assert adapter._query(number) == before  # type: ignore[attr-defined]
     left = session_count("Com_stmt_prepare") - session_count("Com_stmt_close")
-    assert 40 <= session_count("Com_stmt_prepare")
+    assert session_count("Com_stmt_prepare") >= 40
     assert left < 20
 
 

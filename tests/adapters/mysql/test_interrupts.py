@@ -43,12 +43,16 @@ def test_an_interrupt_before_the_server_has_answered(
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
+    def write() -> None:
+        with adapter.transaction():
+            adapter.set_meta("kept", "no")
+            with monkeypatch.context() as patched:
+                patched.setattr(network, "recv", interrupted)
+                adapter.set_meta("kept", "neither")
+
     before = adapter.meta()
-    with pytest.raises(KeyboardInterrupt), adapter.transaction():
-        adapter.set_meta("kept", "no")
-        with monkeypatch.context() as patched:
-            patched.setattr(network, "recv", interrupted)
-            adapter.set_meta("kept", "neither")
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert adapter.meta() == before
     with adapter.transaction():  # which no lock of the other keeps out
         adapter.set_meta("kept", "yes")
