@@ -72,8 +72,10 @@ class Statement:
         try:
             pgconn = self._connection.pgconn
             pgconn.send_query_params(self._sql, None, result_format=pq.Format.BINARY)
+            poll = select.poll()
+            poll.register(pgconn.socket, select.POLLIN | select.POLLOUT)
             while pgconn.flush():
-                select.select([pgconn.socket], [pgconn.socket], [])
+                poll.poll()
                 pgconn.consume_input()
         except psycopg.Error as error:
             self._fail(error)

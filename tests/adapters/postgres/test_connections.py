@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from pydedup import registry
 from pydedup.adapter import Adapter
 from pydedup.adapters._errors import ConnectionLostError
+from pydedup.adapters._postgres_statement import Statement, copy_statement
 from pydedup.errors import UnavailableError
 from pydedup.testing._contract_base import (
     add_pages,
@@ -319,3 +321,24 @@ def test_a_killed_writer_leaves_whole_transactions(url: str) -> None:
     add_pages(adapter, 1)  # nothing is locked any more
     assert adapter.integrity_errors() == []
     adapter.close()
+
+
+def test_a_statement_longer_than_what_the_socket_takes_at_once(adapter: Adapter) -> None:
+    """On a handle with a high number, too, as in a server with many connections of its own."""
+    pages = add_random_pages(adapter, 3, size=5000)
+    others = [os.dup(0) for _ in range(1024)]
+    try:
+        found = in_thread(lambda: read_among_many(adapter, pages))
+    finally:
+        for other in others:
+            os.close(other)
+    assert found == pages
+
+
+def read_among_many(adapter: Any, pages: Iterable[int]) -> dict[int, bytes]:
+    table = adapter._sql.dialect.name("pages")
+    ids = [*pages, *range(10**12, 10**12 + 60_000)]
+    with adapter._pool.acquire() as session:
+        statement = Statement(session, copy_statement(table, "id, payload", ids))
+        assert statement.socket > 1024
+        return dict(statement.rows_as_they_come())
