@@ -21,6 +21,14 @@ from pydedup import registry
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RowColumn
 from pydedup.adapters import _mysql_url
+from pydedup.adapters._errors import (
+    CancelledError,
+    ConnectionLostError,
+    CrowdedError,
+    DeniedError,
+    KeyTakenError,
+)
+from pydedup.adapters._mysql_errors import DefinedError
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
@@ -203,31 +211,43 @@ def test_wrong_urls_are_told_without_the_password(place: str, said: str) -> None
     assert "s3cret" not in told(caught.value)
 
 
-#: Numbers of the server's errors -> what they are to a user.
-NUMBERS: dict[int, type[PydedupError]] = {
-    1020: ConflictError,
-    1205: ConflictError,
-    1213: ConflictError,
-    1021: StorageFullError,
-    1114: StorageFullError,
-    1290: ReadOnlyError,
-    1045: UnavailableError,
-    1047: UnavailableError,
-    1053: UnavailableError,
-    1146: NotAStoreError,
-    1194: CorruptStoreError,
-    1406: ArgumentError,
-    1644: StoreError,
+#: Numbers of the server's errors -> what they are to a user, and what he is told to do.
+NUMBERS: dict[int, tuple[type[PydedupError], str]] = {
+    **dict.fromkeys((1020, 1213, 1412, 1613, 1614), (CancelledError, "try again")),
+    **dict.fromkeys((1205, 3572), (ConflictError, "timeout=seconds")),
+    **dict.fromkeys((1021, 1114), (StorageFullError, "free some space")),
+    **dict.fromkeys((1036, 1290, 1792, 1836, 3100), (ReadOnlyError, "make this one writable")),
+    **dict.fromkeys((1040, 1203), (CrowdedError, "raise max_connections")),
+    **dict.fromkeys((1044, 1227), (DeniedError, "grant it to this user")),
+    **dict.fromkeys(
+        (1045, 1698, 1820, 3118), (UnavailableError, "check the user and the password")
+    ),
+    **dict.fromkeys((1130, 4151), (UnavailableError, "let this user connect from this host")),
+    **dict.fromkeys((1969, 3024), (UnavailableError, "raise max_statement_time")),
+    **dict.fromkeys((1053, 1927, 4031), (ConnectionLostError, "check that the server runs")),
+    1047: (UnavailableError, "wsrep_cluster_status"),
+    1129: (ConnectionLostError, "FLUSH HOSTS"),
+    1226: (UnavailableError, "raise max_connections"),
+    1317: (UnavailableError, "it was stopped"),
+    1461: (UnavailableError, "raise max_prepared_stmt_count"),
+    3159: (UnavailableError, "begin with ssl_"),
+    **dict.fromkeys((1050, 1060, 1061), (DefinedError, "drop it")),
+    **dict.fromkeys((1054, 1146, 1356), (NotAStoreError, "restore a backup")),
+    **dict.fromkeys((1062, 1586), (KeyTakenError, "there is a row of this key")),
+    **dict.fromkeys((1032, 1034, 1194, 1195, 1712, 1877), (CorruptStoreError, "pydedup verify")),
+    **dict.fromkeys((1048, 1264, 1366, 1406), (ArgumentError, "does not take this value")),
+    **dict.fromkeys((1153, 1162, 1301), (StoreError, "raise the server's max_allowed_packet")),
+    1644: (StoreError, "1644"),
 }
 
 
 def test_numbers_of_errors_have_meanings(adapter: Adapter) -> None:
-    for number, kind in NUMBERS.items():
+    for number, (kind, advice) in NUMBERS.items():
         fields = f"MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'as the server'"
         statement = f"SIGNAL SQLSTATE '45000' SET {fields}"
-        with pytest.raises(kind, match="as the server") as caught, adapter.transaction():
+        with pytest.raises(kind, match=f"as the server.*{advice}") as caught, adapter.transaction():
             adapter._write(statement)  # type: ignore[attr-defined]
-        assert type(caught.value) is kind or number in (1020, 1045, 1053, 1213)
+        assert type(caught.value) is kind
         assert type(caught.value.__cause__).__module__.startswith("mysql.connector")
         with adapter.transaction():
             adapter.bump_epoch()
