@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "check.hpp"
@@ -41,6 +42,25 @@ TEST(every_kernel_hashes_like_the_reference) {
         const Digest want = digest_of(kScalarKernels, data.data(), shape, seed);
         for (const KernelTable* table : runnable_kernels()) {
             CHECK(digest_of(*table, data.data(), shape, seed) == want);
+        }
+    }
+}
+
+// A piece by itself is not asked of memory beforehand, up to 1 MiB.
+TEST(a_single_piece_hashes_as_one_row_does) {
+    std::mt19937_64 random(4);
+    constexpr std::size_t kMiB = std::size_t{1} << 20;
+    std::vector<std::size_t> sizes = {0, kMiB - 128, kMiB, kMiB + 128, kMiB + 1};
+    for (int round = 0; round < 300; ++round) {
+        const std::size_t size = random() % 5000;
+        sizes.push_back(round % 2 == 0 ? size : size / 128 * 128);
+    }
+    for (const std::size_t size : sizes) {
+        const std::vector<std::uint8_t> data = random_bytes(size, random);
+        const Digest want = digest_of(kScalarKernels, data.data(), {1, size, size}, 5);
+        CHECK((hash_bytes(std::as_bytes(std::span(data)), 5) == want));
+        for (const KernelTable* table : runnable_kernels()) {
+            CHECK((digest_of(*table, data.data(), {1, size, 0}, 5) == want));
         }
     }
 }

@@ -51,7 +51,7 @@ Digest hash_rows(const std::byte* data, std::size_t rows, std::size_t row_bytes,
 }
 
 Digest hash_bytes(Bytes bytes, std::uint64_t seed) {
-    return hash_rows(bytes.data(), 1, bytes.size(), bytes.size(), seed);
+    return hash_rows(bytes.data(), 1, bytes.size(), 0, seed);
 }
 
 void hash_blocks(const MatrixRef& matrix, const BlockGrid& grid, std::uint64_t seed,

@@ -10,7 +10,8 @@ namespace pydedup {
 inline constexpr std::size_t kPanelBlocks = 16;
 
 struct HashKernels {
-    /// Digest of rows x row_bytes bytes, rows stride_bytes apart; out[0] low, out[1] high half.
+    /// Digest of rows x row_bytes bytes, rows stride_bytes apart; out[0] low, out[1] high half. Of
+    /// one row, 0 apart, nothing that lies behind is going to be hashed.
     void (*hash_rows)(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes,
                       std::size_t stride_bytes, std::uint64_t seed, std::uint64_t* out) noexcept;
 
