@@ -16,12 +16,21 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, Adapter
+from pydedup.adapters._errors import (
+    CancelledError,
+    ConnectionLostError,
+    CrowdedError,
+    DeniedError,
+    KeyTakenError,
+)
+from pydedup.adapters._postgres_errors import MissingDatabaseError
 from pydedup.adapters._postgres_said import said
 from pydedup.errors import (
     ArgumentError,
     ConflictError,
     CorruptStoreError,
     NotAStoreError,
+    PydedupError,
     ReadOnlyError,
     StorageFullError,
     StoreError,
@@ -31,20 +40,35 @@ from pydedup.testing._contract_base import add_random_pages, with_option
 from pydedup.testing.servers import as_user, unused_port
 
 #: Codes of the server -> what they are to a user, and a part of the advice.
-CODES: dict[str, tuple[type[StoreError], str]] = {
-    "53100": (StorageFullError, "free some space"),
-    "40001": (ConflictError, "try again"),
-    "40P01": (ConflictError, "try again"),
-    "55P03": (ConflictError, "timeout="),
-    "25006": (ReadOnlyError, "primary"),
-    "57014": (UnavailableError, "statement_timeout"),
-    "53300": (UnavailableError, "max_connections"),
-    "53400": (UnavailableError, "raise this limit"),
-    "57P01": (UnavailableError, "server runs"),
-    "57P05": (UnavailableError, "idle_session_timeout"),
-    "58030": (UnavailableError, "disks"),
-    "XX001": (CorruptStoreError, "verify"),
+CODES: dict[str, tuple[type[PydedupError], str]] = {
+    "08006": (ConnectionLostError, "server runs"),
+    "0A000": (StoreError, "13 or newer"),
     "22003": (ArgumentError, "value"),
+    "23502": (ArgumentError, "value"),
+    "23505": (KeyTakenError, "a row of this key"),
+    "25006": (ReadOnlyError, "primary"),
+    "25P03": (ConnectionLostError, "raise idle_in_transaction_session_timeout"),
+    "25P04": (ConnectionLostError, "raise transaction_timeout"),
+    "28000": (UnavailableError, "user and password"),
+    "3D000": (MissingDatabaseError, "createdb"),
+    "3F000": (NotAStoreError, "open the store again"),
+    "40001": (CancelledError, "try again"),
+    "40P01": (CancelledError, "try again"),
+    "42501": (DeniedError, "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES"),
+    "42P01": (NotAStoreError, "were dropped"),
+    "53100": (StorageFullError, "free some space"),
+    "53200": (UnavailableError, "short of resources"),
+    "53300": (CrowdedError, "max_connections"),
+    "53400": (UnavailableError, "raise this limit"),
+    "54000": (ArgumentError, "smaller pieces"),
+    "55P03": (ConflictError, "timeout="),
+    "57014": (UnavailableError, "statement_timeout"),
+    "57P01": (ConnectionLostError, "server runs"),
+    "57P05": (ConnectionLostError, "idle_session_timeout"),
+    "58030": (UnavailableError, "disks"),
+    "XX000": (StoreError, "server's log"),
+    "XX001": (CorruptStoreError, "verify"),
+    "XX002": (CorruptStoreError, "REINDEX SCHEMA"),
     "P0001": (StoreError, "P0001"),
 }
 
@@ -61,7 +85,7 @@ def test_codes_of_the_server_have_a_meaning(adapter: Adapter, schema: str, sql: 
         sql(f"{function} $$BEGIN {raised}; END$$")
         with pytest.raises(kind, match="it went wrong") as caught, adapter.transaction():
             _change(adapter)
-        assert advice in str(caught.value), code
+        assert (type(caught.value), advice in str(caught.value)) == (kind, True), code
         assert isinstance(caught.value.__cause__, psycopg.Error)
         assert adapter.jobs() == []
     with adapter.transaction():
