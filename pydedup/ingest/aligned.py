@@ -267,7 +267,9 @@ class Aligned:
         of_model = tensors.setdefault(request.address, ByName())
         of_model[entry.name] = _Matched(entry.name, grid, references)
 
-    def neighbours(self, request: Request, entry: TensorEntry, grid: BlockGrid) -> Neighbours:
+    def neighbours(
+        self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
+    ) -> Neighbours:
         """Return what gives candidates for the blocks of a tensor.
 
         They are of models of the same add first, then of older versions of the model that is asked
@@ -285,7 +287,7 @@ class Aligned:
         return Neighbours(others, self._kinship)
 
     def _in_this_add(
-        self, request: Request, entry: TensorEntry, grid: BlockGrid
+        self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
     ) -> Iterator[tuple[_Key, _Find]]:
         models = self._matched.get(_kind_of(entry), {})
         newest = (one for one in reversed(models.items()) if one[0] != request.address)
@@ -296,7 +298,7 @@ class Aligned:
                 yield key, partial(self._matched_blocks, other.references)
 
     def _in_the_store(
-        self, request: Request, entry: TensorEntry, grid: BlockGrid
+        self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
     ) -> Iterator[tuple[_Key, _Find]]:
         kind = _kind_of(entry)
         for row in sorted(self._newest(), key=lambda row: row.name != request.name):

@@ -69,7 +69,7 @@ def copy_models(
 
     Memory: the two pools, some 200 bytes for each page of the source and 250 for each of the
     destination, 40 for each block that models share with later ones, and for each block of the
-    largest model 300 (whole pages) or 700.
+    largest model 300 (whole pages) or 700; what an add takes of a tensor that is matched anew.
     """
     started = time.monotonic()
     _refuse_same_store(source.adapter, target.adapter)

@@ -5,7 +5,8 @@ What an earlier model of this copy brought is known. A page that the destination
 byte by byte, is taken for that. Into an empty store, pages of which all blocks are wanted go whole
 and unread. All other blocks are decoded, checked against their hash, and looked up by it, bytes
 compared; what is new goes to the spool as it is encoded. A delta whose base the destination has,
-but as a delta, cannot stay one on it, and is matched as an add would.
+but as a delta, cannot stay one on it: its tensor is read, and such blocks are matched as an add
+would, by which they may be near to relatives, or have factors in common, as they had before.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup import codec
+from pydedup import codec, matmul
+from pydedup.blocks import BlockMap, MatrixView
 from pydedup.errors import CorruptStoreError
 from pydedup.hashing import hash_keys, hash_view
+from pydedup.ingest.aligned import Neighbours
+from pydedup.ingest.families import Family
 from pydedup.ingest.match import Hints, Matcher
-from pydedup.ingest.places import stack_blocks
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import NO_PLACE, block_places, by_page, joined, split_places
 from pydedup.moving.known import Scope, Whereabouts
@@ -29,6 +32,7 @@ from pydedup.moving.source import End, SourceModel, recorded
 from pydedup.moving.whole import WholePages
 from pydedup.policies import Lossless
 from pydedup.sets import distinct, find_among, is_among
+from pydedup.types import TensorInfo
 
 __all__ = ["NotWholeError", "Resolved", "Resolver"]
 
@@ -114,6 +118,8 @@ class Resolver:
         self._take(rest[~is_delta], digests[~is_delta], deltas=False)
         self._list_whole(whole, deltas=True)
         self._take(rest[is_delta], digests[is_delta], deltas=True)
+        if (out.references == NO_BASE).any():
+            self._match_anew()
         self._note_costs()
         return out
 
@@ -256,24 +262,12 @@ class Resolver:
             )
         references = self._matcher.find(view, digests)
         base_references = np.full(len(rows), NO_BASE, np.int64)
+        is_kept = np.ones(len(rows), np.bool_)  # others are matched anew
         if piece.bases is not None:
             base_references = self._base_references(self._model.bases[rows])
             on_delta = self._matcher.reader.bases_of(base_references) != NO_BASE
-            again = np.flatnonzero((references == NO_BASE) & on_delta)
-            if len(again):
-                stack = stack_blocks(view, again, piece.shape)
-                before = self._spool.count
-                # What the base is a delta on is near too.
-                near = self._matcher.reader.bases_of(base_references[again])
-                references[again] = self._matcher.match(
-                    stack,
-                    policy=Lossless(),
-                    digests=digests[again],
-                    hints=Hints(aligned=_Given(near)),
-                ).references
-                made = self._spool.count - before
-                self._out.places.append(np.full(made, NO_PLACE, np.int64))
-        missing = np.flatnonzero(references == NO_BASE)
+            is_kept = ~on_delta
+        missing = np.flatnonzero((references == NO_BASE) & is_kept)
         while len(missing):
             # Of blocks that are equal the first is kept, and the others found.
             keys = hash_keys(digests[missing])
@@ -294,6 +288,41 @@ class Resolver:
         self._out.references[rows] = references
         self._advance(int(codec.page_cost(piece.entries["length"]).sum()))
 
+    def _match_anew(self) -> None:
+        """Find or spool what is left: deltas on bases that are deltas at the destination."""
+        model = self._model
+        for info, block_map in zip(model.stored.tensors, model.maps, strict=True):
+            own = block_places(block_map.page_ids, block_map.slots)
+            at = np.searchsorted(model.places, own)
+            if (self._out.references[at] == NO_BASE).any():
+                self._match_tensor_anew(info, block_map, at)
+
+    def _match_tensor_anew(
+        self, info: TensorInfo, block_map: BlockMap, at: NDArray[np.int64]
+    ) -> None:
+        """Find or spool the blocks of a tensor that are left; ``at`` are the places of all."""
+        matcher, grid, policy = self._matcher, block_map.grid, Lossless()
+        known = self._out.references[at]
+        left = np.flatnonzero(known == NO_BASE)
+        # What the base is a delta on is near too.
+        given = np.full(grid.count, NO_BASE, np.int64)
+        bases = self._base_references(self._model.bases[at[left]])
+        given[left] = matcher.reader.bases_of(bases)
+        neighbours = matcher.aligned.neighbours(self._model.stored.row, info, grid)
+        view = MatrixView.of(matmul.read(block_map, self._source.pool), grid.block_shape)
+        before = self._spool.count
+        found = matcher.match(
+            view,
+            policy=policy,
+            known=known,
+            hints=Hints(
+                aligned=_Given(given, neighbours), most=Family(matcher.reader, policy, neighbours)
+            ),
+        )
+        made = self._spool.count - before
+        self._out.places.append(np.full(made, NO_PLACE, np.int64))
+        self._out.references[at] = found.references
+
     def _note_costs(self) -> None:
         """Look up what blocks of the destination take where that is not known yet."""
         references = self._out.references
@@ -304,13 +333,15 @@ class Resolver:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """Candidates for blocks that are known beforehand (a `pydedup.ingest.aligned.ByPosition`)."""
+    """Candidates that are known beforehand, and then others (a `ByPosition` of aligned.py)."""
 
     references: NDArray[np.int64]
+    others: Neighbours
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the candidate of each of these blocks."""
-        return self.references[numbers][np.newaxis]
+        """Return candidates of each of these blocks, the one that is known first."""
+        return np.concatenate([self.references[numbers][np.newaxis], self.others(numbers)])
 
     def note(self, helped: NDArray[np.bool_]) -> None:
-        """Take no notice: they are asked for once."""
+        """Remember which of the others were of help."""
+        self.others.note(helped[1:])
