@@ -44,6 +44,7 @@ __all__ = [
     "base_dtypes",
     "block_source",
     "dtype_of_base",
+    "on_base",
     "page_of_slot",
     "read_block",
 ]
@@ -66,12 +67,21 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class EncodedBlock:
-    """A block as a page holds it; ``tag`` is that of its base, 0 for a block that is no delta."""
+    """A block as a page holds it.
+
+    Attributes
+    ----------
+    tag
+        That of its base, 0 for a block that is no delta.
+    delta
+        What a block by itself is where it was found, if that is a delta.
+    """
 
     content: Wanted
     encoding: int
     data: bytes
     tag: int = 0
+    delta: EncodedBlock | None = None
 
 
 class BlockSource(Protocol):
@@ -128,7 +138,7 @@ class StoreSource:
                     yield block
 
     def _read(self, row: BlockRow) -> EncodedBlock | None:
-        """Return a block by itself, whatever it is here; None where that is damaged."""
+        """Return a block by itself, and what it is here; None where that is damaged."""
         at = row.page_id
         try:
             base = None
@@ -238,7 +248,7 @@ def _matching(view: MatrixView, asked: Collection[Wanted]) -> Iterator[EncodedBl
 def read_block(
     page: codec.Page, slot: int, base: tuple[codec.Page, int] | None, *, keep_delta: bool = False
 ) -> EncodedBlock:
-    """Return a block of a page with what it holds; a delta is encoded anew, unless it is kept.
+    """Return a block of a page with what it holds; a delta also by itself, unless it is kept.
 
     Raises CorruptStoreError when it does not decode.
     """
@@ -251,14 +261,23 @@ def read_block(
     codec.read_blocks(view, [0], [page], [0], [slot], bases=bases)
     content = Wanted(digest_bytes(hash_view(view)), dtype, rows, cols)
     encoding = codec.Encoding(int(entry["encoding"]))
-    if encoding.is_delta and not keep_delta:
-        fresh = codec.encode_blocks(view, [0], planes=True)
-        return EncodedBlock(content, int(fresh.encodings[0]), fresh.arena.tobytes())
     data = codec.encoded_blocks([page], [0], [slot]).arena.tobytes()
     tag = 0
     if bases is not None and encoding.is_delta:
         tag = int(codec.base_tags(codec.block_digests(bases.pages, [0], bases.slots))[0])
-    return EncodedBlock(content, int(encoding), data, tag)
+    block = EncodedBlock(content, int(encoding), data, tag)
+    if keep_delta or not encoding.is_delta:
+        return block
+    fresh = codec.encode_blocks(view, [0], planes=True)
+    return EncodedBlock(content, int(fresh.encodings[0]), fresh.arena.tobytes(), delta=block)
+
+
+def on_base(delta: EncodedBlock, base: tuple[codec.Page, int]) -> EncodedBlock:
+    """Return a delta on a base of the same content as its own.
+
+    Raises CorruptStoreError when the base is another.
+    """
+    return read_block(_page_of(delta), 0, base, keep_delta=True)
 
 
 def as_raw(block: EncodedBlock) -> EncodedBlock:
@@ -267,11 +286,18 @@ def as_raw(block: EncodedBlock) -> EncodedBlock:
         return block
     shape = block.content.rows, block.content.cols
     view = MatrixView.of(np.empty(shape, DType.of_code(block.content.dtype).numpy), shape)
-    data = np.frombuffer(block.data, np.uint8)
-    columns = [0], [len(data)], [block.encoding], [block.content.dtype], *([side] for side in shape)
-    codec.read_blocks(view, [0], [codec.Page(codec.build_page(data, *columns))], [0], [0])
+    codec.read_blocks(view, [0], [_page_of(block)], [0], [0])
     fresh = codec.encode_blocks(view, [0], planes=False)
     return EncodedBlock(block.content, int(fresh.encodings[0]), fresh.arena.tobytes())
+
+
+def _page_of(block: EncodedBlock) -> codec.Page:
+    """Return a page with nothing but a block."""
+    data = np.frombuffer(block.data, np.uint8)
+    content = block.content
+    columns = [block.encoding], [content.dtype], [content.rows], [content.cols]
+    tags = np.array([block.tag], np.uint64)
+    return codec.Page(codec.build_page(data, [0], [len(data)], *columns, tags))
 
 
 def page_of_slot(payload: bytes, slot: int) -> codec.Page | None:

@@ -4,7 +4,8 @@
 Of a damaged page, most blocks are usually as they were: whatever still decodes to what was recorded
 is taken from there, the rest looked for elsewhere by its hash (blocks_from.py). Bases come first,
 then the deltas on them; a delta that cannot be had, or whose base cannot, is looked for by what it
-stands for, and stored without a base. All of it is staged on new pages, in bounded transactions.
+stands for, and stored without a base, unless it is found as a delta on a base of the same content.
+All of it is staged on new pages, in bounded transactions.
 
 One short transaction then makes models name the new places. What it changes it reads within, so it
 does not matter who published, removed or repacked in between. Damaged pages of which nothing is
@@ -32,6 +33,7 @@ from pydedup.maintenance.blocks_from import (
     as_raw,
     base_dtypes,
     dtype_of_base,
+    on_base,
     page_of_slot,
     read_block,
 )
@@ -242,7 +244,7 @@ class _Repair:
                     unsure[place] = encoded
                 else:
                     unsure.pop(place, None)
-                    self._put(place, encoded, lost[place])
+                    self._put(place, self._as_delta(encoded, lost[place]), lost[place])
         for place, encoded in unsure.items():
             self._put(place, encoded, lost[place])
         self.found += len(ranks)
@@ -305,6 +307,17 @@ class _Repair:
             # It does not decode, or its base is lost, or on a server that does not answer.
             return None
         return encoded if encoded.content.digest == block.digest else None
+
+    def _as_delta(self, found: EncodedBlock, block: Lost) -> EncodedBlock:
+        """Return a block as the delta that it was found as, if it can be one on its base here."""
+        if found.delta is None or block.is_raw:
+            return found
+        try:
+            base = self._base(block)
+            kept = found if base is None else on_base(found.delta, base)
+        except (CorruptStoreError, SchemaVersionError, UnavailableError):
+            return found  # that is lost, or another
+        return kept if kept.content == found.content else found
 
     def _base(self, block: Lost) -> tuple[codec.Page, int] | None:
         """Return where the base of a delta is now. Raises CorruptStoreError where it is lost."""

@@ -67,7 +67,8 @@ class Explanation:
 
     ``removal_frees_bytes`` counts blocks that no other live model uses; those that lie on pages
     of others are given back when ``vacuum`` packs these anew: those of which nobody uses a quarter,
-    at least. ``damaged`` tells of models that are damaged: with these nothing is shared.
+    at least, but for factors that a block has for others as well, which stay. ``damaged`` tells of
+    models that are damaged: with these nothing is shared.
     """
 
     model: str
