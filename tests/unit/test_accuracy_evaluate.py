@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
 from pydedup.certificates import describe
-from pydedup.errors import ArgumentError, EvaluationError, PydedupError
+from pydedup.errors import ArgumentError, EvaluationError, PydedupError, UnavailableError
 from pydedup.ingest.accuracy import Choice, Replacement, choose
 from pydedup.policies import Bounded
 
@@ -71,6 +71,14 @@ def test_what_evaluate_raises_is_the_cause(calls: int) -> None:
     assert isinstance(caught.value, PydedupError)
 
 
+def test_an_error_of_the_store_within_evaluate_arrives_as_it_is() -> None:
+    """Such as of a model of it that evaluate loads."""
+    mistake = UnavailableError("the server is gone")
+    with pytest.raises(UnavailableError) as caught:
+        run(after(2, mistake))
+    assert caught.value is mistake
+
+
 def test_an_interrupt_is_no_mistake_of_evaluate() -> None:
     with pytest.raises(KeyboardInterrupt):
         run(after(2, KeyboardInterrupt()))
@@ -87,6 +95,7 @@ def test_an_interrupt_is_no_mistake_of_evaluate() -> None:
         (0.5 + 0.5j, "neither a number"),
         (np.zeros((2, 2)), r"shape \(2, 2\)"),
         ([], r"shape \(0,\)"),
+        ([0.5, [0.5, 1.0]], "list, which is neither a number"),
         ([0.1, np.nan, 0.2], "nan for example 1"),
         (np.ma.masked, "masked scores"),
         (np.ma.array([0.1, 0.2], mask=[False, True]), "masked scores"),

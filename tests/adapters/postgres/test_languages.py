@@ -21,6 +21,9 @@ import pytest
 
 import pydedup
 from pydedup import registry
+from pydedup.adapters._errors import ConnectionLostError, CrowdedError
+from pydedup.adapters._postgres_errors import MissingDatabaseError, refusal
+from pydedup.adapters._postgres_url import locate
 from pydedup.errors import ArgumentError, PydedupError, UnavailableError
 from pydedup.testing.servers import unused_name, unused_port
 from pydedup.testing.shards import MODELS, POLICY, give_known_places
@@ -172,3 +175,39 @@ def test_shards_that_are_gone_and_slips_are_told_apart(
             assert store.load(address)["w"].tobytes() == arrays["w"].tobytes()
         with pytest.raises(UnavailableError, match=f"{names[2]}.* is gone.*refill --replace"):
             store.add("late@1", {"w": MODELS["m0@1"]["w"] + 1}, policy=POLICY)
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "advice"),
+    [
+        ('password authentication failed for user "me"', UnavailableError, "check the user and"),
+        ('database "x" does not exist', MissingDatabaseError, "create the database first"),
+        ('role "me" does not exist', UnavailableError, "CREATE ROLE"),
+        ('role "me" is not permitted to log in', UnavailableError, "ALTER ROLE ... LOGIN"),
+        ('permission denied for database "x"', UnavailableError, "GRANT CONNECT"),
+        ("no more connections allowed (max_client_conn)", CrowdedError, "of pgbouncer"),
+        ('too many connections for role "me"', CrowdedError, "raise its limit: ALTER ROLE"),
+        ("sorry, too many clients already", CrowdedError, "raise max_connections"),
+        ("remaining connection slots are reserved", CrowdedError, "raise max_connections"),
+        ('invalid integer value "a" for connection option "port"', ArgumentError, "this option"),
+        ('invalid value for parameter "work_mem"', ArgumentError, "this option"),
+        ('unrecognized configuration parameter "x"', ArgumentError, "options="),
+        ("session is read-only", ConnectionLostError, "target_session_attrs"),
+        ("server is in hot standby mode", ConnectionLostError, "target_session_attrs"),
+        ("failed to resolve host 'x'", ConnectionLostError, "check the host"),
+        ("server does not support SSL, but SSL was required", UnavailableError, "see sslmode"),
+        ("certificate verify failed", UnavailableError, "see sslmode"),
+        ('no pg_hba.conf entry for host "::1", no encryption', UnavailableError, "see sslmode"),
+        ('no pg_hba.conf entry for host "::1"', UnavailableError, "in the server's pg_hba.conf"),
+        ("Connection refused", ConnectionLostError, "check that the server runs"),
+    ],
+)
+def test_where_there_is_no_code_the_words_are_understood(
+    told: str, kind: type[PydedupError], advice: str
+) -> None:
+    """As where a server took too long to be asked for one."""
+    place = locate("postgresql://me@host/x", None, ())
+    error = refusal(None, told, place, needs_password=False)
+    assert type(error) is kind
+    assert f"postgresql://me@host/x: {told}; " in str(error)
+    assert advice in str(error)

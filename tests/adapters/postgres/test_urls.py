@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from pydedup import registry
+from pydedup.adapters._postgres_url import locate
+from pydedup.adapters.postgres import known_options
 from pydedup.errors import ArgumentError, PydedupError, StoreError, UnavailableError
 from pydedup.testing._contract_base import open_store, with_option
 
@@ -42,6 +44,18 @@ def test_urls_that_mean_nothing_show_no_secret(url: str) -> None:
     while error is not None:
         assert SECRET not in f"{error} {error!r}"
         error = error.__cause__
+
+
+def test_what_says_where_a_store_is_is_shown() -> None:
+    place = locate(
+        f"postgresql://me:{SECRET}@/db?host=/run/pg&port=5433&sslkey={SECRET}&timeout=3&schema=x",
+        None,
+        known_options(),
+    )
+    assert place.shown == "postgresql://me@/db?host=/run/pg&port=5433&schema=x"
+    assert (place.schema, place.timeout) == ("x", 3.0)
+    assert f"sslkey={SECRET}" in place.conninfo
+    assert SECRET not in repr(place)
 
 
 @pytest.mark.parametrize(
