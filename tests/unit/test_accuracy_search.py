@@ -442,3 +442,26 @@ def test_a_level_must_fit_its_block(bad: NDArray[Any], said: str) -> None:
     )
     with pytest.raises(ArgumentError, match=said):
         model.choose()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"tensor": "other"}, "names the tensor 'other', which is not there"),
+        ({"rows": slice(1, 1)}, "an empty block"),
+        ({"levels": ()}, "has no level"),
+    ],
+)
+def test_a_replacement_must_be_of_a_block_that_is_there(changed: Any, said: str) -> None:
+    model = Model([0.0])
+    model.replacements[0] = replace(model.replacements[0], **changed)
+    with pytest.raises(ArgumentError, match=said):
+        model.choose()
+
+
+def test_working_copies_must_be_such() -> None:
+    fixed = np.zeros((4, 4), np.float32)
+    fixed.flags.writeable = False
+    for array in (np.zeros((4, 4), np.float32)[:, ::2], fixed):
+        with pytest.raises(ArgumentError, match="copy of 'w' must be C-contiguous and writeable"):
+            choose({"w": array}, [], Accuracy(lambda _: 1.0, 0.0))
