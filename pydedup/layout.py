@@ -20,7 +20,6 @@ from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
 __all__ = [
-    "FILLED_PART",
     "NO_PLACE",
     "PAGE_BYTES",
     "PAGE_CAPACITY",
@@ -35,6 +34,7 @@ __all__ = [
     "by_page",
     "copy_page",
     "even_shares",
+    "filled_capacity",
     "fitting",
     "joined",
     "least_pages",
@@ -52,11 +52,11 @@ __all__ = [
 PAGE_BYTES = 1024 * 1024
 #: Bytes of blocks and slots that a page holds: less its header, and what aligns the first block.
 PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES - codec.BLOCK_ALIGNMENT
-#: How much of a page is filled where what blocks take is known only when they are on it.
-FILLED_PART = 0.97
 #: Instead of a place: a block that is no delta has no base, or nobody knows where it is.
 NO_PLACE = -1
 
+# How much of a page is filled where what blocks take is known only when they are on it.
+_FILLED_PART = 0.97
 _DELTA_ENCODINGS = tuple(int(code) for code in codec.Encoding if code.is_delta)
 _SLOTS = (1 << SLOT_BITS) - 1
 
@@ -184,6 +184,14 @@ def even_shares(
     totals, counts = np.bincount(page_at, costs[chosen]), np.bincount(page_at)
     shares[chosen] = np.ceil(totals / np.maximum(counts, 1)).astype(np.int64)[page_at]
     return shares
+
+
+def filled_capacity(sizes: NDArray[np.int64]) -> int:
+    """Return what a page is filled with of blocks that take so much about (`even_shares`).
+
+    That is a little less than it holds, unless there is a block that takes more.
+    """
+    return max(int(PAGE_CAPACITY * _FILLED_PART), min(int(sizes.max()), PAGE_CAPACITY))
 
 
 def fitting(

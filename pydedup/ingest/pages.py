@@ -25,7 +25,7 @@ from pydedup.ingest.spool import Spool
 from pydedup.ingest.staged import StagedModel
 from pydedup.ingest.workers import Task, Workers
 from pydedup.jobs import Job
-from pydedup.layout import FILLED_PART, PAGE_CAPACITY, even_shares, fitting, joined
+from pydedup.layout import PAGE_CAPACITY, even_shares, filled_capacity, fitting, joined
 from pydedup.packing import pack
 from pydedup.sets import distinct
 
@@ -120,7 +120,7 @@ def settled(
             page_at[page] = number
         chosen = joined(page[factored[page]] for page in pages)
         shares = even_shares(spool.costs, chosen, page_at[chosen])
-        pages = pages_of(shares, int(PAGE_CAPACITY * FILLED_PART))
+        pages = pages_of(shares, filled_capacity(shares))
     return fitting(pages, spool.settle)
 
 

@@ -26,7 +26,6 @@ from pydedup.catalog import Catalog, ModelsAhead, StoredModel, tags_of
 from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
-    FILLED_PART,
     NO_PLACE,
     PAGE_CAPACITY,
     base_places,
@@ -35,6 +34,7 @@ from pydedup.layout import (
     block_places,
     copy_page,
     even_shares,
+    filled_capacity,
     fitting,
     joined,
     least_pages,
@@ -314,7 +314,7 @@ def _layout_beside(places: _Places, stays: NDArray[np.bool_]) -> Layout:
     if places.factored.any():
         shared = np.flatnonzero(places.factored & (places.bases != NO_PLACE))
         sizes = even_shares(sizes, shared, places.page_at[shared])
-        capacity = int(PAGE_CAPACITY * FILLED_PART)
+        capacity = filled_capacity(sizes)
     return pack(places.owners, capacity, sizes=sizes, existing=existing)
 
 

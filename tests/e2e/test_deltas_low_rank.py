@@ -12,6 +12,7 @@ import torch
 import pydedup
 from pydedup import policies
 from pydedup.errors import QuotaError
+from pydedup.layout import PAGE_CAPACITY
 from pydedup.types import DType
 
 from .relatives import adapted, added_beside, dense, same_bits
@@ -112,6 +113,22 @@ def test_pages_of_a_wide_matrix_are_as_high_as_wide(
     store.vacuum()
     assert store.stats().stored_bytes <= before
     assert same_bits(store, "m", model)
+    assert store.verify().ok
+
+
+def test_blocks_of_nearly_a_page_beside_an_adapter(store: pydedup.Store) -> None:
+    """Pages were to be filled a little less than they are, so such blocks did not fit on any."""
+    rng = np.random.default_rng(36)
+    drawn = rng.normal(0, 0.02, (2, 512, 600)).astype("f4")
+    base, large = {"w": drawn[0]}, {"large": drawn[1]}
+    models = {f"m{n}": adapted(base, 8, seed=n) for n in range(2)}
+    whole = drawn[0].shape
+    store.add("base", base, block_shape=whole)
+    store.add_many({name: model | large for name, model in models.items()}, block_shape=whole)
+    assert max(row.payload_bytes for row in store._adapter.page_rows()) > 0.97 * PAGE_CAPACITY
+    store.remove("m0")
+    store.vacuum()
+    assert same_bits(store, "m1", models["m1"] | large)
     assert store.verify().ok
 
 
