@@ -156,7 +156,7 @@ class Ring:
                 raise ValueError(value)
             if not 1 <= ring.replicas <= min(MOST_REPLICAS, len(shards)):
                 raise ValueError(value)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise NotAStoreError(
                 f"{shown}: the list of shards in its meta cannot be read; restore a backup"
             ) from error
