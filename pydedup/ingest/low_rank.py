@@ -35,7 +35,7 @@ from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
-__all__ = ["Adapted", "LowRankRelatives", "Moved", "sample_of", "seems_moved"]
+__all__ = ["Adapted", "Looks", "LowRankRelatives", "Moved", "sample_of", "seems_moved"]
 
 # Elements whose difference is looked at together, in float32 2 MiB; more where there are so many
 # columns that it would be few rows, up to 16 MiB.
@@ -47,10 +47,11 @@ _FRESH = 0.5
 # after which it is not looked at again.
 _ACROSS = 4
 _PATIENCE = 2
-# Rows and columns of a small tensor that factors may be worth their bytes for; and candidates for
-# such that one differs from otherwise, on end, after which none is looked at.
+# Looks in vain, on end, after which a tensor, and its model, is looked at no more: weights that were
+# all trained are most often so in all tensors.
+_LOOKS_AT_TENSOR, _LOOKS = 2, 6
+# Rows and columns of a small tensor that factors may be worth their bytes for.
 _LEAST_SIDE = 32
-_PATIENCE_WITH_SMALL = 4
 # Blocks of a page that have a factor in common, at most, when it is weighed whether one pays.
 _USERS = 8
 # Of the error that is allowed: how far the product may be off.
@@ -61,6 +62,22 @@ _WIDE = np.dtype(np.float64)
 # Blocks whose bases are read in one go.
 _AT_ONCE = 32
 _NOTHING: Mapping[int, Moved] = MappingProxyType({})
+
+
+class Looks:
+    """Looks for adapters that were merged into the tensors of one model."""
+
+    def __init__(self) -> None:
+        self._vain = 0
+
+    @property
+    def are_over(self) -> bool:
+        """Whether it was looked for them in vain often enough."""
+        return self._vain >= _LOOKS
+
+    def note(self, found: bool) -> None:
+        """Remember what came of one."""
+        self._vain = 0 if found else self._vain + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +143,7 @@ class LowRankRelatives:
     """Finds what moves the bases of blocks of one matrix. Not thread-safe.
 
     ``fresh`` are the blocks that are to be kept, ascending; ``aligned`` gives what is at their
-    places. ``known`` is what another one found. What was found of the parts of a large matrix takes
+    places, and ``looks`` is of the model. ``known`` is what another one found. What was found of the parts of a large matrix takes
     memory, so only the last is kept unless ``keeps`` says that all of `found` will be wanted.
     """
 
@@ -138,6 +155,7 @@ class LowRankRelatives:
         policy: Policy,
         aligned: ByPosition,
         known: Mapping[int, Moved] = _NOTHING,
+        looks: Looks | None = None,
         *,
         keeps: bool = False,
     ) -> None:
@@ -147,6 +165,8 @@ class LowRankRelatives:
         self._bound = policy.max_rel_error
         self._aligned = aligned
         self._patience = _PATIENCE if view.dtype in _DTYPES else 0
+        self._looks = Looks() if looks is None else looks
+        self._left = _LOOKS_AT_TENSOR
         grid = view.grid
         together = max(_TOGETHER, min(_ROWS * grid.cols, _MOST_TOGETHER))
         self._height = max(together // (grid.block_rows * grid.cols), 1)
@@ -184,8 +204,13 @@ class LowRankRelatives:
         is_fresh = is_among(numbers, self._fresh)
         if self._patience == 0 or is_fresh.mean() < _FRESH:
             return None
+        looked_at: list[bytes] = []
         for references in self._aligned(numbers):
-            if not (references[is_fresh] == NO_BASE).any():
+            if self._left == 0 or self._looks.are_over:
+                return None
+            key = references.tobytes()
+            if key not in looked_at and not (references[is_fresh] == NO_BASE).any():
+                looked_at.append(key)
                 moved = self._moved(first, numbers, np.where(is_fresh, references, NO_BASE))
                 if moved is not None:
                     return moved
@@ -207,7 +232,10 @@ class LowRankRelatives:
         if not len(sample):
             return None
         given = numbers[sample], references[sample]
-        if not seems_moved(self._reader, self._view, *given, dtype, self._bound):
+        seems = seems_moved(self._reader, self._view, *given, dtype, self._bound)
+        self._looks.note(seems)
+        self._left = _LOOKS_AT_TENSOR if seems else self._left - 1
+        if not seems:
             return None
         self._patience -= 1
         difference = _difference(self._reader, self._view, numbers, references, dtype)
@@ -227,15 +255,16 @@ class LowRankRelatives:
 class Adapted:
     """Says into which small tensors of one model an adapter seems to have been merged."""
 
-    def __init__(self, reader: BlockReader, policy: Policy) -> None:
+    def __init__(self, reader: BlockReader, policy: Policy, looks: Looks) -> None:
         self._reader = reader
+        self._takes = policy.uses_deltas
         self._bound = policy.max_rel_error
         self._farthest = farthest_base(self._bound)
-        self._patience = _PATIENCE_WITH_SMALL if policy.uses_deltas else 0
+        self._looks = looks
 
     def can_be(self, grid: BlockGrid, dtype: DType) -> bool:
         """Return whether a tensor is worth a look."""
-        return min(grid.rows, grid.cols) >= _LEAST_SIDE and dtype in _DTYPES
+        return self._takes and min(grid.rows, grid.cols) >= _LEAST_SIDE and dtype in _DTYPES
 
     def __call__(
         self, view: MatrixView, number: int, candidates: Callable[[], NDArray[np.int64]]
@@ -244,7 +273,7 @@ class Adapted:
 
         These are int64 (k, 1), as a `ByPosition` gives them.
         """
-        if self._patience <= 0:
+        if self._looks.are_over:
             return False
         numbers = np.array([number], np.int64)
         references = candidates()
@@ -253,12 +282,12 @@ class Adapted:
             (dtype,) = self._reader.dtypes_of(reference)
             part = _difference(self._reader, view, numbers, reference, dtype)
             away = float(np.square(part.apart, dtype=_WIDE).mean()) ** 0.5
-            if away <= self._farthest * part.size and seems_low_rank(
+            seems = away <= self._farthest * part.size and seems_low_rank(
                 part, self._bound * part.size * _OF_ERROR
-            ):
-                self._patience = _PATIENCE_WITH_SMALL
+            )
+            self._looks.note(seems)
+            if seems:
                 return True
-            self._patience -= 1
         return False
 
 

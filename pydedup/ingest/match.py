@@ -24,7 +24,7 @@ from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition, Nobody
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
-from pydedup.ingest.low_rank import LowRankRelatives, Moved
+from pydedup.ingest.low_rank import Looks, LowRankRelatives, Moved
 from pydedup.ingest.met import MetTensors
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.scan import PageScan
@@ -101,15 +101,16 @@ class Hints:
         else they are kept by themselves, as bases of others (families.py).
     moved
         What moves the bases of blocks, as far as that was looked for before (low_rank.py).
-    is_stack
-        Whether the matrix is blocks of several tensors, which no factors have in common.
+    looks
+        For adapters that were merged into tensors of the model; `None` of a matrix that is blocks
+        of several tensors, which no factors have in common.
     """
 
     aligned: ByPosition = _NOBODY
     deltas: Mapping[int, Delta] = field(default_factory=dict)
     most: Callable[[MatrixView, NDArray[np.int64]], float] | None = None
     moved: Mapping[int, Moved] = field(default_factory=dict)
-    is_stack: bool = False
+    looks: Looks | None = field(default_factory=Looks)
 
 
 _NO_HINTS = Hints()
@@ -306,10 +307,12 @@ class Matcher:
         takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
         most = hints.most(view, leaders) if takes_deltas and hints.most is not None else 1.0
         neighbours = hints.aligned if takes_deltas else _NOBODY
-        relatives = LowRankRelatives(self.reader, view, leaders, policy, neighbours, hints.moved)
+        relatives = LowRankRelatives(
+            self.reader, view, leaders, policy, neighbours, hints.moved, hints.looks
+        )
         pieces = list(pieces_of(view, leaders))
         for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
-            moved = list(relatives.of(piece)) if most == 1 and not hints.is_stack else []
+            moved = list(relatives.of(piece)) if most == 1 and hints.looks is not None else []
             self._keep_piece(view, piece, looked, matched, policy, hints, neighbours, moved, most)
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]

@@ -24,7 +24,7 @@ from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.ahead import SMALL_BYTES, Ahead
 from pydedup.ingest.aligned import Kinship, Neighbours, Relation, Relative
 from pydedup.ingest.families import Family
-from pydedup.ingest.low_rank import Adapted
+from pydedup.ingest.low_rank import Adapted, Looks
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.places import as_stack, by_shape, stack_blocks
 from pydedup.ingest.plan import Request
@@ -53,7 +53,8 @@ def match_tensors(
 ) -> list[MatchedTensor]:
     """Return the tensors of a model after matching, in their order."""
     matched: dict[str, MatchedTensor] = {}
-    bundle = _Bundle(matcher, request, previous)
+    looks = Looks()
+    bundle = _Bundle(matcher, request, previous, looks)
     for entry, twin in request.distinct_entries():
         if twin is not None:
             if twin.name not in matched:
@@ -71,7 +72,9 @@ def match_tensors(
             if known.bytes_to_match(view) <= SMALL_BYTES:
                 bundle.add(entry, view, known)
             else:
-                matched[entry.name] = _match_one(matcher, request, entry, view, known, advance)
+                matched[entry.name] = _match_one(
+                    matcher, request, entry, view, known, looks, advance
+                )
         if bundle.is_full:
             matched.update(bundle.match(advance))
         del view
@@ -111,6 +114,7 @@ def _match_one(
     entry: TensorEntry,
     view: MatrixView,
     known: _Known,
+    looks: Looks,
     advance: Callable[[int], None],
 ) -> MatchedTensor:
     neighbours = matcher.aligned.neighbours(request, entry, view.grid)
@@ -119,7 +123,9 @@ def _match_one(
         digests=known.digests,
         known=matcher.met.find(view, known.digests, known.references),
         policy=request.policy,
-        hints=Hints(neighbours, most=Family(matcher.reader, request.policy, neighbours)),
+        hints=Hints(
+            neighbours, most=Family(matcher.reader, request.policy, neighbours), looks=looks
+        ),
         advance=advance,
     )
     matcher.met.note(known.digests, found.references)
@@ -200,11 +206,14 @@ class _Together:
 class _Bundle:
     """What waits to be matched: tensors, and copies of their blocks, stacked by kind."""
 
-    def __init__(self, matcher: Matcher, request: Request, previous: Previous | None) -> None:
+    def __init__(
+        self, matcher: Matcher, request: Request, previous: Previous | None, looks: Looks
+    ) -> None:
         self._matcher = matcher
         self._request = request
         self._previous = previous
-        self._adapted = Adapted(matcher.reader, request.policy)
+        self._looks = looks
+        self._adapted = Adapted(matcher.reader, request.policy, looks)
         self._clear()
 
     def _clear(self) -> None:
@@ -277,7 +286,7 @@ class _Bundle:
                 hints=Hints(
                     together,
                     most=Family(self._matcher.reader, policy, together, is_stack=True),
-                    is_stack=True,
+                    looks=None,
                 ),
             )
             references[blocks] = matched.references
@@ -327,7 +336,7 @@ class _Bundle:
         request = self._request
         view = MatrixView.of(request.source.read(entry.name), request.block_shape)
         known = _known(self._previous, entry, view.grid, hash_view(view))
-        return _match_one(self._matcher, request, entry, view, known, advance)
+        return _match_one(self._matcher, request, entry, view, known, self._looks, advance)
 
 
 def _stacks(
