@@ -47,8 +47,8 @@ _FRESH = 0.5
 # after which it is not looked at again.
 _ACROSS = 4
 _PATIENCE = 2
-# Looks in vain, on end, after which a tensor, and its model, is looked at no more: weights that were
-# all trained are most often so in all tensors.
+# Looks in vain, on end, after which a tensor, and its model, is looked at no more: who trained all
+# weights of some tensors did so with most.
 _LOOKS_AT_TENSOR, _LOOKS = 2, 6
 # Rows and columns of a small tensor that factors may be worth their bytes for.
 _LEAST_SIDE = 32
@@ -143,8 +143,9 @@ class LowRankRelatives:
     """Finds what moves the bases of blocks of one matrix. Not thread-safe.
 
     ``fresh`` are the blocks that are to be kept, ascending; ``aligned`` gives what is at their
-    places, and ``looks`` is of the model. ``known`` is what another one found. What was found of the parts of a large matrix takes
-    memory, so only the last is kept unless ``keeps`` says that all of `found` will be wanted.
+    places, and ``looks`` is of the model. ``known`` is what another one found. What was found of
+    the parts of a large matrix takes memory, so only the last is kept unless ``keeps`` says that
+    all of `found` will be wanted.
     """
 
     def __init__(
