@@ -262,3 +262,19 @@ def test_a_store_that_is_read_past_memory_gives_what_it_was_given(tmp_path: Path
             for name, array in store.load("n").items():
                 np.testing.assert_array_equal(array, weights[name] + 1)
         assert store.verify().errors == []
+
+
+def test_places_are_remembered_within_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pydedup.adapters._sqlite_places._MOST_KNOWN", 8)
+    payloads = {number: bytes([number]) * 9000 for number in range(1, 41)}
+    with rows_of(tmp_path / "rows.db", payloads, 1024) as (_, places):
+        for first in range(1, 41, 4):
+            some = range(first, first + 4)
+            assert [page.id for page in places.find(some)[1]] == list(some)  # as hints do
+            assert len(places._known) <= 8
+            assert 3 <= len(read(places, some)) <= 4  # one may be in pieces
+            assert len(places._known) <= 8
+        read(places, payloads)
+        assert len(places._known) <= 8
