@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import pydedup
 from pydedup.adapters import _sqlite_reads as reads
 from pydedup.adapters._sqlite_places import PagePlaces
 from pydedup.adapters._sqlite_reads import SystemCache
+from pydedup.errors import StoreError
 from pydedup.policies import Exact
 
 from .sqlite_rows import finding, forget, in_memory, read, rows_of, rows_out_of_memory
@@ -269,7 +271,8 @@ def test_places_are_remembered_within_a_bound(
 ) -> None:
     monkeypatch.setattr("pydedup.adapters._sqlite_places._MOST_KNOWN", 8)
     payloads = {number: bytes([number]) * 9000 for number in range(1, 41)}
-    with rows_of(tmp_path / "rows.db", payloads, 1024) as (_, places):
+    path = tmp_path / "rows.db"
+    with rows_of(path, payloads, 1024) as (connection, places):
         for first in range(1, 41, 4):
             some = range(first, first + 4)
             assert [page.id for page in places.find(some)[1]] == list(some)  # as hints do
@@ -278,3 +281,22 @@ def test_places_are_remembered_within_a_bound(
             assert len(places._known) <= 8
         read(places, payloads)
         assert len(places._known) <= 8
+        others = finding(connection, path)
+        for first in range(1, 41, 4):  # what is met once is not looked for
+            assert list(others.read(range(first, first + 4), memoryview)) == []
+            assert len(others._known) <= 8
+
+
+@pytest.mark.parametrize("error", [StoreError("the file is locked"), OSError(errno.EIO, "broken")])
+@pytest.mark.parametrize("asked", ["root", "checksums"])
+def test_what_cannot_be_looked_up_is_left_to_sqlite(
+    tmp_path: Path, error: Exception, asked: str
+) -> None:
+    path, payloads = tmp_path / "rows.db", {number: bytes(9000) for number in range(1, 9)}
+
+    def fail(*_: object) -> Any:
+        raise error
+
+    with rows_of(path, payloads, 1024) as (_, places):
+        setattr(places, f"_{asked}", fail)
+        assert read(places, payloads) == {}
