@@ -35,7 +35,15 @@ from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
-__all__ = ["Adapted", "Looks", "LowRankRelatives", "Moved", "sample_of", "seems_moved"]
+__all__ = [
+    "Adapted",
+    "Looks",
+    "LowRankRelatives",
+    "Moved",
+    "blocks_together",
+    "sample_of",
+    "seems_moved",
+]
 
 # Elements whose difference is looked at together, in float32 2 MiB; more where there are so many
 # columns that it would be few rows, up to 16 MiB.
@@ -168,9 +176,7 @@ class LowRankRelatives:
         self._patience = _PATIENCE if view.dtype in _DTYPES else 0
         self._looks = Looks() if looks is None else looks
         self._left = _LOOKS_AT_TENSOR
-        grid = view.grid
-        together = max(_TOGETHER, min(_ROWS * grid.cols, _MOST_TOGETHER))
-        self._height = max(together // (grid.block_rows * grid.cols), 1)
+        self._height = _rows_together(view.grid)
         self._given = known
         self._keeps = keeps
         self._known: dict[int, Moved | None] = dict(known)
@@ -180,6 +186,11 @@ class LowRankRelatives:
     def found(self) -> Mapping[int, Moved]:
         """What moves the bases of parts of the matrix, of those that were looked at."""
         return {part: moved for part, moved in self._known.items() if moved is not None}
+
+    def turn_to(self, fresh: NDArray[np.int64]) -> None:
+        """Go on with other blocks that are to be kept, ascending, with what is known of factors."""
+        self._fresh = fresh
+        self._known = dict(self._given)
 
     def of(self, numbers: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Moved]]:
         """Yield which of some blocks, ascending, have bases that were moved, and by what."""
@@ -290,6 +301,16 @@ class Adapted:
             if seems:
                 return True
         return False
+
+
+def blocks_together(grid: BlockGrid) -> int:
+    """Return of how many blocks, whole rows of a grid, the difference is looked at together."""
+    return _rows_together(grid) * grid.grid_cols
+
+
+def _rows_together(grid: BlockGrid) -> int:
+    together = max(_TOGETHER, min(_ROWS * grid.cols, _MOST_TOGETHER))
+    return max(together // (grid.block_rows * grid.cols), 1)
 
 
 def sample_of(grid: BlockGrid, given: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.adapter_options import only_sound_rows
-from pydedup.blocks import MatrixView
+from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
 from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition, Nobody
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
-from pydedup.ingest.low_rank import Looks, LowRankRelatives, Moved
+from pydedup.ingest.low_rank import Looks, LowRankRelatives, Moved, blocks_together
 from pydedup.ingest.met import MetTensors
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.scan import PageScan
@@ -53,6 +53,23 @@ def pieces_of(view: MatrixView, numbers: NDArray[np.int64]) -> Iterator[NDArray[
     step = max(1, min(_PIECE_BLOCKS, _PIECE_BYTES // (block_bytes * view.dtype.itemsize)))
     for start in range(0, len(numbers), step):
         yield numbers[start : start + step]
+
+
+def _looked_up_together(grid: BlockGrid, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut a list of blocks, ascending, into what is looked up in one go.
+
+    If possible not within those that low_rank.py looks at together: of the halves of these neither
+    might be enough.
+    """
+    together = blocks_together(grid)
+    start = 0
+    while start < len(numbers):
+        stop = min(start + _LOOKUP_BLOCKS, len(numbers))
+        if stop < len(numbers):
+            edge = int(np.searchsorted(numbers, numbers[stop] // together * together))
+            stop = edge if edge > start else stop
+        yield numbers[start:stop]
+        start = stop
 
 
 def look_now(
@@ -180,10 +197,10 @@ class Matcher:
         if advance is not None and len(changed) < len(sizes):
             advance(int(sizes.sum() - sizes[changed].sum()))
         matched = Matched(references, digests, np.zeros(len(digests)))
-        for start in range(0, len(changed), _LOOKUP_BLOCKS):
-            some = changed[start : start + _LOOKUP_BLOCKS]
+        relatives = None
+        for some in _looked_up_together(view.grid, changed):
             fresh = self._find(view, digests, some, references)
-            self._keep(view, fresh, matched, policy, hints)
+            relatives = self._keep(view, fresh, matched, policy, hints, relatives)
             if advance is not None:
                 advance(int(sizes[some].sum()))
         return matched
@@ -300,16 +317,23 @@ class Matcher:
         matched: Matched,
         policy: Policy,
         hints: Hints,
-    ) -> None:
-        """Keep the distinct ones of ``fresh``, in block order."""
+        relatives: LowRankRelatives | None,
+    ) -> LowRankRelatives:
+        """Keep the distinct ones of ``fresh``, in block order.
+
+        ``relatives`` is what this returned for other blocks of the matrix.
+        """
         leader_of = _leaders(fresh, view.block)
         leaders = np.array(sorted(set(leader_of.values())), np.int64)
         takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
         most = hints.most(view, leaders) if takes_deltas and hints.most is not None else 1.0
         neighbours = hints.aligned if takes_deltas else _NOBODY
-        relatives = LowRankRelatives(
-            self.reader, view, leaders, policy, neighbours, hints.moved, hints.looks
-        )
+        if relatives is None:
+            relatives = LowRankRelatives(
+                self.reader, view, leaders, policy, neighbours, hints.moved, hints.looks
+            )
+        else:
+            relatives.turn_to(leaders)
         pieces = list(pieces_of(view, leaders))
         for piece, looked in zip(pieces, self.look(view, pieces, policy), strict=True):
             moved = list(relatives.of(piece)) if most == 1 and hints.looks is not None else []
@@ -317,6 +341,7 @@ class Matcher:
         for i, leader in leader_of.items():
             matched.references[i] = matched.references[leader]
             matched.errors[i] = matched.errors[leader]
+        return relatives
 
     def _keep_piece(
         self,

@@ -12,6 +12,7 @@ import torch
 import pydedup
 from pydedup import policies
 from pydedup.errors import QuotaError
+from pydedup.ingest import low_rank, match
 from pydedup.layout import PAGE_CAPACITY
 from pydedup.types import DType
 
@@ -114,6 +115,23 @@ def test_pages_of_a_wide_matrix_are_as_high_as_wide(
     assert store.stats().stored_bytes <= before
     assert same_bits(store, "m", model)
     assert store.verify().ok
+
+
+@pytest.mark.parametrize("lookup", [30, 34, 42])
+def test_what_is_looked_up_together_is_no_part_of_what_moved(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch, lookup: int
+) -> None:
+    """Of 4096 x 11008 each look-up ended within rows that then were half known, and not moved."""
+    base = {"w": np.random.default_rng(37).normal(0, 0.02, (1024, 384)).astype("f4")}
+    model = adapted(base, 4)
+    store.add("base", base)
+    four_rows = 4 * 64 * 384
+    monkeypatch.setattr(low_rank, "_TOGETHER", four_rows)
+    monkeypatch.setattr(low_rank, "_MOST_TOGETHER", four_rows)
+    whole = store.add("m", model, dry_run=True).stored_bytes
+    monkeypatch.setattr(match, "_LOOKUP_BLOCKS", lookup)
+    assert store.add("m", model).stored_bytes < 1.1 * whole
+    assert same_bits(store, "m", model)
 
 
 def test_blocks_of_nearly_a_page_beside_an_adapter(store: pydedup.Store) -> None:
