@@ -129,11 +129,15 @@ class _Add:
                     exc.page_ids += unreadable_pages(self.pool, matcher.stored.page_ids)
                 raise
             spool.freeze()
-            if spool.factored.any():
-                plan_layout(matcher, models)  # what blocks take is known then
+            # What blocks with factors take, which quotas count, is known when they are laid out.
+            planned = [plan_layout(matcher, models)] if spool.factored.any() else []
+
+            def lay_out() -> list[NDArray[np.int64]]:
+                return planned.pop() if planned else plan_layout(matcher, models)
+
             allowed = check_quotas(matcher, models, epoch)
             if self.dry_run:
-                layout = plan_layout(matcher, models)
+                layout = lay_out()
                 matcher.candidates.keep()
                 return self._reports(matcher, models, layout) if allowed else None
             writing = _Writing(spool, self.progress)
@@ -144,9 +148,7 @@ class _Add:
                 workers=self.workers,
                 record=writing.record,
             )
-            published = publish_batch(
-                stager, lambda: writing.begin(plan_layout(matcher, models)), epoch
-            )
+            published = publish_batch(stager, lambda: writing.begin(lay_out()), epoch)
             if published is None:
                 return None
             stager.finish()
