@@ -13,6 +13,7 @@ The newest models are asked first, or the nearest, once somebody found out (fami
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ class Relation:
     Attributes
     ----------
     away
-        How far its bases are, if that was measured: what a delta takes of the block by itself.
+        How far its bases are, if that was measured: what a delta takes of the block by itself; 0
+        if an adapter seems to be all that there is between them.
     """
 
     asked: int = 0
@@ -138,13 +140,15 @@ class Kinship:
     times
         How many others each of these stands for, itself included.
     vain
-        For how many tensors on end such were looked for in vain.
+        For how many tensors on end, and for how many stacks of small ones (key: is it a stack?),
+        such were looked for in vain. What is small may all have been trained where the rest was
+        not, and the other way round.
     """
 
     measured: int = 0
     near: list[Relation] = field(default_factory=list)
     times: float = 1.0
-    vain: int = 0
+    vain: Counter[bool] = field(default_factory=Counter)
 
 
 class ByPosition(Protocol):
@@ -172,9 +176,6 @@ class Related(Protocol):
 
         At most so many are asked, newest first.
         """
-
-    def count(self, numbers: NDArray[np.int64], /) -> int:
-        """Return how many there are that could be asked about these blocks."""
 
 
 class Nobody:
@@ -212,7 +213,8 @@ class Neighbours:
         self._asked.clear()
         others: Iterable[tuple[_Find, Relation]] = self._others()
         if measured := self.kinship.measured:
-            others = sorted(islice(others, measured), key=lambda other: other[1].away)
+            known = islice(others, max(measured, _ENOUGH))
+            others = sorted(known, key=lambda other: other[1].away)
         for row, (find, relation) in zip(found, others, strict=False):
             row[:] = find(numbers, False)
             self._asked.append(relation)
@@ -230,9 +232,15 @@ class Neighbours:
                 found.append(Relative(blocks, relation))
         return found
 
-    def count(self, numbers: NDArray[np.int64]) -> int:
-        """Return of how many models the tensor is that are no strangers."""
-        return sum(1 for _ in self._others())
+    def ask_first(self, number: int, base: int) -> bool:
+        """Ask the newest one first whose block there that is, or a delta on it; if there is one."""
+        numbers = np.array([number], np.int64)
+        for place, (find, relation) in enumerate(self._others(), 1):
+            if find(numbers, False).item() == base:
+                relation.away = 0.0
+                self.kinship.measured = max(self.kinship.measured, place)
+                return True
+        return False
 
     def note(self, helped: NDArray[np.bool_]) -> None:
         """Remember whether the models that the candidates are of are relatives."""

@@ -57,7 +57,8 @@ _PATIENCE = 2
 class Family:
     """The relatives of a tensor, asked whether its new blocks had better be bases of others.
 
-    Of blocks of several tensors, a stack, those of the middle are judged by.
+    Of blocks of several tensors, a stack, those of the middle are judged by; ``in_stack`` says of
+    each whether it is of a tensor that may have factors.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Family:
         policy: Policy,
         neighbours: Related,
         *,
-        is_stack: bool = False,
+        in_stack: NDArray[np.bool_] | None = None,
     ) -> None:
         self._reader = reader
         self._policy = policy
         self._neighbours = neighbours
-        self._is_stack = is_stack
+        self._in_stack = in_stack
+        self._is_stack = in_stack is not None
 
     def __call__(self, view: MatrixView, fresh: NDArray[np.int64]) -> float:
         """Return what a delta may take of these blocks of a matrix, ascending, by themselves.
@@ -81,14 +83,9 @@ class Family:
         """
         kinship = self._neighbours.kinship
         size = int(view.block_bytes()[fresh].sum())
-        if size < _LEAST_BYTES or kinship.vain >= _PATIENCE:
+        if size < _LEAST_BYTES or kinship.vain[self._is_stack] >= _PATIENCE:
             return 1.0
-        sample = self._rectangle(view.grid, fresh)
-        rectangle = len(sample)
-        if not rectangle:
-            middle = len(fresh) // 2
-            sampled = _OF_STACK if self._is_stack else _SAMPLED
-            sample, rectangle = fresh[middle : middle + sampled], 1
+        sample, rectangle = self._sample(view.grid, fresh)
         asked = min(max(size // _BYTES_EACH, _LEAST), _MOST)
         relatives = self._neighbours.relatives(sample, asked)
         if not any(self._has_deltas(one) for one in relatives):
@@ -102,38 +99,44 @@ class Family:
                 one.relation.away = cost
             kinship.measured = asked
         least = float(away.min(initial=1.0))
-        saved, near = self._near(probe, relatives, least, view.data.nbytes)
+        deltas = [one for one in relatives if self._has_deltas(one)] if least > 1 / _SMALL else []
+        measured = min(
+            max(view.data.nbytes // _BYTES_EACH_MEASURED, _LEAST_MEASURED), _MOST_MEASURED
+        )
+        saved, near = self._near(probe, deltas[:measured], least)
         if not near:
-            kinship.vain += 1
+            kinship.vain[self._is_stack] += 1
             return 1.0
-        kinship.vain = 0
+        kinship.vain[self._is_stack] = 0
         if not kinship.near:
-            # As many of those that were not asked will be near.
-            beyond = max(self._neighbours.count(sample) / asked, 1.0)
+            if saved < 1 - least:  # with the others it may be enough
+                relatives = self._neighbours.relatives(sample, _MOST)
+                deltas = [one for one in relatives if self._has_deltas(one)]
+                saved, near = self._near(probe, deltas, least)
             kinship.near = [one.relation for one in near[:_NEAREST]]
-            kinship.times = beyond * len(near) / len(kinship.near)
-            saved *= beyond
+            kinship.times = len(near) / len(kinship.near)
         else:
             saved *= kinship.times
         return _NEAR * least if saved >= 1 - least else 1.0
 
-    def _rectangle(self, grid: BlockGrid, fresh: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return a sample of blocks that factors may have in common, if there is one."""
-        if self._is_stack:
-            return fresh[:0]
-        return sample_of(grid, is_among(np.arange(grid.count), fresh))
+    def _sample(self, grid: BlockGrid, fresh: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """Return a sample of blocks, and how many of the first may have factors in common."""
+        middle = len(fresh) // 2
+        if self._in_stack is not None:
+            sample = fresh[middle : middle + _OF_STACK]
+            return sample, int(self._in_stack[sample[0]])
+        sample = sample_of(grid, is_among(np.arange(grid.count), fresh))
+        if len(sample):
+            return sample, len(sample)
+        return fresh[middle : middle + _SAMPLED], 1
 
     def _has_deltas(self, relative: Relative) -> bool:
         return bool((self._reader.bases_of(relative.blocks) != NO_BASE).any())
 
     def _near(
-        self, probe: _Probe, relatives: Sequence[Relative], least: float, size: int
+        self, probe: _Probe, deltas: Sequence[Relative], least: float
     ) -> tuple[float, list[Relative]]:
-        """Return what deltas on relatives would save, and the relatives, nearest first."""
-        if least <= 1 / _SMALL:
-            return 0.0, []
-        deltas = [one for one in relatives if self._has_deltas(one)]
-        deltas = deltas[: min(max(size // _BYTES_EACH_MEASURED, _LEAST_MEASURED), _MOST_MEASURED)]
+        """Return what deltas on near ones of these would save, and those, nearest first."""
         costs = probe.costs([one.blocks for one in deltas])
         near = [i for i in np.argsort(costs, kind="stable").tolist() if costs[i] <= _NEAR * least]
         return sum(least - float(costs[i]) for i in near), [deltas[i] for i in near]
@@ -142,7 +145,7 @@ class Family:
 class _Probe:
     """Some blocks of a matrix, and what deltas on others would take.
 
-    The first ``rectangle`` of these are one.
+    The first ``rectangle`` of these are one; 0 where no factors move them.
     """
 
     def __init__(
@@ -205,6 +208,8 @@ class _Probe:
         costs = np.minimum(totals / self._alone, 1.0)
         for i, references in enumerate(given):
             together = references[: len(self._rectangle)]
-            if seems_moved(reader, view, self._rectangle, together, dtype, self._bound):
+            if len(together) and seems_moved(
+                reader, view, self._rectangle, together, dtype, self._bound
+            ):
                 costs[i] *= _MOVED
         return [float(cost) for cost in costs]

@@ -9,7 +9,7 @@ of its blocks have only once (docs/format.md, "Version 3").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -29,7 +29,7 @@ from pydedup.ingest.factors import (
     seems_low_rank,
 )
 from pydedup.ingest.pairs import Pairs, farthest_base
-from pydedup.ingest.places import BlockReader, by_shape, values_of
+from pydedup.ingest.places import BlockReader, by_shape, stack_blocks, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
@@ -71,9 +71,14 @@ _WIDE = np.dtype(np.float64)
 _AT_ONCE = 32
 _NOTHING: Mapping[int, Moved] = MappingProxyType({})
 
+_Near = Callable[
+    [MatrixView, NDArray[np.int64], float, NDArray[np.int64]],
+    Sequence[Pairs],
+]
+
 
 class Looks:
-    """Looks for adapters that were merged into the tensors of one model."""
+    """Looks for adapters that were merged into the tensors, small ones or others, of one model."""
 
     def __init__(self) -> None:
         self._vain = 0
@@ -265,42 +270,43 @@ class LowRankRelatives:
 
 
 class Adapted:
-    """Says into which small tensors of one model an adapter seems to have been merged."""
+    """Says into which small tensors of one model an adapter seems to have been merged.
 
-    def __init__(self, reader: BlockReader, policy: Policy, looks: Looks) -> None:
+    ``near`` says what stacked blocks are near to (`Similar.pairs`).
+    """
+
+    def __init__(self, reader: BlockReader, near: _Near, policy: Policy) -> None:
         self._reader = reader
+        self._near = near
         self._takes = policy.uses_deltas
         self._bound = policy.max_rel_error
         self._farthest = farthest_base(self._bound)
-        self._looks = looks
+        self._looks = Looks()
 
     def can_be(self, grid: BlockGrid, dtype: DType) -> bool:
         """Return whether a tensor is worth a look."""
         return self._takes and min(grid.rows, grid.cols) >= _LEAST_SIDE and dtype in _DTYPES
 
     def __call__(
-        self, view: MatrixView, number: int, candidates: Callable[[], NDArray[np.int64]]
-    ) -> bool:
-        """Return whether a block of a matrix differs by a low rank from a candidate.
+        self, view: MatrixView, number: int, aligned: Callable[[], NDArray[np.int64]]
+    ) -> int:
+        """Return the reference of what one of stacked blocks differs from by a low rank.
 
-        These are int64 (k, 1), as a `ByPosition` gives them.
+        That is `NO_BASE` if there seems to be none. ``aligned`` gives candidates, int64 (k, 1).
         """
         if self._looks.are_over:
-            return False
+            return NO_BASE
         numbers = np.array([number], np.int64)
-        references = candidates()
-        for one in dict.fromkeys(references[references != NO_BASE].tolist()):
-            reference = np.array([one], np.int64)
-            (dtype,) = self._reader.dtypes_of(reference)
-            part = _difference(self._reader, view, numbers, reference, dtype)
-            away = float(np.square(part.apart, dtype=_WIDE).mean()) ** 0.5
-            seems = away <= self._farthest * part.size and seems_low_rank(
-                part, self._bound * part.size * _OF_ERROR
-            )
-            self._looks.note(seems)
-            if seems:
-                return True
-        return False
+        block = stack_blocks(view, numbers, view.grid.block_shape)
+        for some in self._near(block, numbers, self._farthest, aligned()):
+            for reference in distinct(some.references):
+                given = numbers, np.array([reference], np.int64)
+                (dtype,) = self._reader.dtypes_of(given[1])
+                if seems_moved(self._reader, view, *given, dtype, self._bound):
+                    self._looks.note(True)
+                    return int(reference)
+        self._looks.note(False)
+        return NO_BASE
 
 
 def blocks_together(grid: BlockGrid) -> int:

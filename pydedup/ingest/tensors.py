@@ -54,7 +54,7 @@ def match_tensors(
     """Return the tensors of a model after matching, in their order."""
     matched: dict[str, MatchedTensor] = {}
     looks = Looks()
-    bundle = _Bundle(matcher, request, previous, looks)
+    bundle = _Bundle(matcher, request, previous)
     for entry, twin in request.distinct_entries():
         if twin is not None:
             if twin.name not in matched:
@@ -181,9 +181,6 @@ class _Together:
             if len(blocks) == len(parts)
         ]
 
-    def count(self, rows: NDArray[np.int64]) -> int:
-        return min(of.count(self.numbers[rows[at]]) for of, at in self._parts(rows))
-
     def _parts(self, rows: NDArray[np.int64]) -> list[tuple[Neighbours, slice]]:
         """Return which of these blocks are of one tensor, whose follow one another."""
         owners = self.owners[rows]
@@ -206,14 +203,11 @@ class _Together:
 class _Bundle:
     """What waits to be matched: tensors, and copies of their blocks, stacked by kind."""
 
-    def __init__(
-        self, matcher: Matcher, request: Request, previous: Previous | None, looks: Looks
-    ) -> None:
+    def __init__(self, matcher: Matcher, request: Request, previous: Previous | None) -> None:
         self._matcher = matcher
         self._request = request
         self._previous = previous
-        self._looks = looks
-        self._adapted = Adapted(matcher.reader, request.policy, looks)
+        self._adapted = Adapted(matcher.reader, matcher.similar.pairs, request.policy)
         self._clear()
 
     def _clear(self) -> None:
@@ -275,8 +269,10 @@ class _Bundle:
             found = self._match_alone(waiting.entry, advance)
             done[waiting.entry.name], references[waiting.blocks] = found, found.references
         starts = np.array([waiting.start for waiting in tensors], np.int64)
+        can_be = [self._adapted.can_be(waiting.grid, waiting.entry.dtype) for waiting in tensors]
         for view, blocks in stacks:
             of = owners[blocks]
+            in_stack = np.array(can_be)[of]
             together = _Together(neighbours, of, blocks - starts[of])
             matched = self._matcher.match(
                 view,
@@ -285,7 +281,7 @@ class _Bundle:
                 policy=policy,
                 hints=Hints(
                     together,
-                    most=Family(self._matcher.reader, policy, together, is_stack=True),
+                    most=Family(self._matcher.reader, policy, together, in_stack=in_stack),
                     looks=None,
                 ),
             )
@@ -311,7 +307,8 @@ class _Bundle:
     ) -> list[int]:
         """Return which tensors an adapter seems to have been merged into, by a block in the middle.
 
-        That is a new one: of frozen tensors the store has it.
+        That is a new one: of frozen tensors the store has it. Large tensors are looked at first:
+        most of the model is in these, and heads are small.
         """
         middles = {
             waiting.start + waiting.grid.middle: number
@@ -322,21 +319,26 @@ class _Bundle:
         chosen = chosen[references[chosen] == NO_BASE]
         keys = zip(chosen.tolist(), hash_keys(digests[chosen]), strict=True)
         new = np.array([block for block, key in keys if not self._matcher.is_known(key)], np.int64)
+        at = {
+            middles[int(blocks[row])]: (view, row)
+            for view, blocks in stacks
+            for row in np.flatnonzero(is_among(blocks, new)).tolist()
+        }
         adapted = []
-        for view, blocks in stacks:
-            for row in np.flatnonzero(is_among(blocks, new)).tolist():
-                number = middles[int(blocks[row])]
-                middle = np.array([tensors[number].grid.middle], np.int64)
-                if self._adapted(view, row, partial(neighbours[number], middle)):
-                    adapted.append(number)
-        return adapted
+        for number in sorted(at, key=lambda number: (-tensors[number].entry.nbytes, number)):
+            middle, near = tensors[number].grid.middle, neighbours[number]
+            base = self._adapted(*at[number], partial(near, np.array([middle], np.int64)))
+            if base != NO_BASE and near.ask_first(middle, base):
+                adapted.append(number)
+        return sorted(adapted)
 
     def _match_alone(self, entry: TensorEntry, advance: Callable[[int], None]) -> MatchedTensor:
         """Match a tensor of which only copies of its blocks are at hand."""
         request = self._request
         view = MatrixView.of(request.source.read(entry.name), request.block_shape)
         known = _known(self._previous, entry, view.grid, hash_view(view))
-        return _match_one(self._matcher, request, entry, view, known, self._looks, advance)
+        # Whether to look for an adapter was settled.
+        return _match_one(self._matcher, request, entry, view, known, Looks(), advance)
 
 
 def _stacks(

@@ -131,3 +131,109 @@ def test_fine_tunes_of_one_model_all_stay_deltas_on_it(store: pydedup.Store, dty
         assert report.delta_blocks == reports[0].delta_blocks
         assert share_of(report) < 1.01 * share_of(reports[0])
     assert all(same_bits(store, name, model) for name, model in models.items())
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_tenants_of_several_models_in_turn(store: pydedup.Store, dtype: DType) -> None:
+    """The newest models are none that the next one is made of."""
+    bases = [small(dtype, 80 + i) for i in range(4)]
+    tenants = [with_adapter(bases[i % 4], 90 + i) for i in range(8)]
+    store.add_many({f"base{i}": base for i, base in enumerate(bases)})
+    for number, model in enumerate(tenants):
+        assert share_of(store.add(f"t{number}", model)) < 0.115
+    assert all(same_bits(store, f"t{i}", model) for i, model in enumerate(tenants))
+
+
+def test_tenants_of_several_fine_tunes_in_turn(store: pydedup.Store) -> None:
+    """All are near to one base, and each to the tenants of its own fine-tune."""
+    base = small()
+    tunes = [tuned(base, 100 + i) for i in range(4)]
+    models = {"base": base, **{f"tuned{i}": model for i, model in enumerate(tunes)}}
+    models |= {f"t{i}": with_adapter(tunes[i % 4], 110 + i) for i in range(12)}
+    reports = [store.add(name, model) for name, model in models.items()]
+    # One of each fine-tune is kept whole, but for a few kilobytes at edges.
+    assert all(share_of(report) < 0.25 for report in reports[-8:])
+    assert all(same_bits(store, name, model) for name, model in models.items())
+
+
+def test_heads_of_their_own_do_not_hide_an_adapter(store: pydedup.Store) -> None:
+    rng = np.random.default_rng(130)
+
+    def heads() -> Model:
+        return {f"head{i}": rng.normal(0, 0.02, (64, 64)).astype("f4") for i in range(6)}
+
+    base = small()
+    store.add("base", heads() | base)
+    for number in range(3):
+        own = heads()
+        report = store.add(f"t{number}", own | with_adapter(base, 131 + number))
+        beside = report.stored_bytes - sum(head.nbytes for head in own.values())
+        assert beside < 0.085 * report.logical_bytes
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_two_states_of_each_fine_tune_are_deltas_on_the_base(
+    store: pydedup.Store, dtype: DType
+) -> None:
+    """What one relative would save is not taken to be what all would."""
+    rng = np.random.default_rng(140)
+    base = {f"l{i}": rng.normal(0, 0.02, (96, 128)).astype("f4") for i in range(4)}
+    base = {name: weight.astype(dtype.numpy) for name, weight in base.items()}
+    store.add("base", base)
+    policy = policies.Bounded(0.001)
+    for number in range(14):
+        model = tuned(base, 141 + number)
+        later = tuned(model, 161 + number, rows=0.03)
+        for name, state in (("best", model), ("last", later)):
+            report = store.add(f"{name}{number}", state, policy=policy)
+            assert share_of(report) < 0.4
+
+
+def test_small_tensors_that_were_all_trained_do_not_speak_for_large_ones(
+    store: pydedup.Store,
+) -> None:
+    rng = np.random.default_rng(180)
+    # So many that they are matched before the large one.
+    first = {f"a{i:02}": rng.normal(0, 0.02, (200, 300)).astype("f4") for i in range(18)}
+    large = {"z": rng.normal(0, 0.02, (1024, 256)).astype("f4")}
+    store.add("m", first | large)
+    large = tuned(large, 181)
+    store.add("m", tuned(first, 182) | large)
+    taken = []
+    for number in range(4):
+        large = tuned(large, 183 + number, rows=0.03)
+        report = store.add("m", tuned(first, 190 + number) | large, policy=LOSSLESS)
+        taken.append(report.stored_bytes)
+    # The large one was kept whole once, and is small then.
+    size = large["z"].nbytes
+    assert min(taken[1:]) < max(taken) - 0.6 * size
+    assert taken[-1] < taken[0] - 0.2 * size
+
+
+def test_factors_that_nobody_looks_for_make_nothing_a_base(store: pydedup.Store) -> None:
+    """Tensors of a few rows have no factors: tenants' are not nearer to each other than to all."""
+    rng = np.random.default_rng(200)
+    shapes = [(8, 256), (256, 8)] * 8
+    base = {f"l{i}": rng.normal(0, 0.02, s).astype("f4") for i, s in enumerate(shapes)}
+    region = tuned(base, 201)
+    store.add("base", base)
+    first = share_of(store.add("region", region))
+    for number in range(4):
+        report = store.add(f"t{number}", with_adapter(region, 202 + number))
+        assert share_of(report) < 1.1 * first
+
+
+def test_small_tensors_that_were_all_trained_do_not_hide_an_adapter_in_a_large_one(
+    store: pydedup.Store,
+) -> None:
+    rng = np.random.default_rng(210)
+    first = {f"a{i:02}": rng.normal(0, 0.02, (256, 250)).astype("f4") for i in range(17)}
+    large = {"z": rng.normal(0, 0.02, (1024, 256)).astype("f4")}
+    store.add("base", first | large)
+    trained = tuned(first, 211)
+    alone = store.add("trained", trained | large).stored_bytes
+    report = store.add("m", trained | adapted(large, 4, 212))
+    assert report.stored_bytes < 0.1 * large["z"].nbytes
+    assert store.add("n", tuned(first, 213) | adapted(large, 4, 214)).stored_bytes < (
+        alone + 0.1 * large["z"].nbytes
+    )
