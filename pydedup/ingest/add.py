@@ -29,7 +29,7 @@ from pydedup.ingest.pages import plan_layout
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous, split_sums
 from pydedup.ingest.publish import publish_batch
-from pydedup.ingest.quota import check_quotas
+from pydedup.ingest.quota import BasesRefusedError, check_quotas
 from pydedup.ingest.replace import Chosen, choose_blocks
 from pydedup.ingest.scan import unreadable_pages
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -76,13 +76,17 @@ def add_models(
     started = time.monotonic()
     count = worker_count(workers, sum(request.logical_bytes for request in requests))
     unreadable: set[int] = set()
+    keeps_bases = True
     attempts = 0
     with config.at_most_threads(workers), Workers(count) as crew:
         work = _Add(adapter, pool, requests, crew, dry_run, progress, started, kept)
         while attempts < _ATTEMPTS:
             epoch = adapter.epoch()
             try:
-                reports = work.attempt(epoch, unreadable)
+                reports = work.attempt(epoch, unreadable, keeps_bases)
+            except BasesRefusedError:
+                keeps_bases = False
+                continue
             except (CorruptStoreError, NotFoundError) as exc:
                 was_changed = adapter.epoch() != epoch
                 if was_changed and isinstance(exc, PageNotFoundError | NotFoundError):
@@ -114,14 +118,18 @@ class _Add:
     started: float
     kept: KeptIndex
 
-    def attempt(self, epoch: int, unreadable: Collection[int]) -> list[AddReport] | None:
+    def attempt(
+        self, epoch: int, unreadable: Collection[int], keeps_bases: bool
+    ) -> list[AddReport] | None:
         """Add once; ``None`` when pages that this add shares went away meanwhile.
 
         Quotas are checked on the state of the store that `Stager.publish` then insists on.
         """
         memory = _SHARED_SPOOL_BYTES if self.workers.are_several else _SPOOL_BYTES
         with Spool(memory, workers=self.workers) as spool:
-            matcher = Matcher(self.adapter, self.pool, spool, unreadable, self.kept)
+            matcher = Matcher(
+                self.adapter, self.pool, spool, unreadable, self.kept, keeps_bases=keeps_bases
+            )
             try:
                 models = self._match(matcher)
             except CorruptStoreError as exc:

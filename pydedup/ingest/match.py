@@ -139,7 +139,8 @@ class Matcher:
     """Matches the tensors of one batch, in order. Not thread-safe.
 
     Pages of the store that are ``unreadable`` are nothing that blocks are shared with. ``kept`` is
-    what an add before this one left of the similarity index.
+    what an add before this one left of the similarity index. Unless it ``keeps_bases``, no block is
+    kept by itself where a delta takes less, as a base of later ones (families.py).
 
     Attributes
     ----------
@@ -149,6 +150,8 @@ class Matcher:
         What it does not have.
     look
         What looks at pieces of a matrix (`look_now`); may have done so ahead of time (ahead.py).
+    kept_bases
+        Whether blocks were kept as bases of later ones.
     """
 
     def __init__(
@@ -158,6 +161,8 @@ class Matcher:
         spool: Spool,
         unreadable: Collection[int] = (),
         kept: KeptIndex | None = None,
+        *,
+        keeps_bases: bool = True,
     ) -> None:
         self.adapter = adapter
         self.pool = pool
@@ -174,6 +179,8 @@ class Matcher:
         # What the store said about hashes that were asked about, but not looked up yet.
         self._answers: dict[bytes, tuple[BlockRow, ...]] = {}
         self.look: _Look = look_now
+        self._keeps_bases = keeps_bases
+        self.kept_bases = False
 
     def match(
         self,
@@ -326,7 +333,10 @@ class Matcher:
         leader_of = _leaders(fresh, view.block)
         leaders = np.array(sorted(set(leader_of.values())), np.int64)
         takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
-        most = hints.most(view, leaders) if takes_deltas and hints.most is not None else 1.0
+        most = 1.0
+        if takes_deltas and self._keeps_bases and hints.most is not None:
+            most = hints.most(view, leaders)
+            self.kept_bases |= most < 1
         neighbours = hints.aligned if takes_deltas else _NOBODY
         if relatives is None:
             relatives = LowRankRelatives(

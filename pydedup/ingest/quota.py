@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup.errors import QuotaError
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.staged import StagedModel
 from pydedup.layout import pages_read
@@ -15,7 +16,11 @@ from pydedup.quotas import Newcomers, check
 from pydedup.sets import distinct
 from pydedup.usage import Readers
 
-__all__ = ["check_quotas"]
+__all__ = ["BasesRefusedError", "check_quotas"]
+
+
+class BasesRefusedError(QuotaError):
+    """Quotas refuse blocks that are kept as bases of later ones; as deltas they may not."""
 
 
 def check_quotas(
@@ -28,7 +33,7 @@ def check_quotas(
     Raises
     ------
     QuotaError
-        When they do not.
+        When they do not; a `BasesRefusedError` where there are `Matcher.kept_bases`.
     """
 
     def references(number: int) -> NDArray[np.int64]:
@@ -54,4 +59,9 @@ def check_quotas(
     described = [(m.metadata, m.logical_bytes) for m in models]
     replaced = frozenset(m.replaces for m in models)  # 0 is the id of no model
     newcomers = Newcomers(described, readers, replaced, said)
-    return check(matcher.adapter, matcher.pool, newcomers, epoch)
+    try:
+        return check(matcher.adapter, matcher.pool, newcomers, epoch)
+    except QuotaError as error:
+        if not matcher.kept_bases:
+            raise
+        raise BasesRefusedError(str(error)) from error

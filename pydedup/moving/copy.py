@@ -28,7 +28,7 @@ from pydedup.errors import (
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.pages import settled
 from pydedup.ingest.publish import publish_batch
-from pydedup.ingest.quota import check_quotas
+from pydedup.ingest.quota import BasesRefusedError, check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import Stager
 from pydedup.jobs import Job
@@ -161,13 +161,17 @@ class _Copier:
         if not item.is_wanted:
             return _nothing_done(item)
         not_whole: set[int] = set()
+        keeps_bases = True
         for _ in range(_ATTEMPTS):
             self._catch_up()
             epochs = self._epoch(), self._there.epoch
             try:
-                copied = self._attempt(item, not_whole)
+                copied = self._attempt(item, not_whole, keeps_bases)
             except NotWholeError as error:
                 not_whole.update(error.page_ids)
+                continue
+            except BasesRefusedError:
+                keeps_bases = False
                 continue
             except CorruptStoreError as error:
                 if epochs != (self._epoch(), self._target.adapter.epoch()):
@@ -220,7 +224,7 @@ class _Copier:
         row = version_of(theirs, item.row.name, item.row.version)
         return row is not None and same_model(ours, item.row, theirs, row)
 
-    def _attempt(self, item: Item, not_whole: set[int]) -> CopiedModel | None:
+    def _attempt(self, item: Item, not_whole: set[int], keeps_bases: bool) -> CopiedModel | None:
         """Copy once; ``None`` when that must be done anew."""
         source, target = self._source, self._target
         epoch = self._there.epoch
@@ -229,7 +233,7 @@ class _Copier:
         new = [page_id for page_id in model.page_ids.tolist() if page_id not in self._known]
         self._progress.begin(sum(sizes.get(page_id, 0) for page_id in new))
         with Spool(_SPOOL_MEMORY_BYTES, elsewhere=source.pool) as spool:
-            matcher = Matcher(target.adapter, target.pool, spool)
+            matcher = Matcher(target.adapter, target.pool, spool, keeps_bases=keeps_bases)
             used = self._survey.used if self._there.is_bare else {}
             scope = Scope(self._known, self._there.twins, used, not_whole)
             resolver = Resolver(

@@ -23,6 +23,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Neighbours
 from pydedup.ingest.families import Family
+from pydedup.ingest.low_rank import Looks
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import NO_PLACE, block_places, by_page, joined, split_places
@@ -290,15 +291,15 @@ class Resolver:
 
     def _match_anew(self) -> None:
         """Find or spool what is left: deltas on bases that are deltas at the destination."""
-        model = self._model
+        model, looks = self._model, Looks()
         for info, block_map in zip(model.stored.tensors, model.maps, strict=True):
             own = block_places(block_map.page_ids, block_map.slots)
             at = np.searchsorted(model.places, own)
             if (self._out.references[at] == NO_BASE).any():
-                self._match_tensor_anew(info, block_map, at)
+                self._match_tensor_anew(info, block_map, at, looks)
 
     def _match_tensor_anew(
-        self, info: TensorInfo, block_map: BlockMap, at: NDArray[np.int64]
+        self, info: TensorInfo, block_map: BlockMap, at: NDArray[np.int64], looks: Looks
     ) -> None:
         """Find or spool the blocks of a tensor that are left; ``at`` are the places of all."""
         matcher, grid, policy = self._matcher, block_map.grid, Lossless()
@@ -316,7 +317,9 @@ class Resolver:
             policy=policy,
             known=known,
             hints=Hints(
-                aligned=_Given(given, neighbours), most=Family(matcher.reader, policy, neighbours)
+                aligned=_Given(given, neighbours),
+                most=Family(matcher.reader, policy, neighbours),
+                looks=looks,
             ),
         )
         made = self._spool.count - before

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 import pydedup
 from pydedup import policies, registry
+from pydedup.errors import QuotaError
 from pydedup.types import DType
 
 from .damage import change
@@ -82,6 +84,39 @@ def test_tenants_of_a_tuned_model_are_small_from_the_second_on(store: pydedup.St
         assert report.delta_blocks == report.blocks
         assert share_of(report) < 0.16
     check_bits(store, models)
+
+
+def test_what_fits_a_quota_only_as_deltas_is_stored_as_deltas(
+    store: pydedup.Store, tmp_path: Path
+) -> None:
+    """It was refused: its blocks were to be kept whole, as bases of tenants that might come."""
+    family = Family()
+    models = {"base": family.pretrained, "region": family.tuned(family.pretrained)}
+    models["t"] = family.adapted(models["region"])
+    for name in ("base", "region"):
+        store.add(name, models[name])
+    whole = store.add("t", models["t"], dry_run=True)
+    assert whole.delta_blocks == 0
+    mine = {"tenant": "t"}
+    store.quotas.set("tenant", "t", int(0.8 * whole.logical_bytes))
+    planned = store.add("t", models["t"], metadata=mine, dry_run=True)
+    report = store.add("t", models["t"], metadata=mine)
+    assert planned.stored_bytes == report.stored_bytes < whole.stored_bytes
+    assert report.delta_blocks == report.blocks
+    check_bits(store, models)
+    with pydedup.open(tmp_path / "source.db") as source:
+        source.add("region", models["region"])
+        source.add("mine@1", family.adapted(models["region"]), metadata={"tenant": "m"})
+        (copied,) = source.copy_to(store.url, ["mine"]).models
+        assert copied.delta_blocks == 0
+        store.remove("mine")
+        store.vacuum()
+        store.quotas.set("tenant", "m", int(0.8 * whole.logical_bytes))
+        (copied,) = source.copy_to(store.url, ["mine"]).models
+        assert copied.delta_blocks == copied.blocks
+    store.quotas.set("tenant", "n", 10_000)
+    with pytest.raises(QuotaError, match="this add, tenant=n would take"):
+        store.add("n", family.adapted(models["region"]), metadata={"tenant": "n"})
 
 
 def test_tenants_in_bf16_pay_for_a_base_once_enough_are_there(store: pydedup.Store) -> None:
