@@ -215,6 +215,34 @@ def test_a_shard_that_takes_no_changes_is_read_and_the_others_are_refilled(
     is_sound(url)
 
 
+def test_a_shard_whose_statements_are_cut_short_is_told_and_the_others_are_refilled(
+    place: ShardedPlace, shard_servers: Any
+) -> None:
+    """It says what it has, and takes longer to give it than it may."""
+    url, slow, other = place.url(2), 1, 2
+    fill(url)
+    there = place.payloads()
+    missing = min({*ids_on(place, 0)} & {*ids_on(place, other)})
+    place.rows(other, "DELETE FROM {}.page_payloads WHERE id = %s", missing)
+    for statement in (
+        "ALTER TABLE {}.page_payloads RENAME TO whole",
+        "CREATE FUNCTION {}.late(payload bytea) RETURNS bytea LANGUAGE plpgsql STABLE AS $$BEGIN "
+        "RAISE 'too late' USING ERRCODE = '57014'; END$$",
+        "CREATE VIEW {0}.page_payloads AS SELECT id, {0}.late(payload) AS payload FROM {0}.whole",
+    ):
+        place.rows(slow, statement)
+    with pydedup.open(url) as store:
+        report = store.refill()
+    ((failed, why),) = report.failed.items()
+    assert f"port={shard_servers[slow].port}" in failed
+    assert "too late; raise statement_timeout" in why
+    assert (report.ok, report.missing, report.damaged) == (False, 1, 0)
+    place.rows(slow, "DROP VIEW {}.page_payloads")
+    place.rows(slow, "ALTER TABLE {}.whole RENAME TO page_payloads")
+    assert place.payloads() == there
+    is_sound(url)
+
+
 @pytest.mark.parametrize("what", ["database", "schema"])
 def test_what_is_dropped_under_readers_is_read_elsewhere(
     what: str, place: ShardedPlace, new_place: NewPlace
