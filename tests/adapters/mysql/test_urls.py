@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MySQL/MariaDB: what a URL means to the driver, and what is shown of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pydedup.adapters._mysql_url import CONNECT_SECONDS, locate
+from pydedup.errors import ArgumentError
+
+WAIT = {"connection_timeout": CONNECT_SECONDS}
+
+
+@pytest.fixture(autouse=True)
+def no_password_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MYSQL_PWD", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "options"),
+    [
+        ("mysql://h/db", "mysql://h/db", {"host": "h", "database": "db"}),
+        ("mysql:///db", "mysql://localhost/db", {"host": "localhost", "database": "db"}),
+        (
+            "mysql://me@/d%20b",
+            "mysql://me@localhost/d%20b",
+            {"host": "localhost", "database": "d b", "user": "me"},
+        ),
+        (
+            "mariadb://m%40e:p%2Fw@h:3307/db?prefix=acme_&unix_socket=/s&compress=no&use_pure=1",
+            "mariadb://m@e@h:3307/db?unix_socket=/s&prefix=acme_",
+            {"host": "h", "port": 3307, "database": "db", "user": "m@e", "password": "p/w"}
+            | {"unix_socket": "/s", "compress": False, "use_pure": True},
+        ),
+        (
+            "mysql://h/db?connect_timeout=0.2&read_timeout=2.6&tls_versions=TLSv1.2,TLSv1.3",
+            "mysql://h/db",
+            {"host": "h", "database": "db", "connection_timeout": 1, "read_timeout": 3}
+            | {"tls_versions": ["TLSv1.2", "TLSv1.3"]},
+        ),
+    ],
+)
+def test_what_the_driver_is_given(url: str, shown: str, options: dict[str, Any]) -> None:
+    place = locate(url)
+    assert place.url == shown
+    assert place.options == WAIT | options
+    assert place.database == options["database"]
+
+
+def test_a_schema_is_the_database_as_it_is_written() -> None:
+    place = locate("mysql://h/other", "a/b%20")
+    assert (place.database, place.options["database"]) == ("a/b%20", "a/b%20")
+    assert place.url == "mysql://h/a/b%2520"
+
+
+@pytest.mark.parametrize(
+    ("url", "schema"),
+    [
+        ("mysql://h", None),
+        ("mysql://h/", None),
+        ("mysql://h/a/b", None),
+        ("mysql://h/db", ""),
+        ("mysql://h/db", "a\0"),
+    ],
+)
+def test_what_names_no_database(url: str, schema: str | None) -> None:
+    with pytest.raises(ArgumentError, match="names no database; write mysql://user:password@"):
+        locate(url, schema)
