@@ -296,12 +296,14 @@ class _Copier:
         at, first = np.unique(np.concatenate([model.places, places[whole]]), return_index=True)
         references = np.concatenate([resolved.references, whole])[first]
         last = np.array(self._survey.done(model.page_ids.tolist()), np.int64)
-        later = ~is_among(split_places(at)[0], last)
+        there = stager.places(references)
+        # A base that all deltas on it turned out to be there without was not written.
+        later = ~is_among(split_places(at)[0], last) & (split_places(there)[0] > 0)
         at, references = at[later], references[later]
         bases = matcher.reader.bases_of(references)
         is_delta = bases != NO_BASE
         found = Whereabouts.nowhere(len(at))
-        found.places[:] = stager.places(references)
+        found.places[:] = there[later]
         found.costs[:] = matcher.reader.costs_of(references)
         found.bases[:] = stager.places(bases)
         found.base_costs[is_delta] = matcher.reader.costs_of(bases[is_delta])

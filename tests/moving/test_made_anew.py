@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deltas whose base the destination has as a delta: encoded anew, as an add of them would be."""
+"""Deltas whose base the destination has as a delta: encoded anew, as an add of them would be.
+
+And those whose base it lacks, while it has them.
+"""
 
 from __future__ import annotations
 
@@ -86,3 +89,22 @@ def test_tensors_of_other_names_within_a_bound(
     assert copied.delta_blocks == copied.blocks
     assert copied.stored_bytes < 0.3 * copied.logical_bytes
     assert_same(source_url, url, names={"mine@1"})
+
+
+def test_a_base_that_one_model_did_not_need_there_comes_with_the_next(
+    new_store: New, assert_same: Callable[..., None]
+) -> None:
+    """It was taken to have come with the first, whose deltas were there under another name."""
+    rng = np.random.default_rng(8)
+    base = {"w": rng.normal(0, 0.02, (512, 300)).astype("f4")}
+    models = {name: adapted(base, seed) for name, seed in (("first", 1), ("second", 2))}
+    source_url, url = new_store("sqlite"), new_store("sqlite")
+    with pydedup.open(url) as store:
+        store.add("other@1", models["first"])
+    with pydedup.open(source_url) as store:
+        store.add("base@1", base)
+        for name, model in models.items():
+            assert store.add(f"{name}@1", model).delta_blocks
+        first, second = store.copy_to(url, list(models)).models
+    assert first.stored_bytes == 0 < second.delta_blocks
+    assert_same(source_url, url, names={"first@1", "second@1"})
