@@ -15,6 +15,7 @@ import pytest
 
 import pydedup
 from pydedup import policies
+from pydedup.adapter_options import only_sound_rows
 from pydedup.errors import CorruptStoreError, DuplicateError, NotAStoreError, NotFoundError
 from pydedup.graph import Graph, Node
 from pydedup.jobs import Job
@@ -262,3 +263,20 @@ def test_a_schema_that_is_no_text(mode: str, tmp_path: Path) -> None:
     path.write_bytes(content.replace(b"CREATE TABLE pydedup_m", b"CREATE T\xffBLE pydedup_m"))
     with pytest.raises(CorruptStoreError, match=r"near \"T\ufffdBLE\": syntax error; .*backup"):
         pydedup.open(path, mode=mode)
+
+
+def test_where_rows_of_one_store_are_left_out_those_of_another_are_an_error(tmp_path: Path) -> None:
+    """As in a copy between two of them."""
+    for name in ("one", "other"):
+        with pydedup.open(tmp_path / f"{name}.db") as store:
+            store.add("m", {"w": np.ones(3)})
+        with contextlib.closing(sqlite3.connect(tmp_path / f"{name}.db")) as connection, connection:
+            connection.execute("UPDATE pydedup_models SET created_at = x'fffe'")
+    with pydedup.open(tmp_path / "one.db") as one, pydedup.open(tmp_path / "other.db") as other:
+        told: list[str] = []
+        with only_sound_rows(one._adapter, lambda table, *_: told.append(table)):
+            assert one._adapter.models() == []
+            assert told == ["models"]
+            with pytest.raises(CorruptStoreError, match="column created_at"):
+                other._adapter.models()
+        assert told == ["models"]
