@@ -270,8 +270,7 @@ def test_where_rows_of_one_store_are_left_out_those_of_another_are_an_error(tmp_
     for name in ("one", "other"):
         with pydedup.open(tmp_path / f"{name}.db") as store:
             store.add("m", {"w": np.ones(3)})
-        with contextlib.closing(sqlite3.connect(tmp_path / f"{name}.db")) as connection, connection:
-            connection.execute("UPDATE pydedup_models SET created_at = x'fffe'")
+        assert put(tmp_path / f"{name}.db", "pydedup_models", "created_at", "x'fffe'")
     with pydedup.open(tmp_path / "one.db") as one, pydedup.open(tmp_path / "other.db") as other:
         told: list[str] = []
         with only_sound_rows(one._adapter, lambda table, *_: told.append(table)):
