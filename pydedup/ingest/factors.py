@@ -159,9 +159,10 @@ class Difference:
         return sum(_squares(self.apart[strip].astype(np.float64)) for strip in self.strips())
 
 
-def seems_low_rank(sample: Difference, error: float) -> bool:
+def seems_low_rank(sample: Difference, error: float, *, twice: bool = False) -> bool:
     """Return whether a part of a matrix leaves little but noise behind when its rank is reduced.
 
+    Or, ``twice``, whether the difference of two such would: that has both their ranks.
     ``error`` is as `find_factors` takes it. Weights that were all trained have a rank near to a
     low one, too, but only near. Rows and columns that do not differ say nothing: where few do, the
     rank is low whatever they hold, and a delta says that in fewer bytes.
@@ -179,7 +180,8 @@ def seems_low_rank(sample: Difference, error: float) -> bool:
             squares = np.linalg.eigvalsh(one @ one.T)
     except np.linalg.LinAlgError:  # it did not converge
         return False
-    rest = squares[: max(len(squares) // 2, len(squares) - MAX_RANK)].sum()
+    most = min(len(squares) - len(squares) // 2, MAX_RANK)
+    rest = squares[: len(squares) - (most // 2 if twice else most)].sum()
     noise = max(sample.coarse / 12**0.5, error)
     return bool(rest <= min(_MOST_OF_SAMPLE * noise**2 * apart.size, _MOST_REST * squares.sum()))
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.ingest.aligned import Related, Relative
-from pydedup.ingest.low_rank import sample_of, seems_moved
+from pydedup.ingest.low_rank import LEAST_SIDE, sample_of, seems_moved
 from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
@@ -137,7 +137,9 @@ class Family:
         self, probe: _Probe, deltas: Sequence[Relative], least: float
     ) -> tuple[float, list[Relative]]:
         """Return what deltas on near ones of these would save, and those, nearest first."""
-        costs = probe.costs([one.blocks for one in deltas])
+        # Edges of a few rows or columns had better become what the rest does.
+        twice = min(probe.block_shape) >= LEAST_SIDE
+        costs = probe.costs([one.blocks for one in deltas], twice=twice)
         near = [i for i in np.argsort(costs, kind="stable").tolist() if costs[i] <= _NEAR * least]
         return sum(least - float(costs[i]) for i in near), [deltas[i] for i in near]
 
@@ -163,14 +165,22 @@ class _Probe:
         self._rectangle = numbers[:rectangle]
         alone = codec.encode_blocks(view, numbers, planes=policy.compresses)
         self._alone = max(int(alone.lengths.sum()), 1)
-        self._known: dict[bytes, float] = {}
+        self._known: dict[tuple[bytes, bool], float] = {}
 
-    def costs(self, given: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Rows and columns of a block that is not at an edge."""
+        return self._view.grid.block_shape
+
+    def costs(
+        self, given: Sequence[NDArray[np.int64]], *, twice: bool = False
+    ) -> NDArray[np.float64]:
         """Return what deltas on blocks take of what the blocks do by themselves, about.
 
-        Of each of ``given`` there is a reference for each block.
+        Of each of ``given`` there is a reference for each block. With ``twice``, factors count that
+        would be found between two models like this one, too: else it is no use as their base.
         """
-        keys = [references.tobytes() for references in given]
+        keys = [(references.tobytes(), twice) for references in given]
         unknown = {
             key: references
             for key, references in zip(keys, given, strict=True)
@@ -185,11 +195,14 @@ class _Probe:
         for dtype, alike in by_dtype.items():
             for start in range(0, len(alike), _AT_ONCE):
                 some = alike[start : start + _AT_ONCE]
-                for references, cost in zip(some, self._measured(some, dtype), strict=True):
-                    self._known[references.tobytes()] = cost
+                measured = self._measured(some, dtype, twice)
+                for references, cost in zip(some, measured, strict=True):
+                    self._known[references.tobytes(), twice] = cost
         return np.array([self._known[key] for key in keys])
 
-    def _measured(self, given: Sequence[NDArray[np.int64]], dtype: DType) -> list[float]:
+    def _measured(
+        self, given: Sequence[NDArray[np.int64]], dtype: DType, twice: bool
+    ) -> list[float]:
         """Return the same for blocks of one dtype."""
         reader, view, numbers = self._reader, self._view, self._numbers
         totals = np.zeros(len(given), np.int64)
@@ -209,7 +222,7 @@ class _Probe:
         for i, references in enumerate(given):
             together = references[: len(self._rectangle)]
             if len(together) and seems_moved(
-                reader, view, self._rectangle, together, dtype, self._bound
+                reader, view, self._rectangle, together, dtype, self._bound, twice=twice
             ):
                 costs[i] *= _MOVED
         return [float(cost) for cost in costs]

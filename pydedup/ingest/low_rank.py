@@ -36,6 +36,7 @@ from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
 __all__ = [
+    "LEAST_SIDE",
     "Adapted",
     "Looks",
     "LowRankRelatives",
@@ -58,8 +59,8 @@ _PATIENCE = 2
 # Looks in vain, on end, after which a tensor, and its model, is looked at no more: who trained all
 # weights of some tensors did so with most.
 _LOOKS_AT_TENSOR, _LOOKS = 2, 6
-# Rows and columns of a small tensor that factors may be worth their bytes for.
-_LEAST_SIDE = 32
+#: Rows and columns of a small tensor that factors may be worth their bytes for.
+LEAST_SIDE = 32
 # Blocks of a page that have a factor in common, at most, when it is weighed whether one pays.
 _USERS = 8
 # Of the error that is allowed: how far the product may be off.
@@ -285,7 +286,7 @@ class Adapted:
 
     def can_be(self, grid: BlockGrid, dtype: DType) -> bool:
         """Return whether a tensor is worth a look."""
-        return self._takes and min(grid.rows, grid.cols) >= _LEAST_SIDE and dtype in _DTYPES
+        return self._takes and min(grid.rows, grid.cols) >= LEAST_SIDE and dtype in _DTYPES
 
     def __call__(
         self, view: MatrixView, number: int, aligned: Callable[[], NDArray[np.int64]]
@@ -340,12 +341,17 @@ def seems_moved(
     references: NDArray[np.int64],
     dtype: DType,
     bound: float,
+    *,
+    twice: bool = False,
 ) -> bool:
-    """Return whether the blocks of a sample differ from others of that dtype by a low rank."""
+    """Return whether the blocks of a sample differ from others of that dtype by a low rank.
+
+    Or, ``twice``, whether two that differ so from these others would from each other.
+    """
     if view.dtype not in _DTYPES:
         return False
     part = _difference(reader, view, numbers, references, dtype)
-    return seems_low_rank(part, bound * part.size * _OF_ERROR)
+    return seems_low_rank(part, bound * part.size * _OF_ERROR, twice=twice)
 
 
 def _difference(

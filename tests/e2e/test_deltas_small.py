@@ -237,3 +237,19 @@ def test_small_tensors_that_were_all_trained_do_not_hide_an_adapter_in_a_large_o
     assert store.add("n", tuned(first, 213) | adapted(large, 4, 214)).stored_bytes < (
         alone + 0.1 * large["z"].nbytes
     )
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (512, 640)], ids=str)
+def test_adapters_of_a_rank_that_two_do_not_share_make_no_bases(
+    store: pydedup.Store, shape: tuple[int, int]
+) -> None:
+    """One is near to its fine-tune; two of its tenants differ by a rank that is not low."""
+    rng = np.random.default_rng(220)
+    base = {f"l{i}": rng.normal(0, 0.02, shape).astype("f4") for i in range(2)}
+    region = tuned(base, 221)
+    store.add("base", base)
+    first = share_of(store.add("region", region))
+    rank = 24 if shape[0] == 256 else 64
+    for number in range(4):
+        report = store.add(f"t{number}", with_adapter(region, 222 + number, rank))
+        assert share_of(report) < 1.1 * first

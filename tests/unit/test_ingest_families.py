@@ -26,9 +26,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     measure = families._Probe._measured
 
-    def counted(self: Any, given: Sequence[NDArray[np.int64]], dtype: DType) -> list[float]:
+    def counted(
+        self: Any, given: Sequence[NDArray[np.int64]], dtype: DType, twice: bool
+    ) -> list[float]:
         found.extend(len(references) for references in given)
-        return measure(self, given, dtype)
+        return measure(self, given, dtype, twice)
 
     monkeypatch.setattr(families._Probe, "_measured", counted)
     return found

@@ -24,8 +24,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     seems = low_rank.seems_low_rank
 
-    def noted(sample: Difference, error: float) -> bool:
-        found.append(seems(sample, error))
+    def noted(sample: Difference, error: float, *, twice: bool = False) -> bool:
+        found.append(seems(sample, error, twice=twice))
         return found[-1]
 
     monkeypatch.setattr(low_rank, "seems_low_rank", noted)
