@@ -57,8 +57,8 @@ _FRESH = 0.5
 _ACROSS = 4
 _PATIENCE = 2
 # Looks in vain, on end, after which a tensor, and its model, is looked at no more: who trained all
-# weights of some tensors did so with most.
-_LOOKS_AT_TENSOR, _LOOKS = 2, 6
+# weights of some tensors did so with most. Small ones have less to save.
+_LOOKS_AT_TENSOR, _LOOKS, _LOOKS_AT_SMALL = 2, 6, 4
 #: Rows and columns of a small tensor that factors may be worth their bytes for.
 LEAST_SIDE = 32
 # Blocks of a page that have a factor in common, at most, when it is weighed whether one pays.
@@ -79,15 +79,19 @@ _Near = Callable[
 
 
 class Looks:
-    """Looks for adapters that were merged into the tensors, small ones or others, of one model."""
+    """Looks for adapters that were merged into the tensors, small ones or others, of one model.
 
-    def __init__(self) -> None:
+    After ``most`` in vain, on end, they are over.
+    """
+
+    def __init__(self, most: int = _LOOKS) -> None:
+        self._most = most
         self._vain = 0
 
     @property
     def are_over(self) -> bool:
         """Whether it was looked for them in vain often enough."""
-        return self._vain >= _LOOKS
+        return self._vain >= self._most
 
     def note(self, found: bool) -> None:
         """Remember what came of one."""
@@ -282,7 +286,7 @@ class Adapted:
         self._takes = policy.uses_deltas
         self._bound = policy.max_rel_error
         self._farthest = farthest_base(self._bound)
-        self._looks = Looks()
+        self._looks = Looks(_LOOKS_AT_SMALL)
 
     def can_be(self, grid: BlockGrid, dtype: DType) -> bool:
         """Return whether a tensor is worth a look."""
