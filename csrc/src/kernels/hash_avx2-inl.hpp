@@ -105,6 +105,8 @@ inline void hash_finish(const HashState& state, std::size_t rows, std::size_t ro
     fold_lanes(keyed, rows, row_bytes, seed, out);
 }
 
+constexpr int kHashUnroll = 1;
+
 #include "kernels/hash_vector-inl.hpp"
 
 constexpr HashKernels kHash = {hash_rows, hash_panel};

@@ -83,6 +83,8 @@ inline void hash_finish(const HashState& state, std::size_t rows, std::size_t ro
     fold_lanes(keyed, rows, row_bytes, seed, out);
 }
 
+constexpr int kHashUnroll = 8;
+
 #include "kernels/hash_vector-inl.hpp"
 
 // Panels come from memory, and there the 256-bit form of whole stripes is the faster one (Zen 4,

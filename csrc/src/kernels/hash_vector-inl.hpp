@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the vector kernels share: walking rows. Included INSIDE the namespace of an instruction set
 // (no guard on purpose), after HashState and hash_start, hash_stripe, hash_scramble and
-// hash_finish were defined for its registers; and hash_tail, where loads can be masked.
+// hash_finish were defined for its registers; and hash_tail, where loads can be masked. As many
+// stripes of a group as kHashUnroll are code of their own: GCC adds up all of these at the end,
+// which with 16 registers it does from memory.
 
 using Keys = const std::uint64_t (*)[kLanes];
 
@@ -29,6 +31,7 @@ inline void hash_tail(const std::uint8_t* data, std::size_t left, const std::uin
 
 template <bool kAsks>
 inline void hash_group(const std::uint8_t* data, Keys keys, HashState& state) noexcept {
+#pragma GCC unroll kHashUnroll
     for (std::size_t s = 0; s < kGroupStripes; ++s) {
         if constexpr (kAsks) ask_for_stripe(data + s * kStripeBytes + kHashAheadBytes);
         hash_stripe(data + s * kStripeBytes, keys[s], state);
@@ -38,8 +41,8 @@ inline void hash_group(const std::uint8_t* data, Keys keys, HashState& state) no
 
 // Stripes one behind the other, from `data` to `end`.
 template <bool kAsks>
-inline void hash_stripes(const std::uint8_t* data, const std::uint8_t* end, Keys keys,
-                         HashState& state) noexcept {
+inline HashState hash_stripes(const std::uint8_t* data, const std::uint8_t* end, Keys keys,
+                              HashState state) noexcept {
     for (; static_cast<std::size_t>(end - data) >= kGroupStripes * kStripeBytes;
          data += kGroupStripes * kStripeBytes) {
         hash_group<kAsks>(data, keys, state);
@@ -47,6 +50,7 @@ inline void hash_stripes(const std::uint8_t* data, const std::uint8_t* end, Keys
     for (std::size_t s = 0; data != end; ++s, data += kStripeBytes) {
         hash_stripe(data, keys[s], state);
     }
+    return state;
 }
 
 // One row of a block; returns the number of the next stripe in its group. What comes `ahead` bytes
@@ -82,9 +86,9 @@ void hash_rows(const std::uint8_t* data, std::size_t rows, std::size_t row_bytes
     if (row_bytes % kStripeBytes == 0 && (stride_bytes == row_bytes || rows == 1)) {
         const std::uint8_t* end = data + rows * row_bytes;
         if (stride_bytes == 0 && row_bytes <= kHashCachedBytes) {
-            hash_stripes<false>(data, end, keys, state);
+            state = hash_stripes<false>(data, end, keys, state);
         } else {
-            hash_stripes<true>(data, end, keys, state);
+            state = hash_stripes<true>(data, end, keys, state);
         }
     } else {
         std::size_t stripe = 0;
