@@ -22,6 +22,7 @@ from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
 from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Aligned, ByPosition, Nobody
+from pydedup.ingest.by_hash import ByHash, leaders_of
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
 from pydedup.ingest.low_rank import Looks, LowRankRelatives, Moved, blocks_together
@@ -174,7 +175,7 @@ class Matcher:
         self.catalog = Catalog(adapter, pool.expect)
         self.met = MetTensors(self.reader)
         self.aligned = Aligned(adapter, self.catalog, self.stored, self.reader)
-        self._known = _Known()
+        self._known = ByHash()
         self._looked_up: set[bytes] = set()
         # What the store said about hashes that were asked about, but not looked up yet.
         self._answers: dict[bytes, tuple[BlockRow, ...]] = {}
@@ -330,7 +331,7 @@ class Matcher:
 
         ``relatives`` is what this returned for other blocks of the matrix.
         """
-        leader_of = _leaders(fresh, view.block)
+        leader_of = leaders_of(fresh, view.block)
         leaders = np.array(sorted(set(leader_of.values())), np.int64)
         takes_deltas = policy.uses_deltas and can_be_delta(view.grid.block_shape)
         most = 1.0
@@ -388,7 +389,7 @@ class Matcher:
                 fresh.setdefault(key, []).extend(at[blocks].tolist())
                 held.update((int(at[i]), content.block(i)) for i in blocks)
         first_of = np.arange(len(piece))
-        for i, first in _leaders(fresh, held.__getitem__).items():
+        for i, first in leaders_of(fresh, held.__getitem__).items():
             first_of[i] = first
         if most == 1:  # else they are relatives, who might have helped
             helped = (aligned == kept.bases) | (aligned == kept.shared)
@@ -411,56 +412,5 @@ class Matcher:
         matched.errors[piece] = kept.errors
 
 
-class _Known:
-    """References of blocks by hash, in an order.
-
-    There are several of one hash only where hashes collide, or the same bytes exist under two
-    dtypes. So most need no list, of which Python's garbage collector would visit each again and
-    again.
-    """
-
-    def __init__(self) -> None:
-        self._first: dict[bytes, int] = {}
-        self._others: dict[bytes, list[int]] = {}
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._first
-
-    def get(self, key: bytes, number: int) -> int | None:
-        """Return the reference with this hash and number, if there is one."""
-        if number == 0:
-            return self._first.get(key)
-        others = self._others.get(key, ())
-        return others[number - 1] if number <= len(others) else None
-
-    def add(self, key: bytes, reference: int, *, first: bool = False) -> None:
-        """Add a reference after, or ``first`` before, those that are there; one of them: not."""
-        known = self._first.setdefault(key, reference)
-        if known == reference:
-            return
-        others = self._others.setdefault(key, [])
-        if reference in others:
-            return
-        if first:
-            self._first[key], reference = reference, known
-        others.insert(0 if first else len(others), reference)
-
-
 def _place(row: BlockRow) -> tuple[int, int]:
     return row.page_id, row.slot
-
-
-def _leaders(
-    fresh: Mapping[bytes, Sequence[int]], block: Callable[[int], NDArray[Any]]
-) -> dict[int, int]:
-    """Return of blocks by hash the first that has the same shape and bytes, by number."""
-    leader_of: dict[int, int] = {}
-    for blocks in fresh.values():
-        leaders: list[int] = []
-        for i in blocks:
-            leader = next((one for one in leaders if np.array_equal(block(one), block(i))), None)
-            if leader is None:
-                leaders.append(i)
-                leader = i
-            leader_of[i] = leader
-    return leader_of
