@@ -88,7 +88,7 @@ class Family:
         sample, rectangle = self._sample(view.grid, fresh)
         asked = min(max(size // _BYTES_EACH, _LEAST), _MOST)
         relatives = self._neighbours.relatives(sample, asked)
-        if not any(self._has_deltas(one) for one in relatives):
+        if not self._derived(relatives):
             return 1.0
         if kinship.near:
             relatives = [one for one in relatives if one.relation in kinship.near]
@@ -99,7 +99,7 @@ class Family:
                 one.relation.away = cost
             kinship.measured = asked
         least = float(away.min(initial=1.0))
-        deltas = [one for one in relatives if self._has_deltas(one)] if least > 1 / _SMALL else []
+        deltas = self._derived(relatives) if least > 1 / _SMALL else []
         measured = min(
             max(view.data.nbytes // _BYTES_EACH_MEASURED, _LEAST_MEASURED), _MOST_MEASURED
         )
@@ -110,8 +110,7 @@ class Family:
         kinship.vain[self._is_stack] = 0
         if not kinship.near:
             if saved < 1 - least:  # with the others it may be enough
-                relatives = self._neighbours.relatives(sample, _MOST)
-                deltas = [one for one in relatives if self._has_deltas(one)]
+                deltas = self._derived(self._neighbours.relatives(sample, _MOST))
                 saved, near = self._near(probe, deltas, least)
             kinship.near = [one.relation for one in near[:_NEAREST]]
             kinship.times = len(near) / len(kinship.near)
@@ -130,8 +129,10 @@ class Family:
             return sample, len(sample)
         return fresh[middle : middle + _SAMPLED], 1
 
-    def _has_deltas(self, relative: Relative) -> bool:
-        return bool((self._reader.bases_of(relative.blocks) != NO_BASE).any())
+    def _derived(self, relatives: Sequence[Relative]) -> list[Relative]:
+        """Return those that have deltas there."""
+        bases_of = self._reader.bases_of
+        return [one for one in relatives if (bases_of(one.blocks) != NO_BASE).any()]
 
     def _near(
         self, probe: _Probe, deltas: Sequence[Relative], least: float
