@@ -80,7 +80,12 @@ class Trace:
         return len(self.pages)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a ``.npz`` file."""
+        """Write a ``.npz`` file, in one step; what was there goes only then.
+
+        Raises ArgumentError where none can be written, and for a database, StorageFullError.
+        """
+        from pydedup.formats._files import atomic_file
+
         content = io.BytesIO()  # numpy before 2.2 complains of a file that it cannot write
         np.savez_compressed(
             content,
@@ -91,7 +96,8 @@ class Trace:
             owners=self.owners,
             complete=np.bool_(self.complete),
         )
-        Path(path).write_bytes(content.getbuffer())
+        with atomic_file(Path(path)) as scratch:
+            scratch.write_bytes(content.getbuffer())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -19,7 +19,7 @@ from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import Watch
 from pydedup.errors import UnsupportedFormatError, not_installed
 from pydedup.registry import redact
-from pydedup.replacement import DEFAULT_POLICY, POLICIES, Trace
+from pydedup.replacement import DEFAULT_POLICY, POLICIES
 from pydedup.words import Replacement
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _serve_here(
             store.record()
         left = run(store, chosen, started)
         if record is not None:
-            _write_record(store.recorded(), record)
+            store.recorded().save(record)
         if left:
             warn(f"stopped, and cut off {text.plural(left, 'request')} under way")
             sys.stdout.flush()
@@ -222,13 +222,6 @@ def _check_record(path: Path) -> None:
 
     with contextlib.suppress(_OnlyTriedError), atomic_file(path):
         raise _OnlyTriedError  # so that what is there stays
-
-
-def _write_record(trace: Trace, path: Path) -> None:
-    from pydedup.formats._files import atomic_file
-
-    with atomic_file(path) as scratch:
-        trace.save(scratch)
 
 
 def _serve_on(

@@ -17,7 +17,9 @@ import pytest
 
 import pydedup
 from pydedup.cli import main
+from pydedup.ray.cluster import Secret
 from pydedup.ray.serving import running
+from pydedup.ray.serving.source import models
 from pydedup.testing.program import PROGRAM, run_process
 
 from .conftest import Cluster
@@ -82,6 +84,19 @@ def test_a_port_that_is_taken_is_told_before_ray_begins(url: str) -> None:
         done = run_process("serve", url, "--on", "local", "--port", str(port))
     said = f"cannot listen on 127.0.0.1, port {port}: Address already in use; choose another port"
     assert (done.returncode, done.stderr) == (4, f"pydedup: error: {said}\n")
+
+
+def test_a_store_that_is_missing_is_told_before_ray_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the words and the status of plain ``serve``; a worker told it, after some 15 seconds."""
+    monkeypatch.setattr(running, "attached", None)
+    missing = tmp_path / "none.db"
+    assert main(["serve", f"sqlite:///{missing}", "--on", "local", "--port", "0"]) == 3
+    said = f"there is no file {missing}; `pydedup add` creates one"
+    assert capsys.readouterr().err == f"pydedup: error: {said}\n"
+    # Of a cluster's machine that has none, a worker tells the command.
+    assert models(Secret(f"sqlite:///{missing}")) == said
 
 
 @pytest.mark.long

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, StorageFullError
 from pydedup.pool import Called, PagePool
-from pydedup.replacement import replay
+from pydedup.replacement import Trace, replay
 from pydedup.testing.memory_pages import MemoryPages
 
 
@@ -58,3 +61,33 @@ print(pool.recorded().pages)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "no memory to record 4294967295 uses of pages" in done.stdout, done.stderr
     assert "[1 2]" in done.stdout
+
+
+def test_a_record_is_written_in_one_step_and_over_no_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full left half of one, and what was there before was gone."""
+    pool = pool_of_two()
+    pool.record(4)
+    pool.pages([1])
+    path, store = tmp_path / "trace.npz", tmp_path / "models.db"
+    pool.recorded().save(path)
+    pool.pages([2])
+
+    def half(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", half)
+        with pytest.raises(StorageFullError, match=r"trace\.npz"):
+            pool.recorded().save(path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(Trace.load(path)) == 1
+    with closing(sqlite3.connect(store)) as connection:
+        connection.execute("CREATE TABLE t (x)")
+    with pytest.raises(ArgumentError, match="is a SQLite database"):
+        pool.recorded().save(store)
+    pool.recorded().save(path)
+    assert len(Trace.load(path)) == 2

@@ -12,10 +12,11 @@ from typing import Any, Final
 
 from pydedup.errors import ArgumentError, ClusterError
 from pydedup.http.server import listen, stopping_signals, url_of
+from pydedup.opening import connect_store
 from pydedup.ray.cluster import LOST, Secret, attached, import_ray, is_lost, kill, on_each_node
 from pydedup.ray.score_pool import words_of
 from pydedup.ray.serving.application import deployment
-from pydedup.ray.serving.source import models
+from pydedup.ray.serving.source import models, reveal
 from pydedup.registry import absolute
 
 __all__ = ["parse_replicas", "run"]
@@ -73,6 +74,8 @@ def run(
     ------
     ArgumentError, ClusterError
         Something is wrong here, at the cluster, or with a worker.
+    StoreError
+        The store that a private Ray would serve cannot be opened.
     OSError
         Where the proxies would be of this machine alone: host and port cannot be listened on.
     """
@@ -81,6 +84,8 @@ def run(
     if on == "local":
         # Ray's proxy shares its port with those of other Rays, who would get some of the requests.
         listen(http["host"], http["port"]).close()
+        # Ray takes some seconds to begin, and what is wrong with the store is known here.
+        connect_store(reveal(Secret(url)), mode="r").close()
     with contextlib.ExitStack() as left:
         ray = left.enter_context(attached(on))
         _refuse_second(ray)  # again below, when others had time to come first

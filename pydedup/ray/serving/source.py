@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from pydedup.errors import ArgumentError, PydedupError
+from pydedup.errors import ArgumentError, MissingStoreError, PydedupError
 from pydedup.opening import connect_store
 from pydedup.ray.cluster import Secret
 from pydedup.registry import redact
@@ -68,8 +68,11 @@ def _asked(source: Secret, ask: Callable[[str], _Told]) -> _Told | str:
         return str(error)
     try:
         return ask(url)
+    except MissingStoreError as error:
+        said = error.told("`pydedup add` creates one")  # who serves opens none by a mode
     except PydedupError as error:
-        return str(error).replace(url, redact(url))
+        said = str(error)
+    return said.replace(url, redact(url))
 
 
 def _served(url: str) -> list[str]:
