@@ -206,34 +206,63 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
 
     def integrity_errors(self) -> list[str]:
         """Return which indexes are not to be used, and what amcheck finds where it may run."""
-        indexes = (
-            "JOIN pg_index i ON i.indrelid = c.oid JOIN pg_class x ON x.oid = i.indexrelid "
-            "JOIN pg_am a ON a.oid = x.relam"
-        )
-        found = self._of_tables(
-            "x.relname, i.indexrelid, i.indisvalid AND i.indisready, a.amname", indexes
-        )
-        complaints = [
-            f'index {name} is not valid; run REINDEX SCHEMA "{self._place.schema}"'
-            for name, _, valid, _ in found
-            if not valid
-        ]
         check = self._query(
             "SELECT p.oid::regproc::text FROM pg_proc p JOIN pg_extension e "
             "ON e.extnamespace = p.pronamespace WHERE e.extname = 'amcheck' "
             "AND p.proname = 'bt_index_check' AND p.pronargs = 1 "
             "AND has_function_privilege(p.oid, 'EXECUTE')"
         )
-        for name, oid, valid, kind in found if check else []:
-            if valid and kind == "btree":  # of others, which a user may add, it knows nothing
-                complaints += self._checked(str(check[0][0]), str(name), int(oid))
-        return complaints
+        complaints: dict[Row, str] = {}
+        for index in self._indexes():
+            name, oid, valid, kind = index
+            if not valid:
+                complaints[index] = (
+                    f'index {name} is not valid; run REINDEX SCHEMA "{self._place.schema}"'
+                )
+            elif (
+                check
+                and kind == "btree"  # of others, which a user may add, it knows nothing
+                and (complaint := self._checked(str(check[0][0]), str(name), int(oid)))
+            ):
+                complaints[index] = complaint
+        if not complaints:
+            return []
+        # Who makes an index CONCURRENTLY has one that is not valid until it is complete; what that
+        # takes the place of gets another name, is not valid any more, and goes.
+        in_work = self._indexes_in_work()
+        there = self._indexes()
+        return [
+            complaint
+            for index, complaint in complaints.items()
+            if index in there and (index[2] or index[1] not in in_work)
+        ]
 
-    def _checked(self, function: str, index: str, oid: int) -> list[str]:
+    def _indexes(self) -> list[Row]:
+        """Return name, oid, whether it can be used, and kind of each index of our tables."""
+        return self._of_tables(
+            "x.relname, i.indexrelid, i.indisvalid AND i.indisready, a.amname",
+            "JOIN pg_index i ON i.indrelid = c.oid JOIN pg_class x ON x.oid = i.indexrelid "
+            "JOIN pg_am a ON a.oid = x.relam",
+        )
+
+    def _indexes_in_work(self) -> set[int]:
+        """Return the oids of indexes that somebody makes, makes anew or drops CONCURRENTLY."""
+        rows = self._query(
+            "SELECT i.indexrelid FROM pg_index i JOIN pg_locks l ON l.relation = i.indexrelid "
+            # Who makes the first of its name has locked the table alone, as others do, too.
+            "OR (l.relation = i.indrelid "
+            "AND l.pid IN (SELECT pid FROM pg_stat_progress_create_index)) "
+            "WHERE l.mode = 'ShareUpdateExclusiveLock' AND l.database = "
+            "(SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        return {oid for (oid,) in rows}
+
+    def _checked(self, function: str, index: str, oid: int) -> str:
+        """Return what is wrong with an index, an empty text if nothing is."""
         try:
             self._query(f"SELECT {function}(CAST(%b AS oid))", [oid])
         except (ConflictError, UnavailableError) as error:  # which says nothing of the index
             raise type(error)(f"index {index}: {error}") from error
         except StoreError as error:
-            return [f"index {index}: {error}"]
-        return []
+            return f"index {index}: {error}"
+        return ""

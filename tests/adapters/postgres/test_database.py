@@ -183,63 +183,6 @@ def test_a_model_not_read_before_is_not_made_of_pages_of_the_store_before(
         assert reader.load("second")["w"].tobytes() == new.tobytes()
 
 
-def test_invalid_indexes_are_complained_of(adapter: Adapter, schema: str, sql: Any) -> None:
-    assert adapter.integrity_errors() == []
-    index = f"{schema}.pydedup_distinct_blocks_hash128"
-    sql("UPDATE pg_index SET indisvalid = false WHERE indexrelid = %s::regclass", index)
-    (complaint,) = adapter.integrity_errors()
-    assert "pydedup_distinct_blocks_hash128" in complaint
-    assert "REINDEX" in complaint
-    sql(f"REINDEX SCHEMA {schema}")
-    assert adapter.integrity_errors() == []
-
-
-def test_amcheck_is_asked_where_it_is_installed(adapter: Adapter, schema: str, sql: Any) -> None:
-    add_pages(adapter, 3)
-    sql(f"CREATE EXTENSION amcheck SCHEMA {schema}")
-    try:
-        assert adapter.integrity_errors() == []
-        sql(f"ALTER FUNCTION {schema}.bt_index_check(regclass) RENAME TO real_check")
-        sql(
-            f"CREATE FUNCTION {schema}.bt_index_check(regclass) RETURNS void LANGUAGE plpgsql AS "
-            "$$BEGIN RAISE EXCEPTION 'item order invariant violated' USING ERRCODE = 'XX002'; END$$"
-        )
-        complaints = adapter.integrity_errors()
-        assert any("pages_pkey" in complaint for complaint in complaints)
-        assert all("item order invariant violated" in complaint for complaint in complaints)
-    finally:
-        sql("DROP EXTENSION amcheck CASCADE")
-
-
-def test_an_index_of_another_kind_is_not_for_amcheck(
-    adapter: Adapter, schema: str, sql: Any
-) -> None:
-    sql(f"CREATE EXTENSION amcheck SCHEMA {schema}")
-    try:
-        sql(f"CREATE INDEX by_name ON {schema}.models USING hash (name)")
-        sql(f"CREATE INDEX by_time ON {schema}.models USING brin (created_at)")
-        assert adapter.integrity_errors() == []
-    finally:
-        sql("DROP EXTENSION amcheck CASCADE")
-
-
-@pytest.mark.parametrize(("code", "kind"), [("57014", UnavailableError), ("55P03", ConflictError)])
-def test_an_index_that_could_not_be_checked_is_not_damaged(
-    adapter: Adapter, schema: str, sql: Any, code: str, kind: type[StoreError]
-) -> None:
-    sql(f"CREATE EXTENSION amcheck SCHEMA {schema}")
-    try:
-        sql(f"ALTER FUNCTION {schema}.bt_index_check(regclass) RENAME TO real_check")
-        sql(
-            f"CREATE FUNCTION {schema}.bt_index_check(regclass) RETURNS void LANGUAGE plpgsql AS "
-            f"$$BEGIN RAISE EXCEPTION 'too long' USING ERRCODE = '{code}'; END$$"
-        )
-        with pytest.raises(kind, match=r"index .*_pkey: .*too long"):
-            adapter.integrity_errors()
-    finally:
-        sql("DROP EXTENSION amcheck CASCADE")
-
-
 # ---- schemas and roles --------------------------------------------------------------------------
 
 
