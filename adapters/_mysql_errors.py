@@ -130,6 +130,8 @@ _NO_ROOM: Final = {
     **dict.fromkeys((3, 1026, 1598), re.compile(r"\b(28|122)( \"| - )")),
     1030: re.compile(r"\b28( \"| - )"),
 }
+#: What 1142 and 1143 refuse: before the name of the user, and alone in capitals, in any language.
+_COMMANDS: Final = re.compile(r"[A-Z]{2,}(, [A-Z]{2,}| [A-Z]{2,})*")
 
 
 def meaning(error: Exception, place: Place, *, connected: bool = True) -> PydedupError:
@@ -152,7 +154,8 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         )
     if code in (1142, 1143):
         # A user who may only read meets this when something is changed.
-        reads = "SELECT" in said  # first in English, and somewhere in any other language
+        refused = _COMMANDS.search(said)
+        reads = refused is not None and "SELECT" in refused.group()
         kind, advice = (DeniedError if reads else RefusedError), "grant it, or use another user"
     elif code == 1290 and "NO_ENGINE_SUBSTITUTION" in said:
         kind, advice = StoreError, "a store needs InnoDB; see enforce_storage_engine of the server"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MySQL/MariaDB: what a user is told who finds no store, by what the server says of his rights."""
+"""MySQL/MariaDB: what a user is told of his rights, as where he finds no store."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -11,7 +12,7 @@ import pytest
 
 import pydedup
 from pydedup import registry
-from pydedup.errors import MissingStoreError
+from pydedup.errors import MissingStoreError, ReadOnlyError
 
 Run = Callable[..., list[tuple[Any, ...]]]
 
@@ -75,3 +76,22 @@ def test_what_is_to_be_granted_can_be_run_as_it_is_told(url: str, user: Any, run
         pydedup.open(user.url).close()
     finally:
         run(url, f"DROP DATABASE `{quoted}`")
+
+
+def test_a_reader_whose_name_is_in_capitals_only_reads(url: str, user: Any, run: Run) -> None:
+    """A refused INSERT was taken for a refused SELECT, and the store for one to be written to."""
+    pydedup.open(url).close()
+    user.grant("SELECT")
+    plain, user.name = user.name, f"SELECT{user.name}"
+    run(url, f"RENAME USER {plain} TO {user.name}")
+    try:
+        with pydedup.open(user.url) as store:
+            assert store.read_only
+        adapter: Any = registry.connect(user.url, mode="a")
+        with contextlib.closing(adapter):
+            for change in ("DELETE FROM pydedup_jobs", "ALTER TABLE pydedup_jobs ADD x INT"):
+                with pytest.raises(ReadOnlyError, match=r"denied to user 'SELECT.*grant it"):
+                    adapter._query(change)
+    finally:
+        run(url, f"RENAME USER {user.name} TO {plain}")
+        user.name = plain
