@@ -24,7 +24,7 @@ from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.ahead import SMALL_BYTES, Ahead
 from pydedup.ingest.aligned import Kinship, Neighbours, Relation, Relative
 from pydedup.ingest.families import Family
-from pydedup.ingest.low_rank import Adapted, Looks
+from pydedup.ingest.low_rank import LEAST_SIDE, Adapted, Looks
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.places import as_stack, by_shape, stack_blocks
 from pydedup.ingest.plan import Request
@@ -63,13 +63,14 @@ def match_tensors(
             advance(entry.nbytes)
             continue
         view, digests = ahead.read(request, entry)
-        if view.data.nbytes <= SMALL_BYTES:
+        may_wait = bundle.takes(view.grid, entry.dtype)
+        if may_wait and view.data.nbytes <= SMALL_BYTES:
             bundle.add(entry, view)
         else:
             if digests is None:
                 digests = hash_view(view)
             known = _known(previous, entry, view.grid, digests)
-            if known.bytes_to_match(view) <= SMALL_BYTES:
+            if may_wait and known.bytes_to_match(view) <= SMALL_BYTES:
                 bundle.add(entry, view, known)
             else:
                 matched[entry.name] = _match_one(
@@ -217,6 +218,10 @@ class _Bundle:
         self._count = 0
         self._bytes = 0
         self._blocks = 0
+
+    def takes(self, grid: BlockGrid, dtype: DType) -> bool:
+        """Return whether a tensor may wait: of one cut too finely, no block tells of an adapter."""
+        return min(grid.block_shape) >= LEAST_SIDE or not self._adapted.can_be(grid, dtype)
 
     def add(self, entry: TensorEntry, view: MatrixView, known: _Known | None = None) -> None:
         """Let a tensor wait: all of it, or the blocks of which nothing is known."""

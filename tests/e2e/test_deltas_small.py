@@ -100,6 +100,23 @@ def test_tenants_of_a_tuned_model_are_small_from_the_second_on(store: pydedup.St
     assert store.verify().ok
 
 
+@pytest.mark.parametrize("block_shape", [(8, 300), (300, 8), (24, 96)])
+def test_tenants_of_a_tuned_model_in_blocks_of_a_few_rows(
+    store: pydedup.Store, block_shape: tuple[int, int]
+) -> None:
+    """A block of 8 rows has no lower rank than two adapters: all tenants were kept whole."""
+    rng = np.random.default_rng(57)
+    base = {f"l{i}.weight": rng.normal(0, 0.02, (256, 192)).astype("f4") for i in range(3)}
+    region = tuned(base, 58)
+    models = {"base": base, "region": region}
+    models |= {f"t{i}": with_adapter(region, 59 + i) for i in range(3)}
+    reports = [store.add(name, model, block_shape=block_shape) for name, model in models.items()]
+    for report in reports[3:]:
+        assert share_of(report) < 0.15
+    assert all(same_bits(store, name, model) for name, model in models.items())
+    assert store.verify().ok
+
+
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
 @pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.001)], ids=lambda p: p.name)
 def test_nightly_updates_of_a_tuned_model(
