@@ -107,7 +107,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys((1969, 3024), (UnavailableError, _SLOW)),
     **dict.fromkeys(_LOGIN_CODES, (UnavailableError, _LOGIN)),
     **dict.fromkeys((1130, 4151), (UnavailableError, "let this user connect from this host")),
-    **dict.fromkeys((2026, 3159), (UnavailableError, _TLS)),
+    3159: (UnavailableError, _TLS),
     **dict.fromkeys((1036, 1290, 1792, 1836, 3100), (ReadOnlyError, _WRITABLE)),
     **dict.fromkeys((1021, 1114), (StorageFullError, _FULL)),
     **dict.fromkeys((1062, 1586), (KeyTakenError, "there is a row of this key")),
@@ -130,6 +130,8 @@ _NO_ROOM: Final = {
     **dict.fromkeys((3, 1026, 1598), re.compile(r"\b(28|122)( \"| - )")),
     1030: re.compile(r"\b28( \"| - )"),
 }
+#: What OpenSSL says of a server that went away while TLS was agreed on: which is no fault of TLS.
+_ENDED: Final = re.compile(r"unexpected.eof|:reason\(0\)", re.IGNORECASE)
 #: What 1142 and 1143 refuse: before the name of the user, and alone in capitals, in any language.
 _COMMANDS: Final = re.compile(r"[A-Z]{2,}(, [A-Z]{2,}| [A-Z]{2,})*")
 
@@ -161,9 +163,9 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         kind, advice = StoreError, "a store needs InnoDB; see enforce_storage_engine of the server"
     elif code == 1226 and "max_user_connections" in said:  # else of so much in an hour
         kind, advice = CrowdedError, _MANY
-    elif code in LOST and ("SSL" in said or "certificate" in said):
-        # The driver without its C extension says so of a certificate that it does not trust.
-        kind, advice = UnavailableError, _TLS
+    elif code == 2026 or (code in LOST and "[SSL: " in said):  # as the pure driver says it
+        lost = _ENDED.search(said) is not None
+        kind, advice = (ConnectionLostError, _DOWN) if lost else (UnavailableError, _TLS)
     elif code == 2003 and "Errno -" in said:  # what getaddrinfo says, by the pure driver
         kind, advice = ConnectionLostError, _HOST
     elif code in _NO_ROOM and _NO_ROOM[code].search(said):

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ from mysql.connector import HAVE_CEXT
 from pydedup import registry
 from pydedup.errors import UnavailableError
 from pydedup.testing._contract_base import add_random_pages, open_store, with_option
+from pydedup.testing.proxy import CuttingProxy
 
 PASSWORD = "right-0f-c0urse"
 
@@ -67,3 +72,34 @@ def test_a_store_over_tls(url: str, own_mysql: Any, verify: str) -> None:
     assert dict(adapter.read_pages(list(pages))) == pages
     assert PASSWORD not in f"{adapter.url} {adapter!r} {vars(adapter)}"
     adapter.close()
+
+
+def test_a_connection_that_is_cut_while_tls_is_agreed_on(url: str) -> None:
+    """As where a server ends just then: the options of TLS were found fault with."""
+    with CuttingProxy(url) as proxy, contextlib.closing(open_store(proxy.url)) as adapter:
+        proxy.connections = 0
+        proxy.cut_after(0, 1000, 1000)
+        assert adapter.models() == []
+        assert (proxy.connections, proxy.cuts) == (3, 3)
+
+
+@pytest.mark.skipif(not HAVE_CEXT, reason="the pure driver names the error of the system")
+def test_a_server_that_resets_connections_while_tls_is_agreed_on(
+    demanding: str, own_mysql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.0)
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        with client, socket.create_connection(("127.0.0.1", own_mysql.port)) as server:
+            client.sendall(server.recv(1000))
+            assert client.recv(1000)  # to go on by TLS
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        there = demanding.replace(f":{own_mysql.port}/", f":{listener.getsockname()[1]}/")
+        said = refused(f"{there}?use_pure=false")
+        thread.join(60)
+    assert said.endswith("check that the server runs and can be reached, and try again")
