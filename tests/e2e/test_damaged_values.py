@@ -279,3 +279,23 @@ def test_where_rows_of_one_store_are_left_out_those_of_another_are_an_error(tmp_
             with pytest.raises(CorruptStoreError, match="column created_at"):
                 other._adapter.models()
         assert told == ["models"]
+
+
+@pytest.mark.parametrize(
+    ("table", "row"), [("models", "id 1, version '1'"), ("model_sizes", "version '1'")]
+)
+def test_a_row_is_named_by_those_of_its_keys_that_are_sound(
+    table: str, row: str, tmp_path: Path
+) -> None:
+    """Also one of a view, of which people read."""
+    path = tmp_path / "store.db"
+    with pydedup.open(path) as store:
+        store.add("m", {"w": np.ones(3)})
+    assert put(path, "pydedup_models", "name", "x'fffe'")
+    with pydedup.open(path) as store:
+        adapter = store._adapter
+        read = adapter.models if table == "models" else lambda: adapter.view(table)
+        with pytest.raises(CorruptStoreError) as caught:
+            read()
+    said = rf"column name of pydedup_{table} has b'\xff\xfe' where text must be, in the row of "
+    assert said + row + ";" in str(caught.value)
