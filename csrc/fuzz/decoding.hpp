@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "fuzz.hpp"
@@ -32,6 +35,30 @@ class Gapped {
     static constexpr std::size_t kGap = 5;
     static constexpr std::byte kUntouched{0xA5};
 };
+
+/// A delta on a base that factors of rank 2 moved, as encode_delta() makes one without.
+inline std::optional<EncodedBlock> encode_factored(const MatrixRef& block, const MatrixRef& base,
+                                                   std::optional<double> max_rel_error,
+                                                   std::span<std::byte> out) {
+    const std::vector<std::int32_t> of_rows(2 * block.rows, 3), of_cols(2 * block.cols, -77);
+    const std::int64_t first = 0;
+    const LowRankFactors factors{2, -30, of_rows, of_cols, {&first, 1}, {&first, 1}};
+    const BlockGrid grid{block.rows, block.cols, block.rows, block.cols};
+    const auto limit = static_cast<std::int64_t>(out.size()) - 1;
+    std::int64_t offset = 0;
+    EncodedBlock delta{Encoding::delta, 0};
+    static_cast<void>(encode_deltas(block, grid, {&first, 1}, {base, grid, {&first, 1}},
+                                    {&limit, 1}, max_rel_error, out, {&offset, 1}, {&delta, 1}, 1,
+                                    &factors));
+    return delta.length != 0 ? std::optional(delta) : std::nullopt;
+}
+
+/// A block as it is encoded, away from its page.
+inline std::vector<std::byte> copy_alone(const BlockView& block) {
+    std::vector<std::byte> bytes(encoded_bytes(block));
+    copy_encoded(block, bytes);
+    return bytes;
+}
 
 /// Decoding may refuse what it was given with such an error, and with no other.
 inline void check_refusal(const Error& error) {

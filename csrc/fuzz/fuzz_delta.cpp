@@ -43,22 +43,9 @@ Input seed_of(Dtype dtype, std::uint8_t rows, std::uint8_t cols, std::uint8_t ki
     std::vector<std::byte> encoded(bytes);
     const MatrixRef block{values.data(), rows, cols, stride, dtype};
     const MatrixRef of{base.data(), rows, cols, stride, dtype};
-    std::optional<EncodedBlock> delta;
-    if (factored) {
-        EncodedBlock one{Encoding::delta, 0};
-        const std::vector<std::int32_t> of_rows(2U * rows, 3), of_cols(2U * cols, -77);
-        const std::int64_t limit = static_cast<std::int64_t>(bytes) - 1;
-        const std::int64_t first = 0;
-        std::int64_t offset = 0;
-        const LowRankFactors factors{2, -30, of_rows, of_cols, {&first, 1}, {&first, 1}};
-        const BlockGrid grid{rows, cols, rows, cols};
-        static_cast<void>(encode_deltas(block, grid, {&first, 1}, {of, grid, {&first, 1}},
-                                        {&limit, 1}, max_error, encoded, {&offset, 1}, {&one, 1}, 1,
-                                        &factors));
-        if (one.length != 0) delta = one;
-    } else {
-        delta = encode_delta(block, of, max_error, encoded);
-    }
+    const std::optional<EncodedBlock> delta = factored
+                                                  ? encode_factored(block, of, max_error, encoded)
+                                                  : encode_delta(block, of, max_error, encoded);
     if (!delta) return {};
     if (delta->encoding == Encoding::delta) {
         std::vector<std::byte> back(bytes);
@@ -89,8 +76,7 @@ void decode_behind_itself(const Input& payload, BlockView delta, const BlockView
                 twice.begin() + static_cast<std::ptrdiff_t>(payload.size()));
     delta.data = twice.data() + payload.size();
     delta.before = static_cast<std::uint32_t>(payload.size());
-    std::vector<std::byte> alone(encoded_bytes(delta));
-    copy_encoded(delta, alone);
+    const std::vector<std::byte> alone = copy_alone(delta);
     const std::vector<std::byte> content = decode(delta, base);
     delta.data = alone.data();
     delta.length = static_cast<std::uint32_t>(alone.size());

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pages: whatever the bytes are, parsing refuses them or everything on the page can be read. The
-// first byte chooses whether the checksum is made right, so that what is behind it is reached.
+// Pages: whatever the bytes are, parsing refuses them or everything on the page can be read, and a
+// page made of its blocks has the same. The first byte chooses whether the checksum is made right,
+// so that what is behind it is reached.
 #include <algorithm>
+#include <optional>
+#include <vector>
 
-#include "fuzz.hpp"
-#include "pydedup/error.hpp"
+#include "codec/low_rank.hpp"
+#include "decoding.hpp"
 #include "pydedup/page_content.hpp"
 #include "pydedup/page_format.hpp"
 
@@ -34,6 +37,18 @@ void check_slots(const PageView& view) {
     require(refused, "a slot that is not there is refused");
 }
 
+void check_another_page(const std::vector<BlockView>& blocks) {
+    std::vector<std::byte> bytes(page_bytes(blocks));
+    build_page(blocks, bytes);
+    const PageView page = PageView::parse(bytes);
+    for (std::size_t slot = 0; slot < blocks.size(); ++slot) {
+        const std::vector<std::byte> copy = copy_alone(blocks[slot]);
+        // Of a delta that names no factors, nothing else is known than that it does not decode.
+        if (has_factors(blocks[slot]) && !detail::find_factors(blocks[slot])) continue;
+        require(copy_alone(page.block(slot)) == copy, "a block is the same on another page");
+    }
+}
+
 void read_content(const Page& page) {
     std::size_t bytes = 0;
     for (std::size_t slot = 0; slot < page.n_slots(); ++slot) bytes += page.block(slot).raw_bytes();
@@ -56,12 +71,7 @@ void read_content(const Page& page) {
         block.base_block = nullptr;
         alone += encoded_bytes(block);
     }
-    if (alone <= kMostBytes) {  // a factor may be named by many
-        std::vector<std::byte> again(page_bytes(blocks));
-        build_page(blocks, again);
-        std::vector<std::byte> bytes(alone);
-        for (const BlockView& block : blocks) copy_encoded(block, bytes);
-    }
+    if (alone <= kMostBytes) check_another_page(blocks);  // a factor may be named by many
     for (std::size_t slot = 1; slot < std::min<std::size_t>(page.n_slots(), 8); ++slot) {
         try {
             const bool same = same_block(page.block(slot - 1), page.block(slot));
@@ -101,12 +111,31 @@ std::vector<Input> seeds() {
                 {encoded.back().data(), block.length, block.encoding, dtype, rows, 24, 0});
         }
     }
+    // Each delta behind its base. Two have their factors in common.
+    std::vector<std::byte> changed = values;
+    for (std::size_t i = 0; i < changed.size(); i += 4) {
+        changed[i] ^= static_cast<std::byte>(random.next() % 64);
+    }
+    const MatrixRef base{values.data(), 16, 24, 24 * 4, Dtype::f32};
+    const MatrixRef block{changed.data(), 16, 24, 24 * 4, Dtype::f32};
+    std::vector<BlockView> deltas;
+    for (const bool factored : {true, false, true}) {
+        encoded.emplace_back(values.size());
+        const std::optional<EncodedBlock> delta =
+            factored ? encode_factored(block, base, std::nullopt, encoded.back())
+                     : encode_delta(block, base, std::nullopt, encoded.back());
+        require(delta.has_value(), "a delta is smaller than its block");
+        deltas.push_back(blocks[1]);
+        deltas.push_back(
+            {encoded.back().data(), delta->length, delta->encoding, Dtype::f32, 16, 24, 1});
+    }
     std::vector<Input> made;
     for (const std::uint8_t first : {std::uint8_t{0}, std::uint8_t{1}}) {
         made.push_back(page_of({}, first));
         made.push_back(page_of({blocks[0]}, first));
         made.push_back(page_of({blocks[1], blocks[2]}, first));
         made.push_back(page_of(blocks, first));
+        made.push_back(page_of(deltas, first));
     }
     return made;
 }
