@@ -18,7 +18,7 @@ apt_install "${packages[@]}"
 [ "$(uname -m)" = x86_64 ] || exit 0
 
 programs=(test_dispatch test_known_answers test_golden test_hash test_huffman test_codec test_delta test_gemm_kernels)
-programs+=(test_gemm test_gemm_variants)
+programs+=(test_gemm test_gemm_variants test_low_rank_kernels test_rows test_similarity_kernels)
 step "configure dev" dev-configure cmake --preset dev
 step "compile ${#programs[@]} tests" dev-build cmake --build --preset dev --target "${programs[@]}"
 
