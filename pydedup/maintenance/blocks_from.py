@@ -30,6 +30,7 @@ from pydedup.errors import (
 from pydedup.formats.base import ModelSource
 from pydedup.formats.registry import open_source
 from pydedup.hashing import digest_bytes, hash_keys, hash_view
+from pydedup.ingest.deltas import delta_limits
 from pydedup.layout import are_deltas, block_at, split_place
 from pydedup.pool import PagePool
 from pydedup.types import DType
@@ -43,6 +44,7 @@ __all__ = [
     "as_raw",
     "base_dtypes",
     "block_source",
+    "delta_on",
     "dtype_of_base",
     "on_base",
     "page_of_slot",
@@ -280,15 +282,41 @@ def on_base(delta: EncodedBlock, base: tuple[codec.Page, int]) -> EncodedBlock:
     return read_block(_page_of(delta), 0, base, keep_delta=True)
 
 
+def delta_on(block: EncodedBlock, base: tuple[codec.Page, int]) -> EncodedBlock:
+    """Return a block that is no delta as one on a base, if that is smaller; else as it is.
+
+    Raises CorruptStoreError when the base does not decode.
+    """
+    page, slot = base
+    content, entry = block.content, page.slots[slot]
+    dtype = int(entry["dtype"])
+    is_alike = (int(entry["rows"]), int(entry["cols"])) == (content.rows, content.cols)
+    if not is_alike or dtype not in base_dtypes(content.dtype):
+        return block
+    values = _decoded(_page_of(block), 0, content.dtype)
+    limit = delta_limits(np.array([len(block.data)], np.int64))
+    delta = codec.encode_deltas(values, [0], _decoded(page, slot, dtype), [0], limits=limit)
+    if not delta.lengths[0]:
+        return block
+    tag = int(codec.base_tags(codec.block_digests([page], [0], [slot]))[0])
+    return EncodedBlock(content, int(delta.encodings[0]), delta.arena.tobytes(), tag)
+
+
 def as_raw(block: EncodedBlock) -> EncodedBlock:
     """Return a block that is no delta with its elements as they are."""
     if block.encoding == codec.Encoding.RAW:
         return block
-    shape = block.content.rows, block.content.cols
-    view = MatrixView.of(np.empty(shape, DType.of_code(block.content.dtype).numpy), shape)
-    codec.read_blocks(view, [0], [_page_of(block)], [0], [0])
+    view = _decoded(_page_of(block), 0, block.content.dtype)
     fresh = codec.encode_blocks(view, [0], planes=False)
     return EncodedBlock(block.content, int(fresh.encodings[0]), fresh.arena.tobytes())
+
+
+def _decoded(page: codec.Page, slot: int, dtype: int) -> MatrixView:
+    """Return a block that is no delta."""
+    shape = int(page.slots[slot]["rows"]), int(page.slots[slot]["cols"])
+    view = MatrixView.of(np.empty(shape, DType.of_code(dtype).numpy), shape)
+    codec.read_blocks(view, [0], [page], [0], [slot])
+    return view
 
 
 def _page_of(block: EncodedBlock) -> codec.Page:

@@ -4,8 +4,9 @@
 Of a damaged page, most blocks are usually as they were: whatever still decodes to what was recorded
 is taken from there, the rest looked for elsewhere by its hash (blocks_from.py). Bases come first,
 then the deltas on them; a delta that cannot be had, or whose base cannot, is looked for by what it
-stands for, and stored without a base, unless it is found as a delta on a base of the same content.
-All of it is staged on new pages, in bounded transactions.
+stands for. Where its base is there, it is the delta that it was found as, on a base of the same
+content, or one made anew, without factors; else it is stored without a base. All of it is staged on
+new pages, in bounded transactions.
 
 One short transaction then makes models name the new places. What it changes it reads within, so it
 does not matter who published, removed or repacked in between. Damaged pages of which nothing is
@@ -32,6 +33,7 @@ from pydedup.maintenance.blocks_from import (
     Wanted,
     as_raw,
     base_dtypes,
+    delta_on,
     dtype_of_base,
     on_base,
     page_of_slot,
@@ -135,7 +137,8 @@ def repair(
         work.name_dtypes(bases, found.dependents, damaged)
         work.restore(bases, found.block_shapes)
         deltas = {place: block for place, block in found.lost.items() if block.base is not None}
-        for base in bases.keys() - work.moves.places.keys():
+        work.lost_bases = bases.keys() - work.moves.places.keys()
+        for base in work.lost_bases:
             deltas.update(found.dependents.get(base, {}))
         work.restore(deltas, found.block_shapes)
         left = relocate(adapter, pool, work.moves, damaged, job)
@@ -214,6 +217,7 @@ class _Repair:
         self._bytes = 0
         self.moves = Moves()
         self.new_pages: list[int] = []
+        self.lost_bases: Collection[int] = frozenset()
         self.kept = self.found = 0
 
     def restore(self, lost: Mapping[int, Lost], block_shapes: Collection[tuple[int, int]]) -> None:
@@ -309,15 +313,20 @@ class _Repair:
         return encoded if encoded.content.digest == block.digest else None
 
     def _as_delta(self, found: EncodedBlock, block: Lost) -> EncodedBlock:
-        """Return a block as the delta that it was found as, if it can be one on its base here."""
-        if found.delta is None or block.is_raw:
+        """Return a block as a delta on its base here: as it was found as one, or else anew."""
+        if block.base is None or block.base in self.lost_bases or block.is_raw:
             return found
         try:
             base = self._base(block)
-            kept = found if base is None else on_base(found.delta, base)
+            assert base is not None
+            if found.delta is not None:
+                with contextlib.suppress(CorruptStoreError, SchemaVersionError):  # of another base
+                    kept = on_base(found.delta, base)
+                    if kept.content == found.content:
+                        return kept
+            return delta_on(found, base)
         except (CorruptStoreError, SchemaVersionError, UnavailableError):
-            return found  # that is lost, or another
-        return kept if kept.content == found.content else found
+            return found  # that is lost
 
     def _base(self, block: Lost) -> tuple[codec.Page, int] | None:
         """Return where the base of a delta is now. Raises CorruptStoreError where it is lost."""
