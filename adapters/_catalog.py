@@ -15,13 +15,12 @@ from pydedup.errors import CorruptStoreError, DuplicateError
 from ._base import DbApiBase, check_state
 from ._errors import KeyTakenError
 from ._schema import TABLES
-from ._values import Row
+from ._values import Row, as_number
 
 __all__ = ["CatalogCalls"]
 
 #: Artifacts are stored in parts of this size, as block maps are (`pydedup.blocks.PART_BYTES`).
 ARTIFACT_PART_BYTES = 4_000
-_INT_DIGITS = len(str(1 << 63))
 
 
 class CatalogCalls(DbApiBase):
@@ -41,13 +40,13 @@ class CatalogCalls(DbApiBase):
         """Return the epoch."""
         found = self._recorded("meta", self._sql.meta_value, ["epoch"], ["value"])
         value = found[0][0] if found else None
-        # With more digits it may be one to which no database can add.
-        if value is None or not (value.isascii() and value.isdigit() and len(value) < _INT_DIGITS):
+        epoch = None if value is None else as_number(value)
+        if epoch is None:
             raise CorruptStoreError(
                 f"{self._url} has {value!r:.40} as its epoch where a number must be; restore a "
                 "backup"
             )
-        return int(value)
+        return epoch
 
     def bump_epoch(self, expected: int | None = None) -> bool:
         """Add one to the epoch, if it is the one expected; returns whether it was."""

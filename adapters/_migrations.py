@@ -20,7 +20,7 @@ from pydedup.errors import NotAStoreError, ReadOnlyError, SchemaVersionError, St
 from ._catalog import CatalogCalls
 from ._errors import DeniedError
 from ._schema import TABLES, Dialect, create_statements
-from ._values import text
+from ._values import as_number, text
 
 __all__ = ["MIGRATIONS", "Migration", "SchemaCalls"]
 
@@ -67,14 +67,14 @@ class SchemaCalls(CatalogCalls):
         if "meta" not in ours or not self._has_shape("meta"):
             self._refuse_tables("meta")
         found = self._recorded("meta", self._sql.meta_value, ["schema_version"], ["value"])
-        version = found[0][0] if found else ""
-        if not (version.isascii() and version.isdigit()):
+        version = as_number(found[0][0]) if found else None
+        if version is None:
             self._refuse_tables("meta")
-        if int(version) == SCHEMA_VERSION:
+        if version == SCHEMA_VERSION:
             for table in TABLES:
                 if table not in ours or not self._has_shape(table):
                     self._refuse_tables(table)
-        return int(version)
+        return version
 
     def _has_shape(self, table: str) -> bool:
         with self._pool.acquire() as session:

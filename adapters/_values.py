@@ -7,6 +7,7 @@ in a damaged file of SQLite, which keeps the type of a value beside it, anything
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 from pydedup._pages import join_parts
 
-__all__ = ["Row", "WrongValueError", "as_recorded", "shown", "text"]
+__all__ = ["Row", "WrongValueError", "as_number", "as_recorded", "shown", "text"]
 
 Row = tuple[Any, ...]
 
@@ -30,6 +31,10 @@ _KINDS: Final[Mapping[str, tuple[type, str]]] = {
     "blob": (bytes, "bytes"),
 }
 
+#: A number in ``meta``, whose values are texts. With more digits it may be one to which no database
+#: can add; with a 0 before it, it would never be equal to what is compared with it.
+_NUMBER: Final = re.compile("0|[1-9][0-9]{0,17}")
+
 
 class WrongValueError(Exception):
     """A value that its column cannot have; the arguments are its number and what says so."""
@@ -38,6 +43,11 @@ class WrongValueError(Exception):
 def text(value: str | bytes | bytearray | memoryview) -> str:
     """Return text that a driver may deliver as bytes (MySQL's VARBINARY names)."""
     return value if isinstance(value, str) else str(value, "utf-8")
+
+
+def as_number(value: str) -> int | None:
+    """Return a number that is recorded as a text; ``None`` for what none was ever recorded as."""
+    return int(value) if _NUMBER.fullmatch(value) else None
 
 
 def shown(value: object) -> object:

@@ -222,6 +222,8 @@ def test_a_state_a_graph_and_names_that_cannot_be(change: str, said: str, tmp_pa
             "UPDATE pydedup_meta SET value = '99999999999999999999' WHERE name = 'epoch'",
             "has '99999999999999999999' as its epoch",
         ),
+        # A 10 of which a bit has flipped: an add tried to publish without end.
+        ("UPDATE pydedup_meta SET value = '00' WHERE name = 'epoch'", "has '00' as its epoch"),
         ("UPDATE pydedup_meta SET value = '[' WHERE name = 'quotas'", "quotas that do not parse"),
     ],
 )

@@ -299,3 +299,17 @@ def test_a_row_is_named_by_those_of_its_keys_that_are_sound(
             read()
     said = rf"column name of pydedup_{table} has b'\xff\xfe' where text must be, in the row of "
     assert said + row + ";" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["", "?", "01", "9" * 5000])
+def test_a_version_of_the_tables_that_is_no_number(value: str, tmp_path: Path) -> None:
+    """One of many digits was a ValueError."""
+    path = tmp_path / "store.db"
+    pydedup.open(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "UPDATE pydedup_meta SET value = ? WHERE name = 'schema_version'", [value]
+        )
+    for mode in ("a", "r"):
+        with pytest.raises(NotAStoreError, match=r"not its own \(see pydedup_meta"):
+            pydedup.open(path, mode=mode)
