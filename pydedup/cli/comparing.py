@@ -59,6 +59,9 @@ def explain(url: str, name: str, memory: str, as_json: bool, quiet: bool) -> Non
 
     It frees the blocks that no other model uses. `pydedup vacuum` gives their space back, except
     for less than a quarter of a page that others still use.
+
+    Sizes, and who shares with whom, include the blocks that deltas are based on. "Shared" and
+    "Deltas" count the blocks of the tensor alone: a fine-tune may share none, all being deltas.
     """
     with options.read_store(url, memory) as store, Watch("looking at pages", quiet=quiet):
         explanation, shown = store.explain(name), store.url

@@ -315,7 +315,7 @@ def _print_vacuum(report: VacuumReport, dry_run: bool) -> None:
         ),
         ("repacked", _repacked(report)),
         (
-            "pages",
+            "pages in use",  # those of what was removed are in use no more
             f"{text.count(report.pages_before)} -> {text.count(report.pages_after)}, "
             f"{text.size(report.page_bytes_before)} -> {text.size(report.page_bytes_after)}",
         ),
