@@ -75,8 +75,12 @@ class ShardedList(ShardedReads):
         self._settle(ring, self._look(ring))
 
     def _listed_ring(self) -> Ring:
-        """Return what the store's list is now. Raises ArgumentError for other ``replicas``."""
-        ring = Ring.from_json(self._query(self._sql.meta_value, [SHARDS])[0][0], self._url)
+        """Return what the store's list is now.
+
+        Raises ArgumentError for other ``replicas``, NotAStoreError where it is lost or damaged.
+        """
+        rows = self._query(self._sql.meta_value, [SHARDS])
+        ring = Ring.from_json(rows[0][0] if rows else "", self._url)
         asked = self._replicas_asked
         if asked is not None and asked != ring.replicas:
             raise ArgumentError(

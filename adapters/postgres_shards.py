@@ -16,7 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from pydedup.adapter import SCHEMA_VERSION, Adapter
-from pydedup.errors import PydedupError, ReadOnlyError, SchemaVersionError, StoreError
+from pydedup.errors import (
+    NotAStoreError,
+    PydedupError,
+    ReadOnlyError,
+    SchemaVersionError,
+    StoreError,
+)
 
 from ._connection import closed_on_error
 from ._errors import ConnectionLostError
@@ -264,6 +270,10 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
         Of a shard that is merely down, nothing is known, see `unreachable_places`.
         """
         complaints = super().integrity_errors()
+        try:
+            self._listed_ring()
+        except NotAStoreError as error:  # which lets nobody open the store again
+            complaints.append(str(error))
         for shard in self._shards:
             try:
                 complaints += self._wrong_on(shard)

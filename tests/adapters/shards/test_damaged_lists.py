@@ -39,6 +39,23 @@ def test_a_list_that_cannot_be(place: ShardedPlace) -> None:
     serves(place.url(2))
 
 
+def test_a_list_that_is_lost_while_its_store_is_open(place: ShardedPlace) -> None:
+    """Adding was an IndexError, and the store sound until it was to be opened again."""
+    url = place.url(2)
+    fill(url)
+    with pydedup.open(url) as store:
+        ((text,),) = place.rows(0, "SELECT value FROM {}.meta WHERE name = 'shards'")
+        place.rows(0, "DELETE FROM {}.meta WHERE name = 'shards'")
+        for change in (lambda: store.add("more", model_of(3), policy=POLICY), store.refill):
+            with pytest.raises(NotAStoreError, match="list of shards in its meta cannot be read; "):
+                change()
+        (error,) = store.verify().errors
+        assert "list of shards in its meta cannot be read; restore a backup" in error
+        place.rows(0, "INSERT INTO {}.meta VALUES ('shards', %s)", text)
+        assert store.verify().ok
+    serves(url)
+
+
 @pytest.mark.usefixtures("known_places")
 @pytest.mark.parametrize("column", ["ring", "id", "joined"])
 def test_a_shard_that_says_of_nobody_that_it_is_theirs(column: str, place: ShardedPlace) -> None:
