@@ -133,6 +133,10 @@ _REFUSALS: Final[tuple[tuple[tuple[str, ...], type[PydedupError], str], ...]] = 
         ConnectionLostError,
         "check the host in the URL, and that its name is known here",
     ),
+    # A server that goes away while TLS is agreed on, or a user let in, is no fault of TLS.
+    (("unexpected eof",), ConnectionLostError, _DOWN),
+    (("SSL SYSCALL",), ConnectionLostError, _DOWN),
+    (("SSL connection", "closed unexpectedly"), ConnectionLostError, _DOWN),
     (("SSL",), UnavailableError, _SSL),
     (("no encryption",), UnavailableError, _SSL),
     (("certificate",), UnavailableError, _SSL),

@@ -87,6 +87,7 @@ def test_codes_of_the_server_have_a_meaning(adapter: Adapter, schema: str, sql: 
             _change(adapter)
         assert (type(caught.value), advice in str(caught.value)) == (kind, True), code
         assert isinstance(caught.value.__cause__, psycopg.Error)
+        assert "PL/pgSQL" not in str(caught.value), "where in the server it came about"
         assert adapter.jobs() == []
     with adapter.transaction():
         adapter.put_job("j", "", "", "")

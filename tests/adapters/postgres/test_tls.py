@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 from pydedup import registry
 from pydedup.errors import UnavailableError
 from pydedup.testing._contract_base import add_random_pages, open_store, with_option
+from pydedup.testing.proxy import CuttingProxy
 
 PASSWORD = "right-0f-c0urse"
 #: A client's first message when it wants TLS: length 8, code 80877103.
@@ -135,3 +137,34 @@ def test_a_store_over_tls(
     assert dict(adapter.read_pages(list(pages))) == pages
     assert PASSWORD not in f"{adapter.url} {adapter!r} {vars(adapter)}"
     adapter.close()
+
+
+def test_a_connection_that_is_cut_while_tls_is_agreed_on(
+    front: TlsFront, user: str, certificate: tuple[Path, Path]
+) -> None:
+    """As where a server ends just then: the options of TLS were found fault with."""
+    place = f"postgresql://{user}:{PASSWORD}@127.0.0.1:{front.port}/postgres?schema=cut_tls"
+    trusting = with_option(place, f"sslmode=verify-full&sslrootcert={certificate[0]}")
+    with CuttingProxy(trusting) as proxy, contextlib.closing(open_store(proxy.url)) as adapter:
+        # Two of them while the user is let in: after a refusal it is asked once more, for its code.
+        proxy.cut_after(0, 1000, 1000, 3000, 3000)
+        assert adapter.models() == []
+        assert proxy.cuts == 5
+
+
+def test_a_server_that_resets_connections_while_tls_is_agreed_on() -> None:
+    def serve() -> None:
+        client, _ = listener.accept()
+        with client:
+            assert client.recv(8, socket.MSG_WAITALL) == WANTS_TLS
+            client.sendall(b"S")
+            assert client.recv(1000)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        place = f"postgresql://me@127.0.0.1:{listener.getsockname()[1]}/db?sslmode=require"
+        said = refused(place)
+        thread.join(60)
+    assert said.endswith("check that the server runs and can be reached, and try again")
