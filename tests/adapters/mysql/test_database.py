@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -267,6 +268,15 @@ def test_a_table_that_is_gone_is_complained_of(adapter: Adapter, url: str, run: 
     found = adapter.integrity_errors()
     assert found
     assert all("pydedup_signatures" in complaint for complaint in found)
+
+
+def test_tables_are_checked_beside_a_transaction_that_goes_on(adapter: Adapter) -> None:
+    """What checks them commits."""
+    with contextlib.suppress(KeyboardInterrupt), adapter.transaction():
+        adapter.put_job("j", "", "", "")
+        assert adapter.integrity_errors() == []
+        raise KeyboardInterrupt
+    assert adapter.jobs() == []
 
 
 def test_a_table_that_is_locked_is_not_taken_for_damaged(
