@@ -63,6 +63,12 @@ def encode_blocks(
     planes: bool,
     threads: int = 0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]: ...
+def have_factors(
+    arena: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    encodings: NDArray[np.uint8],
+) -> NDArray[np.bool_]: ...
 
 #: Rank, exponent, factors of rows and of columns, and for each block the numbers of its own.
 Factors: TypeAlias = tuple[
@@ -88,6 +94,7 @@ def encode_deltas(
     limits: NDArray[np.int64],
     max_rel_error: float | None,
     factors: Factors | None = None,
+    is_transposed: bool = False,
     threads: int = 0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]: ...
 def estimate_deltas(

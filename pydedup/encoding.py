@@ -29,8 +29,7 @@ __all__ = [
 ]
 
 
-# Version of a delta that has factors, and of what power of two they are at most.
-_WITH_FACTORS = 3
+# Of what power of two factors are at most.
 _MOST_EXPONENT = 900
 
 
@@ -85,10 +84,7 @@ class EncodedBlocks:
 
     def have_factors(self) -> NDArray[np.bool_]:
         """Return which are deltas with factors (docs/format.md, "Version 3"), bool (n_blocks,)."""
-        found = np.zeros(len(self.lengths), np.bool_)
-        deltas = np.flatnonzero((self.encodings >= Encoding.DELTA) & (self.lengths > 0))
-        found[deltas] = self.arena[self.offsets[deltas]] == _WITH_FACTORS
-        return found
+        return _core.have_factors(self.arena, self.offsets, self.lengths, self.encodings)
 
     def select(self, which: NDArray[np.int64]) -> EncodedBlocks:
         """Return some of the blocks, ``which`` ascending, one after another without gaps."""
@@ -208,6 +204,7 @@ def encode_deltas(
     limits: ArrayLike | None = None,
     max_rel_error: float | None = None,
     factors: LowRankFactors | None = None,
+    is_transposed: bool = False,
     threads: int = 0,
 ) -> EncodedBlocks:
     """Encode blocks of a matrix view as deltas on blocks of another.
@@ -232,6 +229,8 @@ def encode_deltas(
         Blocks that cannot be quantised so, or would not be smaller, become exact deltas.
     factors
         By how much the bases are moved first; of floats, and for blocks of one shape.
+    is_transposed
+        Whether each block is a delta on its base transposed, and has the shape of that.
     threads
         0 chooses by size.
 
@@ -269,6 +268,7 @@ def encode_deltas(
         most,
         _error_bound(max_rel_error),
         None if factors is None else factors.for_core,
+        is_transposed,
         as_count("threads", threads),
     )
     return EncodedBlocks(*columns)

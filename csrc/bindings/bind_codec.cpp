@@ -135,7 +135,8 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
                            std::size_t base_block_rows, std::size_t base_block_cols,
                            const Array<std::int64_t>& base_indices,
                            const Array<std::int64_t>& limits, std::optional<double> max_rel_error,
-                           const std::optional<PyFactors>& factors, unsigned threads) {
+                           const std::optional<PyFactors>& factors, bool is_transposed,
+                           unsigned threads) {
     const GivenFactors moved_by(factors);
     const ChosenBlocks chosen = as_chosen(data, dtype, block_rows, block_cols, indices, "indices");
     const ChosenBlocks base_blocks = as_chosen(base_data, base_dtype, base_block_rows,
@@ -156,7 +157,8 @@ py::tuple encode_deltas_of(const Array<std::uint8_t>& data, int dtype, std::size
                                std::span<EncodedBlock> encoded) {
                                return encode_deltas(chosen.matrix, chosen.grid, chosen.indices,
                                                     bases, most, max_rel_error, bytes, starts,
-                                                    encoded, threads, moved_by.get());
+                                                    encoded, threads, moved_by.get(),
+                                                    is_transposed);
                            });
 }
 
@@ -194,6 +196,42 @@ py::bytes page_with(std::span<const BlockView> blocks) {
     return page;
 }
 
+// Block i as it is encoded.
+std::span<const std::byte> encoded_at(std::span<const std::uint8_t> arena, std::int64_t offset,
+                                      std::int64_t bytes, std::size_t i) {
+    const auto start = static_cast<std::uint64_t>(offset);
+    const auto length = static_cast<std::uint64_t>(bytes);
+    if (start > arena.size() || length > arena.size() - start || length > UINT32_MAX) {
+        throw Error(ErrorCode::invalid_argument,
+                    "encoded block " + std::to_string(i) + " lies outside of the arena");
+    }
+    return std::as_bytes(arena.subspan(start, length));
+}
+
+py::array_t<bool> have_factors_of(const Array<std::uint8_t>& arena,
+                                  const Array<std::int64_t>& offsets,
+                                  const Array<std::int64_t>& lengths,
+                                  const Array<std::uint8_t>& encodings) {
+    const auto memory = as_span(arena, "arena");
+    const auto at = as_span(offsets, "offsets");
+    const auto length_of = as_span(lengths, "lengths");
+    const auto encoding_of = as_span(encodings, "encodings");
+    if (length_of.size() != at.size() || encoding_of.size() != at.size()) {
+        throw Error(ErrorCode::invalid_argument, "the columns of encoded blocks differ in length");
+    }
+    py::array_t<bool> found(static_cast<py::ssize_t>(at.size()));
+    bool* const out = found.mutable_data();
+    for (std::size_t i = 0; i < at.size(); ++i) {
+        const std::span<const std::byte> bytes = encoded_at(memory, at[i], length_of[i], i);
+        BlockView block{};
+        block.data = bytes.data();
+        block.length = static_cast<std::uint32_t>(bytes.size());
+        block.encoding = static_cast<Encoding>(encoding_of[i]);
+        out[i] = has_factors(block);
+    }
+    return found;
+}
+
 py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64_t>& offsets,
                         const Array<std::int64_t>& lengths, const Array<std::uint8_t>& encodings,
                         const Array<std::uint8_t>& dtypes, const Array<std::uint32_t>& rows,
@@ -214,18 +252,13 @@ py::bytes build_page_of(const Array<std::uint8_t>& arena, const Array<std::int64
     std::vector<BlockView> blocks;
     blocks.reserve(n);
     for (std::size_t i = 0; i < n; ++i) {
-        const auto start = static_cast<std::uint64_t>(at[i]);
-        const auto length = static_cast<std::uint64_t>(length_of[i]);
-        if (start > memory.size() || length > memory.size() - start || length > UINT32_MAX) {
-            throw Error(ErrorCode::invalid_argument,
-                        "block " + std::to_string(i) + " of a new page lies outside of the arena");
-        }
-        blocks.push_back({reinterpret_cast<const std::byte*>(memory.data()) + start,
-                          static_cast<std::uint32_t>(length), static_cast<Encoding>(encoding_of[i]),
-                          static_cast<Dtype>(dtype_of[i]), rows_of[i], cols_of[i], base_of[i]});
+        const std::span<const std::byte> bytes = encoded_at(memory, at[i], length_of[i], i);
+        blocks.push_back({bytes.data(), static_cast<std::uint32_t>(bytes.size()),
+                          static_cast<Encoding>(encoding_of[i]), static_cast<Dtype>(dtype_of[i]),
+                          rows_of[i], cols_of[i], base_of[i]});
         // Of a page that is taken apart, a block may refer to what lies in front of it.
-        blocks.back().before =
-            static_cast<std::uint32_t>(std::min<std::uint64_t>(start, UINT32_MAX));
+        blocks.back().before = static_cast<std::uint32_t>(
+            std::min<std::uint64_t>(static_cast<std::uint64_t>(at[i]), UINT32_MAX));
     }
     return page_with(blocks);
 }
@@ -397,12 +430,16 @@ void bind_codec(py::module_& m) {
           py::arg("base_data").noconvert(), py::arg("base_dtype"), py::arg("base_block_rows"),
           py::arg("base_block_cols"), py::arg("base_indices").noconvert(),
           py::arg("limits").noconvert(), py::arg("max_rel_error"),
-          py::arg("factors").noconvert() = py::none(), py::arg("threads") = 0);
+          py::arg("factors").noconvert() = py::none(), py::arg("is_transposed") = false,
+          py::arg("threads") = 0);
     m.def("estimate_deltas", &estimate_deltas_of, py::arg("data").noconvert(), py::arg("dtype"),
           py::arg("block_rows"), py::arg("block_cols"), py::arg("indices").noconvert(),
           py::arg("base_data").noconvert(), py::arg("base_dtype"), py::arg("base_block_rows"),
           py::arg("base_block_cols"), py::arg("base_indices").noconvert(), py::arg("max_rel_error"),
           py::arg("threads") = 0);
+    m.def("have_factors", &have_factors_of, py::arg("arena").noconvert(),
+          py::arg("offsets").noconvert(), py::arg("lengths").noconvert(),
+          py::arg("encodings").noconvert());
     m.def("build_page", &build_page_of, py::arg("arena").noconvert(),
           py::arg("offsets").noconvert(), py::arg("lengths").noconvert(),
           py::arg("encodings").noconvert(), py::arg("dtypes").noconvert(),

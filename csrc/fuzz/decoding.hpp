@@ -36,20 +36,23 @@ class Gapped {
     static constexpr std::byte kUntouched{0xA5};
 };
 
-/// A delta on a base that factors of rank 2 moved, as encode_delta() makes one without.
-inline std::optional<EncodedBlock> encode_factored(const MatrixRef& block, const MatrixRef& base,
-                                                   std::optional<double> max_rel_error,
-                                                   std::span<std::byte> out) {
+/// A delta on a base that is transposed, or moved by factors of rank 2, as encode_delta() makes one
+/// without.
+inline std::optional<EncodedBlock> encode_moved(const MatrixRef& block, const MatrixRef& base,
+                                                std::optional<double> max_rel_error,
+                                                std::span<std::byte> out, bool factored,
+                                                bool transposed) {
     const std::vector<std::int32_t> of_rows(2 * block.rows, 3), of_cols(2 * block.cols, -77);
     const std::int64_t first = 0;
     const LowRankFactors factors{2, -30, of_rows, of_cols, {&first, 1}, {&first, 1}};
     const BlockGrid grid{block.rows, block.cols, block.rows, block.cols};
+    const BlockGrid of_base{base.rows, base.cols, base.rows, base.cols};
     const auto limit = static_cast<std::int64_t>(out.size()) - 1;
     std::int64_t offset = 0;
     EncodedBlock delta{Encoding::delta, 0};
-    static_cast<void>(encode_deltas(block, grid, {&first, 1}, {base, grid, {&first, 1}},
+    static_cast<void>(encode_deltas(block, grid, {&first, 1}, {base, of_base, {&first, 1}},
                                     {&limit, 1}, max_rel_error, out, {&offset, 1}, {&delta, 1}, 1,
-                                    &factors));
+                                    factored ? &factors : nullptr, transposed));
     return delta.length != 0 ? std::optional(delta) : std::nullopt;
 }
 

@@ -25,34 +25,41 @@ std::vector<std::byte> base_values(std::size_t bytes, std::uint8_t kind) {
 }
 
 Input seed_of(Dtype dtype, std::uint8_t rows, std::uint8_t cols, std::uint8_t kind,
-              std::optional<double> max_error, bool pruned, bool factored) {
+              std::optional<double> max_error, bool pruned, bool factored, bool transposed) {
     const std::size_t bytes = std::size_t{rows} * cols * item_bytes(dtype);
     const std::vector<std::byte> base = base_values(bytes, kind);
+    const std::size_t item = item_bytes(dtype);
     std::vector<std::byte> values = base;
+    for (std::size_t i = 0; transposed && i < std::size_t{rows} * cols; ++i) {
+        const std::size_t from = i % cols * rows + i / cols;
+        std::copy_n(base.begin() + static_cast<std::ptrdiff_t>(from * item), item,
+                    values.begin() + static_cast<std::ptrdiff_t>(i * item));
+    }
     Random random;
-    for (std::size_t i = 0; i < bytes; i += item_bytes(dtype)) {
+    for (std::size_t i = 0; i < bytes; i += item) {
         if (random.next() % 3 != 0) values[i] ^= static_cast<std::byte>(random.next() % 64);
         if (pruned && random.next() % 2 != 0) {
-            std::fill_n(values.begin() + static_cast<std::ptrdiff_t>(i), item_bytes(dtype),
-                        std::byte{0});
+            std::fill_n(values.begin() + static_cast<std::ptrdiff_t>(i), item, std::byte{0});
         }
         // What only bf16 has, saved in f32.
         if (pruned && kind == 18 && dtype == Dtype::f32) values[i] = values[i + 1] = std::byte{0};
     }
-    const std::size_t stride = cols * item_bytes(dtype);
+    const std::size_t stride = cols * item;
     std::vector<std::byte> encoded(bytes);
     const MatrixRef block{values.data(), rows, cols, stride, dtype};
-    const MatrixRef of{base.data(), rows, cols, stride, dtype};
-    const std::optional<EncodedBlock> delta = factored
-                                                  ? encode_factored(block, of, max_error, encoded)
-                                                  : encode_delta(block, of, max_error, encoded);
+    const std::uint32_t base_rows = transposed ? cols : rows;
+    const std::uint32_t base_cols = transposed ? rows : cols;
+    const MatrixRef of{base.data(), base_rows, base_cols, base_cols * item, dtype};
+    const std::optional<EncodedBlock> delta =
+        factored || transposed ? encode_moved(block, of, max_error, encoded, factored, transposed)
+                               : encode_delta(block, of, max_error, encoded);
     if (!delta) return {};
     if (delta->encoding == Encoding::delta) {
         std::vector<std::byte> back(bytes);
-        decode_delta(
-            {encoded.data(), delta->length, delta->encoding, dtype, rows, cols, 1},
-            {base.data(), static_cast<std::uint32_t>(bytes), Encoding::raw, dtype, rows, cols, 0},
-            back.data(), stride);
+        decode_delta({encoded.data(), delta->length, delta->encoding, dtype, rows, cols, 1},
+                     {base.data(), static_cast<std::uint32_t>(bytes), Encoding::raw, dtype,
+                      base_rows, base_cols, 0},
+                     back.data(), stride);
         require(back == values, "an exact delta gives its block back");
     }
     const auto code = static_cast<std::uint8_t>(dtype);
@@ -95,10 +102,12 @@ std::vector<Input> seeds() {
                 for (const auto& [pruned, factored] :
                      {std::pair{false, false}, {true, false}, {false, true}, {true, true}}) {
                     if (factored && (dtype > Dtype::bf16 || kind == 0)) continue;
-                    Input input = seed_of(dtype, 16, 20, kind,
-                                          error > 0 ? std::optional<double>(error) : std::nullopt,
-                                          pruned, factored);
-                    if (!input.empty()) made.push_back(std::move(input));
+                    const auto bound = error > 0 ? std::optional<double>(error) : std::nullopt;
+                    for (const bool transposed : {false, true}) {
+                        Input input =
+                            seed_of(dtype, 16, 20, kind, bound, pruned, factored, transposed);
+                        if (!input.empty()) made.push_back(std::move(input));
+                    }
                 }
             }
         }
@@ -130,12 +139,13 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
                           rows,
                           cols,
                           1};
+    const bool transposed = !payload.empty() && payload[0] == 4;  // by its version
     const BlockView base{values.data(),
                          static_cast<std::uint32_t>(values.size()),
                          Encoding::raw,
                          base_dtype,
-                         rows,
-                         cols,
+                         transposed ? cols : rows,
+                         transposed ? rows : cols,
                          0};
     for (const bool behind : {false, true}) {
         try {

@@ -122,7 +122,7 @@ std::vector<Input> seeds() {
     for (const bool factored : {true, false, true}) {
         encoded.emplace_back(values.size());
         const std::optional<EncodedBlock> delta =
-            factored ? encode_factored(block, base, std::nullopt, encoded.back())
+            factored ? encode_moved(block, base, std::nullopt, encoded.back(), true, false)
                      : encode_delta(block, base, std::nullopt, encoded.back());
         require(delta.has_value(), "a delta is smaller than its block");
         deltas.push_back(blocks[1]);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes page_v2.page, page_v2_extended.page and page_v3_factors.page, of deltas of each version.
+"""Writes pages of deltas of each version: page_v2.page and the others from version 2 on.
 
 Run only for a NEW page format: old files stay.
 
@@ -190,9 +190,54 @@ def factored_blocks() -> list[tuple[Block, int | None, float | None]]:
     ]
 
 
+def transposed_blocks() -> list[tuple[Block, int | None, float | None]]:
+    """Return the same of deltas of version 4: a base is transposed, and may be moved then."""
+    f32 = weights(20).astype(np.float32)
+    tall = np.ascontiguousarray(f32[:, :40])
+    ints = noise(64 * 24, 21).reshape(24, 64) >> 4
+    t, wide = np.ascontiguousarray(f32.T), np.ascontiguousarray(tall.T)
+    bf16, f64 = DType.BF16.numpy, np.dtype(np.float64)
+    few = wide.copy()
+    few.reshape(-1)[::500] = 1.0
+    every = (t.view(np.uint32) + (noise(4096, 22).reshape(64, 64) >> 3)).astype(np.uint32)
+    gone = noise(4096, 23).reshape(64, 64) > 127
+    f = transposed_factors()
+    moved = moved_by(t, f[10], f32.dtype)
+    some = moved_by(wide, f[11], f32.dtype).view(np.uint32)
+    some = (some + (noise(2560, 24).reshape(40, 64) < 40)).astype(np.uint32)
+    return [
+        (f32, None, None),
+        (tall, None, None),
+        (ints, None, None),
+        (t, 0, None),  # no change
+        (few, 1, None),  # sparse, and not square
+        (every.view(np.float32), 0, None),  # coded
+        (t * gone, 0, None),  # a mask
+        (t.astype(bf16), 0, None),  # bf16 on f32
+        (t.astype(f64), 0, None),  # f64 on f32
+        (np.ascontiguousarray(ints.T), 2, None),
+        (moved, 0, None),  # factors
+        (some.view(np.float32), 1, None),  # factors, changed by little
+        (moved_by(t, f[12], bf16), 0, None),  # the same factors, bf16
+        ((t + f32 / 4096).astype(np.float32), 0, 0.0001),
+        ((moved + t / 512).astype(np.float32), 0, 0.001),  # factors, quantised
+    ]
+
+
+def transposed_factors() -> dict[int, codec.LowRankFactors]:
+    """Return the factors of slots of `transposed_blocks`."""
+    numbers = noise(2 * 3 * 64, 25).reshape(2, 1, 3, 64).astype(np.int32) - 128
+    at = np.zeros(1, np.int64)
+    square = codec.LowRankFactors(-36, numbers[0], numbers[1], at, at)
+    wide = codec.LowRankFactors(-36, numbers[0][:, :, :40].copy(), numbers[1], at, at)
+    return {10: square, 11: wide, 12: square, 14: square}
+
+
 def build_golden(
     blocks: list[tuple[Block, int | None, float | None]],
     factors: dict[int, codec.LowRankFactors] | None = None,
+    *,
+    is_transposed: bool = False,
 ) -> bytes:
     """Return the page of these blocks, every one with a base as a delta; factors are by slot."""
     views = [MatrixView.of(block, block.shape) for block, _, _ in blocks]
@@ -209,6 +254,7 @@ def build_golden(
                     [0],
                     max_rel_error=bound,
                     factors=(factors or {}).get(number),
+                    is_transposed=is_transposed,
                 )
             )
     lengths = np.array([len(one.arena) for one in encoded])
@@ -240,15 +286,18 @@ def read_golden(payload: bytes) -> bytes:
 def main() -> None:
     """Write the file, or refuse."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    for name, blocks, factors in (
-        ("page_v2.page", golden_blocks, None),
-        ("page_v2_extended.page", extended_blocks, None),
-        ("page_v3_factors.page", factored_blocks, golden_factors()),
+    for name, blocks, factors, is_transposed in (
+        ("page_v2.page", golden_blocks, None, False),
+        ("page_v2_extended.page", extended_blocks, None, False),
+        ("page_v3_factors.page", factored_blocks, golden_factors(), False),
+        ("page_v4_transposed.page", transposed_blocks, transposed_factors(), True),
     ):
         if (folder / name).exists():
             print(f"{folder / name} exists; golden files are never rewritten")
         else:
-            (folder / name).write_bytes(build_golden(blocks(), factors))
+            (folder / name).write_bytes(
+                build_golden(blocks(), factors, is_transposed=is_transposed)
+            )
 
 
 if __name__ == "__main__":

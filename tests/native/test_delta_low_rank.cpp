@@ -131,8 +131,8 @@ Encoded encode(const MatrixRef& block, const MatrixRef& base, const Factors& fac
     result.bytes.resize(most.value_or(block.rows * block.cols * item_bytes(block.dtype)));
     const detail::LowRank low_rank = factors.view();
     detail::DeltaEncoder encoder;
-    const auto encoded = encoder.encode(block, base, max_rel_error,
-                                        {at(result.bytes), result.bytes.size()}, &low_rank);
+    const auto encoded = encoder.encode(
+        block, base, max_rel_error, {at(result.bytes), result.bytes.size()}, {false, &low_rank});
     if (!encoded) return {};
     result.bytes.resize(encoded->length);
     result.bytes.shrink_to_fit();

@@ -261,16 +261,21 @@ def decode_delta(
     """Return the elements of a delta, as docs/format.md says; its page begins with ``before``."""
     encoding, dtype, rows, cols, payload = slot
     version, form, base_dtype, shift, count = struct.unpack_from("<BBBBI", payload)
-    assert version in (1, 2, 3)
+    assert version in (1, 2, 3, 4)
     assert (DTYPES[base_dtype], count) == (base[1], rows * cols)
-    stored = np.frombuffer(base_content, base[1].numpy).reshape(rows, cols)
-    assert payload[8:12] == hash_blocks(stored, (rows, cols)).tobytes()[:4]
+    stored = np.frombuffer(base_content, base[1].numpy).reshape(base[2:4])
+    assert payload[8:12] == hash_blocks(stored, stored.shape).tobytes()[:4]
+    if version == 4:
+        stored = np.ascontiguousarray(stored.T)
+    assert stored.shape == (rows, cols)
     reader = Reader(payload)
     reader.at = 20 if encoding == 3 else 12
     whole, dtype = dtype, DTYPES[reader.byte()] if version >= 2 else dtype
     assert dtype is whole or (encoding == 2 and dtype.itemsize < whole.itemsize)
     x = stored.astype(dtype.numpy)
-    if version == 3:
+    if version == 4 and reader.payload[reader.at] == 0:
+        reader.at += 1
+    elif version >= 3:
         x = read_moved(reader, before, x, dtype)
     bits = 8 * dtype.itemsize
     words = x.view(f"u{dtype.itemsize}")
@@ -286,7 +291,7 @@ def decode_delta(
             at += 1
         assert reader.at == len(payload)
     elif form == 2:
-        assert version == 3
+        assert version >= 3
         values = read_changed(reader, count)
     else:
         values = read_coded(reader, words, dtype)

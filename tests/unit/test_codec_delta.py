@@ -31,6 +31,7 @@ GOLDEN_PAGES = [
     ("page_v2.page", "golden_blocks"),
     ("page_v2_extended.page", "extended_blocks"),
     ("page_v3_factors.page", "factored_blocks"),
+    ("page_v4_transposed.page", "transposed_blocks"),
 ]
 # Of the first, which is from before version 2: floats of a narrower dtype, and a pruned block.
 BEFORE_VERSION_2 = (8, 9, 15)
@@ -86,6 +87,17 @@ def test_golden_page_of_factors_has_all_that_there_is() -> None:
     assert behind.count(0) < len(behind) / 2  # all others name the factor of another block
 
 
+def test_golden_page_of_transposed_bases_has_all_that_there_is() -> None:
+    slots = slots_of((GOLDEN / "page_v4_transposed.page").read_bytes())
+    deltas = [(slot[0], slot[4]) for slot in slots if slot[5]]
+    assert {data[0] for _, data in deltas} == {4}
+    at_rank = {2: 13, 3: 21}
+    forms = {(encoding, data[1], data[at_rank[encoding]] > 0) for encoding, data in deltas}
+    assert forms >= {(2, 0, False), (2, 0, True), (2, 1, False), (2, 2, True)}
+    assert forms >= {(3, 1, False), (3, 1, True)}
+    assert any(slot[2] != slot[3] for slot in slots if slot[5])
+
+
 def test_numbers_that_are_not_finite_stay_where_factors_move() -> None:
     """But for the bits of a NaN of f16 or bf16, which goes by way of f32."""
     rng = np.random.default_rng(2)
@@ -109,8 +121,10 @@ def test_numbers_that_are_not_finite_stay_where_factors_move() -> None:
 
 @pytest.mark.parametrize(("name", "blocks"), GOLDEN_PAGES)
 def test_golden_page_is_written(name: str, blocks: str) -> None:
-    factors = MAKER["golden_factors"]() if blocks == "factored_blocks" else None
-    built = MAKER["build_golden"](MAKER[blocks](), factors)
+    is_transposed = blocks == "transposed_blocks"
+    maker = {"factored_blocks": "golden_factors", "transposed_blocks": "transposed_factors"}
+    factors = MAKER[maker[blocks]]() if blocks in maker else None
+    built = MAKER["build_golden"](MAKER[blocks](), factors, is_transposed=is_transposed)
     golden = (GOLDEN / name).read_bytes()
     if name != "page_v2.page":
         assert built == golden
@@ -308,6 +322,52 @@ def test_bad_factors() -> None:
         codec.encode_deltas(ints, [0], ints, [0], factors=sound)
     none = codec.encode_deltas(view, [0], view, [0], limits=[5], factors=sound)
     assert none.have_factors().tolist() == [False]
+
+
+@pytest.mark.parametrize("max_rel_error", [None, 0.001])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.F64, DType.I8, DType.U16])
+def test_transposed_bases(dtype: DType, max_rel_error: float | None) -> None:
+    """Blocks of all shapes at once: the grid of the bases is the transpose of theirs."""
+    rng = np.random.default_rng(3)
+    base = (rng.normal(0, 20, (150, 130))).astype(np.float32).astype(dtype.numpy)
+    moved = np.ascontiguousarray(base.T)
+    moved[::7, ::3] *= 2
+    view, base_view = MatrixView.of(moved, (48, 32)), MatrixView.of(base, (32, 48))
+    every = np.arange(view.grid.count)
+    down, across = np.divmod(every, view.grid.grid_cols)
+    bases = across * base_view.grid.grid_cols + down
+    encoded = codec.encode_deltas(
+        view, every, base_view, bases, max_rel_error=max_rel_error, is_transposed=True
+    )
+    assert (encoded.lengths > 0).all()
+    assert len(encoded.arena) < 0.3 * view.data.nbytes
+    assert not encoded.have_factors().any()
+    pages = []
+    for arena, grid, tags in (
+        (codec.encode_blocks(base_view, every, planes=True), base_view.grid, None),
+        (encoded, view.grid, every + 1),
+    ):
+        columns = arena.arena, arena.offsets, arena.lengths, arena.encodings
+        dtypes = np.full(len(every), dtype.code)
+        pages.append(codec.Page(codec.build_page(*columns, dtypes, *grid.all_shapes(), tags)))
+    out = MatrixView(np.zeros_like(view.data), dtype, view.grid)
+    none = np.zeros(len(every), np.int64)
+    there = codec.StoredBases([pages[0]], none, bases)
+    codec.read_blocks(out, every, [pages[1]], none, every, bases=there)
+    back = out.data.view(dtype.numpy)
+    if max_rel_error is None or not dtype.is_float:
+        assert back.tobytes() == moved.tobytes()
+    else:
+        assert relative_error(moved, back) <= max_rel_error
+    beside = codec.StoredBases([pages[0]], none, np.roll(bases, 1))
+    with pytest.raises(CorruptStoreError, match=r"not the base that it was made from|its base has"):
+        codec.read_blocks(out, every, [pages[1]], none, every, bases=beside)
+
+
+def test_a_transposed_base_has_the_shape_of_a_transposed_block() -> None:
+    view, base = pair((32, 48))
+    with pytest.raises(ArgumentError, match="shape of its base, transposed: the block has 32 x 48"):
+        codec.encode_deltas(view, [0], base, [0], is_transposed=True)
 
 
 def test_a_page_names_the_bases_of_its_deltas() -> None:

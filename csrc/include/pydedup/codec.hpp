@@ -149,16 +149,15 @@ struct LowRankFactors {
 /// which saves time: so their bytes may differ from those of encode_delta(), but not by `threads`.
 /// limits[i] is the most bytes that block i may take; encoded[i].length is 0 where that is not
 /// enough. `arena` has room for the sum of the limits; returns how many bytes of it were used.
-/// `threads` 0 means one per core for large inputs. With `factors`, blocks of floats, all of one
-/// shape, are deltas on bases that these moved.
-[[nodiscard]] std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
-                                        std::span<const std::int64_t> indices,
-                                        const BaseBlocks& bases,
-                                        std::span<const std::int64_t> limits,
-                                        std::optional<double> max_rel_error,
-                                        std::span<std::byte> arena, std::span<std::int64_t> offsets,
-                                        std::span<EncodedBlock> encoded, unsigned threads = 0,
-                                        const LowRankFactors* factors = nullptr);
+/// `threads` 0 means one per core for large inputs. Where `is_transposed`, blocks are deltas on
+/// their bases transposed. With `factors`, blocks of floats, all of one shape, are deltas
+/// on bases that these moved.
+[[nodiscard]] std::size_t encode_deltas(
+    const MatrixRef& matrix, const BlockGrid& grid, std::span<const std::int64_t> indices,
+    const BaseBlocks& bases, std::span<const std::int64_t> limits,
+    std::optional<double> max_rel_error, std::span<std::byte> arena,
+    std::span<std::int64_t> offsets, std::span<EncodedBlock> encoded, unsigned threads = 0,
+    const LowRankFactors* factors = nullptr, bool is_transposed = false);
 
 /// Whether a block is a delta with factors.
 [[nodiscard]] bool has_factors(const BlockView& block) noexcept;

@@ -76,7 +76,7 @@ std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
                           std::span<const std::int64_t> limits, std::optional<double> max_rel_error,
                           std::span<std::byte> arena, std::span<std::int64_t> offsets,
                           std::span<EncodedBlock> encoded, unsigned threads,
-                          const LowRankFactors* factors) {
+                          const LowRankFactors* factors, bool is_transposed) {
     const std::size_t raw = check(matrix, grid, indices, bases);
     if (factors != nullptr) check_factors(*factors, matrix, grid, indices);
     if (limits.size() != indices.size() || offsets.size() != indices.size() ||
@@ -105,11 +105,14 @@ std::size_t encode_deltas(const MatrixRef& matrix, const BlockGrid& grid,
                          const MatrixRef block =
                              block_of(matrix, grid, static_cast<std::size_t>(indices[i]));
                          detail::LowRank low_rank{};
-                         if (factors != nullptr) low_rank = low_rank_of(*factors, block, i);
-                         encoded[i] = encoder
-                                          .encode(block, base_of(bases, i), max_rel_error, room,
-                                                  factors != nullptr ? &low_rank : nullptr)
-                                          .value_or(EncodedBlock{Encoding::delta, 0});
+                         detail::BaseMoves moves{is_transposed};
+                         if (factors != nullptr) {
+                             low_rank = low_rank_of(*factors, block, i);
+                             moves.low_rank = &low_rank;
+                         }
+                         encoded[i] =
+                             encoder.encode(block, base_of(bases, i), max_rel_error, room, moves)
+                                 .value_or(EncodedBlock{Encoding::delta, 0});
                      }
                  });
     return detail::close_gaps(arena, encoded, offsets);

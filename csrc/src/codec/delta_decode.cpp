@@ -17,6 +17,7 @@
 #include "codec/delta_step.hpp"
 #include "codec/low_rank.hpp"
 #include "codec/narrow.hpp"
+#include "codec/transposed.hpp"
 #include "codec/zero_mask.hpp"
 #include "dispatch/dispatch.hpp"
 #include "pydedup/codec.hpp"
@@ -132,6 +133,7 @@ struct Header {
     std::uint32_t base_check;
     double step;  // of a quantised delta
     Dtype dtype;  // of the differences
+    bool is_transposed;
     std::optional<detail::ReadLowRank> low_rank;
     std::optional<detail::ZeroMask> mask;
 };
@@ -142,10 +144,6 @@ Header read_header(const BlockView& delta, const BlockView& base, Source& source
     if (!quantised && delta.encoding != Encoding::delta) corrupt(delta, "it is not a delta");
     if (base.encoding != Encoding::raw && base.encoding != Encoding::planes) {
         corrupt(delta, "its base is a delta itself");
-    }
-    if (base.rows != delta.rows || base.cols != delta.cols) {
-        corrupt(delta, "its base has " + std::to_string(base.rows) + " x " +
-                           std::to_string(base.cols) + " elements");
     }
     const std::size_t bytes = detail::kDeltaHeaderBytes + (quantised ? detail::kStepBytes : 0);
     if (delta.length < bytes) corrupt(delta, "its header is cut off");
@@ -158,12 +156,20 @@ Header read_header(const BlockView& delta, const BlockView& base, Source& source
     }
     const std::size_t item = item_bytes(delta.dtype);
     const std::size_t count = std::size_t{delta.rows} * delta.cols;
-    Header header{head[1], head[3], load_le<std::uint32_t>(delta.data + 8), 0, delta.dtype, {}, {}};
+    Header header{head[1], head[3],     load_le<std::uint32_t>(delta.data + 8),
+                  0,       delta.dtype, head[0] == detail::kTransposedDeltaVersion,
+                  {},      {}};
     const auto last =
-        head[0] == detail::kLowRankDeltaVersion ? DeltaForm::changed : DeltaForm::coded;
+        head[0] >= detail::kLowRankDeltaVersion ? DeltaForm::changed : DeltaForm::coded;
     if (head[0] == 0 || header.form > static_cast<std::uint8_t>(last) ||
         load_le<std::uint32_t>(delta.data + 4) != count || (quantised && header.shift != 0)) {
         corrupt(delta, "its header is damaged");
+    }
+    const bool fits = header.is_transposed ? base.rows == delta.cols && base.cols == delta.rows
+                                           : base.rows == delta.rows && base.cols == delta.cols;
+    if (!fits) {
+        corrupt(delta, "its base has " + std::to_string(base.rows) + " x " +
+                           std::to_string(base.cols) + " elements");
     }
     static_cast<void>(source.take(bytes));
     if (head[0] >= detail::kExtendedDeltaVersion) {
@@ -172,7 +178,8 @@ Header read_header(const BlockView& delta, const BlockView& base, Source& source
         if (is_narrow && (quantised || !detail::is_narrower(header.dtype, delta.dtype))) {
             corrupt(delta, "its differences have an impossible dtype");
         }
-        if (head[0] == detail::kLowRankDeltaVersion) {
+        const bool may_move = head[0] >= detail::kLowRankDeltaVersion;
+        if (may_move && !(header.is_transposed && detail::skip_no_low_rank(source))) {
             if (!detail::can_quantise(header.dtype)) corrupt(delta, "its dtype has no factors");
             header.low_rank.emplace();
             const char* wrong = detail::get_low_rank(source, delta.rows, delta.cols, head,
@@ -201,22 +208,23 @@ Header read_header(const BlockView& delta, const BlockView& base, Source& source
 }
 
 // The base's elements as those that differences are of; `memory` holds them where they had to be
-// decoded, converted, moved or masked. What the header says of the base is checked on the way.
+// decoded, converted, transposed, moved or masked. What the header says of the base is checked on
+// the way.
 const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
                                   const Header& header, std::unique_ptr<std::uint8_t[]>& memory) {
     const std::size_t count = std::size_t{base.rows} * base.cols;
     const std::size_t base_bytes = count * item_bytes(base.dtype);
     const bool convert = base.dtype != header.dtype;
     const bool decode = base.encoding != Encoding::raw;
-    const std::size_t converted_bytes =
+    const std::size_t changed_bytes =
         convert || header.low_rank || header.mask ? count * item_bytes(header.dtype) : 0;
+    const std::size_t decoded_bytes = decode ? base_bytes : 0;
+    const std::size_t transposed_bytes = header.is_transposed ? base_bytes : 0;
+    const std::size_t needed = changed_bytes + decoded_bytes + transposed_bytes;
     const std::uint8_t* from = bytes_at(base.data);
-    if (converted_bytes != 0 || decode) {
-        memory = std::make_unique_for_overwrite<std::uint8_t[]>(converted_bytes +
-                                                                (decode ? base_bytes : 0));
-    }
+    if (needed != 0) memory = std::make_unique_for_overwrite<std::uint8_t[]>(needed);
     if (decode) {
-        std::uint8_t* const to = memory.get() + converted_bytes;
+        std::uint8_t* const to = memory.get() + changed_bytes;
         decode_block(base, reinterpret_cast<std::byte*>(to), base.row_bytes());
         from = to;
     } else if (base.length != base_bytes) {
@@ -225,12 +233,17 @@ const std::uint8_t* base_elements(const BlockView& delta, const BlockView& base,
     if (detail::check_of(from, base.rows, base.row_bytes()) != header.base_check) {
         corrupt(delta, "this is not the base that it was made from");
     }
+    if (header.is_transposed) {
+        std::uint8_t* const to = memory.get() + changed_bytes + decoded_bytes;
+        detail::transpose(from, base.rows, base.cols, item_bytes(base.dtype), to);
+        from = to;
+    }
     if (convert) {
         detail::convert_floats(from, base.dtype, count, memory.get(), header.dtype);
         from = memory.get();
     }
     if (header.low_rank) {
-        detail::add_low_rank(header.low_rank->view(), from, base.rows, base.cols, header.dtype,
+        detail::add_low_rank(header.low_rank->view(), from, delta.rows, delta.cols, header.dtype,
                              memory.get());
         from = memory.get();
     }

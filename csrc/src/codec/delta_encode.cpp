@@ -144,7 +144,7 @@ Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::siz
         few.swap(sink);
         limit = std::min(limit, few.size());
     }
-    if (extension.version == detail::kLowRankDeltaVersion && coded.n_changed <= count / 4) {
+    if (extension.version >= detail::kLowRankDeltaVersion && coded.n_changed <= count / 4) {
         sink.clear();
         header(DeltaForm::changed);
         with_numbers(coded.differences,
@@ -168,16 +168,16 @@ namespace detail {
 DeltaEncoder::DeltaEncoder() = default;
 
 // Behind a mask, if one helps. `dtype` is the block's, of which the pair's may be a narrower one;
-// `factors` what put_low_rank() wrote, if they moved the base.
+// `moved` is what there is to say of the base.
 Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
                                   std::optional<double> max_rel_error, std::size_t limit,
-                                  const Sink& factors) {
+                                  const Moved& moved) {
     const auto extension = [&](const std::optional<ZeroMask>& mask) {
         Extension more;
-        if (pair.dtype == dtype && !mask && factors.empty()) return more;
-        more.version = factors.empty() ? kExtendedDeltaVersion : kLowRankDeltaVersion;
+        if (pair.dtype == dtype && !mask && moved.version == 0) return more;
+        more.version = std::max(moved.version, kExtendedDeltaVersion);
         more.bytes.push_back(static_cast<std::uint8_t>(pair.dtype));
-        more.bytes.insert(more.bytes.end(), factors.begin(), factors.end());
+        more.bytes.insert(more.bytes.end(), moved.bytes.begin(), moved.bytes.end());
         put_mask(more.bytes, mask, delta_layout(pair.dtype));
         return more;
     };
@@ -197,12 +197,11 @@ Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
 
 std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const MatrixRef& base,
                                                  std::optional<double> max_rel_error,
-                                                 std::span<std::byte> out,
-                                                 const LowRank* low_rank) {
-    check_pair(block, base);
+                                                 std::span<std::byte> out, const BaseMoves& moves) {
+    check_pair(block, base, moves.is_transposed);
     check_error(max_rel_error);
-    if (low_rank != nullptr) {
-        check_low_rank(*low_rank, block.rows, block.cols);
+    if (moves.low_rank != nullptr) {
+        check_low_rank(*moves.low_rank, block.rows, block.cols);
         if (!can_quantise(block.dtype)) {
             throw Error(ErrorCode::invalid_argument,
                         "only f64, f32, f16 and bf16 have deltas with factors, not dtype code " +
@@ -211,24 +210,32 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
     }
     const std::size_t raw = block.rows * block.cols * item_bytes(block.dtype);
     // Factors do not count: a page may have them for many blocks.
-    Sink factors;
-    const std::size_t besides = low_rank != nullptr ? put_low_rank(factors, *low_rank) : 0;
+    Moved moved;
+    std::size_t besides = 0;
+    if (moves.low_rank != nullptr) {
+        moved.version = kLowRankDeltaVersion;
+        besides = put_low_rank(moved.bytes, *moves.low_rank);
+    }
+    if (moves.is_transposed) {
+        moved.version = kTransposedDeltaVersion;
+        if (moves.low_rank == nullptr) put_no_low_rank(moved.bytes);
+    }
     const std::size_t limit = std::min(out.size(), raw - 1 + besides);
     std::optional<PairOf> both;
     Sink best;
     Encoding encoding = Encoding::delta;
     if (max_rel_error && can_quantise(block.dtype)) {
-        both.emplace(block, base, low_rank);
-        best = encode_smaller(both->pair, block.dtype, max_rel_error, limit, factors);
+        both.emplace(block, base, moves);
+        best = encode_smaller(both->pair, block.dtype, max_rel_error, limit, moved);
         if (!best.empty()) encoding = Encoding::quantised;
     }
     // Exact where that is no larger: narrow floats have little to lose.
     const std::optional<NarrowBlock> narrow = narrowed(block);
     const MatrixRef& exactly = narrow ? narrow->block : block;
     if (best.empty() || best.size() > exactly.rows * exactly.cols * item_bytes(exactly.dtype) / 4) {
-        if (narrow || !both) both.emplace(exactly, base, low_rank);
+        if (narrow || !both) both.emplace(exactly, base, moves);
         Sink exact = encode_smaller(both->pair, block.dtype, std::nullopt,
-                                    best.empty() ? limit : best.size(), factors);
+                                    best.empty() ? limit : best.size(), moved);
         if (!exact.empty()) {
             best = std::move(exact);
             encoding = Encoding::delta;

@@ -8,7 +8,6 @@
 
 #include "codec/delta_pair.hpp"
 #include "codec/delta_plan.hpp"
-#include "codec/low_rank.hpp"
 #include "pydedup/codec.hpp"
 
 namespace pydedup::detail {
@@ -20,11 +19,17 @@ class DeltaEncoder {
     DeltaEncoder();
     std::optional<EncodedBlock> encode(const MatrixRef& block, const MatrixRef& base,
                                        std::optional<double> max_rel_error,
-                                       std::span<std::byte> out, const LowRank* low_rank = nullptr);
+                                       std::span<std::byte> out, const BaseMoves& moves = {});
 
   private:
+    // What a delta says of moves of its base.
+    struct Moved {
+        std::uint8_t version = 0;  ///< the oldest that can; 0 if there is nothing to say
+        Sink bytes;
+    };
+
     Sink encode_smaller(const Pair& pair, Dtype dtype, std::optional<double> max_rel_error,
-                        std::size_t limit, const Sink& factors);
+                        std::size_t limit, const Moved& moved);
 
     std::optional<DeltaPlan> exact_;
     std::optional<DeltaPlan> exact_masked_;

@@ -16,16 +16,18 @@
 namespace pydedup::detail {
 
 /// Deltas are written as the oldest version that can describe them.
-inline constexpr std::uint8_t kDeltaVersion = 3;
+inline constexpr std::uint8_t kDeltaVersion = 4;
 /// Of this version are deltas of a narrower dtype (narrow.hpp) or with a mask (zero_mask.hpp), and
-/// no others; of the next one those with factors (low_rank.hpp).
+/// no others; of the next one those with factors (low_rank.hpp), and of the last one those whose
+/// base is transposed (transposed.hpp), with factors or without.
 inline constexpr std::uint8_t kExtendedDeltaVersion = 2;
 inline constexpr std::uint8_t kLowRankDeltaVersion = 3;
+inline constexpr std::uint8_t kTransposedDeltaVersion = 4;
 inline constexpr std::size_t kDeltaHeaderBytes = 12;
 inline constexpr std::size_t kStepBytes = 8;
 inline constexpr unsigned kMaxGroups = 8;
 
-/// `changed` with factors only.
+/// `changed` since kLowRankDeltaVersion only.
 enum class DeltaForm : std::uint8_t { sparse = 0, coded = 1, changed = 2 };
 
 enum class Feature : std::uint8_t { none = 0, exponent = 1, mantissa = 2 };

@@ -10,6 +10,7 @@
 
 #include "codec/convert.hpp"
 #include "codec/delta_step.hpp"
+#include "codec/transposed.hpp"
 #include "dispatch/dispatch.hpp"
 #include "pydedup/error.hpp"
 
@@ -60,7 +61,7 @@ unsigned shift_out(Wide* z, std::size_t count, std::uint64_t all) noexcept {
 
 }  // namespace
 
-void check_pair(const MatrixRef& block, const MatrixRef& base) {
+void check_pair(const MatrixRef& block, const MatrixRef& base, bool is_transposed) {
     const std::size_t row_bytes = block.cols * item_bytes(block.dtype);
     if (block.rows == 0 || row_bytes == 0 || block.rows > UINT32_MAX || block.cols > UINT32_MAX ||
         block.rows > UINT32_MAX / row_bytes) {
@@ -69,9 +70,12 @@ void check_pair(const MatrixRef& block, const MatrixRef& base) {
             "a block of " + std::to_string(block.rows) + " x " + std::to_string(block.cols) +
                 " elements cannot be a delta: it must have an element and stay below 4 GiB");
     }
-    if (base.rows != block.rows || base.cols != block.cols) {
+    const bool fits = is_transposed ? base.rows == block.cols && base.cols == block.rows
+                                    : base.rows == block.rows && base.cols == block.cols;
+    if (!fits) {
         throw Error(ErrorCode::invalid_argument,
-                    "a delta has the shape of its base: the block has " +
+                    std::string("a delta has the shape of its base") +
+                        (is_transposed ? ", transposed" : "") + ": the block has " +
                         std::to_string(block.rows) + " x " + std::to_string(block.cols) +
                         " elements, the base " + std::to_string(base.rows) + " x " +
                         std::to_string(base.cols));
@@ -98,31 +102,35 @@ std::uint32_t check_of(const std::uint8_t* base, std::size_t rows, std::size_t r
     return static_cast<std::uint32_t>(digest[0]);
 }
 
-PairOf::PairOf(const MatrixRef& block, const MatrixRef& base, const LowRank* low_rank) {
+PairOf::PairOf(const MatrixRef& block, const MatrixRef& base, const BaseMoves& moves) {
     const std::size_t count = block.rows * block.cols;
     const std::size_t base_item = item_bytes(base.dtype);
     const std::size_t item = item_bytes(block.dtype);
     const std::size_t for_block = is_dense(block) ? 0 : count * item;
     const std::size_t for_base = count * base_item;
     const std::size_t converted = base.dtype == block.dtype ? 0 : count * item;
-    memory_ = std::make_unique_for_overwrite<std::uint8_t[]>(for_block + for_base + converted);
+    const std::size_t transposed = moves.is_transposed ? for_base : 0;
+    memory_ = std::make_unique_for_overwrite<std::uint8_t[]>(for_block + converted + for_base +
+                                                             transposed);
     std::uint8_t* const of_base = memory_.get() + for_block + converted;
-    const std::uint8_t* const from = copied(base, of_base);
+    std::uint8_t* const as_given = of_base + transposed;
+    const std::uint32_t check = check_of(copied(base, as_given), base.rows, base.cols * base_item);
+    if (moves.is_transposed) transpose(as_given, base.rows, base.cols, base_item, of_base);
     pair = {block.rows,
             block.cols,
             block.dtype,
             is_dense(block) ? reinterpret_cast<const std::uint8_t*>(block.data)
                             : copied(block, memory_.get()),
-            from,
+            of_base,
             base.dtype,
-            check_of(from, base.rows, base.cols * base_item)};
+            check};
     if (converted != 0) {
-        convert_floats(from, base.dtype, count, of_base - converted, block.dtype);
+        convert_floats(of_base, base.dtype, count, of_base - converted, block.dtype);
         pair.base = of_base - converted;
     }
-    if (low_rank != nullptr) {
+    if (moves.low_rank != nullptr) {
         auto* const moved = const_cast<std::uint8_t*>(pair.base);  // into the copy itself
-        add_low_rank(*low_rank, pair.base, block.rows, block.cols, block.dtype, moved);
+        add_low_rank(*moves.low_rank, pair.base, block.rows, block.cols, block.dtype, moved);
     }
 }
 

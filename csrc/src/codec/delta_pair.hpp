@@ -30,12 +30,18 @@ struct Pair {
 };
 
 /// Throw Error{invalid_argument} unless a delta can be made of it.
-void check_pair(const MatrixRef& block, const MatrixRef& base);
+void check_pair(const MatrixRef& block, const MatrixRef& base, bool is_transposed = false);
 void check_error(std::optional<double> max_rel_error);
 
 /// Part of the base's hash: stands in the delta's header, so that another base is noticed.
 [[nodiscard]] std::uint32_t check_of(const std::uint8_t* base, std::size_t rows,
                                      std::size_t row_bytes);
+
+/// What a base goes through before differences to it are taken, in this order.
+struct BaseMoves {
+    bool is_transposed = false;
+    const LowRank* low_rank = nullptr;  ///< what is added, if anything
+};
 
 /// Contiguous copies where they are needed, and the memory for them. The base is always copied: it
 /// is looked at again and again, and must be the same each time, also when somebody writes into it
@@ -43,8 +49,7 @@ void check_error(std::optional<double> max_rel_error);
 /// room that was made for it.
 class PairOf {
   public:
-    /// The base is moved by `low_rank`, if any.
-    PairOf(const MatrixRef& block, const MatrixRef& base, const LowRank* low_rank = nullptr);
+    PairOf(const MatrixRef& block, const MatrixRef& base, const BaseMoves& moves = {});
     Pair pair;
 
   private:

@@ -33,6 +33,12 @@ unsigned width_of(Factor numbers) noexcept {
     return used == 0 ? 0 : static_cast<unsigned>(std::bit_width(used)) + 1;
 }
 
+// Of a delta that may have factors: those before what says of which rank.
+std::size_t bytes_before_rank(Encoding encoding) noexcept {
+    constexpr std::size_t kDtype = 1;
+    return kDeltaHeaderBytes + (encoding == Encoding::quantised ? kStepBytes : 0) + kDtype;
+}
+
 std::size_t packed_bytes(std::span<const std::uint8_t> widths, std::size_t n) noexcept {
     std::size_t bits = 0;
     for (const std::uint8_t width : widths) bits += width * n;
@@ -239,6 +245,14 @@ std::size_t put_low_rank(Sink& sink, const LowRank& low_rank) {
     return bytes;
 }
 
+void put_no_low_rank(Sink& sink) { sink.push_back(0); }
+
+bool skip_no_low_rank(Source& source) noexcept {
+    if (source.left.empty() || source.left.front() != 0) return false;
+    static_cast<void>(source.byte());
+    return true;
+}
+
 const char* get_low_rank(Source& source, std::size_t rows, std::size_t cols,
                          const std::uint8_t* block, std::size_t before, ReadLowRank& low_rank) {
     low_rank.rank = source.byte();
@@ -268,12 +282,11 @@ std::optional<FactorPlaces> find_factors(const BlockView& delta) {
     if (!has_factors(delta)) return std::nullopt;
     const auto* const block = reinterpret_cast<const std::uint8_t*>(delta.data);
     Source source{{block, delta.length}};
-    const std::size_t fixed =
-        kDeltaHeaderBytes + (delta.encoding == Encoding::quantised ? kStepBytes : 0);
-    constexpr std::size_t kDtypeRankAndExponent = 4;
-    const std::size_t head = fixed + kDtypeRankAndExponent;
+    const std::size_t at_rank = bytes_before_rank(delta.encoding);
+    constexpr std::size_t kRankAndExponent = 3;
+    const std::size_t head = at_rank + kRankAndExponent;
     if (delta.length < head) return std::nullopt;
-    const unsigned rank = block[fixed + 1];
+    const unsigned rank = block[at_rank];
     static_cast<void>(source.take(head));
     if (rank == 0 || rank > kMaxRank) return std::nullopt;
     const auto of_rows = find_factor(source, rank, delta.rows, block, delta.before);
@@ -289,8 +302,12 @@ std::optional<FactorPlaces> find_factors(const BlockView& delta) {
 }  // namespace detail
 
 bool has_factors(const BlockView& block) noexcept {
-    return is_delta(block.encoding) && block.length != 0 &&
-           static_cast<std::uint8_t>(block.data[0]) == detail::kLowRankDeltaVersion;
+    if (!is_delta(block.encoding) || block.length == 0) return false;
+    const auto version = static_cast<std::uint8_t>(block.data[0]);
+    const std::size_t at_rank = detail::bytes_before_rank(block.encoding);
+    return version == detail::kLowRankDeltaVersion ||
+           (version == detail::kTransposedDeltaVersion && block.length > at_rank &&
+            block.data[at_rank] != std::byte{0});
 }
 
 std::size_t encoded_bytes(const BlockView& block) {

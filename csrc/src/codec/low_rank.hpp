@@ -48,6 +48,12 @@ void add_low_rank(const LowRank& low_rank, const std::uint8_t* base, std::size_t
 /// Rank and exponent, and both factors; returns the bytes of these.
 std::size_t put_low_rank(Sink& sink, const LowRank& low_rank);
 
+/// Says that there are none, where a delta may have some.
+void put_no_low_rank(Sink& sink);
+
+/// Whether put_no_low_rank() wrote what comes next, which is then skipped.
+[[nodiscard]] bool skip_no_low_rank(Source& source) noexcept;
+
 /// Reads what put_low_rank() wrote, or a page made of it. `before` are the bytes in front of the
 /// block, which begins at `block`. Returns nullptr, or what is wrong.
 [[nodiscard]] const char* get_low_rank(Source& source, std::size_t rows, std::size_t cols,
