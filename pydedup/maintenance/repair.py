@@ -16,6 +16,7 @@ used any more go; one that holds what was not found stays, for another try.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -231,8 +232,8 @@ class _Repair:
                 self._put(place, encoded, block)
                 self.kept += 1
             elif block.digest is not None:
-                for dtype in block.dtypes:
-                    wanted = Wanted(block.digest, dtype, block.rows, block.cols)
+                for dtype, shape in itertools.product(block.dtypes, block.shapes):
+                    wanted = Wanted(block.digest, dtype, *shape)
                     rest.setdefault(wanted, []).append(place)
         found = self._source.find(list(rest), block_shapes, self._job.keep_alive) if rest else ()
         ranks: dict[int, int] = {}  # by place: how unlikely the dtype is that it was found with
@@ -303,7 +304,7 @@ class _Repair:
         if page is None or block.digest is None:
             return None
         dtype, rows, cols = (int(page.slots[0][name]) for name in ("dtype", "rows", "cols"))
-        if (rows, cols) != (block.rows, block.cols) or (block.dtypes and dtype not in block.dtypes):
+        if (rows, cols) not in block.shapes or (block.dtypes and dtype not in block.dtypes):
             return None
         try:
             encoded = read_block(page, 0, self._base(block), keep_delta=True)

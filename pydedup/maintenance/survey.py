@@ -39,6 +39,9 @@ class Lost:
         The place of its base; None for a block that is no delta.
     is_raw
         Whether a model that uses it was promised raw blocks.
+    may_be_transposed
+        Whether its rows may be its columns: what is only known as a base has the shape of the
+        deltas on it, or is what these transpose.
     """
 
     rows: int
@@ -47,6 +50,15 @@ class Lost:
     digest: bytes | None = None
     base: int | None = None
     is_raw: bool = False
+    may_be_transposed: bool = False
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The rows and columns that it may have, the likeliest first."""
+        shapes = [(self.rows, self.cols)]
+        if self.may_be_transposed and self.rows != self.cols:
+            shapes.append((self.cols, self.rows))
+        return shapes
 
 
 @dataclass(slots=True)
@@ -145,6 +157,7 @@ def _note_blocks(
         block_places(block_map.page_ids[hits], block_map.slots[hits]), hits, block_map
     ):
         block = found.lost.setdefault(place, Lost(rows, cols))
+        block.rows, block.cols, block.may_be_transposed = rows, cols, False
         block.dtypes = (info.dtype.code,)
         block.is_raw |= model.row.policy == _RAW
         if not model.keeps_bits:
@@ -167,12 +180,12 @@ def _note_bases(
     if not len(hits):
         return
     info = model.tensors[ordinal]
-    found.block_shapes.add(info.block_shape)
+    found.block_shapes |= {info.block_shape, info.block_shape[::-1]}
     own = block_places(block_map.page_ids[hits], block_map.slots[hits])
     for place, number, rows, cols in _distinct(own, hits, block_map):
         base = int(bases[number])
         delta = Lost(rows, cols, (info.dtype.code,))
-        found.lost.setdefault(base, Lost(rows, cols))
+        found.lost.setdefault(base, Lost(rows, cols, may_be_transposed=True))
         found.dependents.setdefault(base, {}).setdefault(place, delta)
 
 

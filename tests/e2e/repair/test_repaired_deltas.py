@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies
@@ -134,3 +135,30 @@ def test_what_was_promised_raw_is_raw(store_url: str, change_page: Change, tmp_p
         assert same_bits(store, "m", model)
         raw = sum(np.asarray(weight).nbytes for weight in model.values())
         assert store.explain("m").used_bytes >= raw
+
+
+@pytest.mark.parametrize("source", ["origin", "export"])
+def test_a_transposed_base_that_only_deltas_need(
+    store_url: str, change_page: Change, tmp_path: Path, source: str
+) -> None:
+    """What is recorded of it does not say that its rows are their columns."""
+    rng = np.random.default_rng(61)
+    origin = {"l.weight": rng.normal(0, 0.02, (224, 160)).astype("f4")}
+    export = {"MatMul_1": np.ascontiguousarray(origin["l.weight"].T)}
+    file = tmp_path / f"{source}.safetensors"
+    save_file(origin if source == "origin" else export, file)
+    with pydedup.open(store_url) as store:
+        store.add("origin", origin)
+        report = store.add("export", export)
+        assert report.delta_blocks == report.blocks
+        (page,) = pages_of(store_url, "origin")
+        store.remove("origin")
+    change_page(store_url, page, ruin)
+    with pydedup.open(store_url) as store:
+        assert not store.verify().ok
+        repaired = store.verify(repair_from=file)
+        assert repaired.errors == []
+        assert repaired.repair is not None
+        assert repaired.repair.missing == ()
+        assert same_bits(store, "export", export)
+        check_reads(store)
