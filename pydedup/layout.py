@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pydedup import codec
 from pydedup.blocks import NO_PAGE, SLOT_BITS, BlockGrid, BlockMap
@@ -42,6 +42,7 @@ __all__ = [
     "map_places",
     "page_bytes",
     "pages_read",
+    "shape_codes",
     "slot_entries",
     "split_place",
     "split_places",
@@ -122,6 +123,12 @@ def slot_entries(
     return entries
 
 
+def shape_codes(rows: ArrayLike, cols: ArrayLike) -> NDArray[np.uint64]:
+    """Return a number for the rows and columns of each block that no other shape has."""
+    below = np.asarray(cols).astype(np.uint64)
+    return (np.asarray(rows).astype(np.uint64) << np.uint64(32)) | below
+
+
 def by_kind(
     entries: NDArray[np.void],
 ) -> Iterator[tuple[DType, tuple[int, int], NDArray[np.int64]]]:
@@ -129,7 +136,7 @@ def by_kind(
 
     Not by numpy's `unique` along an axis, which turns a KeyboardInterrupt into a TypeError.
     """
-    shapes = (entries["rows"].astype(np.uint64) << np.uint64(32)) | entries["cols"]
+    shapes = shape_codes(entries["rows"], entries["cols"])
     for code in distinct(entries["dtype"]).tolist():
         of_dtype = np.flatnonzero(entries["dtype"] == code)
         for shape in distinct(shapes[of_dtype]).tolist():

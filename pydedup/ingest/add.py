@@ -36,6 +36,7 @@ from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
 from pydedup.ingest.stored_index import KeptIndex
 from pydedup.ingest.tensors import match_tensors
+from pydedup.ingest.transposed import Transposed
 from pydedup.ingest.workers import Workers, worker_count
 from pydedup.ingest.write import Stager
 from pydedup.policies import Lossless
@@ -281,11 +282,17 @@ def _named(request: Request, requests: Sequence[Request]) -> Iterator[None]:
 def _match_chosen(matcher: Matcher, request: Request, chosen: Chosen) -> MatchedModel:
     """Match what the search of `Accuracy` made of a model: its bits, as `Lossless` would."""
     model = MatchedModel(request, evidence=chosen.certificate)
+    transposed = Transposed(matcher, request, Lossless())
     for entry in request.source.entries:
         view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)
         deltas = chosen.deltas.get(entry.name, {})
         aligned = matcher.aligned.neighbours(request, entry, view.grid)
-        hints = Hints(aligned, deltas, moved=chosen.moved.get(entry.name, {}))
+        hints = Hints(
+            aligned,
+            deltas,
+            moved=chosen.moved.get(entry.name, {}),
+            transposed=transposed.of(entry, view.grid),
+        )
         matched = matcher.match(view, policy=Lossless(), hints=hints)
         matcher.aligned.note(request, entry, view.grid, matched.references)
         model.tensors.append(

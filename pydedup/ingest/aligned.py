@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +35,14 @@ from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import NO_PLACE, base_places, block_places
+from pydedup.layout import NO_PLACE, base_places, block_places, shape_codes
 from pydedup.types import DType, TensorInfo
 
 __all__ = [
     "Aligned",
-    "ByPosition",
+    "Find",
     "Kinship",
     "Neighbours",
-    "Nobody",
     "Related",
     "Relation",
     "Relative",
@@ -61,8 +60,8 @@ _STRANGERS = 8
 
 # Shape of a tensor, and the dtypes of its bases.
 _Kind = tuple[tuple[int, ...], tuple[DType, ...]]
-# References at the places of some blocks: of what the deltas among them are of, or of these too.
-_Find = Callable[[NDArray[np.int64], bool], NDArray[np.int64]]
+#: References at the places of some blocks: of what the deltas among them are of, or of these too.
+Find: TypeAlias = Callable[[NDArray[np.int64], bool], NDArray[np.int64]]
 # A model of the store by its id, one of this add by its address; and the prefixes of the names of
 # who asks and of this one (names.py).
 _Key = tuple[int | str, tuple[str, str]]
@@ -151,19 +150,6 @@ class Kinship:
     vain: Counter[bool] = field(default_factory=Counter)
 
 
-class ByPosition(Protocol):
-    """What gives candidates for the blocks of a matrix."""
-
-    def __call__(self, numbers: NDArray[np.int64], /) -> NDArray[np.int64]:
-        """Return references of k candidates for each of these n blocks, int64 (k, n).
-
-        None of a delta; `NO_BASE` where there is none.
-        """
-
-    def note(self, helped: NDArray[np.bool_], /) -> None:
-        """Say which of the candidates that were returned last were of help, bool (k, n)."""
-
-
 class Related(Protocol):
     """What knows the relatives of a model."""
 
@@ -178,17 +164,6 @@ class Related(Protocol):
         """
 
 
-class Nobody:
-    """No candidates (a `ByPosition`)."""
-
-    def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return none for each of these blocks."""
-        return np.empty((0, len(numbers)), np.int64)
-
-    def note(self, helped: NDArray[np.bool_]) -> None:
-        """Take no notice."""
-
-
 class Neighbours:
     """Candidates for the blocks of one tensor, from other models (a `ByPosition`, `Related`).
 
@@ -201,7 +176,7 @@ class Neighbours:
     """
 
     def __init__(
-        self, others: Callable[[], Iterator[tuple[_Find, Relation]]], kinship: Kinship
+        self, others: Callable[[], Iterator[tuple[Find, Relation]]], kinship: Kinship
     ) -> None:
         self._others = others
         self.kinship = kinship
@@ -211,7 +186,7 @@ class Neighbours:
         """Return candidates from models that are no strangers by now."""
         found = np.full((_ENOUGH, len(numbers)), NO_BASE, np.int64)
         self._asked.clear()
-        others: Iterable[tuple[_Find, Relation]] = self._others()
+        others: Iterable[tuple[Find, Relation]] = self._others()
         if measured := self.kinship.measured:
             known = islice(others, max(measured, _ENOUGH))
             others = sorted(known, key=lambda other: other[1].away)
@@ -288,15 +263,53 @@ class Aligned:
             self._kinship = Kinship()
             self._asker = request.address
 
-        def others() -> Iterator[tuple[_Find, Relation]]:
+        def others() -> Iterator[tuple[Find, Relation]]:
             yield from self._but_strangers(self._in_this_add(request, entry, grid))
             yield from self._but_strangers(self._in_the_store(request, entry, grid))
 
         return Neighbours(others, self._kinship)
 
+    def transposed(
+        self,
+        request: Request | ModelRow,
+        entry: TensorEntry | TensorInfo,
+        grid: BlockGrid,
+        likely: int | str | None,
+    ) -> Iterator[tuple[int | str, list[tuple[str, Find]]]]:
+        """Yield models that have tensors of the transposed shape which are cut like it, and these.
+
+        The likely one comes first, then those of the same add, the one that asks among them.
+        """
+        kind = (entry.shape[::-1], entry.dtype.base_dtypes)
+        cut = BlockGrid(grid.cols, grid.rows, grid.block_cols, grid.block_rows)
+
+        def added(address: str) -> list[tuple[str, Find]]:
+            of_model = self._matched[kind][address].values()
+            cut_so = (one for one in of_model if one.grid == cut)
+            return [(one.name, partial(self._matched_blocks, one.references)) for one in cut_so]
+
+        def stored(row: ModelRow) -> list[tuple[str, Find]]:
+            known = self._stored_model(row)
+            if known is None or kind not in known.tensors:
+                return []
+            of_model = known.tensors[kind].values()
+            cut_so = (info for info in of_model if info.block_shape == cut.block_shape)
+            return [
+                (info.name, partial(self._stored_blocks, known.model, info.name)) for info in cut_so
+            ]
+
+        models: list[tuple[int | str, Callable[[], list[tuple[str, Find]]]]] = [
+            (address, partial(added, address)) for address in reversed(self._matched.get(kind, {}))
+        ]
+        newest = sorted(self._newest(), key=lambda row: row.name != request.name)
+        models += [(row.id, partial(stored, row)) for row in newest]
+        for key, tensors in sorted(models, key=lambda model: model[0] != likely):
+            if found := tensors():
+                yield key, found
+
     def _in_this_add(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
-    ) -> Iterator[tuple[_Key, _Find]]:
+    ) -> Iterator[tuple[_Key, Find]]:
         models = self._matched.get(_kind_of(entry), {})
         newest = (one for one in reversed(models.items()) if one[0] != request.address)
         for address, tensors in islice(newest, _NEWEST):
@@ -307,7 +320,7 @@ class Aligned:
 
     def _in_the_store(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
-    ) -> Iterator[tuple[_Key, _Find]]:
+    ) -> Iterator[tuple[_Key, Find]]:
         kind = _kind_of(entry)
         for row in sorted(self._newest(), key=lambda row: row.name != request.name):
             other = self._stored_model(row)
@@ -320,8 +333,8 @@ class Aligned:
                 yield key, partial(self._stored_blocks, other.model, info.name)
 
     def _but_strangers(
-        self, others: Iterable[tuple[_Key, _Find]]
-    ) -> Iterator[tuple[_Find, Relation]]:
+        self, others: Iterable[tuple[_Key, Find]]
+    ) -> Iterator[tuple[Find, Relation]]:
         """Leave out who is known to be no relative, and all others after some of these."""
         strangers = 0
         for key, find in others:
@@ -351,14 +364,16 @@ class Aligned:
         places = block_places(block_map.page_ids[numbers], block_map.slots[numbers])
         bases = base_places(block_map, numbers)
         is_delta = bases != NO_PLACE
+        shapes = shape_codes(*block_map.grid.shapes(numbers))
         if with_deltas:
             references = self._stored.references_at(places)
             on = self._stored.references_at(bases[is_delta])
             self._stored.set_bases(references[is_delta], on)
-            self._stored.note_dtype(references, block_map.dtype)
+            self._stored.note_kinds(references, block_map.dtype, shapes)
         else:
             references = self._stored.references_at(np.where(is_delta, bases, places))
-            self._stored.note_dtype(references[~is_delta], block_map.dtype)
+            plain = np.flatnonzero(~is_delta)
+            self._stored.note_kinds(references[plain], block_map.dtype, shapes[plain])
         return self._stored.readable(references)
 
     def _newest(self) -> list[ModelRow]:

@@ -52,16 +52,17 @@ def decode_deltas(
     deltas: codec.EncodedBlocks,
     which: NDArray[np.int64],
     dtype: DType,
+    shape: tuple[int, int],
     bases: MatrixView,
     base_index: NDArray[np.int64],
 ) -> MatrixView:
     """Return what some deltas hold, stacked: read back the way that a store does."""
-    shape = bases.grid.block_shape
     numbers = np.arange(len(which))
     zeros = np.zeros(len(which), np.int64)
     used, base_slots = np.unique(base_index, return_inverse=True)
     raw = codec.encode_blocks(bases, used, planes=False)
-    base_page = _page_of(raw, np.arange(len(used)), bases.dtype, shape, None)
+    base_shape = bases.grid.block_shape
+    base_page = _page_of(raw, np.arange(len(used)), bases.dtype, base_shape, None)
     page = _page_of(deltas, which, dtype, shape, zeros + 1)
     out = stacked(len(which), dtype, shape)
     codec.read_blocks(

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.ingest.aligned import Related, Relative
-from pydedup.ingest.low_rank import LEAST_SIDE, sample_of, seems_moved
+from pydedup.ingest.asked import ByTransposition
+from pydedup.ingest.differences import sample_of, seems_moved
+from pydedup.ingest.low_rank import LEAST_SIDE
 from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
@@ -57,8 +59,8 @@ _PATIENCE = 2
 class Family:
     """The relatives of a tensor, asked whether its new blocks had better be bases of others.
 
-    Of blocks of several tensors, a stack, those of the middle are judged by; ``in_stack`` says of
-    each whether it is of a tensor that may have factors.
+    ``transposed`` gives bases to transpose. Of blocks of several tensors, a stack, those of the
+    middle are judged by; ``in_stack`` says of each whether it is of a tensor that may have factors.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Family:
         reader: BlockReader,
         policy: Policy,
         neighbours: Related,
+        transposed: ByTransposition | None = None,
         *,
         in_stack: NDArray[np.bool_] | None = None,
     ) -> None:
         self._reader = reader
         self._policy = policy
         self._neighbours = neighbours
+        self._transposed = transposed
         self._in_stack = in_stack
         self._is_stack = in_stack is not None
 
@@ -99,6 +103,8 @@ class Family:
                 one.relation.away = cost
             kinship.measured = asked
         least = float(away.min(initial=1.0))
+        if least > 1 / _SMALL and self._transposed is not None:
+            least = min(least, probe.transposed_cost(self._transposed))
         deltas = self._derived(relatives) if least > 1 / _SMALL else []
         measured = min(
             max(view.data.nbytes // _BYTES_EACH_MEASURED, _LEAST_MEASURED), _MOST_MEASURED
@@ -166,7 +172,7 @@ class _Probe:
         self._rectangle = numbers[:rectangle]
         alone = codec.encode_blocks(view, numbers, planes=policy.compresses)
         self._alone = max(int(alone.lengths.sum()), 1)
-        self._known: dict[tuple[bytes, bool], float] = {}
+        self._known: dict[tuple[bytes, bool, bool], float] = {}
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -174,14 +180,20 @@ class _Probe:
         return self._view.grid.block_shape
 
     def costs(
-        self, given: Sequence[NDArray[np.int64]], *, twice: bool = False
+        self,
+        given: Sequence[NDArray[np.int64]],
+        *,
+        twice: bool = False,
+        is_transposed: bool = False,
     ) -> NDArray[np.float64]:
         """Return what deltas on blocks take of what the blocks do by themselves, about.
 
         Of each of ``given`` there is a reference for each block. With ``twice``, factors count that
         would be found between two models like this one, too: else it is no use as their base.
         """
-        keys = [(references.tobytes(), twice) for references in given]
+        keys = [(references.tobytes(), twice, is_transposed) for references in given]
+        sides = self._view.grid.shapes(self._numbers)
+        rows, cols = sides[::-1] if is_transposed else sides
         unknown = {
             key: references
             for key, references in zip(keys, given, strict=True)
@@ -190,19 +202,35 @@ class _Probe:
         by_dtype: dict[DType, list[NDArray[np.int64]]] = {}
         for key, references in unknown.items():
             self._known[key] = 1.0
-            dtypes = set(self._reader.dtypes_of(references))
-            if len(dtypes) == 1:
-                by_dtype.setdefault(dtypes.pop(), []).append(references)
+            dtypes = set(self._reader.dtypes_of(references, rows, cols))
+            dtype = dtypes.pop() if len(dtypes) == 1 else None
+            if dtype is not None:
+                by_dtype.setdefault(dtype, []).append(references)
         for dtype, alike in by_dtype.items():
             for start in range(0, len(alike), _AT_ONCE):
                 some = alike[start : start + _AT_ONCE]
-                measured = self._measured(some, dtype, twice)
+                measured = self._measured(some, dtype, twice, is_transposed)
                 for references, cost in zip(some, measured, strict=True):
-                    self._known[references.tobytes(), twice] = cost
+                    self._known[references.tobytes(), twice, is_transposed] = cost
         return np.array([self._known[key] for key in keys])
 
+    def transposed_cost(self, transposed: ByTransposition) -> float:
+        """Return the same of the bases that are given by transposition, 1 without any."""
+        references = np.empty(len(self._numbers), np.int64)
+        for shape, at in by_shape(self._view, self._numbers):
+            numbers = self._numbers[at]
+            blocks = stack_blocks(self._view, numbers, shape)
+            references[at] = transposed(blocks, np.arange(len(at)), numbers)
+        if (references == NO_BASE).any():
+            return 1.0
+        return float(self.costs([references], is_transposed=True)[0])
+
     def _measured(
-        self, given: Sequence[NDArray[np.int64]], dtype: DType, twice: bool
+        self,
+        given: Sequence[NDArray[np.int64]],
+        dtype: DType,
+        twice: bool,
+        is_transposed: bool,
     ) -> list[float]:
         """Return the same for blocks of one dtype."""
         reader, view, numbers = self._reader, self._view, self._numbers
@@ -210,7 +238,7 @@ class _Probe:
         for shape, at in by_shape(view, numbers):
             blocks = stack_blocks(view, numbers[at], shape)
             chosen = np.concatenate([references[at] for references in given])
-            others = reader.read(chosen, dtype, shape)
+            others = reader.read(chosen, dtype, shape, is_transposed=is_transposed)
             sizes = codec.estimate_deltas(
                 blocks,
                 np.tile(np.arange(len(at)), len(given)),
@@ -223,7 +251,14 @@ class _Probe:
         for i, references in enumerate(given):
             together = references[: len(self._rectangle)]
             if len(together) and seems_moved(
-                reader, view, self._rectangle, together, dtype, self._bound, twice=twice
+                reader,
+                view,
+                self._rectangle,
+                together,
+                dtype,
+                self._bound,
+                is_transposed=is_transposed,
+                twice=twice,
             ):
                 costs[i] *= _MOVED
         return [float(cost) for cost in costs]

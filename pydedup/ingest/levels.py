@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
-from pydedup.ingest.aligned import ByPosition
+from pydedup.ingest.asked import ByPosition
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks
 from pydedup.ingest.low_rank import LowRankRelatives, Moved
 from pydedup.ingest.pairs import Pairs
@@ -109,6 +109,7 @@ class Levels:
             limits=delta_limits(self.kept[rows]) + shared,
             max_rel_error=bound,
             factors=factors,
+            is_transposed=pairs.is_transposed,
         )
         costs = encoded.lengths - shared
         tags = codec.base_tags(hash_view(pairs.bases))
@@ -220,6 +221,8 @@ def _same(content: NDArray[Any]) -> NDArray[Any]:
 
 def _decoded(delta: Delta, blocks: MatrixView, bases: MatrixView, base: int) -> NDArray[Any]:
     which = np.zeros(1, np.int64)
-    one = decode_deltas(encoded_blocks([delta]), which, blocks.dtype, bases, which + base)
+    one = decode_deltas(
+        encoded_blocks([delta]), which, blocks.dtype, blocks.grid.block_shape, bases, which + base
+    )
     content: NDArray[Any] = values_of(one)[0]
     return content

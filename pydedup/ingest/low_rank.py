@@ -17,19 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.arguments import as_dtype
 from pydedup.blocks import BlockGrid, MatrixView
-from pydedup.ingest.aligned import ByPosition
-from pydedup.ingest.factors import (
-    Difference,
-    Factors,
-    factor_bytes,
-    find_factors,
-    refit,
-    seems_low_rank,
-)
-from pydedup.ingest.pairs import Pairs, farthest_base
-from pydedup.ingest.places import BlockReader, by_shape, stack_blocks, values_of
+from pydedup.ingest.asked import ByPosition, ByTransposition
+from pydedup.ingest.differences import FACTORED, OF_ERROR, difference_of, sample_of, seems_moved
+from pydedup.ingest.factors import Factors, factor_bytes, find_factors, refit
+from pydedup.ingest.pairs import Pairs, farthest_base, pairs_on
+from pydedup.ingest.places import BlockReader, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
@@ -42,8 +35,6 @@ __all__ = [
     "LowRankRelatives",
     "Moved",
     "blocks_together",
-    "sample_of",
-    "seems_moved",
 ]
 
 # Elements whose difference is looked at together, in float32 2 MiB; more where there are so many
@@ -52,9 +43,8 @@ _TOGETHER, _MOST_TOGETHER = 512 * 1024, 4 * 1024 * 1024
 _ROWS = 512
 # The part of all these blocks that must be new, at least.
 _FRESH = 0.5
-# Blocks of a row of a sample; and parts of a matrix that seemed to have a low rank and had none,
-# after which it is not looked at again.
-_ACROSS = 4
+# Parts of a matrix that seemed to have a low rank and had none, after which it is not looked at
+# again.
 _PATIENCE = 2
 # Looks in vain, on end, after which a tensor, and its model, is looked at no more: who trained all
 # weights of some tensors did so with most. Small ones have less to save.
@@ -63,13 +53,6 @@ _LOOKS_AT_TENSOR, _LOOKS, _LOOKS_AT_SMALL = 2, 6, 4
 LEAST_SIDE = 32
 # Blocks of a page that have a factor in common, at most, when it is weighed whether one pays.
 _USERS = 8
-# Of the error that is allowed: how far the product may be off.
-_OF_ERROR = 1 / 4
-# The numbers of factors have fewer bits than f64 would need.
-_DTYPES = DType.F32, DType.F16, DType.BF16
-_WIDE = np.dtype(np.float64)
-# Blocks whose bases are read in one go.
-_AT_ONCE = 32
 _NOTHING: Mapping[int, Moved] = MappingProxyType({})
 
 _Near = Callable[
@@ -112,12 +95,15 @@ class Moved:
         Of the bases of all blocks from there on.
     factors
         Of all these blocks.
+    is_transposed
+        Whether the bases are transposed first.
     """
 
     grid: BlockGrid
     first_row: int
     references: NDArray[np.int64]
     factors: Factors
+    is_transposed: bool = False
 
     def bases_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return references of the bases of some blocks, by their numbers in the matrix."""
@@ -141,10 +127,8 @@ class Moved:
         shape: tuple[int, int],
     ) -> tuple[Pairs, codec.LowRankFactors]:
         """Return rows of a stack with their bases, and what moves these; ``numbers`` are theirs."""
-        bases, base_index = np.unique(self.bases_of(numbers), return_inverse=True)
-        (dtype,) = set(reader.dtypes_of(bases))
-        stacked = reader.read(bases, dtype, shape)
-        pairs = Pairs(rows, bases[base_index], np.zeros(len(rows)), stacked, base_index)
+        bases, is_transposed = self.bases_of(numbers), self.is_transposed
+        (pairs,) = pairs_on(reader, rows, bases, shape, is_transposed=is_transposed)
         return pairs, self.factors_of(numbers, shape)
 
     def shared_bytes(self, factors: codec.LowRankFactors) -> NDArray[np.int64]:
@@ -161,9 +145,9 @@ class LowRankRelatives:
     """Finds what moves the bases of blocks of one matrix. Not thread-safe.
 
     ``fresh`` are the blocks that are to be kept, ascending; ``aligned`` gives what is at their
-    places, and ``looks`` is of the model. ``known`` is what another one found. What was found of
-    the parts of a large matrix takes memory, so only the last is kept unless ``keeps`` says that
-    all of `found` will be wanted.
+    places, ``transposed`` what may be if one of the two is transposed. ``looks`` is of the model,
+    ``known`` what another one found. What was found of the parts of a large matrix takes memory, so
+    only the last is kept unless ``keeps`` says that all of `found` will be wanted.
     """
 
     def __init__(
@@ -175,6 +159,7 @@ class LowRankRelatives:
         aligned: ByPosition,
         known: Mapping[int, Moved] = _NOTHING,
         looks: Looks | None = None,
+        transposed: ByTransposition | None = None,
         *,
         keeps: bool = False,
     ) -> None:
@@ -183,7 +168,8 @@ class LowRankRelatives:
         self._fresh = fresh
         self._bound = policy.max_rel_error
         self._aligned = aligned
-        self._patience = _PATIENCE if view.dtype in _DTYPES else 0
+        self._transposed = transposed
+        self._patience = _PATIENCE if view.dtype in FACTORED else 0
         self._looks = Looks() if looks is None else looks
         self._left = _LOOKS_AT_TENSOR
         self._height = _rows_together(view.grid)
@@ -226,44 +212,82 @@ class LowRankRelatives:
         is_fresh = is_among(numbers, self._fresh)
         if self._patience == 0 or is_fresh.mean() < _FRESH:
             return None
-        looked_at: list[bytes] = []
-        for references in self._aligned(numbers):
-            if self._left == 0 or self._looks.are_over:
-                return None
-            key = references.tobytes()
+        looked_at: list[tuple[bytes, bool]] = []
+        for references, is_transposed in self._candidates(numbers, is_fresh):
+            key = references.tobytes(), is_transposed
             if key not in looked_at and not (references[is_fresh] == NO_BASE).any():
                 looked_at.append(key)
-                moved = self._moved(first, numbers, np.where(is_fresh, references, NO_BASE))
+                chosen = np.where(is_fresh, references, NO_BASE)
+                moved = self._moved(first, numbers, chosen, is_transposed)
                 if moved is not None:
                     return moved
         return None
 
+    def _candidates(
+        self, numbers: NDArray[np.int64], is_fresh: NDArray[np.bool_]
+    ) -> Iterator[tuple[NDArray[np.int64], bool]]:
+        """Yield what may be the bases of blocks, as far as it pays, and whether transposed."""
+        by_transposition = self._transposed
+        is_likely = by_transposition is not None and by_transposition.is_likely
+        if not is_likely:
+            for references in self._aligned(numbers):
+                if self._left == 0 or self._looks.are_over:
+                    break
+                yield references, False
+        if by_transposition is not None:
+            fresh = numbers[is_fresh]
+            sample = fresh[len(fresh) // 2 :][:1]
+            (shape,) = zip(*self._view.grid.shapes(sample), strict=True)
+            block = stack_blocks(self._view, sample, shape)
+            row = np.zeros(1, np.int64)
+            if by_transposition(block, row, sample)[0] != NO_BASE:
+                # By now it knows of what, and needs to see no other block.
+                yield by_transposition(block, np.zeros_like(numbers), numbers), True
+        if is_likely and self._left and not self._looks.are_over:
+            yield from ((references, False) for references in self._aligned(numbers))
+
     def _moved(
-        self, first: int, numbers: NDArray[np.int64], references: NDArray[np.int64]
+        self,
+        first: int,
+        numbers: NDArray[np.int64],
+        references: NDArray[np.int64],
+        is_transposed: bool,
     ) -> Moved | None:
         """Return what moves these bases of blocks, which are whole rows of the grid.
 
         Blocks with `NO_BASE` are known already: as if nothing moved them.
         """
         grid = self._view.grid
-        dtypes = set(self._reader.dtypes_of(references[references != NO_BASE]))
-        if len(dtypes) != 1:
+        given = np.flatnonzero(references != NO_BASE)
+        rows, cols = grid.shapes(numbers[given])
+        sides = (cols, rows) if is_transposed else (rows, cols)
+        dtypes = set(self._reader.dtypes_of(references[given], *sides))
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        if dtype is None:
             return None
-        dtype = dtypes.pop()
         sample = sample_of(grid, references != NO_BASE)
         if not len(sample):
             return None
-        given = numbers[sample], references[sample]
-        seems = seems_moved(self._reader, self._view, *given, dtype, self._bound)
+        seems = seems_moved(
+            self._reader,
+            self._view,
+            numbers[sample],
+            references[sample],
+            dtype,
+            self._bound,
+            is_transposed=is_transposed,
+        )
         self._looks.note(seems)
         self._left = _LOOKS_AT_TENSOR if seems else self._left - 1
         if not seems:
             return None
         self._patience -= 1
-        difference = _difference(self._reader, self._view, numbers, references, dtype)
+        difference = difference_of(
+            self._reader, self._view, numbers, references, dtype, is_transposed=is_transposed
+        )
         if not np.isfinite(difference.apart).all():
             return None
-        error = self._bound * difference.size * _OF_ERROR
+        error = self._bound * difference.size * OF_ERROR
         factors = None if self._factors is None else refit(difference, self._factors, error)
         if factors is None:
             factors = find_factors(difference, error)
@@ -271,7 +295,7 @@ class LowRankRelatives:
             return None
         self._patience += 1
         self._factors = factors
-        return Moved(grid, first, references, factors)
+        return Moved(grid, first, references, factors, is_transposed)
 
 
 class Adapted:
@@ -290,28 +314,43 @@ class Adapted:
 
     def can_be(self, grid: BlockGrid, dtype: DType) -> bool:
         """Return whether a tensor is worth a look."""
-        return self._takes and min(grid.rows, grid.cols) >= LEAST_SIDE and dtype in _DTYPES
+        return self._takes and min(grid.rows, grid.cols) >= LEAST_SIDE and dtype in FACTORED
 
     def __call__(
-        self, view: MatrixView, number: int, aligned: Callable[[], NDArray[np.int64]]
-    ) -> int:
-        """Return the reference of what one of stacked blocks differs from by a low rank.
+        self,
+        view: MatrixView,
+        number: int,
+        aligned: Callable[[], NDArray[np.int64]],
+        transposed: Callable[[MatrixView], NDArray[np.int64]],
+    ) -> tuple[int, bool] | None:
+        """Return what one of stacked blocks differs from by a low rank, and whether transposed.
 
-        That is `NO_BASE` if there seems to be none. ``aligned`` gives candidates, int64 (k, 1).
+        ``aligned`` gives candidates, int64 (k, 1), ``transposed`` one for the block, or `NO_BASE`.
         """
         if self._looks.are_over:
-            return NO_BASE
+            return None
         numbers = np.array([number], np.int64)
         block = stack_blocks(view, numbers, view.grid.block_shape)
         for some in self._near(block, numbers, self._farthest, aligned()):
             for reference in distinct(some.references):
                 given = numbers, np.array([reference], np.int64)
-                (dtype,) = self._reader.dtypes_of(given[1])
+                (dtype,) = self._reader.dtypes_of(given[1], *view.grid.block_shape)
+                if dtype is None:
+                    continue
                 if seems_moved(self._reader, view, *given, dtype, self._bound):
                     self._looks.note(True)
-                    return int(reference)
+                    return int(reference), False
+        found = transposed(block)
+        if found[0] != NO_BASE:
+            (dtype,) = self._reader.dtypes_of(found, *view.grid.block_shape[::-1])
+            given = numbers, found
+            if dtype is not None and seems_moved(
+                self._reader, view, *given, dtype, self._bound, is_transposed=True
+            ):
+                self._looks.note(True)
+                return int(found[0]), True
         self._looks.note(False)
-        return NO_BASE
+        return None
 
 
 def blocks_together(grid: BlockGrid) -> int:
@@ -322,79 +361,6 @@ def blocks_together(grid: BlockGrid) -> int:
 def _rows_together(grid: BlockGrid) -> int:
     together = max(_TOGETHER, min(_ROWS * grid.cols, _MOST_TOGETHER))
     return max(together // (grid.block_rows * grid.cols), 1)
-
-
-def sample_of(grid: BlockGrid, given: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return which blocks of whole rows of a grid are a sample, all of them given; may be none.
-
-    It is a rectangle, since what lies between its blocks would be looked at, too, and in the
-    middle, since the first rows of an embedding, for one, are of what is most frequent.
-    """
-    across = min(_ACROSS, grid.grid_cols)
-    down = np.flatnonzero(given.reshape(-1, grid.grid_cols)[:, :across].all(axis=1))
-    pairs = down[:-1][np.diff(down) == 1]
-    tops, height = (pairs, 2) if len(pairs) else (down, 1)
-    rows = tops[len(tops) // 2 :][:1] + np.arange(height)
-    return np.asarray((rows[:, np.newaxis] * grid.grid_cols + np.arange(across)).ravel(), np.int64)
-
-
-def seems_moved(
-    reader: BlockReader,
-    view: MatrixView,
-    numbers: NDArray[np.int64],
-    references: NDArray[np.int64],
-    dtype: DType,
-    bound: float,
-    *,
-    twice: bool = False,
-) -> bool:
-    """Return whether the blocks of a sample differ from others of that dtype by a low rank.
-
-    Or, ``twice``, whether two that differ so from these others would from each other.
-    """
-    if view.dtype not in _DTYPES:
-        return False
-    part = _difference(reader, view, numbers, references, dtype)
-    return seems_low_rank(part, bound * part.size * _OF_ERROR, twice=twice)
-
-
-def _difference(
-    reader: BlockReader,
-    view: MatrixView,
-    numbers: NDArray[np.int64],
-    references: NDArray[np.int64],
-    dtype: DType,
-) -> Difference:
-    """Return a rectangle of blocks minus their bases of that dtype, 0 where there is none."""
-    (rows, cols), (last_rows, last_cols) = (
-        view.grid.area(number) for number in (int(numbers[0]), int(numbers[-1]))
-    )
-    top, left = rows.start, cols.start
-    values = view.data[top : last_rows.stop].view(view.dtype.numpy)[:, left : last_cols.stop]
-    apart = np.zeros(values.shape, np.float32)
-
-    def place(number: int) -> tuple[slice, slice]:
-        rows, cols = view.grid.area(number)
-        return slice(rows.start - top, rows.stop - top), slice(cols.start - left, cols.stop - left)
-
-    given = np.flatnonzero(references != NO_BASE)
-    with np.errstate(all="ignore"):  # of NaN and infinities; whoever asks looks for these
-        for shape, at in by_shape(view, numbers[given]):
-            for start in range(0, len(at), _AT_ONCE):
-                some = given[at[start : start + _AT_ONCE]]
-                bases = values_of(reader.read(references[some], dtype, shape))
-                bases = as_dtype(bases, view.dtype.numpy)
-                for number, base in zip(numbers[some].tolist(), bases, strict=True):
-                    apart[place(number)] = base
-        for start in range(0, len(apart), view.grid.block_rows):
-            strip = slice(start, start + view.grid.block_rows)
-            apart[strip] = as_dtype(values[strip], _WIDE) - apart[strip]
-    corners = np.divmod(numbers[[0, -1]], view.grid.grid_cols)
-    down, across = (np.arange(first, last + 1) for first, last in corners)
-    every = (down[:, np.newaxis] * view.grid.grid_cols + across).ravel()
-    for number in every[~is_among(every, numbers[given])].tolist():
-        apart[place(number)] = 0
-    return Difference(values, apart)
 
 
 def _parts(

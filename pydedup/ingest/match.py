@@ -21,7 +21,8 @@ from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
 from pydedup.hashing import hash_keys, hash_view
-from pydedup.ingest.aligned import Aligned, ByPosition, Nobody
+from pydedup.ingest.aligned import Aligned
+from pydedup.ingest.asked import ByPosition, ByTransposition, Nobody
 from pydedup.ingest.by_hash import ByHash, leaders_of
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
@@ -122,6 +123,8 @@ class Hints:
     looks
         For adapters that were merged into tensors of the model; `None` of a matrix that is blocks
         of several tensors, which no factors have in common.
+    transposed
+        What gives bases to transpose (transposed.py).
     """
 
     aligned: ByPosition = _NOBODY
@@ -129,6 +132,7 @@ class Hints:
     most: Callable[[MatrixView, NDArray[np.int64]], float] | None = None
     moved: Mapping[int, Moved] = field(default_factory=dict)
     looks: Looks | None = field(default_factory=Looks)
+    transposed: ByTransposition | None = None
 
 
 _NO_HINTS = Hints()
@@ -341,7 +345,14 @@ class Matcher:
         neighbours = hints.aligned if takes_deltas else _NOBODY
         if relatives is None:
             relatives = LowRankRelatives(
-                self.reader, view, leaders, policy, neighbours, hints.moved, hints.looks
+                self.reader,
+                view,
+                leaders,
+                policy,
+                neighbours,
+                hints.moved,
+                hints.looks,
+                hints.transposed if takes_deltas else None,
             )
         else:
             relatives.turn_to(leaders)
@@ -376,6 +387,7 @@ class Matcher:
             deltas=hints.deltas,
             moved=moved,
             most=most,
+            transposed=hints.transposed,
         )
         # What a lossy delta holds may be there: the same source was added before, as such a delta.
         # Or another of the piece holds it: the two differed by no more than was rounded away.

@@ -7,7 +7,7 @@ A wrapper puts ``module.`` before all names and its removal takes it away, a hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 __all__ = ["ByName", "prefixes"]
@@ -29,6 +29,10 @@ class ByName(Generic[_Value]):
     def __setitem__(self, name: str, value: _Value) -> None:
         self._values[name] = value
         self._ends = None
+
+    def values(self) -> Iterable[_Value]:
+        """Return all there is, in the order in which it was set first."""
+        return self._values.values()
 
     def get(self, name: str) -> _Value | None:
         """Return what has that name, else the only one whose name has the longest common end."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pydedup.arguments import as_dtype
 from pydedup.blocks import MatrixView
-from pydedup.ingest.places import values_of
+from pydedup.ingest.places import BlockReader, values_of
 from pydedup.similarity import distances, upper_bounds
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "measured",
     "near_as_pruned",
     "pairs_of",
+    "pairs_on",
 ]
 
 # A block seems to be pruned where so much of a sample is 0: one element of so many, a prime, since
@@ -52,6 +53,8 @@ class Pairs:
         The distinct candidates, stacked.
     base_index
         Which of ``bases`` the candidate is.
+    is_transposed
+        Whether the blocks are compared with their candidates transposed.
     """
 
     rows: NDArray[np.int64]
@@ -59,6 +62,7 @@ class Pairs:
     estimates: NDArray[np.float64]
     bases: MatrixView
     base_index: NDArray[np.int64]
+    is_transposed: bool = False
 
     def select(self, entries: NDArray[np.int64]) -> Pairs:
         """Return some of the pairs."""
@@ -68,6 +72,7 @@ class Pairs:
             self.estimates[entries],
             self.bases,
             self.base_index[entries],
+            self.is_transposed,
         )
 
 
@@ -78,6 +83,31 @@ def farthest_base(max_rel_error: float) -> float:
     the larger its error may be: any base will do that is clearly nearer than a block of zeros.
     """
     return 0.95 if max_rel_error > 0 else 0.5
+
+
+def pairs_on(
+    reader: BlockReader,
+    rows: NDArray[np.int64],
+    references: NDArray[np.int64],
+    shape: tuple[int, int],
+    *,
+    is_transposed: bool = False,
+) -> Iterator[Pairs]:
+    """Yield rows of a stack of blocks of that shape with those of these candidates that fit.
+
+    They are not measured, and of one dtype each.
+    """
+    if is_transposed:
+        shape = shape[::-1]
+    dtypes = reader.dtypes_of(references, *shape)
+    for dtype in dict.fromkeys(dtypes):
+        if dtype is None:
+            continue
+        alike = np.array([i for i, one in enumerate(dtypes) if one is dtype])
+        bases, base_index = np.unique(references[alike], return_inverse=True)
+        stacked = reader.read(bases, dtype, shape)
+        unknown = np.full(len(alike), np.nan)
+        yield Pairs(rows[alike], bases[base_index], unknown, stacked, base_index, is_transposed)
 
 
 def pairs_of(pairs: Sequence[Pairs], wanted: NDArray[np.bool_]) -> list[Pairs]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pydedup import codec
 from pydedup.blocks import BlockGrid, MatrixView
@@ -20,11 +20,19 @@ from pydedup.errors import CorruptStoreError
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import are_deltas, by_page, joined, slot_entries, split_places
+from pydedup.layout import are_deltas, by_page, joined, shape_codes, slot_entries, split_places
 from pydedup.sets import distinct
 from pydedup.types import DType
 
-__all__ = ["BlockReader", "as_stack", "by_shape", "stack_blocks", "stacked", "values_of"]
+__all__ = [
+    "BlockReader",
+    "as_stack",
+    "by_shape",
+    "stack_blocks",
+    "stacked",
+    "transposed_stack",
+    "values_of",
+]
 
 _Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
 
@@ -112,21 +120,40 @@ class BlockReader:
             entries[rows] = slot_entries(pages, page_index, slots)
         return entries
 
-    def dtypes_of(self, references: NDArray[np.int64]) -> list[DType]:
-        """Return the dtype of each block."""
+    def dtypes_of(
+        self, references: NDArray[np.int64], rows: ArrayLike, cols: ArrayLike
+    ) -> list[DType | None]:
+        """Return the dtype of each block, ``None`` where it has other rows or columns than that.
+
+        A block is a delta on what has its own shape, or that transposed (transposed.py).
+        """
         stored = distinct(references[references < 0])
         self.learn(stored[self._stored.dtypes_of(stored) == 0])
         codes = np.empty(len(references), np.int64)
         new = references >= 0
         codes[new] = self._spool.dtypes[references[new]]
         codes[~new] = self._stored.dtypes_of(references[~new])
-        known = {code: DType.of_code(code) for code in distinct(codes).tolist()}
+        shapes = np.empty(len(references), np.uint64)
+        shapes[new] = self._spool.shapes[references[new]]
+        shapes[~new] = self._stored.shapes_of(references[~new])
+        codes[shapes != shape_codes(rows, cols)] = 0
+        known = {code: DType.of_code(code) if code else None for code in distinct(codes).tolist()}
         return [known[code] for code in codes.tolist()]
 
     def read(
-        self, references: NDArray[np.int64], dtype: DType, shape: tuple[int, int]
+        self,
+        references: NDArray[np.int64],
+        dtype: DType,
+        shape: tuple[int, int],
+        *,
+        is_transposed: bool = False,
     ) -> MatrixView:
-        """Return blocks of one dtype and shape, stacked: block i is block i of the result."""
+        """Return blocks of one dtype and shape, stacked: block i is block i of the result.
+
+        With ``is_transposed``, that is the shape that they have when transposed, as they then are.
+        """
+        if is_transposed:
+            return transposed_stack(self.read(references, dtype, shape[::-1]))
         with self._blamed(references, lambda at: self._read(references[at], dtype, shape)):
             return self._read(references, dtype, shape)
 
@@ -236,6 +263,15 @@ def stacked(count: int, dtype: DType, shape: tuple[int, int]) -> MatrixView:
 def values_of(blocks: MatrixView) -> NDArray[Any]:
     """Return stacked blocks as numbers of shape (n, rows, cols)."""
     return blocks.data.view(blocks.dtype.numpy).reshape(-1, *blocks.grid.block_shape)
+
+
+def transposed_stack(blocks: MatrixView) -> MatrixView:
+    """Return stacked blocks, each of them transposed."""
+    height, width = blocks.grid.block_shape
+    item = blocks.dtype.itemsize
+    bits = blocks.data.reshape(-1, height, width, item).swapaxes(1, 2)
+    data = np.ascontiguousarray(bits).reshape(-1, height * item)
+    return as_stack(data, blocks.dtype, (width, height))
 
 
 def stack_blocks(

@@ -21,7 +21,7 @@ from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import GENTLE, Replacement, choose
 from pydedup.ingest.ahead import Ahead
-from pydedup.ingest.aligned import ByPosition
+from pydedup.ingest.asked import ByPosition
 from pydedup.ingest.candidates import can_be_delta
 from pydedup.ingest.deltas import Delta
 from pydedup.ingest.levels import Levels, MovedBases

@@ -9,16 +9,17 @@ at least 5 % of what the block takes by itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.blocks import MatrixView
-from pydedup.hashing import hash_view
+from pydedup.ingest.asked import ByTransposition
 from pydedup.ingest.candidates import Candidates, can_be_delta
-from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks, replaced
+from pydedup.ingest.deltas import Delta
+from pydedup.ingest.kept import Kept, rows_of
 from pydedup.ingest.low_rank import Moved
 from pydedup.ingest.pairs import (
     Columns,
@@ -30,60 +31,20 @@ from pydedup.ingest.pairs import (
     measured,
     near_as_pruned,
     pairs_of,
+    pairs_on,
 )
-from pydedup.ingest.places import BlockReader, as_stack, by_shape, stack_blocks, values_of
+from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import is_among
-from pydedup.similarity import distances, upper_bounds
 from pydedup.types import DType
 
-__all__ = ["Kept", "LookedAt", "Similar", "look_at"]
+__all__ = ["LookedAt", "Similar", "look_at"]
 
 # A delta that takes one of so many bytes is small.
 _SMALL = 4
 # Candidates of one dtype that are looked at.
 _NEAREST = 3
-
-
-@dataclass(slots=True)
-class Kept:
-    """What becomes of some blocks of a matrix.
-
-    Attributes
-    ----------
-    shared
-        References of blocks to take instead, `NO_BASE` where the block itself is stored; all
-        that follows has an entry for these too, which says nothing.
-    encoded
-        The blocks as they are stored.
-    source
-        Digests of the blocks, uint64 (n, 2).
-    digests
-        Of what they hold; that of the source where it is stored bit by bit.
-    bases, base_tags
-        References of the bases of deltas, `NO_BASE` for others; what their slots carry.
-    errors
-        Relative L2 difference to the source, float64 (n,); shared blocks included.
-    costs
-        About what the encoded blocks take, int64 (n,): less than their bytes where a page has some
-        of these for several.
-    stacks
-        Those that can be candidates of others, stacked: which they are, and what they hold.
-    lossy
-        Deltas that give back other bytes than the block's: which they are, and what they hold.
-    """
-
-    shared: NDArray[np.int64]
-    encoded: codec.EncodedBlocks
-    source: NDArray[np.uint64]
-    digests: NDArray[np.uint64]
-    bases: NDArray[np.int64]
-    base_tags: NDArray[np.uint64]
-    errors: NDArray[np.float64]
-    costs: NDArray[np.int64]
-    stacks: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
-    lossy: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +93,7 @@ class Similar:
         deltas: Mapping[int, Delta] | None = None,
         moved: Sequence[tuple[NDArray[np.int64], Moved]] = (),
         most: float = 1.0,
+        transposed: ByTransposition | None = None,
     ) -> Kept:
         """Decide about blocks of a matrix with these numbers and digests.
 
@@ -147,6 +109,8 @@ class Similar:
             Which of the blocks are near to bases that factors move, and by what (low_rank.py).
         most
             What a delta may take of the block by itself, about (families.py).
+        transposed
+            What finds bases of blocks that nothing else is near to.
         """
         count = len(indices)
         kept = Kept(
@@ -171,11 +135,13 @@ class Similar:
             rest = every[~is_small[every] | (kept.bases[at[every]] == NO_BASE)]
             if len(rest):
                 some = at[rest]
-                left = _rows_of(blocks, rest)
+                left = rows_of(blocks, rest)
                 self._improve(kept, left, some, indices[some], policy, aligned[:, some], most)
+            if transposed is not None and most == 1:
+                self._transpose(kept, blocks, at, indices[at], policy, transposed)
             kept.stacks.append((at, blocks))
         if deltas:
-            _take(kept, [(i, deltas[n]) for i, n in enumerate(indices.tolist()) if n in deltas])
+            kept.take(indices, deltas)
         return kept
 
     def add(self, kept: Kept, numbers: NDArray[np.int64]) -> None:
@@ -186,7 +152,7 @@ class Similar:
         for at, blocks in kept.stacks:
             rows = np.flatnonzero((numbers[at] != NO_BASE) & (kept.bases[at] == NO_BASE))
             if len(rows):
-                self._candidates.add(_rows_of(blocks, rows), numbers[at[rows]])
+                self._candidates.add(rows_of(blocks, rows), numbers[at[rows]])
 
     def pairs(
         self,
@@ -232,7 +198,7 @@ class Similar:
         """Add candidates that are not measured yet, references int64 (k, n), or `NO_BASE`."""
         for references in given:
             there = np.flatnonzero(references != NO_BASE)
-            dtypes = self._reader.dtypes_of(references[there])
+            dtypes = self._reader.dtypes_of(references[there], *blocks.grid.block_shape)
             for dtype in (one for one in blocks.dtype.base_dtypes if one in dtypes):
                 rows = there[[i for i, d in enumerate(dtypes) if d is dtype]]
                 column = (rows, references[rows], np.full(len(rows), np.nan))
@@ -307,7 +273,7 @@ class Similar:
         ]
         least, best = best_pairs(pairs, sizes, len(at))
         for some in pairs_of(best, least < most * kept.costs[at]):
-            self._encode(kept, blocks, some, at, bound)
+            kept.encode(blocks, some, at, bound)
 
     @staticmethod
     def _share(
@@ -340,79 +306,24 @@ class Similar:
         numbers = indices[at[chosen]]
         pairs, factors = moved.pairs(self._reader, chosen, numbers, blocks.grid.block_shape)
         bound = policy.max_rel_error or None
-        self._encode(kept, blocks, pairs, at, bound, factors, moved.shared_bytes(factors))
+        kept.encode(blocks, pairs, at, bound, factors, moved.shared_bytes(factors))
 
-    @staticmethod
-    def _encode(
+    def _transpose(
+        self,
         kept: Kept,
         blocks: MatrixView,
-        pairs: Pairs,
         at: NDArray[np.int64],
-        bound: float | None,
-        factors: codec.LowRankFactors | None = None,
-        shared: NDArray[np.int64] | None = None,
+        numbers: NDArray[np.int64],
+        policy: Policy,
+        transposed: ByTransposition,
     ) -> None:
-        """Keep the blocks of these pairs, one each, as deltas where that saves enough."""
-        rows, base_index = pairs.rows, pairs.base_index
-        if shared is None:  # of what the deltas take, since others on their pages have it too
-            shared = np.zeros(len(rows), np.int64)
-        deltas = codec.encode_deltas(
-            blocks,
-            rows,
-            pairs.bases,
-            base_index,
-            limits=delta_limits(kept.costs[at[rows]]) + shared,
-            max_rel_error=bound,
-            factors=factors,
-        )
-        good = np.flatnonzero(deltas.lengths > 0)
-        if not len(good):
+        """Keep those of the blocks ``at`` that nothing is near to as deltas on transposed bases."""
+        rows = np.flatnonzero((kept.shared[at] == NO_BASE) & (kept.bases[at] == NO_BASE))
+        if not len(rows):
             return
-        tags = codec.base_tags(hash_view(pairs.bases))
-        places = at[rows[good]]
-        kept.lossy = _without(kept.lossy, places)
-        kept.digests[places], kept.errors[places] = kept.source[places], 0
-        kept.bases[places] = pairs.references[good]
-        kept.costs[places] = deltas.lengths[good] - shared[good]
-        kept.base_tags[places] = tags[base_index[good]]
-        lossy = good[deltas.encodings[good] == codec.Encoding.QUANTISED]
-        if len(lossy):
-            content = decode_deltas(deltas, lossy, blocks.dtype, pairs.bases, base_index[lossy])
-            where = at[rows[lossy]]
-            kept.digests[where] = hash_view(content)
-            kept.lossy.append((where, content))
-            away = distances(values_of(blocks)[rows[lossy]], values_of(content)).relative_l2
-            kept.errors[where] = np.minimum(upper_bounds(away), bound or np.inf)
-        kept.encoded = replaced(kept.encoded, places, deltas, good)
-
-
-def _take(kept: Kept, chosen: Sequence[tuple[int, Delta]]) -> None:
-    """Keep some blocks as these deltas, whatever was decided about them."""
-    if not chosen:
-        return
-    rows = np.array([row for row, _ in chosen], np.int64)
-    deltas = [delta for _, delta in chosen]
-    kept.shared[rows] = NO_BASE
-    kept.bases[rows] = [delta.base for delta in deltas]
-    kept.base_tags[rows] = np.array([delta.base_tag for delta in deltas], np.uint64)
-    kept.encoded = replaced(kept.encoded, rows, encoded_blocks(deltas), np.arange(len(rows)))
-
-
-def _without(
-    lossy: Sequence[tuple[NDArray[np.int64], MatrixView]], rows: NDArray[np.int64]
-) -> list[tuple[NDArray[np.int64], MatrixView]]:
-    """Leave out blocks that become something else."""
-    left = []
-    for at, content in lossy:
-        stay = np.flatnonzero(~is_among(at, rows))
-        if len(stay):
-            left.append((at[stay], _rows_of(content, stay)))
-    return left
-
-
-def _rows_of(blocks: MatrixView, rows: NDArray[np.int64]) -> MatrixView:
-    """Return some of the stacked blocks, all of them without a copy."""
-    if len(rows) == blocks.grid.count:
-        return blocks
-    data = blocks.data.reshape(blocks.grid.count, -1)[rows].reshape(-1, blocks.data.shape[1])
-    return as_stack(data, blocks.dtype, blocks.grid.block_shape)
+        references = transposed(blocks, rows, numbers[rows])
+        there = references != NO_BASE
+        shape = blocks.grid.block_shape
+        some = rows[there], references[there]
+        for pairs in pairs_on(self._reader, *some, shape, is_transposed=True):
+            kept.encode(blocks, pairs, at, policy.max_rel_error or None)

@@ -22,7 +22,7 @@ from pydedup.blocks import MatrixView
 from pydedup.errors import CorruptStoreError
 from pydedup.ingest.spool_file import SpoolFile
 from pydedup.ingest.workers import Task, Workers
-from pydedup.layout import PAGE_CAPACITY, copy_page
+from pydedup.layout import PAGE_CAPACITY, copy_page, shape_codes
 from pydedup.pool import PagePool
 
 __all__ = ["NO_BASE", "Spool"]
@@ -69,6 +69,7 @@ class Spool:
         self._hashes = _Column(np.empty((0, 2), np.uint64))
         self._bases = _Column(np.empty(0, np.int64))
         self._dtypes = _Column(np.empty(0, np.int64))
+        self._shapes = _Column(np.empty(0, np.uint64))
         self.count = 0
 
     def __enter__(self) -> Self:
@@ -96,9 +97,10 @@ class Spool:
         """
         costs = codec.page_cost(encoded.lengths)
         dtypes = np.full(len(indices), view.dtype.code, np.int64)
+        shapes = view.grid.shapes(indices)
         columns = (
             *(encoded.offsets, encoded.lengths, encoded.encodings.astype(np.int64)),
-            *(dtypes, *view.grid.shapes(indices), base_tags),
+            *(dtypes, *shapes, base_tags),
         )
         pages = np.empty(len(indices), np.int64)
         slots = np.empty(len(indices), np.uint32)
@@ -123,6 +125,7 @@ class Spool:
         self._hashes.append(digests)
         self._bases.append(bases)
         self._dtypes.append(dtypes)
+        self._shapes.append(shape_codes(*shapes))
         self.count += len(indices)
 
     def list_blocks(
@@ -135,7 +138,8 @@ class Spool:
         """Append blocks that lie elsewhere and return their numbers.
 
         They must come to lie on a page that has all blocks of the one they are on, in its order.
-        What they take, and their dtypes, are known once `images` has read that: until then, 0.
+        What they take, their dtypes and shapes are known once `images` has read that; until then
+        they are 0.
         """
         count = len(page_ids)
         self._page_of.append(page_ids + _ELSEWHERE)
@@ -144,6 +148,7 @@ class Spool:
         self._bases.append(bases)
         for column in (self._cost, self._length, self._alone, self._dtypes):
             column.append(np.zeros(count, np.int64))
+        self._shapes.append(np.zeros(count, np.uint64))
         self.count += count
         return np.arange(self.count - count, self.count, dtype=np.int64)
 
@@ -203,6 +208,11 @@ class Spool:
     def dtypes(self) -> NDArray[np.int64]:
         """Dtype code of each block."""
         return self._dtypes.values()
+
+    @property
+    def shapes(self) -> NDArray[np.uint64]:
+        """Code of each block's shape (`layout.shape_codes`)."""
+        return self._shapes.values()
 
     @property
     def bases(self) -> NDArray[np.int64]:
@@ -269,6 +279,7 @@ class Spool:
             )
         self._note_lengths(numbers, table["length"].astype(np.int64))
         self._dtypes.values()[numbers] = table["dtype"]
+        self._shapes.values()[numbers] = shape_codes(table["rows"], table["cols"])
         return bytes(page.payload)
 
     def _note_lengths(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:

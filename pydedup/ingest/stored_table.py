@@ -17,7 +17,7 @@ from pydedup.adapter import BlockRow
 from pydedup.blocks import SLOT_BITS
 from pydedup.errors import CorruptStoreError
 from pydedup.ingest.spool import NO_BASE
-from pydedup.layout import block_places, by_page, slot_entries, split_places
+from pydedup.layout import block_places, by_page, shape_codes, slot_entries, split_places
 from pydedup.sets import distinct, is_among
 from pydedup.types import LARGEST_ID, DType
 
@@ -53,8 +53,9 @@ class StoredTable:
         self._parts = [0]
         #: References to what each is a delta of, or `NO_BASE`.
         self._bases = np.empty(0, np.int64)
-        #: Dtype codes; 0 until somebody looked.
+        #: Dtype codes, and those of shapes; 0 until somebody looked.
         self._dtypes = np.empty(0, np.uint8)
+        self._shapes = np.empty(0, np.uint64)
         # The number of slot s of a page is at its start + s.
         self._number_at = np.empty(0, np.int64)
         self._used = 0
@@ -143,9 +144,11 @@ class StoredTable:
         self._sums = _with_room(self._sums, end)
         self._bases = _with_room(self._bases, end)
         self._dtypes = _with_room(self._dtypes, end)
+        self._shapes = _with_room(self._shapes, end)
         new = slice(start, end)
         self._places[new], self._costs[new] = places, costs
-        self._bases[new], self._dtypes[new], self._sums[new] = NO_BASE, 0, 0
+        self._bases[new], self._sums[new] = NO_BASE, 0
+        self._dtypes[new], self._shapes[new] = 0, 0
         self._count = end
         return np.arange(start, end)
 
@@ -212,9 +215,16 @@ class StoredTable:
         """Return the codes of their dtypes, 0 if unknown."""
         return self._dtypes[-1 - references]
 
-    def note_dtype(self, references: NDArray[np.int64], dtype: DType) -> None:
-        """Say that the blocks of (negative) references have a dtype: then nobody need look."""
+    def shapes_of(self, references: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return the codes of their shapes (`layout.shape_codes`), 0 if unknown."""
+        return self._shapes[-1 - references]
+
+    def note_kinds(
+        self, references: NDArray[np.int64], dtype: DType, shapes: NDArray[np.uint64]
+    ) -> None:
+        """Say what dtype and shapes (negative) references have: then nobody need look."""
         self._dtypes[-1 - references] = dtype.code
+        self._shapes[-1 - references] = shapes
 
     def note(
         self,
@@ -233,6 +243,7 @@ class StoredTable:
             raise
         self.set_costs(references, codec.page_cost(entries["length"]))
         self._dtypes[-1 - references] = entries["dtype"]
+        self._shapes[-1 - references] = shape_codes(entries["rows"], entries["cols"])
         numbers, first = np.unique(page_index, return_index=True)
         page_ids = self.pages(references[first])
         for page_id, number in zip(page_ids.tolist(), numbers.tolist(), strict=True):

@@ -11,9 +11,8 @@ whichever tensors they are of, are stacked and matched as one matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.ahead import SMALL_BYTES, Ahead
-from pydedup.ingest.aligned import Kinship, Neighbours, Relation, Relative
 from pydedup.ingest.families import Family
 from pydedup.ingest.low_rank import LEAST_SIDE, Adapted, Looks
 from pydedup.ingest.match import Hints, Matcher
@@ -31,6 +29,8 @@ from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.staged import MatchedTensor
+from pydedup.ingest.together import Asked, Together, Transposes, transposed_of
+from pydedup.ingest.transposed import Transposed
 from pydedup.sets import is_among
 from pydedup.types import DType
 
@@ -54,7 +54,8 @@ def match_tensors(
     """Return the tensors of a model after matching, in their order."""
     matched: dict[str, MatchedTensor] = {}
     looks = Looks()
-    bundle = _Bundle(matcher, request, previous)
+    transposed = Transposed(matcher, request, request.policy)
+    bundle = _Bundle(matcher, request, previous, transposed)
     for entry, twin in request.distinct_entries():
         if twin is not None:
             if twin.name not in matched:
@@ -74,7 +75,7 @@ def match_tensors(
                 bundle.add(entry, view, known)
             else:
                 matched[entry.name] = _match_one(
-                    matcher, request, entry, view, known, looks, advance
+                    matcher, request, entry, view, known, looks, transposed, advance
                 )
         if bundle.is_full:
             matched.update(bundle.match(advance))
@@ -116,16 +117,21 @@ def _match_one(
     view: MatrixView,
     known: _Known,
     looks: Looks,
+    transposed: Transposed,
     advance: Callable[[int], None],
 ) -> MatchedTensor:
     neighbours = matcher.aligned.neighbours(request, entry, view.grid)
+    by_transposition = transposed.of(entry, view.grid)
     found = matcher.match(
         view,
         digests=known.digests,
         known=matcher.met.find(view, known.digests, known.references),
         policy=request.policy,
         hints=Hints(
-            neighbours, most=Family(matcher.reader, request.policy, neighbours), looks=looks
+            neighbours,
+            most=Family(matcher.reader, request.policy, neighbours, by_transposition),
+            looks=looks,
+            transposed=by_transposition,
         ),
         advance=advance,
     )
@@ -154,58 +160,18 @@ class _Waiting:
         return slice(self.start, self.start + self.grid.count)
 
 
-@dataclass(frozen=True, slots=True)
-class _Together:
-    """Candidates for stacked blocks (`ByPosition` and `Related` of aligned.py).
-
-    ``owners`` says which tensor each block of the stack is of, ``numbers`` which block of that.
-    """
-
-    neighbours: Sequence[Neighbours]
-    owners: NDArray[np.int64]
-    numbers: NDArray[np.int64]
-    asked: list[tuple[Neighbours, slice]] = field(default_factory=list)
-
-    @property
-    def kinship(self) -> Kinship:
-        return self.neighbours[0].kinship  # they are of one model
-
-    def relatives(self, rows: NDArray[np.int64], most: int) -> list[Relative]:
-        parts = self._parts(rows)
-        found: dict[Relation, list[NDArray[np.int64]]] = {}
-        for neighbours, at in parts:
-            for one in neighbours.relatives(self.numbers[rows[at]], most):
-                found.setdefault(one.relation, []).append(one.blocks)
-        return [
-            Relative(np.concatenate(blocks), relation)
-            for relation, blocks in found.items()
-            if len(blocks) == len(parts)
-        ]
-
-    def _parts(self, rows: NDArray[np.int64]) -> list[tuple[Neighbours, slice]]:
-        """Return which of these blocks are of one tensor, whose follow one another."""
-        owners = self.owners[rows]
-        edges = np.flatnonzero(np.diff(owners, prepend=-1, append=-1)).tolist()
-        parts = [slice(start, stop) for start, stop in pairwise(edges)]
-        return [(self.neighbours[owners[at.start]], at) for at in parts]
-
-    def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        self.asked[:] = self._parts(rows)
-        return np.concatenate(
-            [neighbours(self.numbers[rows[at]]) for neighbours, at in self.asked], axis=1
-        )
-
-    def note(self, helped: NDArray[np.bool_]) -> None:
-        # Only now is known who is a relative: the tensors were asked about together.
-        for neighbours, at in self.asked:
-            neighbours.note(helped[:, at])
-
-
 class _Bundle:
     """What waits to be matched: tensors, and copies of their blocks, stacked by kind."""
 
-    def __init__(self, matcher: Matcher, request: Request, previous: Previous | None) -> None:
+    def __init__(
+        self,
+        matcher: Matcher,
+        request: Request,
+        previous: Previous | None,
+        transposed: Transposed,
+    ) -> None:
         self._matcher = matcher
+        self._transposed = transposed
         self._request = request
         self._previous = previous
         self._adapted = Adapted(matcher.reader, matcher.similar.pairs, request.policy)
@@ -258,7 +224,7 @@ class _Bundle:
             digests[blocks] = hash_view(view)
         references = np.full(count, NO_BASE, np.int64)
         errors = np.zeros(count)
-        neighbours: list[Neighbours] = []
+        asked: list[Asked] = []
         owners = np.empty(count, np.int64)
         for number, waiting in enumerate(tensors):
             here, entry, grid = waiting.blocks, waiting.entry, waiting.grid
@@ -266,19 +232,26 @@ class _Bundle:
             known = waiting.known or _known(self._previous, entry, grid, digests[here])
             digests[here], references[here] = known.digests, known.references
             errors[here] = known.errors
-            neighbours.append(self._matcher.aligned.neighbours(self._request, entry, grid))
+            asked.append(
+                Asked(
+                    self._matcher.aligned.neighbours(self._request, entry, grid),
+                    self._transposed.of(entry, grid),
+                    self._adapted.can_be(grid, entry.dtype),
+                )
+            )
         self._matcher.ask(hash_keys(digests[references == NO_BASE]))
         done: dict[str, MatchedTensor] = {}
-        for number in self._adapted_among(tensors, neighbours, stacks, digests, references):
+        for number in self._adapted_among(tensors, asked, stacks, digests, references):
             waiting = tensors[number]
             found = self._match_alone(waiting.entry, advance)
             done[waiting.entry.name], references[waiting.blocks] = found, found.references
         starts = np.array([waiting.start for waiting in tensors], np.int64)
-        can_be = [self._adapted.can_be(waiting.grid, waiting.entry.dtype) for waiting in tensors]
+        can_be_adapted = np.array([one.can_be_adapted for one in asked], np.bool_)
         for view, blocks in stacks:
             of = owners[blocks]
-            in_stack = np.array(can_be)[of]
-            together = _Together(neighbours, of, blocks - starts[of])
+            numbers = blocks - starts[of]
+            together = Together(asked, of, numbers)
+            transposed = Transposes(asked, of, numbers)
             matched = self._matcher.match(
                 view,
                 digests=digests[blocks],
@@ -286,8 +259,15 @@ class _Bundle:
                 policy=policy,
                 hints=Hints(
                     together,
-                    most=Family(self._matcher.reader, policy, together, in_stack=in_stack),
+                    most=Family(
+                        self._matcher.reader,
+                        policy,
+                        together,
+                        transposed,
+                        in_stack=can_be_adapted[of],
+                    ),
                     looks=None,
+                    transposed=transposed,
                 ),
             )
             references[blocks] = matched.references
@@ -305,7 +285,7 @@ class _Bundle:
     def _adapted_among(
         self,
         tensors: Sequence[_Waiting],
-        neighbours: Sequence[Neighbours],
+        asked: Sequence[Asked],
         stacks: Sequence[tuple[MatrixView, NDArray[np.int64]]],
         digests: NDArray[np.uint64],
         references: NDArray[np.int64],
@@ -318,7 +298,7 @@ class _Bundle:
         middles = {
             waiting.start + waiting.grid.middle: number
             for number, waiting in enumerate(tensors)
-            if waiting.known is None and self._adapted.can_be(waiting.grid, waiting.entry.dtype)
+            if waiting.known is None and asked[number].can_be_adapted
         }
         chosen = np.array([*middles], np.int64)
         chosen = chosen[references[chosen] == NO_BASE]
@@ -331,9 +311,13 @@ class _Bundle:
         }
         adapted = []
         for number in sorted(at, key=lambda number: (-tensors[number].entry.nbytes, number)):
-            middle, near = tensors[number].grid.middle, neighbours[number]
-            base = self._adapted(*at[number], partial(near, np.array([middle], np.int64)))
-            if base != NO_BASE and near.ask_first(middle, base):
+            middle, near = np.array([tensors[number].grid.middle]), asked[number].neighbours
+            transposed = partial(transposed_of, asked[number].transposed, middle)
+            found = self._adapted(*at[number], partial(near, middle), transposed)
+            if found is None:
+                continue
+            base, is_transposed = found
+            if is_transposed or near.ask_first(int(middle[0]), base):
                 adapted.append(number)
         return sorted(adapted)
 
@@ -343,7 +327,9 @@ class _Bundle:
         view = MatrixView.of(request.source.read(entry.name), request.block_shape)
         known = _known(self._previous, entry, view.grid, hash_view(view))
         # Whether to look for an adapter was settled.
-        return _match_one(self._matcher, request, entry, view, known, Looks(), advance)
+        return _match_one(
+            self._matcher, request, entry, view, known, Looks(), self._transposed, advance
+        )
 
 
 def _stacks(

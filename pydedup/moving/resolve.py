@@ -26,6 +26,7 @@ from pydedup.ingest.families import Family
 from pydedup.ingest.low_rank import Looks
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.transposed import Transposed
 from pydedup.layout import NO_PLACE, block_places, by_page, joined, split_places
 from pydedup.moving.known import Scope, Whereabouts
 from pydedup.moving.pieces import Piece, stored_pieces
@@ -292,14 +293,20 @@ class Resolver:
     def _match_anew(self) -> None:
         """Find or spool what is left: deltas on bases that are deltas at the destination."""
         model, looks = self._model, Looks()
+        transposed = Transposed(self._matcher, model.stored.row, Lossless())
         for info, block_map in zip(model.stored.tensors, model.maps, strict=True):
             own = block_places(block_map.page_ids, block_map.slots)
             at = np.searchsorted(model.places, own)
             if (self._out.references[at] == NO_BASE).any():
-                self._match_tensor_anew(info, block_map, at, looks)
+                self._match_tensor_anew(info, block_map, at, looks, transposed)
 
     def _match_tensor_anew(
-        self, info: TensorInfo, block_map: BlockMap, at: NDArray[np.int64], looks: Looks
+        self,
+        info: TensorInfo,
+        block_map: BlockMap,
+        at: NDArray[np.int64],
+        looks: Looks,
+        transposed: Transposed,
     ) -> None:
         """Find or spool the blocks of a tensor that are left; ``at`` are the places of all."""
         matcher, grid, policy = self._matcher, block_map.grid, Lossless()
@@ -311,6 +318,7 @@ class Resolver:
         given[left] = matcher.reader.bases_of(bases)
         neighbours = matcher.aligned.neighbours(self._model.stored.row, info, grid)
         view = MatrixView.of(matmul.read(block_map, self._source.pool), grid.block_shape)
+        by_transposition = transposed.of(info, grid)
         before = self._spool.count
         found = matcher.match(
             view,
@@ -318,8 +326,9 @@ class Resolver:
             known=known,
             hints=Hints(
                 aligned=_Given(given, neighbours),
-                most=Family(matcher.reader, policy, neighbours),
+                most=Family(matcher.reader, policy, neighbours, by_transposition),
                 looks=looks,
+                transposed=by_transposition,
             ),
         )
         made = self._spool.count - before

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import pydedup
 from pydedup.blocks import BlockGrid
 from pydedup.ingest import families
-from pydedup.ingest.low_rank import sample_of
+from pydedup.ingest.differences import sample_of
 from pydedup.types import DType
 
 TENSORS = 5
@@ -27,10 +27,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     measure = families._Probe._measured
 
     def counted(
-        self: Any, given: Sequence[NDArray[np.int64]], dtype: DType, twice: bool
+        self: Any, given: Sequence[NDArray[np.int64]], dtype: DType, *how: bool
     ) -> list[float]:
         found.extend(len(references) for references in given)
-        return measure(self, given, dtype, twice)
+        return measure(self, given, dtype, *how)
 
     monkeypatch.setattr(families._Probe, "_measured", counted)
     return found

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrices that others are the transpose of: what one framework keeps as (outputs, inputs).
+
+PyTorch has the weights of a layer as (outputs, inputs), Keras and most nodes of an ONNX graph as
+(inputs, outputs). So a model that was exported holds the same numbers, but no block of it is one of
+what it came from. Where nothing else is near to a block, it is looked for transposed; where it is
+found tells which tensor the matrix is the transpose of, and its other blocks are compared with
+those of that one, too. They become deltas on them (docs/format.md, "Version 4").
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.adapter import ModelRow
+from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.formats.base import TensorEntry
+from pydedup.hashing import hash_view
+from pydedup.ingest.aligned import Find
+from pydedup.ingest.asked import ByTransposition
+from pydedup.ingest.kept import rows_of
+from pydedup.ingest.low_rank import Looks
+from pydedup.ingest.match import Matcher
+from pydedup.ingest.pairs import farthest_base
+from pydedup.ingest.places import transposed_stack
+from pydedup.ingest.plan import Request
+from pydedup.ingest.spool import NO_BASE
+from pydedup.policies import Policy
+from pydedup.sets import distinct, is_among
+from pydedup.types import TensorInfo
+
+__all__ = ["Transposed"]
+
+# Looks in vain after which a tensor is looked at no more; tensors that one is compared with, about.
+_LOOKS_AT_TENSOR = 2
+_MOST = 4096
+
+
+class Transposed:
+    """Finds what the matrices of one model are the transpose of. Not thread-safe.
+
+    ``asker`` is that model; ``policy`` says how far the base of a delta may be.
+    """
+
+    def __init__(self, matcher: Matcher, asker: Request | ModelRow, policy: Policy) -> None:
+        self._matcher = matcher
+        self._asker = asker
+        self._takes = policy.uses_deltas
+        self._farthest = farthest_base(policy.max_rel_error)
+        self._looks = Looks()  # until one was found: then the model is an export
+        # Of which model the last one was, one of this add by its address, and all that were found.
+        self._last: int | str | None = None
+        self._found: set[tuple[int | str, str]] = set()
+
+    def of(self, entry: TensorEntry | TensorInfo, grid: BlockGrid) -> ByTransposition | None:
+        """Return what finds the bases of blocks of a tensor; ``None`` if it can have none."""
+        if not self._takes or len(entry.shape) != 2:
+            return None
+        return _Transpose(self, entry, grid)
+
+    @property
+    def has_found(self) -> bool:
+        """Whether some matrix of the model is the transpose of another."""
+        return self._last is not None
+
+    def look(
+        self, entry: TensorEntry | TensorInfo, grid: BlockGrid, block: MatrixView, number: int
+    ) -> Find | None:
+        """Return what finds the blocks of the tensor whose block ``number`` is like that one."""
+        if self._looks.are_over and not self.has_found:
+            return None
+        near: NDArray[np.int64] | None = None
+        asked = 0
+        for model, tensors in self._matcher.aligned.transposed(
+            self._asker, entry, grid, self._last
+        ):
+            near = self._near(block) if near is None else near
+            if not len(near) or asked > _MOST:
+                break
+            asked += len(tensors)
+            # Layers come in one order: the next one is likely that after the last.
+            for name, find in sorted(tensors, key=lambda one: (model, one[0]) in self._found):
+                if is_among(find(np.array([number], np.int64), False), near).any():
+                    self._last = model
+                    self._found.add((model, name))
+                    self._looks.note(True)
+                    return find
+        if near is not None:
+            self._looks.note(False)
+        return None
+
+    def _near(self, block: MatrixView) -> NDArray[np.int64]:
+        """Return references of blocks that are no deltas and like this one."""
+        matcher = self._matcher
+        same = matcher.find(block, hash_view(block))
+        if same[0] != NO_BASE:
+            return matcher.reader.plain(same)
+        nothing = np.empty((0, 1), np.int64)
+        pairs = matcher.similar.pairs(block, np.zeros(1, np.int64), self._farthest, nothing)
+        return distinct(np.concatenate([[NO_BASE], *(some.references for some in pairs)]))[1:]
+
+
+class _Transpose:
+    """The bases of blocks of one matrix (a `ByTransposition`)."""
+
+    def __init__(self, of: Transposed, entry: TensorEntry | TensorInfo, grid: BlockGrid) -> None:
+        self._of = of
+        self._entry = entry
+        self._grid = grid
+        self._left = _LOOKS_AT_TENSOR
+        self._find: Find | None = None
+
+    @property
+    def is_likely(self) -> bool:
+        return self._of.has_found
+
+    def __call__(
+        self, blocks: MatrixView, rows: NDArray[np.int64], numbers: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        down, across = np.divmod(numbers, self._grid.grid_cols)
+        there = across * self._grid.grid_rows + down
+        if self._find is None and self._left:
+            # One whose place is another's in a square matrix that is not transposed.
+            apart = np.flatnonzero(down != across)
+            chosen = apart[len(apart) // 2] if len(apart) else len(rows) // 2
+            block = transposed_stack(rows_of(blocks, rows[chosen : chosen + 1]))
+            self._find = self._of.look(self._entry, self._grid, block, int(there[chosen]))
+            self._left -= 1
+        if self._find is None:
+            return np.full(len(rows), NO_BASE, np.int64)
+        return self._find(there, False)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrices that are the transpose of stored ones, as those of an exported model are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies
+from pydedup.types import DType
+
+from .relatives import Model, adapted, added_beside, same_bits
+
+LOSSLESS = policies.Lossless()
+# Several of a shape, square ones among them; edges; of less than a block; above what is gathered.
+SHAPES = (384, 256), (384, 256), (256, 256), (256, 256), (200, 150), (70, 300), (40, 48), (512, 160)
+
+
+def drawn(dtype: DType = DType.F32, seed: int = 71) -> Model:
+    """Return weights (outputs, inputs) and biases of a drawn model."""
+    rng = np.random.default_rng(seed)
+    model: Model = {}
+    for i, shape in enumerate(SHAPES):
+        spread = 0.02 if dtype.is_float else 30
+        model[f"l{i}.bias"] = rng.normal(0, spread, shape[:1]).astype("f4").astype(dtype.numpy)
+        model[f"l{i}.weight"] = rng.normal(0, spread, shape).astype("f4").astype(dtype.numpy)
+    return model
+
+
+def exported(model: Model, *, prefix: str = "onnx::MatMul_") -> Model:
+    """Return the model with its weights (inputs, outputs) under names that say nothing."""
+    return {
+        f"{prefix}{number}": np.ascontiguousarray(tensor.T)
+        for number, tensor in enumerate(model.values(), 100)
+    }
+
+
+def tuned(model: Model, seed: int) -> Model:
+    """Return the model with all weights moved by one percent of their spread."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (tensor + rng.normal(0, 0.0002, tensor.shape)).astype("f4").astype(tensor.dtype)
+        for name, tensor in model.items()
+    }
+
+
+def share_of(report: pydedup.AddReport) -> float:
+    return report.stored_bytes / report.logical_bytes
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.F16, DType.BF16])
+def test_an_exported_model_takes_next_to_nothing(
+    store: pydedup.Store, dtype: DType, joint: bool
+) -> None:
+    model = drawn(dtype)
+    report = added_beside(store, model, exported(model), LOSSLESS, joint=joint)
+    assert share_of(report) < 0.01
+    assert same_bits(store, "m", exported(model))
+    assert store.verify().ok
+
+
+@pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.001)], ids=lambda p: p.name)
+def test_an_exported_fine_tune_takes_what_the_fine_tune_does(
+    store: pydedup.Store, tmp_path: Path, policy: policies.Policy
+) -> None:
+    base = drawn()
+    model = tuned(base, 72)
+    report = added_beside(store, base, exported(model), policy, joint=False, before=LOSSLESS)
+    with pydedup.open(f"sqlite:///{tmp_path}/other.db") as other:
+        as_it_is = added_beside(other, base, model, policy, joint=False, before=LOSSLESS)
+    assert share_of(report) < share_of(as_it_is) + 0.01
+    loaded = store.load("m")
+    for name, tensor in exported(model).items():
+        away = np.linalg.norm(loaded[name].astype("f8") - tensor)
+        assert away <= 1.0001 * policy.max_rel_error * np.linalg.norm(tensor.astype("f8"))
+    assert store.verify().ok
+
+
+def test_a_base_of_another_dtype(store: pydedup.Store) -> None:
+    model = drawn()
+    narrow = {name: t.astype(DType.BF16.numpy) for name, t in exported(model).items()}
+    assert share_of(added_beside(store, model, narrow, LOSSLESS, joint=False)) < 0.02
+    assert same_bits(store, "m", narrow)
+
+
+def test_products_and_rows_of_transposed_bases(store: pydedup.Store) -> None:
+    model = drawn()
+    exports = exported(model)
+    added_beside(store, model, exports, LOSSLESS, joint=False)
+    rng = np.random.default_rng(73)
+    for name, weight in exports.items():
+        if weight.ndim != 2:
+            continue
+        rows, cols = weight.shape
+        tensor = store.tensor("m", name)
+        x, y = (rng.standard_normal((5, n)).astype("f4") for n in (cols, rows))
+        assert np.allclose(tensor.matmul(x), x.astype("f8") @ weight.T, rtol=1e-4, atol=1e-5)
+        assert np.allclose(tensor.matmul(y, transpose=True), y @ weight, rtol=1e-4, atol=1e-5)
+        assert tensor.take([0, rows - 1]).tobytes() == weight[[0, -1]].tobytes()
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_matrix_that_is_another_of_its_own_model(store: pydedup.Store, joint: bool) -> None:
+    """As of an embedding and the output layer that is tied to it."""
+    embedding = np.random.default_rng(74).normal(0, 0.02, (1000, 256)).astype("f4")
+    model = {"wte.weight": embedding, "lm_head": np.ascontiguousarray(embedding.T)}
+    others = {"other": drawn()} if joint else {}
+    report = store.add_many({"m": model, **others})[0]
+    assert share_of(report) < 0.47
+    assert same_bits(store, "m", model)
+
+
+def test_a_new_version_of_an_exported_model(store: pydedup.Store) -> None:
+    """What changed is at the place of deltas whose bases have other rows and columns."""
+    model = drawn()
+    first = exported(model)
+    added_beside(store, model, first, LOSSLESS, joint=False)
+    second = {name: tensor.copy() for name, tensor in first.items()}
+    for tensor in second.values():
+        tensor[-3:] *= np.float32(1.0078125)
+    report = store.add("m", second)
+    assert share_of(report) < 0.03
+    assert same_bits(store, "m@1", first)
+    assert same_bits(store, "m@2", second)
+    assert store.verify().ok
+
+
+def test_tenants_of_an_exported_model_once_its_origin_is_gone(store: pydedup.Store) -> None:
+    base = drawn()
+    models = {"base": base, "export": exported(base)}
+    models |= {f"t{i}": exported(tuned(base, 75 + i)) for i in range(3)}
+    reports = {name: store.add(name, model) for name, model in models.items()}
+    assert all(0.5 < share_of(reports[f"t{i}"]) < 0.7 for i in range(3))
+    store.remove("base@1")
+    store.vacuum()
+    del models["base"]
+    assert all(same_bits(store, name, model) for name, model in models.items())
+    assert store.verify().ok
+
+
+def with_adapter(model: Model, seed: int) -> Model:
+    """Return the model with an adapter of rank 4 merged into its weights."""
+    return model | adapted({n: t for n, t in model.items() if t.ndim == 2}, 4, seed)
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["origin", "origin and export"])
+@pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.001)], ids=lambda p: p.name)
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_adapters_in_an_exported_model(
+    store: pydedup.Store, dtype: DType, policy: policies.Policy, is_there: bool
+) -> None:
+    base = drawn(dtype)
+    store.add("base", base)
+    if is_there:
+        assert share_of(store.add("export", exported(base))) < 0.01
+    tenants = {f"t{i}": exported(with_adapter(base, 90 + i)) for i in range(3)}
+    for name, model in tenants.items():
+        assert share_of(store.add(name, model, policy=policy)) < 0.13
+        if policy is LOSSLESS:
+            assert same_bits(store, name, model)
+    assert store.verify().ok
+
+
+def test_adapters_in_an_exported_fine_tune(store: pydedup.Store) -> None:
+    """One of them is kept whole, and the others are small."""
+    base = drawn()
+    region = tuned(base, 94)
+    store.add("base", base)
+    assert share_of(store.add("region", exported(region))) < 0.7
+    tenants = {f"t{i}": exported(with_adapter(region, 95 + i)) for i in range(4)}
+    shares = [share_of(store.add(name, model)) for name, model in tenants.items()]
+    assert sum(share > 0.5 for share in shares) == 1
+    assert max(shares[-2:]) < 0.15
+    assert all(same_bits(store, name, model) for name, model in tenants.items())
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_both_ways_to_keep_weights_in_turn(store: pydedup.Store, dtype: DType) -> None:
+    base = drawn(dtype)
+    models = {"base": base}
+    for i in range(3):
+        tenant = with_adapter(base, 100 + i)
+        models |= {f"t{i}": tenant, f"e{i}": exported(tenant)}
+    reports = [store.add(name, model) for name, model in models.items()]
+    assert all(share_of(report) < 0.13 for report in reports[1:])
+    assert all(same_bits(store, name, model) for name, model in models.items())
+
+
+def test_accuracy_has_transposed_bases_for_what_is_not_replaced(store: pydedup.Store) -> None:
+    base = drawn()
+    model = exported(tuned(base, 105))
+    store.add("base", base)
+    accuracy = policies.Accuracy(lambda weights: 1.0, 0)
+    report = store.add("m", model, policy=accuracy)
+    assert report.delta_blocks > 0.9 * (report.blocks - len(SHAPES))
+    assert same_bits(store, "m", model)
+
+
+def test_copies_have_transposed_bases_as_well(store: pydedup.Store, tmp_path: Path) -> None:
+    base = drawn()
+    exports = exported(tuned(base, 80))
+    added_beside(store, base, exports, LOSSLESS, joint=False)
+    empty, other = (f"sqlite:///{tmp_path}/{name}.db" for name in ("empty", "other"))
+    store.copy_to(empty, ["m"])
+    with pydedup.open(other) as opened:  # there the bases are deltas themselves
+        opened.add("origin", tuned(base, 81))
+        opened.add("base", base)
+    store.copy_to(other, ["m"])
+    for url in (empty, other):
+        with pydedup.open(url) as opened:
+            assert same_bits(opened, "m", exports)
+            assert opened.verify().ok
+
+
+def test_a_dry_run_says_what_an_add_does(store: pydedup.Store) -> None:
+    model = drawn()
+    store.add("base", model)
+    said = store.add("m", exported(model), dry_run=True)
+    assert said.stored_bytes == store.add("m", exported(model)).stored_bytes
+
+
+def test_exact_keeps_it_whole(store: pydedup.Store) -> None:
+    model = drawn()
+    report = added_beside(store, model, exported(model), policies.Exact(), joint=False)
+    assert report.delta_blocks == 0
+    assert same_bits(store, "m", exported(model))
