@@ -290,14 +290,20 @@ def delta_on(block: EncodedBlock, base: tuple[codec.Page, int]) -> EncodedBlock:
     page, slot = base
     content, entry = block.content, page.slots[slot]
     dtype = int(entry["dtype"])
-    is_alike = (int(entry["rows"]), int(entry["cols"])) == (content.rows, content.cols)
-    if not is_alike or dtype not in base_dtypes(content.dtype):
+    if dtype not in base_dtypes(content.dtype):
         return block
-    values = _decoded(_page_of(block), 0, content.dtype)
+    values, of = _decoded(_page_of(block), 0, content.dtype), _decoded(page, slot, dtype)
     limit = delta_limits(np.array([len(block.data)], np.int64))
-    delta = codec.encode_deltas(values, [0], _decoded(page, slot, dtype), [0], limits=limit)
-    if not delta.lengths[0]:
+    shape = values.grid.block_shape
+    made = [
+        codec.encode_deltas(values, [0], of, [0], limits=limit, is_transposed=is_transposed)
+        for is_transposed, its in ((False, of.grid.block_shape), (True, of.grid.block_shape[::-1]))
+        if its == shape
+    ]
+    sound = [one for one in made if one.lengths[0]]
+    if not sound:
         return block
+    delta = min(sound, key=lambda one: int(one.lengths[0]))
     tag = int(codec.base_tags(codec.block_digests([page], [0], [slot]))[0])
     return EncodedBlock(content, int(delta.encodings[0]), delta.arena.tobytes(), tag)
 

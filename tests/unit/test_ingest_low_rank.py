@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 import pydedup
-from pydedup.ingest import low_rank
+from pydedup.ingest import differences
 from pydedup.ingest.factors import Difference
 
 TENSORS = 10
@@ -22,13 +22,13 @@ LARGE, SMALL, TALL = (384, 192), (128, 96), (4096, 512)
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What came of each look."""
     found: list[bool] = []
-    seems = low_rank.seems_low_rank
+    seems = differences.seems_low_rank
 
     def noted(sample: Difference, error: float, *, twice: bool = False) -> bool:
         found.append(seems(sample, error, twice=twice))
         return found[-1]
 
-    monkeypatch.setattr(low_rank, "seems_low_rank", noted)
+    monkeypatch.setattr(differences, "seems_low_rank", noted)
     return found
 
 
