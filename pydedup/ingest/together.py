@@ -76,7 +76,7 @@ class Together:
 
 @dataclass(frozen=True, slots=True)
 class Transposes:
-    """Bases to transpose for stacked blocks, likewise (a `ByTransposition` of similar.py)."""
+    """Bases to transpose for stacked blocks, likewise (a `ByTransposition`)."""
 
     of_tensors: Sequence[Asked]
     owners: NDArray[np.int64]

@@ -26,6 +26,7 @@ from pydedup.ingest.pairs import farthest_base
 from pydedup.ingest.places import transposed_stack
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
+from pydedup.layout import joined
 from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
 from pydedup.types import TensorInfo
@@ -98,7 +99,7 @@ class Transposed:
             return matcher.reader.plain(same)
         nothing = np.empty((0, 1), np.int64)
         pairs = matcher.similar.pairs(block, np.zeros(1, np.int64), self._farthest, nothing)
-        return distinct(np.concatenate([[NO_BASE], *(some.references for some in pairs)]))[1:]
+        return distinct(joined([some.references for some in pairs]))
 
 
 class _Transpose:
