@@ -70,6 +70,19 @@ const char* get_few(std::uint8_t form, Source& source, std::size_t count, unsign
                : get_sparse(source, count, value_bits, z);
 }
 
+// Whether the list of changes is empty, as that of a block is whose base, as moved, is the same.
+bool changes_nothing(std::uint8_t form, const Source& source) noexcept {
+    return form == static_cast<std::uint8_t>(DeltaForm::sparse) && source.left.size() == 1 &&
+           source.left.front() == 0;
+}
+
+void copy_rows(const std::uint8_t* from, const BlockView& block, std::byte* dst,
+               std::size_t dst_stride_bytes) noexcept {
+    for (std::size_t r = 0; r < block.rows; ++r) {
+        std::memcpy(dst + r * dst_stride_bytes, from + r * block.row_bytes(), block.row_bytes());
+    }
+}
+
 const char* get_coded(Source& source, const BlockView& block, DeltaLayout layout,
                       unsigned value_bits, bool wide, const std::uint8_t* base,
                       const std::uint8_t* readable_end, const Room& room) {
@@ -275,6 +288,10 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
 
     const std::size_t coded_item = item_bytes(header.dtype);
     const bool is_narrow = header.dtype != delta.dtype;
+    if (!quantised && !is_narrow && changes_nothing(header.form, source)) {
+        copy_rows(from, delta, dst, dst_stride_bytes);
+        return;
+    }
     const Room room(static_cast<std::size_t>(count), item);
     const DeltaLayout layout = detail::delta_layout(header.dtype);
     const bool wide = coded_item == 8 && !quantised;
@@ -308,10 +325,7 @@ void decode_delta(const BlockView& delta, const BlockView& base, std::byte* dst,
     } else {
         codec.delta.add(from, room.z, n, layout, header.shift, room.block);
     }
-    for (std::size_t r = 0; r < delta.rows; ++r) {
-        std::memcpy(dst + r * dst_stride_bytes, room.block + r * delta.row_bytes(),
-                    delta.row_bytes());
-    }
+    copy_rows(room.block, delta, dst, dst_stride_bytes);
 }
 
 }  // namespace pydedup
