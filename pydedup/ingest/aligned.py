@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from pydedup.blocks import BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
+from pydedup.ingest.alike import Alike, Find
 from pydedup.ingest.names import ByName, prefixes
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -40,7 +41,6 @@ from pydedup.types import DType, TensorInfo
 
 __all__ = [
     "Aligned",
-    "Find",
     "Kinship",
     "Neighbours",
     "Related",
@@ -60,8 +60,6 @@ _STRANGERS = 8
 
 # Shape of a tensor, and the dtypes of its bases.
 _Kind = tuple[tuple[int, ...], tuple[DType, ...]]
-#: References at the places of some blocks: of what the deltas among them are of, or of these too.
-Find: TypeAlias = Callable[[NDArray[np.int64], bool], NDArray[np.int64]]
 # A model of the store by its id, one of this add by its address; and the prefixes of the names of
 # who asks and of this one (names.py).
 _Key = tuple[int | str, tuple[str, str]]
@@ -237,6 +235,9 @@ class Aligned:
         self._stored_models: dict[int, _Stored | None] = {}  # by model id
         # Of this add, by address, newest last.
         self._matched: dict[_Kind, dict[str, ByName[_Matched]]] = {}
+        # The same ones by how they are cut; and those of the store that were asked for.
+        self._matched_alike: dict[tuple[_Kind, BlockGrid], dict[str, Alike]] = {}
+        self._stored_alike: dict[tuple[_Kind, BlockGrid, int], Alike] = {}
         # Of the model that asks now.
         self._relations: dict[_Key, Relation] = {}
         self._kinship = Kinship()
@@ -249,6 +250,9 @@ class Aligned:
         tensors = self._matched.setdefault(_kind_of(entry), {})
         of_model = tensors.setdefault(request.address, ByName())
         of_model[entry.name] = _Matched(entry.name, grid, references)
+        alike = self._matched_alike.setdefault((_kind_of(entry), grid), {})
+        find = partial(self._matched_blocks, references)
+        alike.setdefault(request.address, Alike()).add(entry.name, find)
 
     def neighbours(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
@@ -275,37 +279,34 @@ class Aligned:
         entry: TensorEntry | TensorInfo,
         grid: BlockGrid,
         likely: int | str | None,
-    ) -> Iterator[tuple[int | str, list[tuple[str, Find]]]]:
+    ) -> Iterator[tuple[int | str, Alike]]:
         """Yield models that have tensors of the transposed shape which are cut like it, and these.
 
         The likely one comes first, then those of the same add, the one that asks among them.
         """
         kind = (entry.shape[::-1], entry.dtype.base_dtypes)
         cut = BlockGrid(grid.cols, grid.rows, grid.block_cols, grid.block_rows)
-
-        def added(address: str) -> list[tuple[str, Find]]:
-            of_model = self._matched[kind][address].values()
-            cut_so = (one for one in of_model if one.grid == cut)
-            return [(one.name, partial(self._matched_blocks, one.references)) for one in cut_so]
-
-        def stored(row: ModelRow) -> list[tuple[str, Find]]:
-            known = self._stored_model(row)
-            if known is None or kind not in known.tensors:
-                return []
-            of_model = known.tensors[kind].values()
-            cut_so = (info for info in of_model if info.block_shape == cut.block_shape)
-            return [
-                (info.name, partial(self._stored_blocks, known.model, info.name)) for info in cut_so
-            ]
-
-        models: list[tuple[int | str, Callable[[], list[tuple[str, Find]]]]] = [
-            (address, partial(added, address)) for address in reversed(self._matched.get(kind, {}))
-        ]
+        added = self._matched_alike.get((kind, cut), {})
         newest = sorted(self._newest(), key=lambda row: row.name != request.name)
-        models += [(row.id, partial(stored, row)) for row in newest]
-        for key, tensors in sorted(models, key=lambda model: model[0] != likely):
-            if found := tensors():
-                yield key, found
+        models: list[str | ModelRow] = [*reversed(added), *newest]
+        for model in sorted(models, key=lambda one: _key_of(one) != likely):
+            if isinstance(model, str):
+                alike = added[model]
+            else:
+                alike = self._alike_in_the_store(model, kind, cut)
+            if len(alike):
+                yield _key_of(model), alike
+
+    def _alike_in_the_store(self, row: ModelRow, kind: _Kind, cut: BlockGrid) -> Alike:
+        key = kind, cut, row.id
+        if key not in self._stored_alike:
+            alike = self._stored_alike[key] = Alike()
+            known = self._stored_model(row)
+            if known is not None and kind in known.tensors:
+                for info in known.tensors[kind].values():
+                    if info.block_shape == cut.block_shape:
+                        alike.add(info.name, partial(self._stored_blocks, known.model, info.name))
+        return self._stored_alike[key]
 
     def _in_this_add(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
@@ -397,3 +398,7 @@ class Aligned:
 
 def _kind_of(tensor: TensorEntry | TensorInfo) -> _Kind:
     return tensor.shape, tensor.dtype.base_dtypes
+
+
+def _key_of(model: str | ModelRow) -> int | str:
+    return model if isinstance(model, str) else model.id

@@ -17,7 +17,7 @@ from pydedup.adapter import ModelRow
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
-from pydedup.ingest.aligned import Find
+from pydedup.ingest.alike import Find
 from pydedup.ingest.asked import ByTransposition
 from pydedup.ingest.kept import rows_of
 from pydedup.ingest.low_rank import Looks
@@ -26,9 +26,7 @@ from pydedup.ingest.pairs import farthest_base
 from pydedup.ingest.places import transposed_stack
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
-from pydedup.layout import joined
 from pydedup.policies import Policy
-from pydedup.sets import distinct, is_among
 from pydedup.types import TensorInfo
 
 __all__ = ["Transposed"]
@@ -71,35 +69,47 @@ class Transposed:
         """Return what finds the blocks of the tensor whose block ``number`` is like that one."""
         if self._looks.are_over and not self.has_found:
             return None
-        near: NDArray[np.int64] | None = None
+        near: list[int] | None = None
         asked = 0
+        best: tuple[int | str, str, Find] | None = None
         for model, tensors in self._matcher.aligned.transposed(
             self._asker, entry, grid, self._last
         ):
             near = self._near(block) if near is None else near
-            if not len(near) or asked > _MOST:
+            if not near or asked > _MOST:
                 break
             asked += len(tensors)
-            # Layers come in one order: the next one is likely that after the last.
-            for name, find in sorted(tensors, key=lambda one: (model, one[0]) in self._found):
-                if is_among(find(np.array([number], np.int64), False), near).any():
-                    self._last = model
-                    self._found.add((model, name))
-                    self._looks.note(True)
-                    return find
+            there = tensors.blocks(number)
+            for place, base in enumerate(near):
+                found = [tensors[i] for i in np.flatnonzero(there == base).tolist()]
+                if found:
+                    # Layers come in one order: the next one is likely that after the last.
+                    name, find = min(found, key=lambda one: (model, one[0]) in self._found)
+                    best = model, name, find
+                    near = near[:place]  # what a further model has may be nearer
+                    break
         if near is not None:
-            self._looks.note(False)
-        return None
+            self._looks.note(best is not None)
+        if best is None:
+            return None
+        self._last, name, find = best
+        self._found.add((self._last, name))
+        return find
 
-    def _near(self, block: MatrixView) -> NDArray[np.int64]:
-        """Return references of blocks that are no deltas and like this one."""
+    def _near(self, block: MatrixView) -> list[int]:
+        """Return references of blocks that are no deltas and like this one, nearest first."""
         matcher = self._matcher
         same = matcher.find(block, hash_view(block))
         if same[0] != NO_BASE:
-            return matcher.reader.plain(same)
+            return [int(matcher.reader.plain(same)[0])]
         nothing = np.empty((0, 1), np.int64)
         pairs = matcher.similar.pairs(block, np.zeros(1, np.int64), self._farthest, nothing)
-        return distinct(joined([some.references for some in pairs]))
+        near = [
+            (away, base)
+            for some in pairs
+            for away, base in zip(some.estimates.tolist(), some.references.tolist(), strict=True)
+        ]
+        return [base for _, base in sorted(near)]
 
 
 class _Transpose:

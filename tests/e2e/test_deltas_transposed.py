@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import pydedup
 from pydedup import policies
+from pydedup.ingest.aligned import Aligned
 from pydedup.types import DType
 
 from .relatives import Model, adapted, added_beside, same_bits
@@ -228,3 +230,41 @@ def test_exact_keeps_it_whole(store: pydedup.Store) -> None:
     report = added_beside(store, model, exported(model), policies.Exact(), joint=False)
     assert report.delta_blocks == 0
     assert same_bits(store, "m", exported(model))
+
+
+def test_many_of_one_shape_in_another_order(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a mixture of experts, each is looked for among all: these are not asked each time."""
+    rng = np.random.default_rng(106)
+    model = {f"e{i}": rng.normal(0, 0.02, (48, 40)).astype("f4") for i in range(60)}
+    exports = {
+        f"x{i:02}": np.ascontiguousarray(model[f"e{number}"].T)
+        for i, number in enumerate(rng.permutation(60))
+    }
+    store.add("base", model)
+    asked = []
+    stored_blocks = Aligned._stored_blocks
+
+    def counted(self: Aligned, *args: Any) -> Any:
+        asked.append(args)
+        return stored_blocks(self, *args)
+
+    monkeypatch.setattr(Aligned, "_stored_blocks", counted)
+    assert share_of(store.add("m", exports)) < 0.01
+    assert len(asked) <= 4 * len(model)
+    assert same_bits(store, "m", exports)
+
+
+@pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.001)], ids=lambda p: p.name)
+def test_the_nearest_of_those_that_are_near(store: pydedup.Store, policy: policies.Policy) -> None:
+    """The newest one may be farther away than an older one."""
+    base = drawn()
+    rng = np.random.default_rng(107)
+    far = {n: (t + rng.normal(0, 0.001, t.shape)).astype("f4") for n, t in base.items()}
+    shares = []
+    for name, model in ("as it is", tuned(base, 108)), ("exported", exported(tuned(base, 109))):
+        for other, weights in ("base", base), ("far", far):
+            store.add(f"{other} {name}", weights, policy=policies.Exact())
+        shares.append(share_of(store.add(name, model, policy=policy)))
+    assert shares[1] < shares[0] + 0.01
