@@ -33,7 +33,7 @@ from pydedup.ingest.pairs import (
     pairs_of,
     pairs_on,
 )
-from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
+from pydedup.ingest.places import BlockReader, by_shape, stack_blocks, transposed_stack
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import is_among
@@ -43,6 +43,8 @@ __all__ = ["LookedAt", "Similar", "look_at"]
 
 # A delta that takes one of so many bytes is small.
 _SMALL = 4
+# One that takes one of so many bytes has as good a base as any.
+_GOOD = 16
 # Candidates of one dtype that are looked at.
 _NEAREST = 3
 
@@ -110,7 +112,7 @@ class Similar:
         most
             What a delta may take of the block by itself, about (families.py).
         transposed
-            What finds bases of blocks that nothing else is near to.
+            What finds bases to transpose.
         """
         count = len(indices)
         kept = Kept(
@@ -317,13 +319,25 @@ class Similar:
         policy: Policy,
         transposed: ByTransposition,
     ) -> None:
-        """Keep those of the blocks ``at`` that nothing is near to as deltas on transposed bases."""
-        rows = np.flatnonzero((kept.shared[at] == NO_BASE) & (kept.bases[at] == NO_BASE))
+        """Keep those of the blocks ``at`` that take less so as deltas on transposed bases."""
+        is_large = kept.costs[at] > blocks.block_bytes() // _GOOD
+        rows = np.flatnonzero((kept.shared[at] == NO_BASE) & is_large)
         if not len(rows):
             return
         references = transposed(blocks, rows, numbers[rows])
         there = references != NO_BASE
         shape = blocks.grid.block_shape
+        bound = policy.max_rel_error or None
         some = rows[there], references[there]
         for pairs in pairs_on(self._reader, *some, shape, is_transposed=True):
-            kept.encode(blocks, pairs, at, policy.max_rel_error or None)
+            wanted = kept.bases[at[pairs.rows]] == NO_BASE
+            rest = np.flatnonzero(~wanted)
+            if len(rest):
+                others, bases = pairs.select(rest), transposed_stack(pairs.bases)
+                sizes = codec.estimate_deltas(
+                    blocks, others.rows, bases, others.base_index, max_rel_error=bound
+                )
+                wanted[rest] = sizes < kept.costs[at[others.rows]]
+            chosen = np.flatnonzero(wanted)
+            if len(chosen):
+                kept.encode(blocks, pairs.select(chosen), at, bound)

@@ -3,9 +3,9 @@
 
 PyTorch has the weights of a layer as (outputs, inputs), Keras and most nodes of an ONNX graph as
 (inputs, outputs). So a model that was exported holds the same numbers, but no block of it is one of
-what it came from. Where nothing else is near to a block, it is looked for transposed; where it is
-found tells which tensor the matrix is the transpose of, and its other blocks are compared with
-those of that one, too. They become deltas on them (docs/format.md, "Version 4").
+what it came from. Where nothing else is very near to a block, it is looked for transposed; where
+it is found tells which tensor the matrix is the transpose of, and its other blocks are compared
+with those of that one, too. They become deltas on them (docs/format.md, "Version 4").
 """
 
 from __future__ import annotations

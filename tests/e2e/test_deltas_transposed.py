@@ -268,3 +268,24 @@ def test_the_nearest_of_those_that_are_near(store: pydedup.Store, policy: polici
             store.add(f"{other} {name}", weights, policy=policies.Exact())
         shares.append(share_of(store.add(name, model, policy=policy)))
     assert shares[1] < shares[0] + 0.01
+
+
+@pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.001)], ids=lambda p: p.name)
+def test_a_transpose_that_is_nearer_than_what_is_not_one(
+    store: pydedup.Store, policy: policies.Policy
+) -> None:
+    """Of exported fine-tunes one is kept whole; what changed of an export is no delta on that."""
+    base = drawn()
+    export = exported(base)
+    store.add("base", base)
+    store.add("export", export)
+    store.add("far", exported(tuned(base, 110)), policy=policies.Exact())
+    changed = {name: tensor.copy() for name, tensor in export.items()}
+    for tensor in changed.values():
+        tensor[-3:] *= np.float32(1.0078125)
+    assert share_of(store.add("export", changed, policy=policy)) < 0.02
+    narrow = {name: tensor.astype(DType.BF16.numpy) for name, tensor in export.items()}
+    assert share_of(store.add("narrow", narrow, policy=policy)) < 0.02
+    assert policy is not LOSSLESS or same_bits(store, "export", changed)
+    assert policy is not LOSSLESS or same_bits(store, "narrow", narrow)
+    assert store.verify().ok
