@@ -236,7 +236,10 @@ class LowRankRelatives:
                 yield references, False
         if by_transposition is not None:
             fresh = numbers[is_fresh]
-            sample = fresh[len(fresh) // 2 :][:1]
+            down, across = np.divmod(fresh, self._view.grid.grid_cols)
+            apart = fresh[down != across]  # these tell more (transposed.py)
+            telling = apart if len(apart) else fresh
+            sample = telling[len(telling) // 2 :][:1]
             (shape,) = zip(*self._view.grid.shapes(sample), strict=True)
             block = stack_blocks(self._view, sample, shape)
             row = np.zeros(1, np.int64)

@@ -119,6 +119,7 @@ class _Transpose:
         self._of = of
         self._entry = entry
         self._grid = grid
+        self._is_square = grid.rows == grid.cols and grid.count > 1
         self._left = _LOOKS_AT_TENSOR
         self._find: Find | None = None
 
@@ -131,13 +132,18 @@ class _Transpose:
     ) -> NDArray[np.int64]:
         down, across = np.divmod(numbers, self._grid.grid_cols)
         there = across * self._grid.grid_rows + down
-        if self._find is None and self._left:
-            # One whose place is another's in a square matrix that is not transposed.
+        find = self._find
+        if find is None and self._left:
+            # One whose place is another's in a square matrix that is not transposed: on the diagonal
+            # what is a delta on the same transpose has the same base.
             apart = np.flatnonzero(down != across)
             chosen = apart[len(apart) // 2] if len(apart) else len(rows) // 2
             block = transposed_stack(rows_of(blocks, rows[chosen : chosen + 1]))
-            self._find = self._of.look(self._entry, self._grid, block, int(there[chosen]))
-            self._left -= 1
-        if self._find is None:
+            find = self._of.look(self._entry, self._grid, block, int(there[chosen]))
+            if find is None:
+                self._left -= 1
+            if len(apart) or not self._is_square:
+                self._find = find
+        if find is None:
             return np.full(len(rows), NO_BASE, np.int64)
-        return self._find(there, False)
+        return find(there, False)

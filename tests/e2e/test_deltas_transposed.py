@@ -289,3 +289,18 @@ def test_a_transpose_that_is_nearer_than_what_is_not_one(
     assert policy is not LOSSLESS or same_bits(store, "export", changed)
     assert policy is not LOSSLESS or same_bits(store, "narrow", narrow)
     assert store.verify().ok
+
+
+@pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.001)], ids=lambda p: p.name)
+@pytest.mark.parametrize("side", [96, 256])
+def test_square_matrices_of_further_exports(
+    store: pydedup.Store, side: int, policy: policies.Policy
+) -> None:
+    """The blocks on their diagonals are, in each export, deltas on the same base."""
+    rng = np.random.default_rng(111)
+    base = {f"l{i}": rng.normal(0, 0.02, (side, side)).astype("f4") for i in range(20)}
+    store.add("base", base)
+    models = {f"t{i}": exported(tuned(base, 112 + i)) for i in range(3)}
+    shares = [share_of(store.add(name, model, policy=policy)) for name, model in models.items()]
+    assert max(shares) < min(shares) + 0.01
+    assert policy is not LOSSLESS or all(same_bits(store, *each) for each in models.items())
