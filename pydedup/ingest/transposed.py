@@ -134,8 +134,8 @@ class _Transpose:
         there = across * self._grid.grid_rows + down
         find = self._find
         if find is None and self._left:
-            # One whose place is another's in a square matrix that is not transposed: on the diagonal
-            # what is a delta on the same transpose has the same base.
+            # One whose place is another's in a square matrix that is not transposed: on the
+            # diagonal, what is a delta on the same transpose has the same base.
             apart = np.flatnonzero(down != across)
             chosen = apart[len(apart) // 2] if len(apart) else len(rows) // 2
             block = transposed_stack(rows_of(blocks, rows[chosen : chosen + 1]))
