@@ -273,19 +273,24 @@ class Aligned:
 
         return Neighbours(others, self._kinship)
 
-    def transposed(
+    def alike(
         self,
         request: Request | ModelRow,
         entry: TensorEntry | TensorInfo,
         grid: BlockGrid,
         likely: int | str | None,
+        *,
+        is_transposed: bool,
     ) -> Iterator[tuple[int | str, Alike]]:
-        """Yield models that have tensors of the transposed shape which are cut like it, and these.
+        """Yield models that have tensors of one shape which are cut alike, and these.
 
-        The likely one comes first, then those of the same add, the one that asks among them.
+        The shape is that of the tensor, or its transpose. The likely model comes first, then those
+        of the same add, the one that asks among them.
         """
-        kind = (entry.shape[::-1], entry.dtype.base_dtypes)
-        cut = BlockGrid(grid.cols, grid.rows, grid.block_cols, grid.block_rows)
+        kind, cut = _kind_of(entry), grid
+        if is_transposed:
+            kind = (entry.shape[::-1], entry.dtype.base_dtypes)
+            cut = BlockGrid(grid.cols, grid.rows, grid.block_cols, grid.block_rows)
         added = self._matched_alike.get((kind, cut), {})
         newest = sorted(self._newest(), key=lambda row: row.name != request.name)
         models: list[str | ModelRow] = [*reversed(added), *newest]

@@ -10,6 +10,9 @@ with those of that one, too. They become deltas on them (docs/format.md, "Versio
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,7 +50,9 @@ class Transposed:
         self._asker = asker
         self._takes = policy.uses_deltas
         self._farthest = farthest_base(policy.max_rel_error)
-        self._looks = Looks()  # until one was found: then the model is an export
+        # By shape, until one was found: then the model is an export. Of some shape all may be kept
+        # as they were, as the projections in PyTorch's encoders are that end attention.
+        self._looks: defaultdict[tuple[int, ...], Looks] = defaultdict(Looks)
         # Of which model the last one was, one of this add by its address, and all that were found.
         self._last: int | str | None = None
         self._found: set[tuple[int | str, str]] = set()
@@ -65,36 +70,43 @@ class Transposed:
 
     def look(
         self, entry: TensorEntry | TensorInfo, grid: BlockGrid, block: MatrixView, number: int
-    ) -> Find | None:
-        """Return what finds the blocks of the tensor whose block ``number`` is like that one."""
-        if self._looks.are_over and not self.has_found:
+    ) -> _Bases | None:
+        """Return what finds the bases of a tensor whose block of that number, transposed, is given.
+
+        A tensor of the transposed shape has them in the mirrored places. Once there is none, one of
+        this shape that was a delta on that still has them, in the same places.
+        """
+        looks = self._looks[entry.shape]
+        if looks.are_over and not self.has_found:
             return None
         near: list[int] | None = None
         asked = 0
-        best: tuple[int | str, str, Find] | None = None
-        for model, tensors in self._matcher.aligned.transposed(
-            self._asker, entry, grid, self._last
-        ):
-            near = self._near(block) if near is None else near
-            if not near or asked > _MOST:
-                break
-            asked += len(tensors)
-            there = tensors.blocks(number)
-            for place, base in enumerate(near):
-                found = [tensors[i] for i in np.flatnonzero(there == base).tolist()]
-                if found:
-                    # Layers come in one order: the next one is likely that after the last.
-                    name, find = min(found, key=lambda one: (model, one[0]) in self._found)
-                    best = model, name, find
-                    near = near[:place]  # what a further model has may be nearer
+        best: tuple[int | str, str, _Bases] | None = None
+        for is_transposed in (True, False):
+            at = int(_mirrored(np.array([number]), grid)[0]) if is_transposed else number
+            for model, tensors in self._matcher.aligned.alike(
+                self._asker, entry, grid, self._last, is_transposed=is_transposed
+            ):
+                near = self._near(block) if near is None else near
+                if not near or asked > _MOST:
                     break
+                asked += len(tensors)
+                there = tensors.blocks(at)
+                for place, base in enumerate(near):
+                    found = [tensors[i] for i in np.flatnonzero(there == base).tolist()]
+                    if found:
+                        # Layers come in one order: the next one is likely that after the last.
+                        name, find = min(found, key=lambda one: (model, one[0]) in self._found)
+                        best = model, name, _Bases(find, grid if is_transposed else None)
+                        near = near[:place]  # what a further model has may be nearer
+                        break
         if near is not None:
-            self._looks.note(best is not None)
+            looks.note(best is not None)
         if best is None:
             return None
-        self._last, name, find = best
+        self._last, name, bases = best
         self._found.add((self._last, name))
-        return find
+        return bases
 
     def _near(self, block: MatrixView) -> list[int]:
         """Return references of blocks that are no deltas and like this one, nearest first."""
@@ -112,6 +124,17 @@ class Transposed:
         return [base for _, base in sorted(near)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Bases:
+    """The bases of blocks of a matrix: what another tensor has, mirrored if there is a grid."""
+
+    find: Find
+    grid: BlockGrid | None
+
+    def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.find(numbers if self.grid is None else _mirrored(numbers, self.grid), False)
+
+
 class _Transpose:
     """The bases of blocks of one matrix (a `ByTransposition`)."""
 
@@ -121,7 +144,7 @@ class _Transpose:
         self._grid = grid
         self._is_square = grid.rows == grid.cols and grid.count > 1
         self._left = _LOOKS_AT_TENSOR
-        self._find: Find | None = None
+        self._bases: _Bases | None = None
 
     @property
     def is_likely(self) -> bool:
@@ -130,20 +153,24 @@ class _Transpose:
     def __call__(
         self, blocks: MatrixView, rows: NDArray[np.int64], numbers: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        down, across = np.divmod(numbers, self._grid.grid_cols)
-        there = across * self._grid.grid_rows + down
-        find = self._find
-        if find is None and self._left:
+        bases = self._bases
+        if bases is None and self._left:
             # One whose place is another's in a square matrix that is not transposed: on the
             # diagonal, what is a delta on the same transpose has the same base.
-            apart = np.flatnonzero(down != across)
+            apart = np.flatnonzero(_mirrored(numbers, self._grid) != numbers)
             chosen = apart[len(apart) // 2] if len(apart) else len(rows) // 2
             block = transposed_stack(rows_of(blocks, rows[chosen : chosen + 1]))
-            find = self._of.look(self._entry, self._grid, block, int(there[chosen]))
-            if find is None:
+            bases = self._of.look(self._entry, self._grid, block, int(numbers[chosen]))
+            if bases is None:
                 self._left -= 1
             if len(apart) or not self._is_square:
-                self._find = find
-        if find is None:
+                self._bases = bases
+        if bases is None:
             return np.full(len(rows), NO_BASE, np.int64)
-        return find(there, False)
+        return bases(numbers)
+
+
+def _mirrored(numbers: NDArray[np.int64], grid: BlockGrid) -> NDArray[np.int64]:
+    """Return the numbers of blocks of a matrix in its transpose."""
+    down, across = np.divmod(numbers, grid.grid_cols)
+    return across * grid.grid_rows + down

@@ -304,3 +304,42 @@ def test_square_matrices_of_further_exports(
     shares = [share_of(store.add(name, model, policy=policy)) for name, model in models.items()]
     assert max(shares) < min(shares) + 0.01
     assert policy is not LOSSLESS or all(same_bits(store, *each) for each in models.items())
+
+
+def test_a_model_of_which_some_matrices_are_not_transposed(store: pydedup.Store) -> None:
+    """Those that end attention, in PyTorch's encoders, are not, and come first."""
+    rng = np.random.default_rng(116)
+    straight = {f"out{i}": rng.normal(0, 0.02, (320, 320)).astype("f4") for i in range(6)}
+    others = {f"w{i}": rng.normal(0, 0.02, (320, 384)).astype("f4") for i in range(4)}
+    store.add("base", straight | others)
+    model = tuned(straight, 117) | exported(tuned(others, 118))
+    report = store.add("m", model)
+    assert report.delta_blocks == report.blocks
+    assert same_bits(store, "m", model)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_what_comes_once_the_origin_is_gone(store: pydedup.Store, joint: bool) -> None:
+    """Its blocks are still there, as the bases of another export's deltas."""
+    base = drawn()
+    store.add("base", base)
+    first = exported(tuned(base, 119))
+    taken = share_of(store.add("m", first))
+    store.remove("base@1")
+    store.vacuum()
+    models = {
+        "m": exported(tuned(base, 120)),
+        "export": exported(base),
+        "tenant": exported(with_adapter(base, 121)),
+    }
+    if joint:
+        reports = store.add_many(models)
+    else:
+        reports = [store.add(name, model) for name, model in models.items()]
+    assert all(
+        share_of(report) < most
+        for report, most in zip(reports, (taken + 0.01, 0.02, 0.13), strict=True)
+    )
+    assert same_bits(store, "m@1", first)
+    assert all(same_bits(store, name, model) for name, model in models.items())
+    assert store.verify().ok
