@@ -171,7 +171,7 @@ class LowRankRelatives:
         self._transposed = transposed
         self._patience = _PATIENCE if view.dtype in FACTORED else 0
         self._looks = Looks() if looks is None else looks
-        self._left = _LOOKS_AT_TENSOR
+        self._left = {False: _LOOKS_AT_TENSOR, True: _LOOKS_AT_TENSOR}  # is it transposed?
         self._height = _rows_together(view.grid)
         self._given = known
         self._keeps = keeps
@@ -230,11 +230,8 @@ class LowRankRelatives:
         by_transposition = self._transposed
         is_likely = by_transposition is not None and by_transposition.is_likely
         if not is_likely:
-            for references in self._aligned(numbers):
-                if self._left == 0 or self._looks.are_over:
-                    break
-                yield references, False
-        if by_transposition is not None:
+            yield from self._at_their_places(numbers)
+        if by_transposition is not None and self._is_worth_a_look(True):
             fresh = numbers[is_fresh]
             down, across = np.divmod(fresh, self._view.grid.grid_cols)
             apart = fresh[down != across]  # these tell more (transposed.py)
@@ -246,8 +243,19 @@ class LowRankRelatives:
             if by_transposition(block, row, sample)[0] != NO_BASE:
                 # By now it knows of what, and needs to see no other block.
                 yield by_transposition(block, np.zeros_like(numbers), numbers), True
-        if is_likely and self._left and not self._looks.are_over:
-            yield from ((references, False) for references in self._aligned(numbers))
+        if is_likely:
+            yield from self._at_their_places(numbers)
+
+    def _at_their_places(
+        self, numbers: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], bool]]:
+        for references in self._aligned(numbers):
+            if not self._is_worth_a_look(False):
+                return
+            yield references, False
+
+    def _is_worth_a_look(self, is_transposed: bool) -> bool:
+        return self._left[is_transposed] > 0 and not self._looks.are_over
 
     def _moved(
         self,
@@ -281,7 +289,7 @@ class LowRankRelatives:
             is_transposed=is_transposed,
         )
         self._looks.note(seems)
-        self._left = _LOOKS_AT_TENSOR if seems else self._left - 1
+        self._left[is_transposed] = _LOOKS_AT_TENSOR if seems else self._left[is_transposed] - 1
         if not seems:
             return None
         self._patience -= 1

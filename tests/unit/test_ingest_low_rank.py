@@ -64,6 +64,21 @@ def test_of_a_large_tensor_few_parts_are_looked_at(tmp_path: Path, looks: list[b
     assert looks == [False, False]
 
 
+def test_of_a_large_tensor_that_was_exported_few_parts_are_looked_at(
+    tmp_path: Path, looks: list[bool]
+) -> None:
+    """The other way round as well, once the export of something else is there under its name."""
+    base = drawn(TALL[::-1], tensors=1)["l0"]
+    exports = [{"MatMul_1": np.ascontiguousarray(trained(base, i).T)} for i in (75, 76, 77)]
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("base", {"l0": base})
+        for number, export in enumerate(exports):
+            looks.clear()
+            store.add(f"m{number}", export)
+            assert len(looks) <= 2 + 2 + 4  # each way; and whether it had better be a base
+    assert not any(looks)
+
+
 @pytest.mark.parametrize("shape", [LARGE, SMALL], ids=str)
 def test_an_adapter_behind_tensors_that_were_trained_whole_is_found(
     tmp_path: Path, looks: list[bool], shape: tuple[int, int]
