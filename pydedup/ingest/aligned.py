@@ -251,7 +251,7 @@ class Aligned:
         of_model = tensors.setdefault(request.address, ByName())
         of_model[entry.name] = _Matched(entry.name, grid, references)
         alike = self._matched_alike.setdefault((_kind_of(entry), grid), {})
-        find = partial(self._matched_blocks, references)
+        find = partial(_matched_blocks, self._reader, references)
         alike.setdefault(request.address, Alike()).add(entry.name, find)
 
     def neighbours(
@@ -310,7 +310,9 @@ class Aligned:
             if known is not None and kind in known.tensors:
                 for info in known.tensors[kind].values():
                     if info.block_shape == cut.block_shape:
-                        alike.add(info.name, partial(self._stored_blocks, known.model, info.name))
+                        alike.add(
+                            info.name, partial(_stored_blocks, self._stored, known.model, info.name)
+                        )
         return self._stored_alike[key]
 
     def _in_this_add(
@@ -322,7 +324,7 @@ class Aligned:
             other = tensors.get(entry.name)
             if other is not None and other.grid == grid:
                 key = address, prefixes(entry.name, other.name)
-                yield key, partial(self._matched_blocks, other.references)
+                yield key, partial(_matched_blocks, self._reader, other.references)
 
     def _in_the_store(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
@@ -336,7 +338,7 @@ class Aligned:
             if info is not None and info.block_shape == grid.block_shape:
                 key = row.id, prefixes(entry.name, info.name)
                 # The map is read when a block asks: in a new version of a model few do.
-                yield key, partial(self._stored_blocks, other.model, info.name)
+                yield key, partial(_stored_blocks, self._stored, other.model, info.name)
 
     def _but_strangers(
         self, others: Iterable[tuple[_Key, Find]]
@@ -351,36 +353,6 @@ class Aligned:
             strangers += 1
             if strangers == _STRANGERS:
                 return
-
-    def _matched_blocks(
-        self, references: NDArray[np.int64], numbers: NDArray[np.int64], with_deltas: bool
-    ) -> NDArray[np.int64]:
-        chosen = references[numbers]
-        if with_deltas:
-            return chosen
-        return self._reader.plain(chosen)
-
-    def _stored_blocks(
-        self, model: StoredModel, name: str, numbers: NDArray[np.int64], with_deltas: bool
-    ) -> NDArray[np.int64]:
-        try:
-            block_map = model.block_map(name)
-        except CorruptStoreError:
-            return np.full(len(numbers), NO_BASE, np.int64)
-        places = block_places(block_map.page_ids[numbers], block_map.slots[numbers])
-        bases = base_places(block_map, numbers)
-        is_delta = bases != NO_PLACE
-        shapes = shape_codes(*block_map.grid.shapes(numbers))
-        if with_deltas:
-            references = self._stored.references_at(places)
-            on = self._stored.references_at(bases[is_delta])
-            self._stored.set_bases(references[is_delta], on)
-            self._stored.note_kinds(references, block_map.dtype, shapes)
-        else:
-            references = self._stored.references_at(np.where(is_delta, bases, places))
-            plain = np.flatnonzero(~is_delta)
-            self._stored.note_kinds(references[plain], block_map.dtype, shapes[plain])
-        return self._stored.readable(references)
 
     def _newest(self) -> list[ModelRow]:
         if self._rows is None:
@@ -407,3 +379,43 @@ def _kind_of(tensor: TensorEntry | TensorInfo) -> _Kind:
 
 def _key_of(model: str | ModelRow) -> int | str:
     return model if isinstance(model, str) else model.id
+
+
+# No methods: what is kept of these would keep its owner until the garbage collector comes.
+def _matched_blocks(
+    reader: BlockReader,
+    references: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    with_deltas: bool,
+) -> NDArray[np.int64]:
+    chosen = references[numbers]
+    if with_deltas:
+        return chosen
+    return reader.plain(chosen)
+
+
+def _stored_blocks(
+    stored: StoredTable,
+    model: StoredModel,
+    name: str,
+    numbers: NDArray[np.int64],
+    with_deltas: bool,
+) -> NDArray[np.int64]:
+    try:
+        block_map = model.block_map(name)
+    except CorruptStoreError:
+        return np.full(len(numbers), NO_BASE, np.int64)
+    places = block_places(block_map.page_ids[numbers], block_map.slots[numbers])
+    bases = base_places(block_map, numbers)
+    is_delta = bases != NO_PLACE
+    shapes = shape_codes(*block_map.grid.shapes(numbers))
+    if with_deltas:
+        references = stored.references_at(places)
+        on = stored.references_at(bases[is_delta])
+        stored.set_bases(references[is_delta], on)
+        stored.note_kinds(references, block_map.dtype, shapes)
+    else:
+        references = stored.references_at(np.where(is_delta, bases, places))
+        plain = np.flatnonzero(~is_delta)
+        stored.note_kinds(references[plain], block_map.dtype, shapes[plain])
+    return stored.readable(references)
