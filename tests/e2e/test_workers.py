@@ -26,7 +26,7 @@ import pydedup
 from pydedup import config, jobs, registry
 from pydedup.adapters._schema import TABLES
 from pydedup.errors import ArgumentError, FormatError, StorageFullError
-from pydedup.ingest import ahead, workers
+from pydedup.ingest import ahead, tensors, workers
 from pydedup.policies import Accuracy, Bounded, Exact, Lossless, Policy
 from pydedup.testing.faults import Fault, inject
 from pydedup.types import DType
@@ -115,7 +115,7 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "SMALL_BYTES", 16 * 1024)
     monkeypatch.setattr(ahead, "_READ_BYTES", 1024 * 1024)
     monkeypatch.setattr(ahead, "_MADE_BYTES", 1024 * 1024)
-    monkeypatch.setattr("pydedup.ingest.tensors.SMALL_BYTES", 16 * 1024)
+    monkeypatch.setattr(tensors, "SMALL_BYTES", 16 * 1024)
     monkeypatch.setattr("pydedup.ingest.match._PIECE_BLOCKS", 8)
     monkeypatch.setattr("pydedup.ingest.pages._PAGES_PER_TRANSACTION", 2)
 
