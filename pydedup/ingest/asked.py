@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.blocks import MatrixView
 
-__all__ = ["ByPosition", "ByTransposition", "Nobody"]
+__all__ = ["ByPosition", "ByTransposition", "GiveBlock", "Nobody"]
+
+#: The block with that index among some, stacked alone.
+GiveBlock: TypeAlias = Callable[[int], MatrixView]
 
 
 class ByPosition(Protocol):
@@ -44,10 +48,5 @@ class ByTransposition(Protocol):
     def is_likely(self) -> bool:
         """Whether another one of the same model is the transpose of something."""
 
-    def __call__(
-        self, blocks: MatrixView, rows: NDArray[np.int64], numbers: NDArray[np.int64], /
-    ) -> NDArray[np.int64]:
-        """Return references for some rows of stacked blocks, or `NO_BASE`.
-
-        ``numbers`` are those of these rows in the matrix.
-        """
+    def __call__(self, numbers: NDArray[np.int64], block: GiveBlock, /) -> NDArray[np.int64]:
+        """Return references for these blocks (n,), or `NO_BASE`; ``block`` gives what one holds."""

@@ -13,6 +13,7 @@ rental problem: Karlin et al., *Competitive Snoopy Caching*, Algorithmica 3, 198
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from pydedup.ingest.aligned import Related, Relative
 from pydedup.ingest.asked import ByTransposition
 from pydedup.ingest.differences import sample_of, seems_moved
 from pydedup.ingest.low_rank import LEAST_SIDE
-from pydedup.ingest.places import BlockReader, by_shape, stack_blocks
+from pydedup.ingest.places import BlockReader, block_of, by_shape, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import is_among
@@ -216,11 +217,7 @@ class _Probe:
 
     def transposed_cost(self, transposed: ByTransposition) -> float:
         """Return the same of the bases that are given by transposition, 1 without any."""
-        references = np.empty(len(self._numbers), np.int64)
-        for shape, at in by_shape(self._view, self._numbers):
-            numbers = self._numbers[at]
-            blocks = stack_blocks(self._view, numbers, shape)
-            references[at] = transposed(blocks, np.arange(len(at)), numbers)
+        references = transposed(self._numbers, partial(block_of, self._view, self._numbers))
         if (references == NO_BASE).any():
             return 1.0
         return float(self.costs([references], is_transposed=True)[0])

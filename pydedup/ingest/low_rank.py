@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -22,7 +23,7 @@ from pydedup.ingest.asked import ByPosition, ByTransposition
 from pydedup.ingest.differences import FACTORED, OF_ERROR, difference_of, sample_of, seems_moved
 from pydedup.ingest.factors import Factors, factor_bytes, find_factors, refit
 from pydedup.ingest.pairs import Pairs, farthest_base, pairs_on
-from pydedup.ingest.places import BlockReader, stack_blocks
+from pydedup.ingest.places import BlockReader, block_of, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
 from pydedup.sets import distinct, is_among
@@ -233,16 +234,9 @@ class LowRankRelatives:
             yield from self._at_their_places(numbers)
         if by_transposition is not None and self._is_worth_a_look(True):
             fresh = numbers[is_fresh]
-            down, across = np.divmod(fresh, self._view.grid.grid_cols)
-            apart = fresh[down != across]  # these tell more (transposed.py)
-            telling = apart if len(apart) else fresh
-            sample = telling[len(telling) // 2 :][:1]
-            (shape,) = zip(*self._view.grid.shapes(sample), strict=True)
-            block = stack_blocks(self._view, sample, shape)
-            row = np.zeros(1, np.int64)
-            if by_transposition(block, row, sample)[0] != NO_BASE:
-                # By now it knows of what, and needs to see no other block.
-                yield by_transposition(block, np.zeros_like(numbers), numbers), True
+            references = np.full(len(numbers), NO_BASE, np.int64)
+            references[is_fresh] = by_transposition(fresh, partial(block_of, self._view, fresh))
+            yield references, True
         if is_likely:
             yield from self._at_their_places(numbers)
 

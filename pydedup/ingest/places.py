@@ -27,6 +27,7 @@ from pydedup.types import DType
 __all__ = [
     "BlockReader",
     "as_stack",
+    "block_of",
     "by_shape",
     "stack_blocks",
     "stacked",
@@ -290,6 +291,13 @@ def stack_blocks(
     for i, index in enumerate(indices.tolist()):
         out.data[i * height : (i + 1) * height] = view.block(index)
     return out
+
+
+def block_of(view: MatrixView, numbers: NDArray[np.int64], index: int) -> MatrixView:
+    """Copy one of some blocks out of a matrix, stacked alone."""
+    number = numbers[index : index + 1]
+    (height,), (width,) = view.grid.shapes(number)
+    return stack_blocks(view, number, (int(height), int(width)))
 
 
 def _have_shape(

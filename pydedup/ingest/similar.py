@@ -324,7 +324,7 @@ class Similar:
         rows = np.flatnonzero((kept.shared[at] == NO_BASE) & is_large)
         if not len(rows):
             return
-        references = transposed(blocks, rows, numbers[rows])
+        references = transposed(numbers[rows], lambda i: rows_of(blocks, rows[i : i + 1]))
         there = references != NO_BASE
         shape = blocks.grid.block_shape
         bound = policy.max_rel_error or None

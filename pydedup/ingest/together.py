@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from pydedup.blocks import MatrixView
 from pydedup.ingest.aligned import Kinship, Neighbours, Relation, Relative
-from pydedup.ingest.asked import ByTransposition
+from pydedup.ingest.asked import ByTransposition, GiveBlock
 from pydedup.ingest.spool import NO_BASE
 
 __all__ = ["Asked", "Together", "Transposes", "transposed_of"]
@@ -87,15 +88,14 @@ class Transposes:
         """Whether another tensor of the model is the transpose of something."""
         return any(one.transposed and one.transposed.is_likely for one in self.of_tensors)
 
-    def __call__(
-        self, blocks: MatrixView, rows: NDArray[np.int64], numbers: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def __call__(self, numbers: NDArray[np.int64], block: GiveBlock) -> NDArray[np.int64]:
         """Return what each tensor's own gives."""
-        found = np.full(len(rows), NO_BASE, np.int64)
+        found = np.full(len(numbers), NO_BASE, np.int64)
         for owner, at in _parts(self.owners[numbers]):
             transposed = self.of_tensors[owner].transposed
             if transposed is not None:
-                found[at] = transposed(blocks, rows[at], self.numbers[numbers[at]])
+                within = partial(_within, block, at.start)
+                found[at] = transposed(self.numbers[numbers[at]], within)
         return found
 
 
@@ -105,7 +105,11 @@ def transposed_of(
     """Return what a block is like if it is transposed, or `NO_BASE`; (1,)."""
     if by is None:
         return np.full(1, NO_BASE, np.int64)
-    return by(block, np.zeros(1, np.int64), number)
+    return by(number, lambda _: block)
+
+
+def _within(block: GiveBlock, start: int, index: int) -> MatrixView:
+    return block(start + index)
 
 
 def _parts(owners: NDArray[np.int64]) -> list[tuple[int, slice]]:

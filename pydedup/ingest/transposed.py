@@ -21,8 +21,7 @@ from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.alike import Find
-from pydedup.ingest.asked import ByTransposition
-from pydedup.ingest.kept import rows_of
+from pydedup.ingest.asked import ByTransposition, GiveBlock
 from pydedup.ingest.low_rank import Looks
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.pairs import farthest_base
@@ -150,23 +149,21 @@ class _Transpose:
     def is_likely(self) -> bool:
         return self._of.has_found
 
-    def __call__(
-        self, blocks: MatrixView, rows: NDArray[np.int64], numbers: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def __call__(self, numbers: NDArray[np.int64], block: GiveBlock) -> NDArray[np.int64]:
         bases = self._bases
         if bases is None and self._left:
             # One whose place is another's in a square matrix that is not transposed: on the
             # diagonal, what is a delta on the same transpose has the same base.
             apart = np.flatnonzero(_mirrored(numbers, self._grid) != numbers)
-            chosen = apart[len(apart) // 2] if len(apart) else len(rows) // 2
-            block = transposed_stack(rows_of(blocks, rows[chosen : chosen + 1]))
-            bases = self._of.look(self._entry, self._grid, block, int(numbers[chosen]))
+            chosen = int(apart[len(apart) // 2] if len(apart) else len(numbers) // 2)
+            turned = transposed_stack(block(chosen))
+            bases = self._of.look(self._entry, self._grid, turned, int(numbers[chosen]))
             if bases is None:
                 self._left -= 1
             if len(apart) or not self._is_square:
                 self._bases = bases
         if bases is None:
-            return np.full(len(rows), NO_BASE, np.int64)
+            return np.full(len(numbers), NO_BASE, np.int64)
         return bases(numbers)
 
 
