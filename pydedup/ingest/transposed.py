@@ -33,8 +33,9 @@ from pydedup.types import TensorInfo
 
 __all__ = ["Transposed"]
 
-# Looks in vain after which a tensor is looked at no more; tensors that one is compared with, about.
-_LOOKS_AT_TENSOR = 2
+# Looks in vain after which a tensor is looked at no more, and, until one was found, all of a model;
+# tensors that one is compared with, about.
+_LOOKS_AT_TENSOR, _LOOKS_AT_MODEL = 2, 16
 _MOST = 4096
 
 
@@ -49,9 +50,10 @@ class Transposed:
         self._asker = asker
         self._takes = policy.uses_deltas
         self._farthest = farthest_base(policy.max_rel_error)
-        # By shape, until one was found: then the model is an export. Of some shape all may be kept
-        # as they were, as the projections in PyTorch's encoders are that end attention.
+        # By shape, and at all, until one was found: then the model is an export. Of some shape all
+        # may be kept as they were, as the projections in PyTorch's encoders are that end attention.
         self._looks: defaultdict[tuple[int, ...], Looks] = defaultdict(Looks)
+        self._all_looks = Looks(_LOOKS_AT_MODEL)
         # Of which model the last one was, one of this add by its address, and all that were found.
         self._last: int | str | None = None
         self._found: set[tuple[int | str, str]] = set()
@@ -76,7 +78,7 @@ class Transposed:
         this shape that was a delta on that still has them, in the same places.
         """
         looks = self._looks[entry.shape]
-        if looks.are_over and not self.has_found:
+        if (looks.are_over or self._all_looks.are_over) and not self.has_found:
             return None
         near: list[int] | None = None
         asked = 0
@@ -101,6 +103,7 @@ class Transposed:
                         break
         if near is not None:
             looks.note(best is not None)
+            self._all_looks.note(best is not None)
         if best is None:
             return None
         self._last, name, bases = best
