@@ -277,21 +277,30 @@ class DbApiBase(abc.ABC):
 
     @contextlib.contextmanager
     def _scope(self, scope: str, begin: Sequence[str]) -> Iterator[None]:
-        with self._pool.enter(scope) as session:
-            try:
-                self._begin(session, begin)
-                yield
-                with session.use():
-                    self._run(session, "COMMIT", (), _nothing)
-            except BaseException:
-                self._roll_back(session)
-                raise
+        with self._pool.enter(scope) as session, self._committed(session, begin):
+            yield
+
+    @contextlib.contextmanager
+    def _committed(self, session: Session, begin: Sequence[str]) -> Iterator[None]:
+        """Begin, and commit at the end, or roll back on any exception; in the session's scope."""
+        try:
+            self._begin(session, begin)
+            yield
+            with session.use():
+                self._run(session, "COMMIT", (), _nothing)
+        except BaseException:
+            self._roll_back(session)
+            raise
 
     def _roll_back(self, session: Session) -> None:
+        self._end(session, "ROLLBACK")
+
+    def _end(self, session: Session, sql: str) -> None:
+        """Run what gives back what a session holds, such as a lock; where that fails, close it."""
         try:
             with session.lock:
                 if not session.closed:
-                    self._run(session, "ROLLBACK", (), _nothing)
+                    self._run(session, sql, (), fetch_all)
         except PydedupError:
             # Some failures end the transaction by themselves. Whatever the state of the
             # connection is, closing it rolls back.

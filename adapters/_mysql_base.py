@@ -30,7 +30,7 @@ from ._mysql_rows import MysqlRows
 from ._mysql_server import MOST_PAYLOAD_BYTES, may_create
 from ._mysql_url import Place
 from ._schema import TABLES, VIEWS, Dialect, create_statements
-from ._sessions import Session
+from ._sessions import WRITE, Session
 from ._sql import batches
 from ._values import text
 
@@ -173,7 +173,7 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         """Create tables and views and fill ``meta``; a no-op when they exist."""
         self._refuse_when_read_only()
         self._refuse_inside("create_schema()")
-        with self._creating():
+        with self._creating() as session:
             if self.schema_version() is not None:
                 return
             for name in self._unfinished():
@@ -186,7 +186,7 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
                     self._define(made)
             except (RefusedError, DeniedError) as error:
                 raise ReadOnlyError(f"{self._url} holds no store; {self._grant()}") from error
-            with self.transaction():
+            with self._committed(session, self._sql.dialect.begin_write):
                 self._fill_meta(meta)
 
     def migrate_schema(self) -> None:
@@ -197,12 +197,12 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         """
         self._refuse_when_read_only()
         self._refuse_inside("migrate_schema()")
-        with self._told_whose(), self._creating():
+        with self._told_whose(), self._creating() as session:
             for version, step in self._steps():
                 for statement in step.define(self._sql.dialect):
                     with contextlib.suppress(DefinedError):
                         self._define(statement)
-                with self.transaction():
+                with self._committed(session, self._sql.dialect.begin_write):
                     self._finish(version, step)
 
     def missing(self) -> MissingStoreError:
@@ -223,19 +223,25 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         )
 
     @contextlib.contextmanager
-    def _creating(self) -> Iterator[None]:
-        """Hold the lock of who creates or migrates; it goes with the connection in any case."""
+    def _creating(self) -> Iterator[Session]:
+        """Hold the lock of who creates or migrates, in a session that writes.
+
+        Where its connection is lost, so is the lock, and nothing is done on another connection:
+        that would drop what somebody else has made by then.
+        """
+        self._again(self._connected)
         seconds = math.ceil(self._place.timeout)
-        ((got,),) = self._query(f"SELECT GET_LOCK({CREATE_LOCK}, {seconds})")
-        if got != 1:
-            raise ConflictError(
-                f"{self._url}: somebody else has been creating or migrating a store there for "
-                f"{seconds} seconds; try again"
-            )
-        try:
-            yield
-        finally:
-            self._query(f"SELECT RELEASE_LOCK({CREATE_LOCK})")
+        with self._pool.enter(WRITE) as session:
+            try:
+                ((got,),) = self._query(f"SELECT GET_LOCK({CREATE_LOCK}, {seconds})")
+                if got != 1:
+                    raise ConflictError(
+                        f"{self._url}: somebody else has been creating or migrating a store there "
+                        f"for {seconds} seconds; try again"
+                    )
+                yield session
+            finally:
+                self._end(session, f"SELECT RELEASE_LOCK({CREATE_LOCK})")
 
     def _define(self, statement: str) -> None:
         with self._pool.acquire() as session:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Final
 
 from pydedup.errors import PydedupError, StoreError, UnavailableError
 
@@ -75,19 +75,12 @@ class ShardedReads(PostgresCopy):
             return
         lock = f"SELECT pg_advisory_lock_shared({self._users_lock})"
         self._again(self._connected)
-        with self._pool.keep():
+        with self._pool.enter(READ) as session:
             try:
-                with self._scope(READ, (lock, *self._sql.dialect.begin_snapshot)):
+                with self._committed(session, (lock, *self._sql.dialect.begin_snapshot)):
                     yield
             finally:
-                self._unlock()
-
-    def _unlock(self) -> None:
-        session = self._pool.acquire_open()
-        if session is not None:  # else the connection is gone, and its locks
-            with session, contextlib.suppress(StoreError):
-                sql = "SELECT pg_advisory_unlock_shared(%b)"
-                self._run(session, sql, [self._users_lock], _ignored)
+                self._end(session, f"SELECT pg_advisory_unlock_shared({self._users_lock})")
 
     # ---- reading ------------------------------------------------------------------------------
 
@@ -297,8 +290,3 @@ class ShardedReads(PostgresCopy):
 def _some(things: Sequence[object]) -> str:
     """Return a list of things for a message, of many the first ones."""
     return ", ".join(map(str, things[:_SHOWN])) + (", ..." if len(things) > _SHOWN else "")
-
-
-def _ignored(cursor: Any) -> None:
-    """Leave a result."""
-    cursor.fetchall()

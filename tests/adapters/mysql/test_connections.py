@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 import mysql.connector
@@ -17,7 +17,8 @@ import mysql.connector.errorcode
 import pytest
 from mysql.connector import HAVE_CEXT
 
-from pydedup.adapter import Adapter
+from pydedup import registry
+from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.errors import ArgumentError, UnavailableError
 from pydedup.testing._contract_base import (
     add_pages,
@@ -123,6 +124,58 @@ def test_a_lost_connection_undoes_a_transaction(adapter: Adapter, url: str, run:
     with adapter.transaction():
         adapter.put_job("j", "", "", "")
     assert len(adapter.jobs()) == 1
+
+
+def test_a_creation_that_loses_its_lock_is_given_up(
+    url: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went on over a new connection, and dropped the store of who had got the lock by then."""
+    other, adapter = open_store(url), cast(Any, registry.connect(url, mode="a"))
+    run(url, "DELETE FROM pydedup_meta")  # as a creation leaves it that is cut short
+    ((number,),) = adapter._query("SELECT CONNECTION_ID()")
+    look, define = adapter.schema_version, adapter._define
+
+    def cut() -> int | None:  # asked for first, once there is the lock
+        monkeypatch.undo()
+        run(url, f"KILL CONNECTION {number}")
+        return cast("int | None", look())
+
+    def overtaken(statement: str) -> None:
+        if other.schema_version() is None:
+            other.create_schema({"of": "the other"})
+            add_pages(other, 1)
+        define(statement)
+
+    monkeypatch.setattr(adapter, "schema_version", cut)
+    adapter._define = overtaken
+    with pytest.raises(UnavailableError):
+        adapter.create_schema({"of": "me"})
+    assert other.schema_version() is None
+    adapter._define = define
+    adapter.create_schema({"of": "me"})
+    assert other.meta()["of"] == "me"
+    adapter.close()
+    other.close()
+
+
+def test_a_creation_that_is_interrupted_keeps_no_lock(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, other = (cast(Any, registry.connect(url, mode="a")) for _ in range(2))
+
+    def interrupt(session: object, sql: str, *rest: Any) -> object:
+        if "RELEASE_LOCK" in sql:
+            raise KeyboardInterrupt
+        return run(session, sql, *rest)
+
+    run = adapter._run
+    monkeypatch.setattr(adapter, "_run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adapter.create_schema({})
+    with other._creating():  # a lock of a connection that is closed goes soon
+        assert other.schema_version() == SCHEMA_VERSION
+    adapter.close()
+    other.close()
 
 
 def test_a_connection_that_is_cut_within_a_page(adapter: Adapter, url: str) -> None:
