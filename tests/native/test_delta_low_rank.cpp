@@ -314,6 +314,58 @@ TEST(factors_that_a_delta_cannot_have_are_refused) {
     CHECK_THROWS(ErrorCode::invalid_argument, static_cast<void>(encode(whole, whole, sound)));
 }
 
+// What put_low_rank() wrote.
+const char* read_back(const detail::Sink& bytes, std::size_t rows, std::size_t cols,
+                      detail::ReadLowRank& low_rank) {
+    detail::Source source{{bytes.data(), bytes.size()}};
+    const char* wrong = detail::get_low_rank(source, rows, cols, bytes.data(), 0, low_rank);
+    CHECK(wrong != nullptr || source.left.empty());
+    return wrong;
+}
+
+TEST(of_factors_only_what_moves_something_takes_memory) {
+    constexpr std::size_t kRows = 67, kCols = 41;
+    std::mt19937_64 random(18);
+    for (int round = 0; round < 40; ++round) {
+        const unsigned rank = 1 + static_cast<unsigned>(random() % 64);
+        Factors factors = random_factors(kRows, kCols, rank, kLargest, -30, random);
+        for (unsigned k = 0; k < rank; ++k) {
+            if (random() % 2 != 0) std::fill_n(factors.of_rows.data() + k * kRows, kRows, 0);
+            if (random() % 4 == 0) std::fill_n(factors.of_cols.data() + k * kCols, kCols, 0);
+        }
+        detail::Sink bytes;
+        detail::put_low_rank(bytes, factors.view());
+        detail::ReadLowRank back;
+        CHECK(read_back(bytes, kRows, kCols, back) == nullptr);
+        CHECK(back.rank >= 1 && back.rank <= rank && back.exponent == -30);
+        CHECK(back.of_rows.size() == back.rank * kRows && back.of_cols.size() == back.rank * kCols);
+        const Buffer base = as_dtype(normal(kRows * kCols, 0.02, random), Dtype::f32);
+        Buffer moved(base.size());
+        detail::add_low_rank(back.view(), base.data(), kRows, kCols, Dtype::f32, moved.data());
+        CHECK(moved == moved_by(factors, base, kRows, kCols, Dtype::f32));
+    }
+
+    constexpr std::size_t kMany = 1 << 22;
+    detail::Sink bytes;
+    const Factors zeros{64, 0, std::vector<std::int32_t>(64 * kMany),
+                        std::vector<std::int32_t>(64, 1)};
+    detail::put_low_rank(bytes, zeros.view());
+    detail::ReadLowRank back;
+    CHECK(read_back(bytes, kMany, 1, back) == nullptr);
+    CHECK(back.rank == 1 && back.of_rows.capacity() <= 2 * kMany);
+
+    // Also of what moves nothing, each number must be one.
+    const Factors sound{2, 0, {0, 0, 1, 0}, {kLargest, 0, 3, 4}};
+    bytes.clear();
+    detail::put_low_rank(bytes, sound.view());
+    CHECK(read_back(bytes, 2, 2, back) == nullptr && back.rank == 1);
+    CHECK((back.of_rows == std::vector<std::int32_t>{1, 0}));
+    CHECK((back.of_cols == std::vector<std::int32_t>{3, 4}));
+    constexpr std::array<std::uint8_t, 3> kTooFar = {0, 0, 0x80};  // -2^23
+    std::copy(kTooFar.begin(), kTooFar.end(), bytes.end() - 7);
+    CHECK(read_back(bytes, 2, 2, back) != nullptr);
+}
+
 // A delta of one number per row and column on a base of ones, behind some bytes of its page.
 class ByHand {
   public:

@@ -95,10 +95,24 @@ std::span<const std::uint8_t> find_factor(Source& source, unsigned rank, std::si
     return take_factor(earlier, rank, n);
 }
 
-// False when a number is no such number, or bits are left over that are not 0.
-bool unpack(std::span<const std::uint8_t> factor, unsigned rank, std::size_t n,
-            std::vector<std::int32_t>& numbers) {
-    numbers.resize(rank * n);
+// Of each k, a bit: whether both factors have numbers that are not 0. Others move nothing, and take
+// memory that a page of a few bytes need not pay for. One is left, as factors have a rank.
+std::uint64_t that_move(std::span<const std::uint8_t> of_rows,
+                        std::span<const std::uint8_t> of_cols, unsigned rank) noexcept {
+    std::uint64_t moving = 0;
+    for (unsigned k = 0; k < rank; ++k) {
+        if (of_rows[k] != 0 && of_cols[k] != 0) moving |= std::uint64_t{1} << k;
+    }
+    return moving == 0 ? 1 : moving;
+}
+
+// The numbers of those k whose bit is in `wanted`. False when one, of whatever k, is no such
+// number, or bits are left over that are not 0.
+bool unpack(std::span<const std::uint8_t> factor, unsigned rank, std::uint64_t wanted,
+            std::size_t n, std::vector<std::int32_t>& numbers) {
+    const auto taken = static_cast<std::size_t>(std::popcount(wanted));
+    const std::size_t room_for_others = taken == rank ? 0 : n;
+    numbers.resize(taken * n + room_for_others);
     const std::size_t bytes = factor.size() - rank;
     thread_local std::vector<std::uint8_t> packed;
     packed.resize(bytes + kUnpackedAhead);
@@ -106,17 +120,20 @@ bool unpack(std::span<const std::uint8_t> factor, unsigned rank, std::size_t n,
     std::memset(packed.data() + bytes, 0, kUnpackedAhead);
     const DeltaKernels& delta = kernels().codec.delta;
     std::size_t bit = 0;
+    std::int32_t* to = numbers.data();
     for (unsigned k = 0; k < rank; ++k) {
         const unsigned width = factor[k];
-        std::int32_t* const to = numbers.data() + k * n;
+        const bool is_wanted = (wanted >> k & 1U) != 0;
         if (width == 0) {
-            std::fill_n(to, n, 0);
+            if (is_wanted) to = std::fill_n(to, n, 0);
             continue;
         }
         delta.unpack(packed.data(), bit, width, n, to);
         bit += width * n;
         if (width == kMaxBits && *std::min_element(to, to + n) < -kLargest) return false;
+        if (is_wanted) to += n;
     }
+    numbers.resize(taken * n);
     const unsigned stray = bit % 8 == 0 ? 0U : factor.back() >> (bit % 8);
     return stray == 0;
 }
@@ -262,13 +279,18 @@ const char* get_low_rank(Source& source, std::size_t rows, std::size_t cols,
         std::abs(low_rank.exponent) > kMaxExponent) {
         return "its factors have an impossible rank or exponent";
     }
-    const auto get = [&](std::size_t n, std::vector<std::int32_t>& numbers) {
-        const auto factor = find_factor(source, low_rank.rank, n, block, before);
-        return !factor.empty() && unpack(factor, low_rank.rank, n, numbers);
-    };
-    if (!get(rows, low_rank.of_rows) || !get(cols, low_rank.of_cols)) {
-        return "its factors are damaged";
+    constexpr const char* kDamaged = "its factors are damaged";
+    const unsigned rank = low_rank.rank;
+    const auto of_rows = find_factor(source, rank, rows, block, before);
+    if (of_rows.empty()) return kDamaged;
+    const auto of_cols = find_factor(source, rank, cols, block, before);
+    if (of_cols.empty()) return kDamaged;
+    const std::uint64_t moving = that_move(of_rows, of_cols, rank);
+    if (!unpack(of_rows, rank, moving, rows, low_rank.of_rows) ||
+        !unpack(of_cols, rank, moving, cols, low_rank.of_cols)) {
+        return kDamaged;
     }
+    low_rank.rank = static_cast<unsigned>(std::popcount(moving));
     return nullptr;
 }
 

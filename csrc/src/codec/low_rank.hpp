@@ -54,8 +54,8 @@ void put_no_low_rank(Sink& sink);
 /// Whether put_no_low_rank() wrote what comes next, which is then skipped.
 [[nodiscard]] bool skip_no_low_rank(Source& source) noexcept;
 
-/// Reads what put_low_rank() wrote, or a page made of it. `before` are the bytes in front of the
-/// block, which begins at `block`. Returns nullptr, or what is wrong.
+/// Reads what put_low_rank() wrote, or a page made of it, as far as it moves anything. `before` are
+/// the bytes in front of the block, which begins at `block`. Returns nullptr, or what is wrong.
 [[nodiscard]] const char* get_low_rank(Source& source, std::size_t rows, std::size_t cols,
                                        const std::uint8_t* block, std::size_t before,
                                        ReadLowRank& low_rank);
