@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
 
 from pydedup.adapter import Adapter
 from pydedup.errors import PydedupError, StoreError
@@ -23,6 +23,8 @@ from ._sessions import Connection, SessionPool
 from ._values import Row
 
 __all__ = ["connect", "memory_setting"]
+
+R = TypeVar("R")
 
 _TYPES: Final = {bool: "bool", int: "int8", float: "float8", str: "text", bytes: "bytea"}
 _MARK: Final = "%b"
@@ -61,6 +63,9 @@ class _SpiAdapter(PostgresBase):
             # A server's process is one thread: another that asks it for rows could end it.
             raise StoreError(f"{self._url}: a thread of its own cannot read from within the server")
         return _Connection(self._plpy)
+
+    def _again(self, read: Callable[[], R]) -> R:
+        return read()  # what fails here does so as long as the query that called goes on
 
     def _translate(self, error: Exception) -> PydedupError:
         said = " ".join(str(error).split())
