@@ -286,7 +286,8 @@ def _handle_of(path: str, file: os.stat_result) -> int:
 
 
 def _is_of(handle: int, file: os.stat_result) -> bool:
+    """Whether a handle is of that file; none is -1, or one that was closed."""
     try:
-        return handle >= 0 and os.path.samestat(os.fstat(handle), file)
+        return os.path.samestat(os.fstat(handle), file)
     except OSError:
         return False

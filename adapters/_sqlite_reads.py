@@ -35,8 +35,6 @@ __all__ = [
 #: the pieces, where it begins. Raises OSError when it does not all come.
 Fill: TypeAlias = Callable[[int, Sequence[memoryview], int], None]
 
-#: Pieces that every system takes in one request.
-_MOST_PIECES: Final = 1024
 #: What disks want requests to be a multiple of, generously.
 _ALIGNMENT: Final = 4096
 #: Memory of each thread that reads past the cache: a huge page.
@@ -126,7 +124,8 @@ def _at_once(handle: int, pieces: Sequence[memoryview], at: int) -> None:
 
 
 def _read_all(handle: int, pieces: Sequence[memoryview], at: int, flags: int) -> None:
-    if len(pieces) > _MOST_PIECES or os.preadv(handle, pieces, at, flags) != sum(map(len, pieces)):
+    # Of more pieces than a system takes in one request it is an OSError, too.
+    if os.preadv(handle, pieces, at, flags) != sum(map(len, pieces)):
         raise BlockingIOError
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from pydedup.adapters._sqlite_places import PagePlaces
 from pydedup.adapters._sqlite_reads import SystemCache
 from pydedup.errors import StoreError
 from pydedup.policies import Exact
+from pydedup.testing._contract_base import add_random_pages, open_store
 
 from .sqlite_rows import finding, forget, in_memory, read, rows_of, rows_out_of_memory
 
@@ -300,3 +301,30 @@ def test_what_cannot_be_looked_up_is_left_to_sqlite(
     with rows_of(path, payloads, 1024) as (_, places):
         setattr(places, f"_{asked}", fail)
         assert read(places, payloads) == {}
+
+
+def test_what_the_disk_does_not_give_is_left_to_sqlite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    payloads = {number: os.urandom(700_000) for number in range(1, 5)}
+    with rows_out_of_memory(tmp_path / "rows.db", payloads) as places:
+        monkeypatch.setattr(SystemCache, "fill", lambda self: (fail, True))
+        monkeypatch.setattr("pydedup.adapters._sqlite_places.out_of_cache", fail)
+        assert read(places, payloads) == {}
+        monkeypatch.undo()
+        assert len(read(places, payloads)) >= 2  # it is tried again
+
+
+def test_a_file_that_was_moved_while_its_store_is_open(tmp_path: Path) -> None:
+    """What is done where it lies is left, to SQLite, which has it open."""
+    path = tmp_path / "s.db"
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as adapter:
+        pages = add_random_pages(adapter, 3)
+        path.rename(tmp_path / "elsewhere.db")
+        cast(Any, adapter).settle()
+        for _ in range(2):
+            assert list(cast(Any, adapter).read_pages_into(list(pages), memoryview)) == []
+            assert dict(adapter.read_pages(list(pages))) == pages

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A shard that answers, and refuses: that is told, and it is not taken for one that is down."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, cast
+
+import psycopg
+import pytest
+
+from pydedup import registry
+from pydedup.adapter import Adapter
+from pydedup.errors import ConflictError, StoreError
+from pydedup.testing._contract_base import add_random_pages, open_store, with_option
+from pydedup.testing.servers import as_user, unused_name
+from pydedup.testing.shards import ShardedPlace
+
+
+def test_who_may_not_read_on_a_shard_is_told_so(place: ShardedPlace) -> None:
+    """Whoever read the other copies instead would learn of it when another shard is down."""
+    with contextlib.closing(open_store(place.url(2))) as store:
+        pages = add_random_pages(store, 30, size=500)
+    role = unused_name()
+    place.rows(1, f"CREATE ROLE {role} LOGIN")
+    url = place.url(2, shards=[0, as_user(place.servers[1], role), 2])
+    try:
+        with pytest.raises(StoreError, match=r"permission denied for .*GRANT USAGE"):
+            registry.connect(url, mode="r")
+        place.rows(1, f"GRANT USAGE ON SCHEMA {{}} TO {role}")
+        place.rows(1, f"GRANT SELECT ON {{}}.shard_identity TO {role}")
+        with contextlib.closing(registry.connect(url, mode="r")) as reader:
+            with pytest.raises(StoreError, match=r"permission denied for .*GRANT USAGE"):
+                list(reader.read_pages(list(pages)))
+            place.rows(1, f"GRANT SELECT ON {{}}.page_payloads TO {role}")
+            assert dict(reader.read_pages(list(pages))) == pages
+    finally:
+        place.rows(1, f"DROP OWNED BY {role}")
+        place.rows(1, f"DROP ROLE {role}")
+
+
+def test_what_could_not_be_collected_is_told(place: ShardedPlace) -> None:
+    shards = [0, with_option(place.servers[1], "timeout=0.2"), 2]
+    with contextlib.closing(open_store(place.url(1, shards=shards))) as store:
+        place.rows(1, "INSERT INTO {}.page_payloads VALUES (1000000, 'left by a killed writer')")
+        with psycopg.connect(place.servers[1]) as other:
+            other.execute(f"LOCK TABLE {place.schema}.page_payloads IN SHARE MODE")
+            with pytest.raises(ConflictError, match="another process or thread is writing"):
+                store.compact()
+        assert place.payloads().keys() == {1000000}
+        store.compact()
+        assert place.payloads() == {}
+
+
+def test_a_shard_that_answers_again_is_down_no_more(store: Adapter) -> None:
+    sharded = cast(Any, store)
+    sharded._shards[1].failed()
+    assert not sharded.size_is_exact()
+    assert store.stored_bytes() > 0
+    assert sharded.size_is_exact()
