@@ -232,15 +232,13 @@ class Similar:
         block near by is the one, under whatever name, where that is too far for the index to find
         it for certain.
         """
-        has_one = np.zeros(len(numbers), np.bool_)
-        for some in pairs:
-            has_one[some.rows] = True
-        known, rest = np.flatnonzero(has_one), np.flatnonzero(~has_one)
-        if not len(known) or not len(rest):
-            return np.empty((0, len(numbers)), np.int64)
-        nearest = np.empty(len(numbers), np.int64)
+        # One that infinities keep from being measured (`near_as_pruned`) is nowhere the nearest.
+        nearest = np.full(len(numbers), NO_BASE, np.int64)
         for some in best_pairs(pairs, [one.estimates for one in pairs], len(numbers))[1]:
             nearest[some.rows] = some.references
+        known, rest = np.flatnonzero(nearest != NO_BASE), np.flatnonzero(nearest == NO_BASE)
+        if not len(known) or not len(rest):
+            return np.empty((0, len(numbers)), np.int64)
         found = np.full((2, len(numbers)), NO_BASE, np.int64)
         behind = np.searchsorted(known, rest)
         for row, which in zip(found, (behind - 1, behind), strict=True):
