@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -25,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
-from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import BlockGrid
 from pydedup.catalog import Catalog, StoredModel
 from pydedup.errors import CorruptStoreError
@@ -35,9 +33,10 @@ from pydedup.ingest.names import ByName, prefixes
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
+from pydedup.ingest.stored_models import NEWEST, Kind, StoredModels, kind_of
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import NO_PLACE, base_places, block_places, shape_codes
-from pydedup.types import DType, TensorInfo
+from pydedup.types import TensorInfo
 
 __all__ = [
     "Aligned",
@@ -48,8 +47,7 @@ __all__ = [
     "Relative",
 ]
 
-# Models, of the store and of this add, that may be looked at, and how many are asked at a time.
-_NEWEST = 32
+# How many models are asked at a time.
 _ENOUGH = 2
 # Blocks of another model that were compared with and no use, after which it is not asked again;
 # models of the store, and of the same add, of which that became known, after which no further one
@@ -58,19 +56,9 @@ _PATIENCE = 32
 _STRANGERS = 8
 
 
-# Shape of a tensor, and the dtypes of its bases.
-_Kind = tuple[tuple[int, ...], tuple[DType, ...]]
 # A model of the store by its id, one of this add by its address; and the prefixes of the names of
 # who asks and of this one (names.py).
 _Key = tuple[int | str, tuple[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A model of the store, and its tensors."""
-
-    model: StoredModel
-    tensors: dict[_Kind, ByName[TensorInfo]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,17 +215,14 @@ class Aligned:
     def __init__(
         self, adapter: Adapter, catalog: Catalog, stored: StoredTable, reader: BlockReader
     ) -> None:
-        self._adapter = adapter
-        self._catalog = catalog
+        self._models = StoredModels(adapter, catalog)
         self._stored = stored
         self._reader = reader
-        self._rows: list[ModelRow] | None = None  # newest first
-        self._stored_models: dict[int, _Stored | None] = {}  # by model id
         # Of this add, by address, newest last.
-        self._matched: dict[_Kind, dict[str, ByName[_Matched]]] = {}
+        self._matched: dict[Kind, dict[str, ByName[_Matched]]] = {}
         # The same ones by how they are cut; and those of the store that were asked for.
-        self._matched_alike: dict[tuple[_Kind, BlockGrid], dict[str, Alike]] = {}
-        self._stored_alike: dict[tuple[_Kind, BlockGrid, int], Alike] = {}
+        self._matched_alike: dict[tuple[Kind, BlockGrid], dict[str, Alike]] = {}
+        self._stored_alike: dict[tuple[Kind, BlockGrid, int], Alike] = {}
         # Of the model that asks now.
         self._relations: dict[_Key, Relation] = {}
         self._kinship = Kinship()
@@ -247,10 +232,10 @@ class Aligned:
         self, request: Request, entry: TensorEntry, grid: BlockGrid, references: NDArray[np.int64]
     ) -> None:
         """Remember a tensor of a model of this add."""
-        tensors = self._matched.setdefault(_kind_of(entry), {})
+        tensors = self._matched.setdefault(kind_of(entry), {})
         of_model = tensors.setdefault(request.address, ByName())
         of_model[entry.name] = _Matched(entry.name, grid, references)
-        alike = self._matched_alike.setdefault((_kind_of(entry), grid), {})
+        alike = self._matched_alike.setdefault((kind_of(entry), grid), {})
         find = partial(_matched_blocks, self._reader, references)
         alike.setdefault(request.address, Alike()).add(entry.name, find)
 
@@ -279,34 +264,57 @@ class Aligned:
         entry: TensorEntry | TensorInfo,
         grid: BlockGrid,
         likely: int | str | None,
+        pages: NDArray[np.int64],
         *,
         is_transposed: bool,
     ) -> Iterator[tuple[int | str, Alike]]:
         """Yield models that have tensors of one shape which are cut alike, and these.
 
         The shape is that of the tensor, or its transpose. The likely model comes first, then those
-        of the same add, the one that asks among them.
+        of the same add, the one that asks among them, those who read these pages, and the newest.
         """
-        kind, cut = _kind_of(entry), grid
+        kind, cut = kind_of(entry), grid
         if is_transposed:
             kind = (entry.shape[::-1], entry.dtype.base_dtypes)
             cut = BlockGrid(grid.cols, grid.rows, grid.block_cols, grid.block_rows)
         added = self._matched_alike.get((kind, cut), {})
-        newest = sorted(self._newest(), key=lambda row: row.name != request.name)
-        models: list[str | ModelRow] = [*reversed(added), *newest]
-        for model in sorted(models, key=lambda one: _key_of(one) != likely):
+        yielded: set[int | str] = set()
+        for model in self._likeliest(request, added, likely, pages):
+            key = _key_of(model)
+            if key in yielded:
+                continue
+            yielded.add(key)
             if isinstance(model, str):
                 alike = added[model]
             else:
                 alike = self._alike_in_the_store(model, kind, cut)
             if len(alike):
-                yield _key_of(model), alike
+                yield key, alike
 
-    def _alike_in_the_store(self, row: ModelRow, kind: _Kind, cut: BlockGrid) -> Alike:
+    def _likeliest(
+        self,
+        request: Request | ModelRow,
+        added: dict[str, Alike],
+        likely: int | str | None,
+        pages: NDArray[np.int64],
+    ) -> Iterator[str | ModelRow]:
+        """Yield models in the order of `alike`; who reads the pages is asked when it is needed."""
+        if isinstance(likely, str) and likely in added:
+            yield likely
+        if isinstance(likely, int):
+            row = self._models.with_id(likely)
+            if row is not None:
+                yield row
+        yield from reversed(added)
+        if len(pages):
+            yield from self._models.readers(pages)
+        yield from sorted(self._models.newest(), key=lambda row: row.name != request.name)
+
+    def _alike_in_the_store(self, row: ModelRow, kind: Kind, cut: BlockGrid) -> Alike:
         key = kind, cut, row.id
         if key not in self._stored_alike:
             alike = self._stored_alike[key] = Alike()
-            known = self._stored_model(row)
+            known = self._models.tensors_of(row)
             if known is not None and kind in known.tensors:
                 for info in known.tensors[kind].values():
                     if info.block_shape == cut.block_shape:
@@ -318,9 +326,9 @@ class Aligned:
     def _in_this_add(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
     ) -> Iterator[tuple[_Key, Find]]:
-        models = self._matched.get(_kind_of(entry), {})
+        models = self._matched.get(kind_of(entry), {})
         newest = (one for one in reversed(models.items()) if one[0] != request.address)
-        for address, tensors in islice(newest, _NEWEST):
+        for address, tensors in islice(newest, NEWEST):
             other = tensors.get(entry.name)
             if other is not None and other.grid == grid:
                 key = address, prefixes(entry.name, other.name)
@@ -329,9 +337,9 @@ class Aligned:
     def _in_the_store(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
     ) -> Iterator[tuple[_Key, Find]]:
-        kind = _kind_of(entry)
-        for row in sorted(self._newest(), key=lambda row: row.name != request.name):
-            other = self._stored_model(row)
+        kind = kind_of(entry)
+        for row in sorted(self._models.newest(), key=lambda row: row.name != request.name):
+            other = self._models.tensors_of(row)
             if other is None or kind not in other.tensors:
                 continue
             info = other.tensors[kind].get(entry.name)
@@ -353,28 +361,6 @@ class Aligned:
             strangers += 1
             if strangers == _STRANGERS:
                 return
-
-    def _newest(self) -> list[ModelRow]:
-        if self._rows is None:
-            with only_sound_rows(self._adapter):  # what is near is only looked for
-                self._rows = self._adapter.models(newest=_NEWEST)[::-1]
-        return self._rows
-
-    def _stored_model(self, row: ModelRow) -> _Stored | None:
-        """Return a model, ``None`` where what is recorded of its tensors is damaged."""
-        if row.id not in self._stored_models:
-            known = None
-            with suppress(CorruptStoreError):
-                model = self._catalog.of_row(row)
-                known = _Stored(model, {})
-                for info in model.tensors:
-                    known.tensors.setdefault(_kind_of(info), ByName())[info.name] = info
-            self._stored_models[row.id] = known
-        return self._stored_models[row.id]
-
-
-def _kind_of(tensor: TensorEntry | TensorInfo) -> _Kind:
-    return tensor.shape, tensor.dtype.base_dtypes
 
 
 def _key_of(model: str | ModelRow) -> int | str:

@@ -29,6 +29,7 @@ from pydedup.ingest.places import transposed_stack
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
+from pydedup.sets import distinct
 from pydedup.types import TensorInfo
 
 __all__ = ["Transposed"]
@@ -80,15 +81,19 @@ class Transposed:
         looks = self._looks[entry.shape]
         if (looks.are_over or self._all_looks.are_over) and not self.has_found:
             return None
-        near: list[int] | None = None
+        near = self._near(block)
+        if not near:
+            self._note(looks, False)
+            return None
+        stored = np.array([base for base in near if base < 0], np.int64)
+        pages = distinct(self._matcher.stored.pages(stored))
         asked = 0
         best: tuple[int | str, str, _Bases] | None = None
         for is_transposed in (True, False):
             at = int(_mirrored(np.array([number]), grid)[0]) if is_transposed else number
             for model, tensors in self._matcher.aligned.alike(
-                self._asker, entry, grid, self._last, is_transposed=is_transposed
+                self._asker, entry, grid, self._last, pages, is_transposed=is_transposed
             ):
-                near = self._near(block) if near is None else near
                 if not near or asked > _MOST:
                     break
                 asked += len(tensors)
@@ -101,14 +106,16 @@ class Transposed:
                         best = model, name, _Bases(find, grid if is_transposed else None)
                         near = near[:place]  # what a further model has may be nearer
                         break
-        if near is not None:
-            looks.note(best is not None)
-            self._all_looks.note(best is not None)
+        self._note(looks, best is not None)
         if best is None:
             return None
         self._last, name, bases = best
         self._found.add((self._last, name))
         return bases
+
+    def _note(self, looks: Looks, found: bool) -> None:
+        looks.note(found)
+        self._all_looks.note(found)
 
     def _near(self, block: MatrixView) -> list[int]:
         """Return references of blocks that are no deltas and like this one, nearest first."""

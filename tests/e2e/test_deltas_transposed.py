@@ -11,7 +11,7 @@ import pytest
 
 import pydedup
 from pydedup import policies
-from pydedup.ingest import aligned
+from pydedup.ingest import aligned, stored_models
 from pydedup.types import DType
 
 from .relatives import Model, adapted, added_beside, same_bits
@@ -343,3 +343,20 @@ def test_what_comes_once_the_origin_is_gone(store: pydedup.Store, joint: bool) -
     assert same_bits(store, "m@1", first)
     assert all(same_bits(store, name, model) for name, model in models.items())
     assert store.verify().ok
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["origin", "another export"])
+def test_an_origin_that_many_models_came_after(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """It is not among the newest models, but the index knows its blocks."""
+    monkeypatch.setattr(stored_models, "NEWEST", 1)
+    base = drawn()
+    store.add("base", base)
+    if not is_there:
+        store.add("export", exported(base))
+        store.remove("base@1")
+    store.add("other", drawn(seed=122))
+    model = exported(tuned(base, 123))
+    assert share_of(store.add("m", model)) < 0.7
+    assert same_bits(store, "m", model)

@@ -36,7 +36,7 @@ def test_of_many_models_in_one_add_the_newest_are_looked_at(
     nobody: Any = None
     reader: Any = SimpleNamespace(plain=lambda chosen: chosen)
     aligned, grid = Aligned(nobody, nobody, nobody, reader), CountedGrid()
-    monkeypatch.setattr(aligned, "_newest", list)  # the store has none
+    monkeypatch.setattr(aligned._models, "newest", list)  # the store has none
     entry = TensorEntry("w", DType.F32, (64, 64), "w")
     for number in range(500):
         other = SimpleNamespace(name=f"m{number}", address=f"m{number}@v1")
