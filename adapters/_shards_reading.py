@@ -20,7 +20,7 @@ from ._dbapi import PAYLOADS_PER_READ
 from ._errors import ConnectionLostError
 from ._postgres_copy import PostgresCopy
 from ._postgres_statement import Statement, run_together
-from ._sessions import READ, WRITE, Session
+from ._sessions import READ, Session
 from ._shard import Shard
 from ._shards_url import Ring, places_of
 
@@ -169,7 +169,7 @@ class ShardedReads(PostgresCopy):
 
     def _note(self, shard_id: str, problems: dict[str, PydedupError], error: PydedupError) -> None:
         """Note that a shard failed; raise where no other copy may be asked."""
-        in_use = self._pool.scope() == WRITE and shard_id in (self._mine.touched or ())
+        in_use = shard_id in (self._mine.touched or ())
         if not self._by_id[shard_id].lost(error) or in_use:
             raise error
         problems[shard_id] = error

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -16,7 +16,7 @@ from pydedup.adapters._shard import CLAIMING
 from pydedup.errors import ArgumentError, MissingStoreError, NotAStoreError
 from pydedup.testing._contract_base import add_random_pages, in_thread, open_store
 from pydedup.testing.serving import until
-from pydedup.testing.shards import ShardedPlace
+from pydedup.testing.shards import NewPlace, ShardedPlace, drop, fill, serves
 
 from .test_shards import refused
 
@@ -111,6 +111,24 @@ def test_a_shard_that_is_exchanged_later_is_told(store: Adapter, place: ShardedP
         place.rows(number, "UPDATE {}.shard_identity SET id = new")
     with pytest.raises(ArgumentError, match="was a database exchanged"):
         in_thread(lambda: list(store.read_pages(list(pages))))  # with new connections
+
+
+def test_a_shard_that_another_takes_the_place_of_where_it_was_is_told(
+    place: ShardedPlace, new_place: NewPlace
+) -> None:
+    """Who has the store open was told that another shard is there, by the same name."""
+    there = new_place()
+    url = place.url(2, shards=[0, there, 2])
+    fill(url)
+    with pydedup.open(url, mode="r") as store:
+        drop(there)
+        assert pydedup.Store.replace_lost(url) is not None
+        shard = cast(Any, store._adapter)._shards[1]
+        with pytest.raises(ArgumentError, match="is another database of that shard, from before"):
+            in_thread(lambda: shard.payload_ids(0, 1))  # on a new connection
+    with pydedup.open(url) as store:
+        assert store.refill().ok
+    serves(url)
 
 
 @pytest.mark.parametrize(

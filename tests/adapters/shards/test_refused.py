@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any, cast
 
 import psycopg
 import pytest
 
 from pydedup import registry
-from pydedup.adapter import Adapter
-from pydedup.errors import ConflictError, StoreError
+from pydedup.adapter import LIVE, Adapter
+from pydedup.adapters._shard import Shard
+from pydedup.errors import ConflictError, StoreError, UnavailableError
 from pydedup.testing._contract_base import add_random_pages, open_store, with_option
 from pydedup.testing.servers import as_user, unused_name
 from pydedup.testing.shards import ShardedPlace
@@ -53,8 +55,44 @@ def test_what_could_not_be_collected_is_told(place: ShardedPlace) -> None:
 
 
 def test_a_shard_that_answers_again_is_down_no_more(store: Adapter) -> None:
+    """Of one that is taken for down for long, its next failure is not waited out."""
+    pages = add_random_pages(store, 60, size=500)
     sharded = cast(Any, store)
-    sharded._shards[1].failed()
-    assert not sharded.size_is_exact()
+
+    def all_fail() -> None:
+        for shard in sharded._shards:
+            shard.failed()
+        assert not sharded.size_is_exact()
+
+    all_fail()
     assert store.stored_bytes() > 0
     assert sharded.size_is_exact()
+    all_fail()
+    assert dict(store.read_pages(list(pages))) == pages
+    assert sharded.size_is_exact()
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_who_loses_a_connection_while_pages_are_written_is_told_which(
+    number: int, store: Adapter, place: ShardedPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards are written to at once, and each of them could be taken for the lost one."""
+    sharded, write = cast(Any, store), Shard.write
+    lost = sharded._shards[number]
+
+    def cut(self: Shard, *row: Any) -> None:
+        monkeypatch.undo()
+        pid = sharded._mine.touched[lost.id].connection.info.backend_pid
+        place.rows(number, f"SELECT pg_terminate_backend({pid}, 60000)")
+        write(self, *row)
+
+    def insert() -> None:
+        with store.transaction():
+            store.insert_pages([(bytes(16), bytes(100)) for _ in range(60)], state=LIVE)
+            monkeypatch.setattr(Shard, "write", cut)
+            store.insert_pages([(bytes(16), bytes(1 << 20)) for _ in range(24)], state=LIVE)
+
+    with pytest.raises(UnavailableError, match=re.escape(lost.shown)):
+        insert()
+    assert place.payloads() == {}
+    add_random_pages(store, 3)
