@@ -32,6 +32,7 @@ __all__ = [
     "default_block_shape",
     "matrix_shape",
     "named_pages",
+    "row_axes",
 ]
 
 #: Bytes that a default block has at most. 16 KiB keeps rows that a fine-tune did not touch
@@ -42,6 +43,8 @@ DEFAULT_BLOCK_BYTES = 16 * 1024
 _FLOAT_BLOCK_ELEMENTS = DEFAULT_BLOCK_BYTES // 4
 _ALIKE = (DType.F32, DType.F16, DType.BF16)
 _DEFAULT_BLOCK_COLS = 64
+# Rows and columns of the matrices of a stack, at least.
+_LEAST_STACKED = 128
 
 #: In `BlockMap.base_page_ids`: the block is no delta.
 NO_PAGE = -1
@@ -61,17 +64,27 @@ _MAP_PART_BLOCKS, _DELTA_PART_BLOCKS = 880, 440
 PART_BYTES = 4000
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+def row_axes(shape: Sequence[int]) -> int:
+    """Return how many of the first axes are the rows of a new tensor's matrix view.
+
+    All but the last where it seems to be a stack of matrices, as the experts of a mixture or the
+    gates of a recurrent layer are: each then has blocks of its own, which may be those of a matrix
+    that stands alone. No kernel of a convolution is as long.
+    """
+    is_stack = len(shape) > 2 and min(shape) > 0 and min(shape[-2:]) >= _LEAST_STACKED
+    return len(shape) - 1 if is_stack else 1
+
+
+def matrix_shape(shape: Sequence[int], axes: int | None = None) -> tuple[int, int]:
     """Return the (rows, cols) of the matrix view of a tensor.
 
-    Scalars and 1-D tensors are one row; a higher rank keeps its first axis as rows and folds
-    the others, so a convolution weight is out x (in*kh*kw).
+    Scalars and 1-D tensors are one row; of a higher rank the first ``axes`` (by default those of
+    `row_axes`) are the rows, and the others columns: so a convolution weight is out x (in*kh*kw).
     """
-    if len(shape) == 0:
-        return 1, 1
-    if len(shape) == 1:
-        return 1, int(shape[0])
-    return int(shape[0]), math.prod(int(n) for n in shape[1:])
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    axes = row_axes(shape) if axes is None else axes
+    return math.prod(int(n) for n in shape[:axes]), math.prod(int(n) for n in shape[axes:])
 
 
 def default_block_shape(rows: int, cols: int, dtype: DType) -> tuple[int, int]:
@@ -159,20 +172,28 @@ class MatrixView:
     """The bytes of one tensor as a matrix with its block grid.
 
     ``data`` is a C-contiguous uint8 array of shape (rows, cols * itemsize) that borrows the
-    tensor's memory.
+    tensor's memory; ``matrices`` says how many lie in it, one below the other.
     """
 
     data: NDArray[np.uint8]
     dtype: DType
     grid: BlockGrid
+    matrices: int = 1
 
     @classmethod
     def of(
-        cls, array: NDArray[np.generic], block_shape: tuple[int, int] | None = None
+        cls,
+        array: NDArray[np.generic],
+        block_shape: tuple[int, int] | None = None,
+        axes: int | None = None,
     ) -> MatrixView:
-        """Return the view of an array of any rank and byte order; copies only when it must."""
+        """Return the view of an array of any rank and byte order; copies only when it must.
+
+        ``axes`` as `matrix_shape` takes them.
+        """
         dtype = DType.of(array.dtype)
-        rows, cols = matrix_shape(array.shape)
+        axes = row_axes(array.shape) if axes is None else axes
+        rows, cols = matrix_shape(array.shape, axes)
         block = (
             default_block_shape(rows, cols, dtype)
             if block_shape is None
@@ -183,7 +204,15 @@ class MatrixView:
             data = np.empty((rows, cols * dtype.itemsize), np.uint8)
         else:
             data = native.view(np.uint8).reshape(rows, cols * dtype.itemsize)
-        return cls(data, dtype, BlockGrid(rows, cols, *block))
+        matrices = math.prod(array.shape[: axes - 1])
+        return cls(data, dtype, BlockGrid(rows, cols, *block), matrices)
+
+    @property
+    def edges(self) -> NDArray[np.int64]:
+        """The rows of the grid in which a matrix begins, and the end; ascending."""
+        grid = self.grid
+        tops = np.arange(self.matrices) * (grid.rows // self.matrices) // grid.block_rows
+        return distinct(np.append(tops, grid.grid_rows))
 
     @property
     def for_core(self) -> tuple[NDArray[np.uint8], int, int, int]:

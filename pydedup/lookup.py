@@ -34,18 +34,22 @@ BAG_MODES = get_args(BagMode)
 _INT64_MAX = np.iinfo(np.int64).max
 
 
-def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 0) -> NDArray[Any]:
+def take(
+    block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, each: int = 1, threads: int = 0
+) -> NDArray[Any]:
     """Return rows of the matrix, reading only the pages that hold them.
 
     Parameters
     ----------
     ids
         Integers of any shape, each at least 0 and below the number of rows.
+    each
+        How many rows, one below the other, an id stands for: of a stack of matrices, those of one.
 
     Returns
     -------
     numpy.ndarray
-        Shape ``ids.shape + (cols,)``, in the dtype that is stored.
+        Shape ``ids.shape + (each * cols,)``, in the dtype that is stored.
 
     Raises
     ------
@@ -57,6 +61,8 @@ def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 
     threads = as_count("threads", threads)
     wanted = _ids(ids)
     flat = wanted.reshape(-1)
+    if each != 1:
+        flat = _rows_of(flat, each, block_map.grid.rows // each)
     cols = block_map.grid.cols
     out = room_for((len(flat), cols * block_map.dtype.itemsize), np.dtype(np.uint8))
     table = _row_table(block_map)
@@ -67,7 +73,7 @@ def take(block_map: BlockMap, pool: PagePool, ids: ArrayLike, *, threads: int = 
     elif missing is not None:
         for page_ids, pages in _windows(pool, missing):
             table.take_from(page_ids, pages, flat, out, threads)
-    return out.reshape(-1).view(block_map.dtype.numpy).reshape(*wanted.shape, cols)
+    return out.reshape(-1).view(block_map.dtype.numpy).reshape(*wanted.shape, each * cols)
 
 
 def bag(
@@ -161,6 +167,15 @@ def _ids(ids: ArrayLike) -> NDArray[np.int64]:
     except MemoryError as exc:
         raise BudgetError(f"no memory for a copy of ids: {exc}") from exc
     return ready
+
+
+def _rows_of(ids: NDArray[np.int64], each: int, count: int) -> NDArray[np.int64]:
+    """Return the rows that these ids, each below ``count``, stand for."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < count:
+        raise ArgumentError(
+            f"ids from {ids.min()} to {ids.max()} are not all from 0 to {count - 1}"
+        )
+    return (ids[:, None] * each + np.arange(each)).reshape(-1)
 
 
 def _bag_edges(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.int64]:

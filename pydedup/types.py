@@ -169,12 +169,26 @@ class DType(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A named tensor of a stored model."""
+    """A named tensor of a stored model.
+
+    Attributes
+    ----------
+    block_shape
+        Rows and columns of a block of its matrix view.
+    row_axes
+        How many of its first axes are the rows of that: of a stack of matrices all but the last.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     block_shape: tuple[int, int]
+    row_axes: int = 1
+
+    @property
+    def recorded_blocks(self) -> tuple[int, ...]:
+        """How it is cut, as it is recorded (docs/format.md, "Tables")."""
+        return self.block_shape if self.row_axes == 1 else (*self.block_shape, self.row_axes)
 
     @property
     def nbytes(self) -> int:

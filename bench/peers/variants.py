@@ -14,7 +14,7 @@ on every weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,26 @@ def merged() -> Iterator[Finding]:
         yield from beside(f"{case} by a metric", weights, variant, within_bound(variant), None)
 
 
+def stacked() -> Iterator[Finding]:
+    """Yield experts, four to a tensor, each with an adapter, or each under a name of its own."""
+    for dtype, label in ((np.float32, "f32"), (DType.BF16.numpy, "bf16")):
+        base = drawn(0, dtype)
+        experts = {
+            f"{name}.{number}": matrix
+            for name, array in base.items()
+            for number, matrix in enumerate(array.reshape(4, SIDE // 2, SIDE // 2))
+        }
+        stacks = in_stacks(experts, base)
+        case = f"adapters of rank 8 merged into stacked experts, {label}"
+        yield from beside(case, stacks, in_stacks(adapted(experts, 8), base), Lossless(), None)
+        yield from beside(f"experts that were stacked, {label}", experts, stacks, Lossless(), None)
+
+
+def in_stacks(experts: Weights, names: Iterable[str]) -> dict[str, Any]:
+    """Return the four experts of each of these names as one tensor."""
+    return {name: np.stack([experts[f"{name}.{i}"] for i in range(4)]) for name in names}
+
+
 def next_night(model: Weights, seed: int) -> dict[str, Any]:
     """Return the weights after 3 % of the rows were trained on, by 1 % of the spread."""
     rng = np.random.default_rng(seed)
@@ -247,4 +267,4 @@ def bounded() -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [lossless, pruned_or_widened, merged, derived, small, bounded])
+    main(__doc__, [lossless, pruned_or_widened, merged, stacked, derived, small, bounded])

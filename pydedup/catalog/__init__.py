@@ -17,7 +17,7 @@ from pydedup.catalog.digests import (
     tensors_digest,
     with_other_maps,
 )
-from pydedup.catalog.model import SourceHashes, StoredModel
+from pydedup.catalog.model import SourceHashes, StoredModel, grid_of
 from pydedup.catalog.pages import TAG_BYTES, page_tags, recorded_pages, tags_in, tags_of
 from pydedup.catalog.parsed import ParsedMaps
 from pydedup.catalog.rows import (
@@ -45,6 +45,7 @@ __all__ = [
     "aliases_of",
     "certificate_of",
     "check_row",
+    "grid_of",
     "known_versions",
     "map_digest",
     "model_info",

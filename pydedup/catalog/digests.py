@@ -73,5 +73,5 @@ def with_other_maps(certificate: str, digests: Mapping[int, str], tags: Mapping[
 
 @lru_cache(maxsize=8192)  # models of a family have the same ones
 def _head(info: TensorInfo) -> bytes:
-    head = [info.name, info.dtype.label, list(info.shape), list(info.block_shape)]
+    head = [info.name, info.dtype.label, list(info.shape), list(info.recorded_blocks)]
     return json.dumps(head).encode()

@@ -47,7 +47,7 @@ _MAP_ADVICE: Final = "remove the model and add it again, or restore a backup"
 @lru_cache(maxsize=8192)  # models of a family have the same ones
 def grid_of(info: TensorInfo) -> BlockGrid:
     """Return how the matrix of a tensor is cut into blocks."""
-    return BlockGrid(*matrix_shape(info.shape), *info.block_shape)
+    return BlockGrid(*matrix_shape(info.shape, info.row_axes), *info.block_shape)
 
 
 class StoredModel:

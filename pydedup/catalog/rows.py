@@ -127,13 +127,22 @@ def _info(name: str, dtype: str, shape: str, block_shape: str) -> TensorInfo:
 
 
 @lru_cache(maxsize=4096)  # the tensors of a family have few different ones
-def _shapes(shape: str, block_shape: str) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Return the recorded shape of a tensor and of its blocks. Raises as JSON does, ValueError."""
+def _shapes(shape: str, blocks: str) -> tuple[tuple[int, ...], tuple[int, int], int]:
+    """Return the recorded shape of a tensor and of its blocks, and how many axes are its rows.
+
+    Raises as JSON does, ValueError.
+    """
     extents = tuple(int(extent) for extent in json.loads(shape))
     problem = shape_problem(extents)
     if problem is not None:
         raise ValueError(f"it {problem}")
-    return extents, as_block_shape(json.loads(block_shape))
+    recorded = json.loads(blocks)
+    if not isinstance(recorded, list) or len(recorded) != 3:
+        return extents, as_block_shape(recorded), 1
+    *block_shape, axes = recorded
+    if len(extents) < 3 or axes != len(extents) - 1:
+        raise ValueError(f"{axes!r:.100} of its {len(extents)} axes cannot be rows")
+    return extents, as_block_shape(block_shape), len(extents) - 1
 
 
 def known_versions(adapter: Adapter, name: str) -> list[str]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import BlockGrid
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.catalog import Catalog, StoredModel, grid_of
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.alike import Alike, Find
@@ -317,7 +317,7 @@ class Aligned:
             known = self._models.tensors_of(row)
             if known is not None and kind in known.tensors:
                 for info in known.tensors[kind].values():
-                    if info.block_shape == cut.block_shape:
+                    if grid_of(info) == cut:
                         alike.add(
                             info.name, partial(_stored_blocks, self._stored, known.model, info.name)
                         )
@@ -343,7 +343,7 @@ class Aligned:
             if other is None or kind not in other.tensors:
                 continue
             info = other.tensors[kind].get(entry.name)
-            if info is not None and info.block_shape == grid.block_shape:
+            if info is not None and grid_of(info) == grid:
                 key = row.id, prefixes(entry.name, info.name)
                 # The map is read when a block asks: in a new version of a model few do.
                 yield key, partial(_stored_blocks, self._stored, other.model, info.name)

@@ -27,15 +27,20 @@ _WIDE = np.dtype(np.float64)
 _AT_ONCE = 32
 
 
-def sample_of(grid: BlockGrid, given: NDArray[np.bool_]) -> NDArray[np.int64]:
+def sample_of(
+    grid: BlockGrid, given: NDArray[np.bool_], edges: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
     """Return which blocks of whole rows of a grid are a sample, all of them given; may be none.
 
     It is a rectangle, since what lies between its blocks would be looked at, too, and in the
-    middle, since the first rows of an embedding, for one, are of what is most frequent.
+    middle, since the first rows of an embedding, for one, are of what is most frequent. At
+    ``edges``, rows of the grid, other matrices begin (`MatrixView.edges`).
     """
     across = min(_ACROSS, grid.grid_cols)
     down = np.flatnonzero(given.reshape(-1, grid.grid_cols)[:, :across].all(axis=1))
     pairs = down[:-1][np.diff(down) == 1]
+    if edges is not None:
+        pairs = pairs[~is_among(pairs + 1, edges)]
     tops, height = (pairs, 2) if len(pairs) else (down, 1)
     rows = tops[len(tops) // 2 :][:1] + np.arange(height)
     return np.asarray((rows[:, np.newaxis] * grid.grid_cols + np.arange(across)).ravel(), np.int64)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup import codec
-from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.blocks import MatrixView
 from pydedup.ingest.aligned import Related, Relative
 from pydedup.ingest.asked import ByTransposition
 from pydedup.ingest.differences import sample_of, seems_moved
@@ -90,7 +90,7 @@ class Family:
         size = int(view.block_bytes()[fresh].sum())
         if size < _LEAST_BYTES or kinship.vain[self._is_stack] >= _PATIENCE:
             return 1.0
-        sample, rectangle = self._sample(view.grid, fresh)
+        sample, rectangle = self._sample(view, fresh)
         asked = min(max(size // _BYTES_EACH, _LEAST), _MOST)
         relatives = self._neighbours.relatives(sample, asked)
         if not self._derived(relatives):
@@ -125,13 +125,13 @@ class Family:
             saved *= kinship.times
         return _NEAR * least if saved >= 1 - least else 1.0
 
-    def _sample(self, grid: BlockGrid, fresh: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    def _sample(self, view: MatrixView, fresh: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """Return a sample of blocks, and how many of the first may have factors in common."""
         middle = len(fresh) // 2
         if self._in_stack is not None:
             sample = fresh[middle : middle + _OF_STACK]
             return sample, int(self._in_stack[sample[0]])
-        sample = sample_of(grid, is_among(np.arange(grid.count), fresh))
+        sample = sample_of(view.grid, is_among(np.arange(view.grid.count), fresh), view.edges)
         if len(sample):
             return sample, len(sample)
         return fresh[middle : middle + _SAMPLED], 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
@@ -35,7 +36,7 @@ __all__ = [
     "Looks",
     "LowRankRelatives",
     "Moved",
-    "blocks_together",
+    "edges_together",
 ]
 
 # Elements whose difference is looked at together, in float32 2 MiB; more where there are so many
@@ -173,7 +174,7 @@ class LowRankRelatives:
         self._patience = _PATIENCE if view.dtype in FACTORED else 0
         self._looks = Looks() if looks is None else looks
         self._left = {False: _LOOKS_AT_TENSOR, True: _LOOKS_AT_TENSOR}  # is it transposed?
-        self._height = _rows_together(view.grid)
+        self._edges = _edges_of_parts(view)
         self._given = known
         self._keeps = keeps
         self._known: dict[int, Moved | None] = dict(known)
@@ -191,7 +192,8 @@ class LowRankRelatives:
 
     def of(self, numbers: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Moved]]:
         """Yield which of some blocks, ascending, have bases that were moved, and by what."""
-        parts = numbers // (self._height * self._view.grid.grid_cols)
+        rows_of_grid = numbers // max(self._view.grid.grid_cols, 1)
+        parts = np.searchsorted(self._edges, rows_of_grid, side="right") - 1
         for part in distinct(parts).tolist():
             if part not in self._known:
                 if not self._keeps:
@@ -205,11 +207,9 @@ class LowRankRelatives:
                     yield rows, moved
 
     def _find(self, part: int) -> Moved | None:
-        grid = self._view.grid
-        first = part * self._height
-        numbers = np.arange(
-            first * grid.grid_cols, min((first + self._height) * grid.grid_cols, grid.count)
-        )
+        first, stop = self._edges[part : part + 2].tolist()
+        across = self._view.grid.grid_cols
+        numbers = np.arange(first * across, stop * across)
         is_fresh = is_among(numbers, self._fresh)
         if self._patience == 0 or is_fresh.mean() < _FRESH:
             return None
@@ -358,14 +358,19 @@ class Adapted:
         return None
 
 
-def blocks_together(grid: BlockGrid) -> int:
-    """Return of how many blocks, whole rows of a grid, the difference is looked at together."""
-    return _rows_together(grid) * grid.grid_cols
+def edges_together(view: MatrixView) -> NDArray[np.int64]:
+    """Return at which blocks those begin whose difference is looked at together, and the end."""
+    return _edges_of_parts(view) * view.grid.grid_cols
 
 
-def _rows_together(grid: BlockGrid) -> int:
+def _edges_of_parts(view: MatrixView) -> NDArray[np.int64]:
+    """Return the same in rows of the grid; of a stack, no part is of several matrices."""
+    grid = view.grid
     together = max(_TOGETHER, min(_ROWS * grid.cols, _MOST_TOGETHER))
-    return max(together // (grid.block_rows * grid.cols), 1)
+    height = max(together // max(grid.block_rows * grid.cols, 1), 1)
+    edges = view.edges
+    tops = [np.arange(top, end, height) for top, end in pairwise(edges.tolist())]
+    return np.concatenate([*tops, edges[-1:]])
 
 
 def _parts(

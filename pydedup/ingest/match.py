@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.adapter_options import only_sound_rows
-from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.blocks import MatrixView
 from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
 from pydedup.hashing import hash_keys, hash_view
@@ -26,7 +26,7 @@ from pydedup.ingest.asked import ByPosition, ByTransposition, Nobody
 from pydedup.ingest.by_hash import ByHash, leaders_of
 from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
-from pydedup.ingest.low_rank import Looks, LowRankRelatives, Moved, blocks_together
+from pydedup.ingest.low_rank import Looks, LowRankRelatives, Moved, edges_together
 from pydedup.ingest.met import MetTensors
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.scan import PageScan
@@ -57,18 +57,21 @@ def pieces_of(view: MatrixView, numbers: NDArray[np.int64]) -> Iterator[NDArray[
         yield numbers[start : start + step]
 
 
-def _looked_up_together(grid: BlockGrid, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def _looked_up_together(
+    view: MatrixView, numbers: NDArray[np.int64]
+) -> Iterator[NDArray[np.int64]]:
     """Cut a list of blocks, ascending, into what is looked up in one go.
 
     If possible not within those that low_rank.py looks at together: of the halves of these neither
     might be enough.
     """
-    together = blocks_together(grid)
     start = 0
     while start < len(numbers):
         stop = min(start + _LOOKUP_BLOCKS, len(numbers))
         if stop < len(numbers):
-            edge = int(np.searchsorted(numbers, numbers[stop] // together * together))
+            edges = edges_together(view)
+            last = edges[np.searchsorted(edges, numbers[stop], side="right") - 1]
+            edge = int(np.searchsorted(numbers, last))
             stop = edge if edge > start else stop
         yield numbers[start:stop]
         start = stop
@@ -210,7 +213,7 @@ class Matcher:
             advance(int(sizes.sum() - sizes[changed].sum()))
         matched = Matched(references, digests, np.zeros(len(digests)))
         relatives = None
-        for some in _looked_up_together(view.grid, changed):
+        for some in _looked_up_together(view, changed):
             fresh = self._find(view, digests, some, references)
             relatives = self._keep(view, fresh, matched, policy, hints, relatives)
             if advance is not None:

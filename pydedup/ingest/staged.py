@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
-from pydedup.blocks import BlockGrid
+from pydedup.blocks import BlockGrid, matrix_shape
 from pydedup.catalog import ModelDigest, tensors_digest
 from pydedup.certificates import ADDRESS, ARTIFACTS, METADATA, TENSORS, artifact_digest
 from pydedup.errors import DuplicateError, FormatError
@@ -42,9 +42,12 @@ class MatchedTensor:
     largest_error: float = 0.0
 
     @property
-    def block_shape(self) -> tuple[int, int]:
-        """Rows and columns of its blocks."""
-        return self.grid.block_shape
+    def info(self) -> TensorInfo:
+        """What is recorded of it."""
+        entry = self.entry
+        is_stack = self.grid.rows != matrix_shape(entry.shape, 1)[0]
+        axes = len(entry.shape) - 1 if is_stack else 1
+        return TensorInfo(entry.name, entry.dtype, entry.shape, self.grid.block_shape, axes)
 
 
 class StagedModel(abc.ABC):
@@ -202,8 +205,7 @@ class MatchedModel(StagedModel):
 
     def _infos(self) -> list[TensorInfo]:
         """Return its tensors as they are recorded."""
-        entries = ((tensor.entry, tensor.block_shape) for tensor in self.tensors)
-        return [TensorInfo(e.name, e.dtype, e.shape, block_shape) for e, block_shape in entries]
+        return [tensor.info for tensor in self.tensors]
 
     def certificate(self) -> dict[str, Any]:
         """Return what is guaranteed, and what was measured of it."""

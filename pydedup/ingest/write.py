@@ -281,9 +281,9 @@ class Stager:
     def _model_rows(self, model: StagedModel) -> Iterator[_Row]:
         model_id = model.model_id
         for ordinal, tensor in enumerate(model.tensors):
-            entry = tensor.entry
-            shapes = json.dumps(list(entry.shape)), json.dumps(list(tensor.block_shape))
-            yield "tensor", TensorRow(model_id, ordinal, entry.name, entry.dtype.label, *shapes)
+            info = tensor.info
+            shapes = json.dumps(info.shape), json.dumps(info.recorded_blocks)
+            yield "tensor", TensorRow(model_id, ordinal, info.name, info.dtype.label, *shapes)
             parts = list(self._block_map(tensor).parts())
             self._recorded[model_id].maps.append(map_digest(parts))
             for part, payload in enumerate(parts):

@@ -7,6 +7,7 @@ What is given out was decoded, and hashes to what was asked for.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from pydedup import codec
 from pydedup.adapter import Adapter, BlockRow
 from pydedup.adapter_options import page_copies
-from pydedup.blocks import MatrixView
+from pydedup.blocks import MatrixView, row_axes
 from pydedup.catalog import recorded_pages
 from pydedup.errors import (
     CorruptStoreError,
@@ -187,9 +188,10 @@ class FileSource:
             except FormatError as exc:
                 self.damage.setdefault(f"tensor {entry.name!r}", str(exc))
                 continue
-            for shape in block_shapes:
+            # Of an older add, a stack of matrices may be cut as one matrix.
+            for axes, shape in itertools.product({1, row_axes(array.shape)}, block_shapes):
                 tell()
-                yield from _matching(MatrixView.of(array, shape), asked)
+                yield from _matching(MatrixView.of(array, shape, axes), asked)
 
 
 @contextlib.contextmanager

@@ -317,7 +317,8 @@ class Resolver:
         bases = self._base_references(self._model.bases[at[left]])
         given[left] = matcher.reader.bases_of(bases)
         neighbours = matcher.aligned.neighbours(self._model.stored.row, info, grid)
-        view = MatrixView.of(matmul.read(block_map, self._source.pool), grid.block_shape)
+        array = matmul.read(block_map, self._source.pool).reshape(info.shape)
+        view = MatrixView.of(array, grid.block_shape, info.row_axes)
         by_transposition = transposed.of(info, grid)
         before = self._spool.count
         found = matcher.match(

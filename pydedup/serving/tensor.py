@@ -6,6 +6,7 @@ Deliberately not here: graphs of layers (:mod:`pydedup.serving.engine`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -102,8 +103,16 @@ class StoredTensor:
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """Rows and columns of a block of the matrix of the first axis by all others."""
+        """Rows and columns of a block of its matrix view: of the first axis by all others.
+
+        Of a stack of matrices that is all axes but the last by that one.
+        """
         return self._info.block_shape
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of matrices, each of which has blocks of its own."""
+        return self._info.row_axes > 1
 
     def matmul(
         self,
@@ -136,8 +145,10 @@ class StoredTensor:
         Raises
         ------
         ArgumentError
-            When shapes do not fit, or for an unknown activation.
+            When shapes do not fit, for an unknown activation, or of a stack of matrices: 3 axes or
+            more of which the last two are 128 or longer.
         """
+        self._refuse_stack("matmul")
         return self._with_map(
             lambda block_map: matmul.matmul(
                 block_map, self._pool, x, bias=bias, activation=activation, transpose=transpose
@@ -184,8 +195,9 @@ class StoredTensor:
         ------
         ArgumentError
             When the tensor is no such weight, or shapes or sizes do not fit; see
-            `pydedup.conv.conv2d`.
+            `pydedup.conv.conv2d`. Kernels of 1-D convolutions have less than 128 elements.
         """
+        self._refuse_stack("conv2d")
         if len(self.shape) not in (3, 4):
             raise ArgumentError(
                 f"conv2d needs a weight of shape (out, in / groups, kernel_h, kernel_w); "
@@ -219,7 +231,8 @@ class StoredTensor:
         when ids are no integers or out of range, or the tensor has fewer than 2 axes.
         """
         self._check_rows("take")
-        rows = self._with_map(lambda block_map: lookup.take(block_map, self._pool, ids))
+        each = math.prod(self.shape[1 : self._info.row_axes])
+        rows = self._with_map(lambda block_map: lookup.take(block_map, self._pool, ids, each=each))
         return rows.reshape(*rows.shape[:-1], *self.shape[1:])
 
     def bag(
@@ -234,9 +247,11 @@ class StoredTensor:
 
         ``ids`` is 2-D with a bag per row, or 1-D with ``offsets`` that say where bags begin.
         ``weights``, in the shape of ids, are factors of the rows of a sum. The result has shape
-        ``(n_bags,) + shape[1:]``, float32 or float64. Raises ArgumentError.
+        ``(n_bags,) + shape[1:]``, float32 or float64. Raises ArgumentError, also of a stack of
+        matrices.
         """
         self._check_rows("bag")
+        self._refuse_stack("bag")
         bags = self._with_map(
             lambda block_map: lookup.bag(block_map, self._pool, ids, offsets, mode, weights=weights)
         )
@@ -248,10 +263,7 @@ class StoredTensor:
         return array.reshape(self.shape)
 
     def columns(self, first: int, stop: int) -> NDArray[Any]:
-        """Return columns of the matrix of the first axis by all others, reading only their blocks.
-
-        They are bit for bit those of `numpy`.
-        """
+        """Return columns of the matrix view, reading only their blocks, bit for bit."""
 
         def read(block_map: BlockMap) -> NDArray[Any]:
             grid = block_map.grid
@@ -266,6 +278,13 @@ class StoredTensor:
         if len(self.shape) < 2:
             raise ArgumentError(
                 f"{what} needs a tensor of 2 axes or more; {self.name!r} has shape {self.shape}"
+            )
+
+    def _refuse_stack(self, what: str) -> None:
+        if self.is_stack:
+            raise ArgumentError(
+                f"{what} takes no stack of matrices, as {self.name!r} of shape {self.shape} seems "
+                "to be; use take() or numpy()"
             )
 
     def _with_map(self, use: Callable[[BlockMap], _T]) -> _T:

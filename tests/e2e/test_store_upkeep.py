@@ -136,6 +136,8 @@ def test_a_store_of_another_version_is_refused(
         ("UPDATE pydedup_tensors SET shape = '[64' WHERE model_id = 1", "cannot be read"),
         ("UPDATE pydedup_tensors SET shape = '[-64, 4]' WHERE model_id = 1", "cannot be read"),
         ("UPDATE pydedup_tensors SET block_shape = '[]' WHERE model_id = 1", "cannot be read"),
+        ("UPDATE pydedup_tensors SET block_shape = '[8, 8, 2]' WHERE model_id = 1", "cannot be"),
+        ("UPDATE pydedup_tensors SET block_shape = '\"abc\"' WHERE model_id = 1", "cannot be read"),
         ("UPDATE pydedup_tensors SET dtype = 'f99' WHERE model_id = 1", "cannot be read"),
     ],
 )

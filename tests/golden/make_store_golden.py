@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes store_v1.db.gz, a whole small store. Run only for a NEW schema version: old files stay."""
+"""Writes whole small stores. Run only for a NEW schema version, or kind of row: old files stay.
+
+make_store_golden.py stacks FLAT writes store_v1_stacks.db.gz: to a store FLAT, which pydedup of
+before there were stacks of matrices made by ``make_store_golden.py flat FLAT``, it adds one.
+"""
 
 from __future__ import annotations
 
 import gzip
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +23,7 @@ from pydedup import policies
 from pydedup.graph import Graph, Node
 
 TARGET = Path(__file__).with_name("store_v1.db.gz")
+STACKS = Path(__file__).with_name("store_v1_stacks.db.gz")
 
 
 def numbers(count: int, seed: int) -> NDArray[np.uint32]:
@@ -51,6 +57,15 @@ def models() -> dict[str, dict[str, NDArray[Any]]]:
     }
 
 
+def stacks() -> dict[str, dict[str, NDArray[Any]]]:
+    """What that of stacks holds: one that is cut as one matrix, and one whose matrices are."""
+    values = (numbers(3 * 130 * 144, 5) >> 30).astype(np.float32).reshape(3, 130, 144)
+    apart = values + 4
+    moved = apart.copy()
+    moved[1, 70] += np.float32(2**-12)
+    return {"flat@1": {"experts": values}, "stack@1": {"experts": apart}, "m@1": {"experts": moved}}
+
+
 GRAPH = Graph(
     ("ids",),
     ("logits",),
@@ -71,15 +86,31 @@ def fill(url: str) -> None:
         store.alias("base", "prod", "1")
 
 
-def main() -> None:
+def add_stacks(path: Path, *addresses: str) -> None:
+    """Add some of these models to a store."""
+    made = stacks()
+    with pydedup.open(path) as store:
+        for address in addresses:
+            store.add(address, made[address])
+
+
+def main(what: str = "", path: str = "") -> None:
     """Write the file, unless there is one."""
-    if TARGET.exists():
-        sys.exit(f"{TARGET} exists; golden files are never rewritten")
+    if what == "flat":
+        return add_stacks(Path(path), "flat@1")
+    target = STACKS if what == "stacks" else TARGET
+    if target.exists():
+        sys.exit(f"{target} exists; golden files are never rewritten")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "store.db"
-        fill(str(path))
-        TARGET.write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
+        store = Path(folder) / "store.db"
+        if what == "stacks":
+            shutil.copyfile(path, store)
+            add_stacks(store, "stack@1", "m@1")
+        else:
+            fill(str(store))
+        target.write_bytes(gzip.compress(store.read_bytes(), 9, mtime=0))
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -46,6 +46,25 @@ def test_a_golden_file_is_read_and_written_on(name: str, tmp_path: Path) -> None
     assert_is_read_and_written_on(str(path))
 
 
+def test_a_golden_file_with_stacks_of_matrices(tmp_path: Path) -> None:
+    """Those of before are cut as one matrix, each of whose rows is one of theirs."""
+    path = tmp_path / "store.db"
+    path.write_bytes(content("store_v1_stacks.db.gz"))
+    wanted = _maker().stacks()
+    with pydedup.open(path) as store:
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        for address, model in wanted.items():
+            assert store.load(address)["experts"].tobytes() == model["experts"].tobytes()
+            cut = store.tensor(address, "experts")
+            assert (cut.is_stack, cut.block_shape) == (
+                (False, (3, 1344)) if address == "flat@1" else (True, (64, 64))
+            )
+            assert np.array_equal(cut.take([2, 0]), model["experts"][[2, 0]])
+        assert store.add("again", wanted["m@1"]).stored_bytes == 0
+        assert store.info("again").info.digest == store.info("m").info.digest
+
+
 @pytest.mark.parametrize("name", VERSIONS)
 def test_a_golden_dump_of_postgres(name: str, postgres_url: str, postgres_schema: str) -> None:
     import psycopg

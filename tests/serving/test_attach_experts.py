@@ -45,7 +45,10 @@ def no_grad() -> Any:
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(5, 656, 104), (5, 104, 656), (200, 32, 104)])
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 656, 104), (5, 104, 656), (200, 32, 104), (5, 640, 160), (5, 200, 656), (30, 130, 160)],
+)
 def test_experts_that_are_not_loaded(
     tmp_path: Path,
     loaded: Callable[[Any], set[str]],
@@ -74,6 +77,62 @@ def test_experts_that_are_not_loaded(
         with torch.enable_grad(), pytest.raises(ArgumentError, match="requires a gradient"):
             attached(x.clone().requires_grad_(), ends)
         assert torch.equal(store.detach(attached).matrices, module.matrices)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_only_the_experts_that_are_asked_are_read(tmp_path: Path, turned: bool) -> None:
+    module = Experts((32, 256, 384), turned).eval()
+    x = torch.randn(6, 384 if turned else 256)
+    ends = torch.zeros(32, dtype=torch.int32)
+    ends[3:], ends[20:] = 4, 6  # the fourth, and the one behind the twentieth
+    with pydedup.open(tmp_path / "m.db") as store:
+        store.add("m", module, policy=pydedup.policies.Exact())
+    with pydedup.open(tmp_path / "m.db", memory="8MiB") as store:
+        attached = store.attach(copy.deepcopy(module), "m")
+        torch.testing.assert_close(attached(x, ends), module(x, ends), rtol=1e-4, atol=1e-4)
+        pool, pages = store.stats().pool, store.stats().pages
+        assert pages >= 10
+        assert pool["inserts"] <= 4
+
+
+def test_one_expert_at_a_time(check: Callable[..., set[str]]) -> None:
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(5, 256, 130) / 8)
+
+        def forward(self, x: Any) -> Any:
+            some, few = torch.tensor([0, 3]), self.up[1:4]
+            by_number = nn.functional.linear(x, self.up[2]), x @ self.up[-1].t(), few[-3]
+            by_tensor = x @ self.up[torch.tensor(4)].t(), self.up[some], few[torch.tensor([2])]
+            return *by_number, *by_tensor
+
+    assert check(Looped(), torch.randn(3, 130)) == set()
+    with pytest.raises(IndexError):
+        check(Beyond(), torch.randn(3, 130))
+
+
+class Beyond(nn.Module):
+    """Asks for an expert that there is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 128, 128))
+
+    def forward(self, x: Any) -> Any:
+        return self.up[2] if self.up.requires_grad else self.up[-3]
+
+
+def test_infinite_neighbours_do_not_matter(tmp_path: Path) -> None:
+    """Blocks at the end of an expert hold rows of the next one, too."""
+    module = Experts((3, 200, 656), turned=False).eval()
+    module.matrices[1] = float("inf")
+    x = torch.randn(4, 200)
+    ends = torch.tensor([2, 2, 4], dtype=torch.int32)
+    with pydedup.open(tmp_path / "m.db", memory="2MiB") as store:
+        store.add("m", module)
+        attached = store.attach(copy.deepcopy(module), "m")
+        torch.testing.assert_close(attached(x, ends), module(x, ends), rtol=1e-4, atol=1e-4)
 
 
 def test_experts_of_a_small_model_are_loaded(check: Callable[..., set[str]]) -> None:

@@ -97,3 +97,12 @@ def test_rows_of_a_sample_follow_one_another(rows: Sequence[int], sample: Sequen
     given[list(rows), :4] = True
     expected = [5 * row + col for row in sample for col in range(4)]
     assert sample_of(grid, given.ravel()).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("edges", "sample"), [([0, 9], [4, 5]), ([0, 5, 9], [3, 4]), (range(10), [4])], ids=str
+)
+def test_rows_of_a_sample_are_of_one_matrix(edges: Sequence[int], sample: Sequence[int]) -> None:
+    grid = BlockGrid(rows=9 * 64, cols=64, block_rows=64, block_cols=64)
+    given = np.ones(9, np.bool_)
+    assert sample_of(grid, given, np.array(edges)).tolist() == list(sample)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts: all their matrices are one tensor, loaded where that is a small part.
 
-Else it is read once per product, some columns of all experts at a time: blocks of a tensor hold
-rows of several experts, so that reading one expert would read the others too.
+Else of a stack of matrices, whose blocks are those of one each, the experts that are asked are
+streamed. Of small experts, and of what was stored before there were stacks, a block holds rows of
+several: some columns of all of them are read at a time, once per product.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from pydedup.errors import BudgetError
@@ -59,6 +61,10 @@ def _grouped_mm(
         for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False))
         if first < end
     ]
+    if mat2.stored().is_stack:
+        for number, rows in groups:
+            y[rows] = _product(x[rows], mat2, number)
+        return y.to(input.dtype)
     for lines, part in _pieces(mat2) if groups else ():
         for number, rows in groups:
             matrix = part[number].to(dtype)
@@ -81,6 +87,33 @@ def _is_loaded(weight: StoredParameter) -> bool:
     except BudgetError:  # others have loaded too much
         return False
     return True
+
+
+def _product(x: torch.Tensor, weight: StoredParameter, number: int) -> torch.Tensor:
+    """Return the product of rows and one matrix of a stack."""
+    _, height, _ = weight.slot.shape
+    first, stop = number * height, (number + 1) * height
+    weights = weight.attachment.weights()
+    if weight.transposed:
+        part, before = weights.part(weight.number, (first, stop))
+        y = part.matmul(x.numpy())[:, before : before + height]
+        return torch.from_numpy(np.ascontiguousarray(y))
+    # Blocks at its ends may hold rows of other matrices: zeros times these may be no zeros.
+    step = weight.stored().block_shape[0]
+    top, bottom = -(-first // step) * step, stop // step * step
+    total = x.new_zeros(len(x), weight.slot.shape[2])
+    for rows in ((first, top), (top, bottom), (bottom, stop)) if top < bottom else ((first, stop),):
+        count = rows[1] - rows[0]
+        if not count:
+            continue
+        part, before = weights.part(weight.number, rows)
+        given = x[:, rows[0] - first : rows[1] - first]
+        if part.shape[0] == count:
+            total += torch.from_numpy(part.matmul(given.numpy(), transpose=True))
+        else:
+            matrix = made(to_torch(part.numpy()[before : before + count]))
+            total += given @ matrix.to(x.dtype)
+    return total
 
 
 def _pieces(weight: StoredParameter) -> Iterator[tuple[slice, torch.Tensor]]:

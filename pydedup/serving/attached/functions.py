@@ -125,7 +125,7 @@ def streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
         return None
     slot = weight.slot
     stored = weight.stored()
-    if len(stored.shape) != ndim or not slot.dtype.is_floating_point:
+    if len(stored.shape) != ndim or stored.is_stack or not slot.dtype.is_floating_point:
         return None
     # Kernels of convolutions take all filters, as they are.
     if ndim > 2 and (weight.rows is not None or weight.transposed):

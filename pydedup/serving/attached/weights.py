@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pydedup.blocks import BlockMap
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.catalog import Catalog, StoredModel, grid_of
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.matmul import compute_dtype
@@ -67,7 +67,10 @@ class Weights:
         return self._stored[number]
 
     def part(self, number: int, rows: Rows) -> tuple[StoredTensor, int]:
-        """Return the least rows in whole blocks that hold these of a slot, and how many precede."""
+        """Return the least rows in whole blocks that hold these of a slot, and how many precede.
+
+        Of a stack of matrices, rows are those of its matrices, one below the other.
+        """
         key = number, rows
         found = self._parts.get(key)
         if found is None:
@@ -142,10 +145,11 @@ class Weights:
 
     def _part(self, name: str, rows: Rows) -> tuple[StoredTensor, int]:
         info = self.model.tensor(name)
-        height = info.block_shape[0]
+        grid = grid_of(info)
+        height = grid.block_rows
         first = rows[0] // height * height
-        stop = min(-(-rows[1] // height) * height, info.shape[0])
-        part = replace(info, shape=(stop - first, *info.shape[1:]))
+        stop = min(-(-rows[1] // height) * height, grid.rows)
+        part = replace(info, shape=(stop - first, *info.shape[info.row_axes :]), row_axes=1)
         block_map = _PartOfMap(self.model, name, (first, stop))
         return StoredTensor(part, block_map, self._pool, self.model.refresh), rows[0] - first
 
