@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 
 from pydedup import registry
 from pydedup.adapter import Adapter
-from pydedup.adapters._errors import ConnectionLostError
+from pydedup.adapters._errors import CancelledError, ConnectionLostError
 from pydedup.adapters._postgres_statement import Statement, copy_statement
 from pydedup.errors import UnavailableError
 from pydedup.testing._contract_base import (
@@ -172,6 +172,25 @@ def test_who_takes_pages_slowly_has_them_all(adapter: Adapter, url: str) -> None
         hasty.close()
     assert len(found) == 60
     assert dict(found) == pages
+
+
+def test_a_standby_that_ends_a_statement_is_asked_for_the_rest(
+    adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that replays a vacuum, which is what a serialization failure is there."""
+    pages, copied, tries = add_random_pages(adapter, 8), adapter._copied, list[int]()
+
+    def ended(session: Any, ids: Sequence[int]) -> Iterator[tuple[int, bytes, bytes]]:
+        tries.append(len(ids))
+        yield from islice(copied(session, ids), 3)
+        if len(ids) > 3:
+            raise CancelledError("conflict with recovery")
+
+    monkeypatch.setattr(adapter, "_copied", ended)
+    found = list(adapter.read_pages(list(pages)))
+    assert len(found) == 8
+    assert dict(found) == pages
+    assert tries == [8, 5, 2]
 
 
 def test_reading_given_up_leaves_no_connection(
