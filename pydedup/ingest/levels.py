@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
-from pydedup.ingest.asked import ByPosition
+from pydedup.ingest.asked import ByPosition, ByTransposition
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks
 from pydedup.ingest.low_rank import LowRankRelatives, Moved
 from pydedup.ingest.pairs import Pairs
 from pydedup.ingest.places import BlockReader, values_of
 from pydedup.ingest.spool import NO_BASE
-from pydedup.policies import Bounded, Lossless
+from pydedup.policies import Bounded, Lossless, Policy
 
 __all__ = ["Level", "Levels", "MovedBases"]
 
@@ -87,6 +87,31 @@ class Levels:
         level = Level(partial(_same, content), int(self._plain[row]), None, error)
         self._offered[row].append(level)
 
+    def settle(
+        self,
+        pairs: Pairs,
+        factors: codec.LowRankFactors | None = None,
+        shared: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Let it be known what blocks take that stay as they are: deltas that give their bits.
+
+        ``factors`` and ``shared`` are as `add_deltas` takes them.
+        """
+        rows = pairs.rows
+        if shared is None:
+            shared = np.zeros(len(rows), np.int64)
+        encoded = codec.encode_deltas(
+            self.blocks,
+            rows,
+            pairs.bases,
+            pairs.base_index,
+            limits=delta_limits(self.kept[rows]) + shared,
+            factors=factors,
+            is_transposed=pairs.is_transposed,
+        )
+        good = np.flatnonzero(encoded.lengths > 0)
+        self.kept[rows[good]] = encoded.lengths[good] - shared[good]
+
     def add_deltas(
         self,
         pairs: Pairs,
@@ -132,8 +157,8 @@ class Levels:
 class MovedBases:
     """Deltas of blocks of one tensor on bases that factors move (low_rank.py).
 
-    ``fresh`` and ``aligned`` are as `LowRankRelatives` takes them. ``bounds`` are the errors of the
-    deltas that are offered.
+    ``fresh``, ``aligned`` and ``transposed`` are as `LowRankRelatives` takes them. ``bounds`` are
+    the errors of the deltas that are offered.
     """
 
     def __init__(
@@ -143,16 +168,21 @@ class MovedBases:
         fresh: NDArray[np.int64],
         bounds: list[float],
         aligned: ByPosition,
+        transposed: ByTransposition | None,
     ) -> None:
+        def relatives(policy: Policy) -> LowRankRelatives:
+            return LowRankRelatives(
+                reader, view, fresh, policy, aligned, transposed=transposed, keeps=True
+            )
+
         self._reader = reader
         self._bounds = bounds
-        self._exact = LowRankRelatives(reader, view, fresh, Lossless(), aligned, keeps=True)
+        self._exact = relatives(Lossless())
         # The same factors for each bound: blocks on a page that differ in theirs share none.
         self._near = None
         if bounds:
             # Kept as well: blocks at the edge of all parts come after the others.
-            nearest = Bounded(min(bounds))
-            self._near = LowRankRelatives(reader, view, fresh, nearest, aligned, keeps=True)
+            self._near = relatives(Bounded(min(bounds)))
 
     @property
     def exact(self) -> Mapping[int, Moved]:
@@ -168,17 +198,7 @@ class MovedBases:
         shape = levels.blocks.grid.block_shape
         for rows, moved in self._exact.of(numbers):
             pairs, factors = moved.pairs(self._reader, rows, numbers[rows], shape)
-            shared = moved.shared_bytes(factors)
-            encoded = codec.encode_deltas(
-                levels.blocks,
-                rows,
-                pairs.bases,
-                pairs.base_index,
-                limits=delta_limits(levels.kept[rows]) + shared,
-                factors=factors,
-            )
-            good = np.flatnonzero(encoded.lengths > 0)
-            levels.kept[rows[good]] = encoded.lengths[good] - shared[good]
+            levels.settle(pairs, factors, moved.shared_bytes(factors))
             bases[rows] = pairs.references
         return bases
 

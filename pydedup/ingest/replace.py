@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,25 @@ from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.accuracy import GENTLE, Replacement, choose
 from pydedup.ingest.ahead import Ahead
-from pydedup.ingest.asked import ByPosition
+from pydedup.ingest.asked import ByPosition, ByTransposition
 from pydedup.ingest.candidates import can_be_delta
 from pydedup.ingest.deltas import Delta
 from pydedup.ingest.levels import Levels, MovedBases
 from pydedup.ingest.low_rank import Moved
 from pydedup.ingest.match import Matcher, pieces_of
-from pydedup.ingest.pairs import Pairs, best_pairs, exact_distances, farthest_base, pairs_of
-from pydedup.ingest.places import by_shape, stack_blocks, values_of
+from pydedup.ingest.pairs import (
+    Pairs,
+    best_pairs,
+    exact_distances,
+    farthest_base,
+    pairs_of,
+    pairs_on,
+)
+from pydedup.ingest.places import block_of, by_shape, stack_blocks, values_of
 from pydedup.ingest.plan import Request
 from pydedup.ingest.previous import Previous
 from pydedup.ingest.spool import NO_BASE
+from pydedup.ingest.transposed import Transposed
 from pydedup.ingest.trial import changes
 from pydedup.similarity import magnitude
 
@@ -106,6 +115,7 @@ def choose_blocks(
     same: dict[str, str] = {}  # of tied tensors, the name of the first
     offers: list[_Offer] = []
     shared: dict[str, list[tuple[slice, slice]]] = {}
+    transposed = Transposed(matcher, request, policy)
     for entry, twin in request.distinct_entries():
         same[entry.name] = entry.name if twin is None else twin.name
         if twin is not None:
@@ -128,7 +138,10 @@ def choose_blocks(
         if previous is not None:
             before = previous.unchanged(entry, view.grid, digests)
         new = np.flatnonzero(references == NO_BASE)
-        tensor = _Tensor(matcher, entry, view, new, policy.max_rel_error, before, aligned)
+        by_transposition = transposed.of(entry, view.grid)
+        tensor = _Tensor(
+            matcher, entry, view, new, policy.max_rel_error, before, aligned, by_transposition
+        )
         offers += tensor.offers()
         chosen.moved[entry.name] = tensor.moved
         advance(array.nbytes)
@@ -171,8 +184,10 @@ class _Tensor:
         farthest: float,
         before: tuple[NDArray[np.int64], float],
         aligned: ByPosition,
+        transposed: ByTransposition | None,
     ) -> None:
         self._aligned = aligned
+        self._transposed = transposed
         self._matcher = matcher
         self._name = entry.name
         self._view = view
@@ -183,7 +198,7 @@ class _Tensor:
         self._spread = _spread(view)
         self._before, self._error_before = before
         fresh = numbers[self._before[numbers] == NO_BASE]
-        self._moved = MovedBases(matcher.reader, view, fresh, self._bounds, aligned)
+        self._moved = MovedBases(matcher.reader, view, fresh, self._bounds, aligned, transposed)
 
     @property
     def moved(self) -> Mapping[int, Moved]:
@@ -213,6 +228,7 @@ class _Tensor:
             helped[:, some.rows] |= near[:, some.rows] == some.references
         self._aligned.note((helped & (near != NO_BASE))[:, rest])
         self._moved.add_to(levels, numbers, least, nearest)
+        self._as_transposed(levels, numbers, rest)
         for row, best in levels.best():
             number = int(numbers[row])
             rows, cols = view.grid.area(number)
@@ -273,6 +289,22 @@ class _Tensor:
                 for worth in pairs_of([some], least > bound):
                     levels.add_deltas(worth, bound)
         return least, best
+
+    def _as_transposed(
+        self, levels: Levels, numbers: NDArray[np.int64], rest: NDArray[np.bool_]
+    ) -> None:
+        """Offer quantised deltas on stored blocks that are like these if they are transposed."""
+        rows = np.flatnonzero(rest)
+        if self._transposed is None or not len(rows):
+            return
+        fresh = numbers[rows]
+        references = self._transposed(fresh, partial(block_of, self._view, fresh))
+        there = references != NO_BASE
+        reader, shape = self._matcher.reader, levels.blocks.grid.block_shape
+        for pairs in pairs_on(reader, rows[there], references[there], shape, is_transposed=True):
+            levels.settle(pairs)
+            for bound in self._bounds:
+                levels.add_deltas(pairs, bound)
 
 
 def _spread(view: MatrixView) -> float:

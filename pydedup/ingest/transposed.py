@@ -165,7 +165,10 @@ class _Transpose:
             # One whose place is another's in a square matrix that is not transposed: on the
             # diagonal, what is a delta on the same transpose has the same base.
             apart = np.flatnonzero(_mirrored(numbers, self._grid) != numbers)
-            chosen = int(apart[len(apart) // 2] if len(apart) else len(numbers) // 2)
+            rows = apart if len(apart) else np.arange(len(numbers))
+            sizes = np.prod(self._grid.shapes(numbers[rows]), axis=0)
+            rows = rows[sizes == sizes.max()]  # at the edges too little may be left to be found
+            chosen = int(rows[len(rows) // 2])
             turned = transposed_stack(block(chosen))
             bases = self._of.look(self._entry, self._grid, turned, int(numbers[chosen]))
             if bases is None:
