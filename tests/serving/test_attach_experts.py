@@ -95,6 +95,24 @@ def test_only_the_experts_that_are_asked_are_read(tmp_path: Path, turned: bool) 
         assert pool["inserts"] <= 4
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(5, 640, 160), (5, 200, 656)])
+def test_experts_in_float64_of_stored_float32(
+    tmp_path: Path, shape: tuple[int, int, int], turned: bool
+) -> None:
+    """Nothing is rounded to float32 but what was stored."""
+    module = Experts(shape, turned).eval()
+    with pydedup.open(tmp_path / "m.db", memory="2MiB") as store:
+        store.add("m", module)
+        module.double()
+        x = torch.randn(ROWS, shape[2] if turned else shape[1], dtype=torch.float64)
+        matrices = module.matrices.mT if turned else module.matrices
+        starts = [0, *ENDS.tolist()]
+        wanted = torch.cat([x[a:b] @ w for a, b, w in zip(starts, ENDS, matrices, strict=False)])
+        got = store.attach(module, "m")(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_one_expert_at_a_time(check: Callable[..., set[str]]) -> None:
     class Looped(nn.Module):
         def __init__(self) -> None:

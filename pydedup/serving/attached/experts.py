@@ -94,6 +94,11 @@ def _product(x: torch.Tensor, weight: StoredParameter, number: int) -> torch.Ten
     _, height, _ = weight.slot.shape
     first, stop = number * height, (number + 1) * height
     weights = weight.attachment.weights()
+    # A kernel would round the rows of a module in float64 to float32, where that is stored.
+    if x.dtype is torch.float64 and weight.stored().dtype.itemsize < 8:
+        part, before = weights.part(weight.number, (first, stop))
+        matrix = made(to_torch(part.numpy()[before : before + height])).to(x.dtype)
+        return x @ (matrix.t() if weight.transposed else matrix)
     if weight.transposed:
         part, before = weights.part(weight.number, (first, stop))
         y = part.matmul(x.numpy())[:, before : before + height]
