@@ -69,7 +69,7 @@ def row_axes(shape: Sequence[int]) -> int:
 
     All but the last where it seems to be a stack of matrices, as the experts of a mixture or the
     gates of a recurrent layer are: each then has blocks of its own, which may be those of a matrix
-    that stands alone. No kernel of a convolution is as long.
+    that stands alone. Hardly any kernel of a convolution is as long, and a graph tells of those.
     """
     is_stack = len(shape) > 2 and min(shape) > 0 and min(shape[-2:]) >= _LEAST_STACKED
     return len(shape) - 1 if is_stack else 1

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ def choose(
     policy: Accuracy,
     *,
     shared: Mapping[str, Sequence[Area]] | None = None,
+    row_axes: Mapping[str, int] = MappingProxyType({}),
     tell: Callable[[int], None] | None = None,
 ) -> Choice:
     """Replace what the policy allows, and leave the chosen state in ``weights``.
@@ -97,6 +99,9 @@ def choose(
     shared
         Blocks of the matrix views that are stored already, bit for bit, so that fine-tuning had
         better not change them.
+    row_axes
+        By name, how many of a tensor's axes are the rows of its matrix view, where that is not what
+        its shape tells.
     tell
         Told, before each evaluation, which one it is.
 
@@ -113,8 +118,8 @@ def choose(
         When confidence needs more validation examples, saliency does not fit the tensors, or a
         replacement does not fit its tensor.
     """
-    trial = Trial(weights, replacements, policy, tell)
-    order = _ordered(weights, replacements, policy)
+    trial = Trial(weights, replacements, policy, row_axes, tell)
+    order = _ordered(weights, replacements, policy, row_axes)
     gentlest = [len(r.levels) - 1 for r in replacements]
     deepest = max(gentlest, default=0)
     too_much: set[int] = set()
@@ -192,7 +197,10 @@ def _run(
 
 
 def _ordered(
-    weights: Mapping[str, NDArray[Any]], replacements: Sequence[Replacement], policy: Accuracy
+    weights: Mapping[str, NDArray[Any]],
+    replacements: Sequence[Replacement],
+    policy: Accuracy,
+    row_axes: Mapping[str, int],
 ) -> list[int]:
     """Return the replacements in the order in which they are tried."""
     if policy.order == "magnitude":
@@ -224,7 +232,8 @@ def _ordered(
                 f"saliency of {name!r} has the shape {array.shape}, the tensor "
                 f"{weights[name].shape}"
             )
-        block = array.reshape(matrix_shape(array.shape))[replacement.rows, replacement.cols]
+        matrix = array.reshape(matrix_shape(array.shape, row_axes.get(name)))
+        block = matrix[replacement.rows, replacement.cols]
         try:
             means[index] = np.abs(block.astype(np.float64, casting="same_kind")).mean()
         except TypeError as error:

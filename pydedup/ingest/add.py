@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pydedup import config
 from pydedup.accuracy import Accuracy
 from pydedup.adapter import Adapter
-from pydedup.blocks import MatrixView
 from pydedup.errors import (
     ConflictError,
     CorruptStoreError,
@@ -284,7 +283,7 @@ def _match_chosen(matcher: Matcher, request: Request, chosen: Chosen) -> Matched
     model = MatchedModel(request, evidence=chosen.certificate)
     transposed = Transposed(matcher, request, Lossless())
     for entry in request.source.entries:
-        view = MatrixView.of(chosen.arrays[entry.name], request.block_shape)
+        view = request.view_of(entry.name, chosen.arrays[entry.name])
         deltas = chosen.deltas.get(entry.name, {})
         aligned = matcher.aligned.neighbours(request, entry, view.grid)
         hints = Hints(

@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pydedup.accuracy import number
 from pydedup.adapter import Adapter
+from pydedup.blocks import MatrixView
 from pydedup.catalog import taken_versions
 from pydedup.certificates import MEASURED
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
@@ -41,6 +45,9 @@ class Request:
     block_shape: tuple[int, int] | None = None
     #: Whether the version is the next number, and not one that somebody asked for.
     is_numbered: bool = False
+    #: By name, of tensors of which the graph tells more than `blocks.row_axes` can: a kernel of a
+    #: convolution is no stack of matrices, as large as it may be.
+    row_axes: Mapping[str, int] = field(init=False, repr=False)
     #: Tensors as they were read before code of the user ran, by name.
     _first_read: dict[str, bytes] = field(default_factory=dict, repr=False)
 
@@ -59,6 +66,12 @@ class Request:
                 f"metadata {metadata!r} is no mapping, such as {{'tenant': 'acme'}}"
             )
         self.metadata_json()
+        nodes = () if self.graph is None else self.graph.nodes
+        self.row_axes = {node.weights["weight"]: 1 for node in nodes if node.op == "conv2d"}
+
+    def view_of(self, tensor: str, array: NDArray[np.generic]) -> MatrixView:
+        """Return the matrix view of one of its tensors, as it is cut."""
+        return MatrixView.of(array, self.block_shape, self.row_axes.get(tensor))
 
     @property
     def address(self) -> str:

@@ -84,11 +84,11 @@ class Chosen:
         """
         if entry.name not in self.trained:
             return self.errors.get(entry.name, 0.0)
-        now = MatrixView.of(self.arrays[entry.name], request.block_shape)
+        now = request.view_of(entry.name, self.arrays[entry.name])
         changed = np.flatnonzero((hash_view(now) != self.digests[entry.name]).any(axis=1))
         if not len(changed):
             return 0.0
-        source = MatrixView.of(request.source.read(entry.name), request.block_shape)
+        source = request.view_of(entry.name, request.source.read(entry.name))
         request.check_unchanged(entry.name, hash_view(source).tobytes())
         largest = 0.0
         for shape, at in by_shape(now, changed):
@@ -127,7 +127,7 @@ def choose_blocks(
         array = np.empty(entry.shape, entry.dtype.numpy)
         array.reshape(-1).view(np.uint8)[:] = given.data.reshape(-1)
         chosen.arrays[entry.name] = array
-        view = MatrixView.of(array, request.block_shape)
+        view = request.view_of(entry.name, array)
         digests = chosen.digests[entry.name] = hash_view(view) if known is None else known
         request.check_unchanged(entry.name, digests.tobytes())
         references = matcher.find(view, digests)
@@ -146,7 +146,9 @@ def choose_blocks(
         chosen.moved[entry.name] = tensor.moved
         advance(array.nbytes)
     replacements = [offer.replacement for offer in offers]
-    choice = choose(chosen.arrays, replacements, policy, shared=shared, tell=tell)
+    choice = choose(
+        chosen.arrays, replacements, policy, shared=shared, row_axes=request.row_axes, tell=tell
+    )
     for level, offer in zip(choice.levels.tolist(), offers, strict=True):
         # Also of tensors that fine-tuning changed: what was replaced kept its bits.
         delta = offer.deltas[level] if level >= 0 else None

@@ -99,12 +99,15 @@ class Trial:
         weights: Mapping[str, NDArray[Any]],
         replacements: Sequence[Replacement],
         policy: Accuracy,
+        row_axes: Mapping[str, int],
         tell: Callable[[int], None] | None = None,
     ) -> None:
         self.weights = weights
         self.policy = policy
         self._replacements = replacements
-        self._matrices = {name: _matrix(name, array) for name, array in weights.items()}
+        self._matrices = {
+            name: _matrix(name, array, row_axes.get(name)) for name, array in weights.items()
+        }
         self._spots = [self._spot(replacement) for replacement in replacements]
         self._originals: dict[int, NDArray[Any]] = {}
         self._scorer = Scorer(policy.evaluate, weights, tell)
@@ -172,7 +175,7 @@ class Trial:
             if level != KEPT:
                 areas.append((replacement.tensor, (replacement.rows, replacement.cols)))
         for name, area in areas:
-            masks[name].reshape(matrix_shape(masks[name].shape))[area] = True
+            masks[name].reshape(self._matrices[name].shape)[area] = True
         return masks
 
     def errors(self) -> dict[str, float]:
@@ -241,7 +244,7 @@ def changes(before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.float64]:
     return np.where(np.isfinite(found), found, 1.0)
 
 
-def _matrix(name: str, array: NDArray[Any]) -> NDArray[Any]:
+def _matrix(name: str, array: NDArray[Any], row_axes: int | None) -> NDArray[Any]:
     if not (array.flags.c_contiguous and array.flags.writeable):
         raise ArgumentError(f"the working copy of {name!r} must be C-contiguous and writeable")
-    return array.reshape(matrix_shape(array.shape))
+    return array.reshape(matrix_shape(array.shape, row_axes))

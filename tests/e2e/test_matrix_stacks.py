@@ -13,6 +13,7 @@ import pytest
 import pydedup
 from pydedup import blocks, policies
 from pydedup.errors import ArgumentError
+from pydedup.graph import Graph, Node
 from pydedup.types import DType
 
 from .relatives import Model, added_beside, same_bits
@@ -172,3 +173,43 @@ def test_a_kernel_of_a_convolution_is_no_stack(store: pydedup.Store) -> None:
     y = store.tensor("m", "taps").conv2d(x)
     assert y.shape == (1, 64, 1, 74)
     assert store.tensor("m", "images").matmul(np.ones((1, 4 * 130 * 120))).shape == (1, 8)
+
+
+@pytest.mark.parametrize("order", ["magnitude", "saliency"])
+def test_a_kernel_as_large_as_an_image_is_no_stack_where_the_graph_tells(
+    store: pydedup.Store, tmp_path: Path, order: str
+) -> None:
+    """It could be added, and the model then not predict."""
+    node = Node("conv2d", ("x",), "y", {"weight": "kernel"}, {"groups": 2})
+    graph = Graph(("x",), ("y",), (node,))
+    model = {"kernel": drawn((4, 2, 128, 130))}
+    variant = {"kernel": adapted(model["kernel"], 10)}
+    moved = []
+
+    def finetune(weights: Model, frozen: Model) -> Model:
+        moved.append((weights["kernel"] != variant["kernel"]) & ~frozen["kernel"])
+        return {}
+
+    saliency = variant if order == "saliency" else None
+    policy = policies.Accuracy(
+        lambda weights: 1.0, 0.1, order=order, saliency=saliency, finetune=finetune
+    )
+    store.add("m", model, graph=graph)
+    store.add("v", variant, graph=graph, policy=policy)
+    store.copy_to(tmp_path / "copy.db")
+    x = drawn((3, 4, 129, 133), seed=3)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (128, 130), (2, 3))
+    with pydedup.open(tmp_path / "copy.db") as copied:
+        for of in (store, copied):
+            assert not of.tensor("m", "kernel").is_stack
+            for name in ("m", "v"):
+                kernel = of.load(name)["kernel"].astype("f8")
+                wanted = [
+                    np.einsum("nchwyx,ocyx->nohw", windows[:, 2 * i : 2 * i + 2], part)
+                    for i, part in enumerate((kernel[:2], kernel[2:]))
+                ]
+                y = of.predict(name, x)
+                assert np.allclose(y, np.concatenate(wanted, axis=1), rtol=1e-3, atol=1e-3)
+            assert of.verify().errors == []
+    assert len(moved) == 1
+    assert not moved[0].any()
