@@ -141,6 +141,22 @@ class Beyond(nn.Module):
         return self.up[2] if self.up.requires_grad else self.up[-3]
 
 
+def test_what_is_written_to_a_part_of_a_buffer_is_not_lost_unsaid(
+    check: Callable[..., set[str]],
+) -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(2, 128, 160))
+
+        def forward(self, x: Any) -> Any:
+            self.cache[0][3] = x
+            return self.cache[0]
+
+    with pytest.raises(ArgumentError, match="changed in place"):
+        check(Cached(), torch.randn(160))
+
+
 def test_infinite_neighbours_do_not_matter(tmp_path: Path) -> None:
     """Blocks at the end of an expert hold rows of the next one, too."""
     module = Experts((3, 200, 656), turned=False).eval()

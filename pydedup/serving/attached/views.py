@@ -76,15 +76,19 @@ def _getitem(self: torch.Tensor, index: Any) -> Any:
         start, stop, _ = index.indices(self.shape[0])
         if start < stop:
             return _part(self, start, stop)
-    if type(index) is int and _is_stack(self) and -len(self) <= index < len(self):
+    if type(index) is int and _has_entries(self) and -len(self) <= index < len(self):
         return rows_of(self, torch.tensor(index), from_end=True)
     if type(index) is torch.Tensor and index.dtype in (torch.int64, torch.int32) and self.ndim > 1:
         return rows_of(self, index, from_end=True)
     return NotImplemented
 
 
-def _is_stack(weight: StoredParameter) -> bool:
-    return weight.ndim > 2 and weight.stored().is_stack
+def _has_entries(weight: StoredParameter) -> bool:
+    """Return whether it is a stack of matrices of which a copy of one does.
+
+    Of a buffer it does not: what a module writes to a part of one, as to a cache, would be lost.
+    """
+    return weight.ndim > 2 and weight.slot.is_parameter and weight.stored().is_stack
 
 
 def _has_rows(weight: torch.Tensor) -> bool:
