@@ -27,7 +27,7 @@ from pydedup.ingest.pairs import Pairs, farthest_base, pairs_on
 from pydedup.ingest.places import BlockReader, block_of, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
-from pydedup.sets import distinct, is_among
+from pydedup.sets import distinct, find_among
 from pydedup.types import DType
 
 __all__ = [
@@ -210,7 +210,7 @@ class LowRankRelatives:
         first, stop = self._edges[part : part + 2].tolist()
         across = self._view.grid.grid_cols
         numbers = np.arange(first * across, stop * across)
-        is_fresh = is_among(numbers, self._fresh)
+        _, is_fresh = find_among(self._fresh, numbers)
         if self._patience == 0 or is_fresh.mean() < _FRESH:
             return None
         looked_at: list[tuple[bytes, bool]] = []
