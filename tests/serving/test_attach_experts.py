@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, BudgetError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
@@ -113,11 +113,13 @@ def test_experts_in_float64_of_stored_float32(
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_one_expert_at_a_time(check: Callable[..., set[str]]) -> None:
+def test_one_expert_at_a_time(
+    tmp_path: Path, loaded: Callable[[Any], set[str]], check: Callable[..., set[str]]
+) -> None:
     class Looped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up = nn.Parameter(torch.randn(5, 256, 130) / 8)
+            self.up = nn.Parameter(torch.randn(5, 512, 130) / 8)
 
         def forward(self, x: Any) -> Any:
             some, few = torch.tensor([0, 3]), self.up[1:4]
@@ -125,7 +127,14 @@ def test_one_expert_at_a_time(check: Callable[..., set[str]]) -> None:
             by_tensor = x @ self.up[torch.tensor(4)].t(), self.up[some], few[torch.tensor([2])]
             return *by_number, *by_tensor
 
-    assert check(Looped(), torch.randn(3, 130)) == set()
+    module, x = Looped().eval(), torch.randn(3, 130)
+    with pydedup.open(tmp_path / "m.db", memory="2MiB") as store:
+        store.add("m", module)
+        attached = store.attach(copy.deepcopy(module), "m")
+        for got, wanted in zip(attached(x), module(x), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        assert loaded(attached) == set()
+    assert check(module, x) == {"up"}  # small enough to be kept
     with pytest.raises(IndexError):
         check(Beyond(), torch.randn(3, 130))
 
@@ -142,19 +151,24 @@ class Beyond(nn.Module):
 
 
 def test_what_is_written_to_a_part_of_a_buffer_is_not_lost_unsaid(
-    check: Callable[..., set[str]],
+    tmp_path: Path, check: Callable[..., set[str]]
 ) -> None:
     class Cached(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, entries: int) -> None:
             super().__init__()
-            self.register_buffer("cache", torch.zeros(2, 128, 160))
+            self.register_buffer("cache", torch.zeros(entries, 128, 160))
 
         def forward(self, x: Any) -> Any:
             self.cache[0][3] = x
             return self.cache[0]
 
     with pytest.raises(ArgumentError, match="changed in place"):
-        check(Cached(), torch.randn(160))
+        check(Cached(2), torch.randn(160))
+    with pydedup.open(tmp_path / "m.db", memory="2MiB") as store:
+        store.add("m", Cached(20))
+        attached = store.attach(Cached(20).eval(), "m")
+        with pytest.raises(BudgetError, match="'cache' of m@1 cannot be streamed"):
+            attached(torch.randn(160))
 
 
 def test_infinite_neighbours_do_not_matter(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pydedup.serving.attached.activations import made
 from pydedup.serving.attached.functions import as_input
 from pydedup.serving.attached.parameter import StoredParameter, handles
 
-__all__: list[str] = []
+__all__ = ["is_loaded"]
 
 #: Experts of a model that take more than this part of the pool, all together, are not loaded. Those
 #: that are loaded are three times as fast (a token, two experts of eight, 2026-11).
@@ -50,7 +50,7 @@ def _grouped_mm(
         and mat2.shape[:2] == (len(ends), input.shape[1])
         and [0, *ends, len(input)] == sorted([0, *ends, len(input)])
     )
-    if not fits or _is_loaded(mat2):  # torch says what does not fit
+    if not fits or is_loaded(mat2):  # torch says what does not fit
         return NotImplemented
     x = as_input(input, mat2)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -76,7 +76,7 @@ def _grouped_mm(
     return y.to(input.dtype)
 
 
-def _is_loaded(weight: StoredParameter) -> bool:
+def is_loaded(weight: StoredParameter) -> bool:
     """Load it if the experts take a small part of the budget, and return whether it is."""
     slots = weight.attachment.slots
     nbytes = sum(slot.nbytes for slot in slots if len(slot.shape) == len(weight.slot.shape))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pydedup.errors import ArgumentError
+from pydedup.serving.attached.experts import is_loaded
 from pydedup.serving.attached.parameter import StoredParameter, handles
 from pydedup.serving.attached.rows import rows_of
 
@@ -77,6 +78,8 @@ def _getitem(self: torch.Tensor, index: Any) -> Any:
         if start < stop:
             return _part(self, start, stop)
     if type(index) is int and _has_entries(self) and -len(self) <= index < len(self):
+        if is_loaded(self):
+            return NotImplemented
         return rows_of(self, torch.tensor(index), from_end=True)
     if type(index) is torch.Tensor and index.dtype in (torch.int64, torch.int32) and self.ndim > 1:
         return rows_of(self, index, from_end=True)
