@@ -189,6 +189,12 @@ def test_experts_of_a_small_model_are_loaded(check: Callable[..., set[str]]) -> 
         assert check(module, torch.randn(ROWS, 64)) == {"matrices"}
 
 
+def test_experts_of_a_model_that_fits_are_streamed_as_well(check: Callable[..., set[str]]) -> None:
+    """Attached variants have the blocks that they share in memory once."""
+    for turned in (False, True):
+        assert check(Experts((5, 128, 128), turned), torch.randn(ROWS, 128)) == set()
+
+
 def mixtral(**sizes: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(**sizes, num_local_experts=8)

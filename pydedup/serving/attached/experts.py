@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of experts: all their matrices are one tensor, loaded where that is a small part.
+"""Mixtures of experts, whose matrices are all one tensor.
 
-Else of a stack of matrices, whose blocks are those of one each, the experts that are asked are
-streamed. Of small experts, and of what was stored before there were stacks, a block holds rows of
-several: some columns of all of them are read at a time, once per product.
+Of a stack of matrices, whose blocks are those of one each, the experts that are asked are streamed.
+Of small experts, and of what was stored before there were stacks, a block holds rows of several:
+they are loaded where that is a small part of the pool; else some columns of all are read at a time,
+once per product.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pydedup.serving.attached.parameter import StoredParameter, handles
 
 __all__ = ["is_loaded"]
 
-#: Experts of a model that take more than this part of the pool, all together, are not loaded. Those
-#: that are loaded are three times as fast (a token, two experts of eight, 2026-11).
+#: Experts of a model that take more than this part of the pool, all together, are not loaded. No
+#: stacks, those that are loaded are three times as fast (a token, two experts of eight, 2026-11).
 _LOADED_PART = 2
 #: What is read of them at a time takes this part of the budget, or the least that can be read.
 _PIECE_PART = 16
@@ -50,7 +51,11 @@ def _grouped_mm(
         and mat2.shape[:2] == (len(ends), input.shape[1])
         and [0, *ends, len(input)] == sorted([0, *ends, len(input)])
     )
-    if not fits or is_loaded(mat2):  # torch says what does not fit
+    if not fits:  # torch says what does not
+        return NotImplemented
+    stored = mat2.stored()
+    is_rounded = mat2.dtype is torch.float64 and stored.dtype.itemsize < 8
+    if (is_rounded or not stored.is_stack) and is_loaded(mat2):
         return NotImplemented
     x = as_input(input, mat2)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -61,7 +66,7 @@ def _grouped_mm(
         for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False))
         if first < end
     ]
-    if mat2.stored().is_stack:
+    if stored.is_stack:
         for number, rows in groups:
             y[rows] = _product(x[rows], mat2, number)
         return y.to(input.dtype)
