@@ -97,20 +97,9 @@ class Levels:
 
         ``factors`` and ``shared`` are as `add_deltas` takes them.
         """
-        rows = pairs.rows
-        if shared is None:
-            shared = np.zeros(len(rows), np.int64)
-        encoded = codec.encode_deltas(
-            self.blocks,
-            rows,
-            pairs.bases,
-            pairs.base_index,
-            limits=delta_limits(self.kept[rows]) + shared,
-            factors=factors,
-            is_transposed=pairs.is_transposed,
-        )
+        encoded, costs = self._encode(pairs, None, factors, shared)
         good = np.flatnonzero(encoded.lengths > 0)
-        self.kept[rows[good]] = encoded.lengths[good] - shared[good]
+        self.kept[pairs.rows[good]] = costs[good]
 
     def add_deltas(
         self,
@@ -123,26 +112,13 @@ class Levels:
 
         ``shared`` are bytes of each that others on its page have as well.
         """
-        rows, base_index = pairs.rows, pairs.base_index
-        if shared is None:
-            shared = np.zeros(len(rows), np.int64)
-        encoded = codec.encode_deltas(
-            self.blocks,
-            rows,
-            pairs.bases,
-            base_index,
-            limits=delta_limits(self.kept[rows]) + shared,
-            max_rel_error=bound,
-            factors=factors,
-            is_transposed=pairs.is_transposed,
-        )
-        costs = encoded.lengths - shared
+        encoded, costs = self._encode(pairs, bound, factors, shared)
         tags = codec.base_tags(hash_view(pairs.bases))
-        for i, (row, payload) in enumerate(zip(rows.tolist(), encoded.pieces(), strict=True)):
+        for i, (row, payload) in enumerate(zip(pairs.rows.tolist(), encoded.pieces(), strict=True)):
             # An exact one is what a block has that stays as it is.
             if not len(payload) or encoded.encodings[i] != codec.Encoding.QUANTISED:
                 continue
-            base = int(base_index[i])
+            base = int(pairs.base_index[i])
             delta = Delta(
                 int(pairs.references[i]),
                 int(tags[base]),
@@ -152,6 +128,29 @@ class Levels:
             content = partial(_decoded, delta, self.blocks, pairs.bases, base)
             level = Level(content, int(self._plain[row] - costs[i]), delta, bound)
             self._offered[row].append(level)
+
+    def _encode(
+        self,
+        pairs: Pairs,
+        bound: float | None,
+        factors: codec.LowRankFactors | None,
+        shared: NDArray[np.int64] | None,
+    ) -> tuple[codec.EncodedBlocks, NDArray[np.int64]]:
+        """Return deltas that take less than the blocks do, and what each takes."""
+        rows = pairs.rows
+        if shared is None:
+            shared = np.zeros(len(rows), np.int64)
+        encoded = codec.encode_deltas(
+            self.blocks,
+            rows,
+            pairs.bases,
+            pairs.base_index,
+            limits=delta_limits(self.kept[rows]) + shared,
+            max_rel_error=bound,
+            factors=factors,
+            is_transposed=pairs.is_transposed,
+        )
+        return encoded, encoded.lengths - shared
 
 
 class MovedBases:
