@@ -194,8 +194,8 @@ class StoredTensor:
         Raises
         ------
         ArgumentError
-            When the tensor is no such weight, or shapes or sizes do not fit; see
-            `pydedup.conv.conv2d`. Kernels of 1-D convolutions have less than 128 elements.
+            When the tensor is no such weight, but a stack of matrices, or shapes or sizes do not
+            fit; see `pydedup.conv.conv2d`.
         """
         self._refuse_stack("conv2d")
         if len(self.shape) not in (3, 4):

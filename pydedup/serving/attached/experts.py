@@ -19,8 +19,9 @@ import torch
 from pydedup.errors import BudgetError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.serving.attached.activations import made
-from pydedup.serving.attached.functions import as_input
+from pydedup.serving.attached.functions import as_input, rounds_inputs
 from pydedup.serving.attached.parameter import StoredParameter, handles
+from pydedup.serving.attached.weights import Rows
 
 __all__ = ["is_loaded"]
 
@@ -53,9 +54,8 @@ def _grouped_mm(
     )
     if not fits:  # torch says what does not
         return NotImplemented
-    stored = mat2.stored()
-    is_rounded = mat2.dtype is torch.float64 and stored.dtype.itemsize < 8
-    if (is_rounded or not stored.is_stack) and is_loaded(mat2):
+    is_stack = mat2.stored().is_stack
+    if (rounds_inputs(mat2) or not is_stack) and is_loaded(mat2):
         return NotImplemented
     x = as_input(input, mat2)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -66,7 +66,7 @@ def _grouped_mm(
         for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False))
         if first < end
     ]
-    if stored.is_stack:
+    if is_stack:
         for number, rows in groups:
             y[rows] = _product(x[rows], mat2, number)
         return y.to(input.dtype)
@@ -99,10 +99,8 @@ def _product(x: torch.Tensor, weight: StoredParameter, number: int) -> torch.Ten
     _, height, _ = weight.slot.shape
     first, stop = number * height, (number + 1) * height
     weights = weight.attachment.weights()
-    # A kernel would round the rows of a module in float64 to float32, where that is stored.
-    if x.dtype is torch.float64 and weight.stored().dtype.itemsize < 8:
-        part, before = weights.part(weight.number, (first, stop))
-        matrix = made(to_torch(part.numpy()[before : before + height])).to(x.dtype)
+    if rounds_inputs(weight):
+        matrix = _read(weight, (first, stop)).to(x.dtype)
         return x @ (matrix.t() if weight.transposed else matrix)
     if weight.transposed:
         part, before = weights.part(weight.number, (first, stop))
@@ -116,14 +114,19 @@ def _product(x: torch.Tensor, weight: StoredParameter, number: int) -> torch.Ten
         count = rows[1] - rows[0]
         if not count:
             continue
-        part, before = weights.part(weight.number, rows)
+        part, _ = weights.part(weight.number, rows)
         given = x[:, rows[0] - first : rows[1] - first]
         if part.shape[0] == count:
             total += torch.from_numpy(part.matmul(given.numpy(), transpose=True))
         else:
-            matrix = made(to_torch(part.numpy()[before : before + count]))
-            total += given @ matrix.to(x.dtype)
+            total += given @ _read(weight, rows).to(x.dtype)
     return total
+
+
+def _read(weight: StoredParameter, rows: Rows) -> torch.Tensor:
+    """Return rows of the matrices of a stack, one below the other, as they are stored."""
+    part, before = weight.attachment.weights().part(weight.number, rows)
+    return made(to_torch(part.numpy()[before : before + rows[1] - rows[0]]))
 
 
 def _pieces(weight: StoredParameter) -> Iterator[tuple[slice, torch.Tensor]]:
