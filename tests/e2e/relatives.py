@@ -43,16 +43,24 @@ def dense(tensors: int = 2, dtype: DType = DType.F32) -> Model:
 
 
 def adapted(model: Model, rank: int, seed: int = 32, share: float = 0.01) -> Model:
-    """Return weights + (B @ A * scaling).to(their dtype), that part of them, as LoRA does."""
+    """Return weights + (B @ A * scaling).to(their dtype), that part of them, as LoRA does.
+
+    Of a stack of matrices, each has its own.
+    """
     rng = np.random.default_rng(seed)
 
     def of(weight: NDArray[Any]) -> NDArray[Any]:
-        rows, cols = weight.shape
-        by = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, cols))
+        *outer, rows, cols = weight.shape
+        by = rng.normal(size=(*outer, rows, rank)) @ rng.normal(size=(*outer, rank, cols))
         by *= share * 0.02 / rank**0.5
         return weight + by.astype("f4").astype(weight.dtype)
 
     return {name: of(weight) for name, weight in model.items()}
+
+
+def share_of(report: pydedup.AddReport) -> float:
+    """Return what the blocks of a model took of its size."""
+    return report.stored_bytes / report.logical_bytes
 
 
 def same_bits(store: pydedup.Store, name: str, model: Model) -> bool:

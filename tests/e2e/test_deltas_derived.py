@@ -17,7 +17,7 @@ from pydedup.errors import QuotaError
 from pydedup.types import DType
 
 from .damage import change
-from .relatives import Model
+from .relatives import Model, share_of
 
 LOSSLESS = policies.Lossless()
 SHAPE = 512, 384
@@ -59,10 +59,6 @@ class Family:
 
     def _plus(self, model: Model, by: Any) -> Model:
         return {name: self._rounded(w.astype("f8") + by()) for name, w in model.items()}
-
-
-def share_of(report: pydedup.AddReport) -> float:
-    return report.stored_bytes / report.logical_bytes
 
 
 def check_bits(store: pydedup.Store, models: dict[str, Model]) -> None:

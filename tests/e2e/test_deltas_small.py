@@ -10,7 +10,7 @@ import pydedup
 from pydedup import policies
 from pydedup.types import DType
 
-from .relatives import Model, adapted, added_beside, same_bits
+from .relatives import Model, adapted, added_beside, same_bits, share_of
 
 LOSSLESS = policies.Lossless()
 # Whole blocks, blocks at edges, and of less than one.
@@ -43,10 +43,6 @@ def tuned(model: Model, seed: int, rows: float = 1) -> Model:
 
 def with_adapter(model: Model, seed: int, rank: int = 4) -> Model:
     return model | adapted(weights(model), rank, seed)
-
-
-def share_of(report: pydedup.AddReport) -> float:
-    return report.stored_bytes / report.logical_bytes
 
 
 @pytest.mark.parametrize("joint", [False, True])

@@ -16,7 +16,7 @@ from pydedup import policies
 from pydedup.ingest import aligned, stored_models
 from pydedup.types import DType
 
-from .relatives import Model, adapted, added_beside, same_bits
+from .relatives import Model, adapted, added_beside, same_bits, share_of
 
 LOSSLESS = policies.Lossless()
 # Several of a shape, square ones among them; edges; of less than a block; above what is gathered.
@@ -49,10 +49,6 @@ def tuned(model: Model, seed: int) -> Model:
         name: (tensor + rng.normal(0, 0.0002, tensor.shape)).astype("f4").astype(tensor.dtype)
         for name, tensor in model.items()
     }
-
-
-def share_of(report: pydedup.AddReport) -> float:
-    return report.stored_bytes / report.logical_bytes
 
 
 @pytest.mark.parametrize("joint", [False, True])

@@ -16,7 +16,7 @@ from pydedup.errors import ArgumentError
 from pydedup.graph import Graph, Node
 from pydedup.types import DType
 
-from .relatives import Model, added_beside, same_bits
+from .relatives import Model, adapted, added_beside, same_bits, share_of
 
 LOSSLESS = policies.Lossless()
 # Whose matrices end where a block does, in the middle of one, and within the first one.
@@ -44,18 +44,6 @@ def apart(model: Model) -> Model:
     }
 
 
-def adapted(stack: Any, seed: int, rank: int = 8) -> Any:
-    """Return the stack with an adapter of that rank merged into each of its matrices."""
-    rng = np.random.default_rng(seed)
-    *outer, rows, cols = stack.shape
-    by = rng.normal(size=(*outer, rows, rank)) @ rng.normal(size=(*outer, rank, cols))
-    return stack + (by * (2e-4 / rank**0.5)).astype("f4").astype(stack.dtype)
-
-
-def share_of(report: pydedup.AddReport) -> float:
-    return report.stored_bytes / report.logical_bytes
-
-
 @pytest.mark.parametrize("joint", [False, True])
 def test_matrices_of_a_stack_share_blocks_with_those_that_stand_alone(
     store: pydedup.Store, joint: bool
@@ -80,11 +68,11 @@ def test_adapters_in_a_stack_take_what_they_do_in_a_matrix(
 ) -> None:
     """They took what any fine-tune does, 63 and 28 %."""
     base = drawn(shape, dtype)
-    model = {"experts": adapted(base, 7)}
+    model = adapted({"experts": base}, 8, 7)
     report = added_beside(store, {"experts": base}, model, LOSSLESS, joint=False)
     assert same_bits(store, "m", model)
     middle = {"w": base.reshape(-1, shape[2])}
-    flat = {"w": adapted(middle["w"][None], 8)[0]}
+    flat = adapted(middle, 8, 8)
     of_matrix = added_beside(store, middle, flat, LOSSLESS, joint=True)
     # Each matrix has factors of its own, and those of a block across two are of both.
     assert share_of(report) < share_of(of_matrix) + 0.16
@@ -94,7 +82,7 @@ def test_adapters_in_a_stack_take_what_they_do_in_a_matrix(
 @pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.01), policies.Exact()], ids=repr)
 def test_whole_life(store: pydedup.Store, tmp_path: Path, policy: policies.Policy) -> None:
     base = stacked()
-    model = {name: adapted(stack, 9) for name, stack in base.items()}
+    model = adapted(base, 8, 9)
     for name, weights in (("base", base), ("m", model)):
         said = store.add(name, weights, policy=policy, dry_run=True)
         assert store.add(name, weights, policy=policy).stored_bytes == said.stored_bytes
@@ -183,7 +171,7 @@ def test_a_kernel_as_large_as_an_image_is_no_stack_where_the_graph_tells(
     node = Node("conv2d", ("x",), "y", {"weight": "kernel"}, {"groups": 2})
     graph = Graph(("x",), ("y",), (node,))
     model = {"kernel": drawn((4, 2, 128, 130))}
-    variant = {"kernel": adapted(model["kernel"], 10)}
+    variant = adapted(model, 8, 10)
     moved = []
 
     def finetune(weights: Model, frozen: Model) -> Model:
