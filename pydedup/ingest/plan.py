@@ -67,7 +67,10 @@ class Request:
             )
         self.metadata_json()
         nodes = () if self.graph is None else self.graph.nodes
-        self.row_axes = {node.weights["weight"]: 1 for node in nodes if node.op == "conv2d"}
+        kernels = {node.weights["weight"] for node in nodes if node.op == "conv2d"}
+        # Tied tensors have the same blocks, so that all are cut as the one that the graph names.
+        tied = {entry.key for entry in self.source.entries if entry.name in kernels}
+        self.row_axes = {entry.name: 1 for entry in self.source.entries if entry.key in tied}
 
     def view_of(self, tensor: str, array: NDArray[np.generic]) -> MatrixView:
         """Return the matrix view of one of its tensors, as it is cut."""

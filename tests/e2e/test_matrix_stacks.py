@@ -201,3 +201,19 @@ def test_a_kernel_as_large_as_an_image_is_no_stack_where_the_graph_tells(
             assert of.verify().errors == []
     assert len(moved) == 1
     assert not moved[0].any()
+
+
+@pytest.mark.parametrize(
+    "policy", [LOSSLESS, policies.Accuracy(lambda weights: 1.0, 0.1)], ids=lambda one: one.name
+)
+def test_a_kernel_that_the_graph_knows_by_the_second_of_its_names(
+    store: pydedup.Store, policy: policies.Policy
+) -> None:
+    """It was cut as a stack, under `Accuracy` with the hashes of one, which verify told of."""
+    graph = Graph(("x",), ("y",), (Node("conv2d", ("x",), "y", {"weight": "used"}),))
+    kernel = drawn((4, 2, 130, 140))
+    store.add("m", {"tied": kernel, "used": kernel}, graph=graph, policy=policy)
+    assert not store.tensor("m", "tied").is_stack
+    x = drawn((1, 2, 130, 140), seed=3)
+    assert np.allclose(store.predict("m", x)[0, :, 0, 0], (kernel * x).sum((1, 2, 3)), atol=1e-4)
+    assert store.verify().errors == []
