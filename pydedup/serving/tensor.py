@@ -110,9 +110,14 @@ class StoredTensor:
         return self._info.block_shape
 
     @property
+    def row_axes(self) -> int:
+        """How many axes are rows of its matrix view: the first, or all but the last of a stack."""
+        return self._info.row_axes
+
+    @property
     def is_stack(self) -> bool:
         """Whether it is a stack of matrices, each of which has blocks of its own."""
-        return self._info.row_axes > 1
+        return self.row_axes > 1
 
     def matmul(
         self,

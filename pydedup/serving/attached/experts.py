@@ -13,17 +13,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from pydedup.errors import BudgetError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.serving.attached.activations import made
-from pydedup.serving.attached.functions import as_input, rounds_inputs
+from pydedup.serving.attached.functions import as_input
 from pydedup.serving.attached.parameter import StoredParameter, handles
-from pydedup.serving.attached.weights import Rows
 
-__all__ = ["is_loaded"]
+__all__: list[str] = []
 
 #: Experts of a model that take more than this part of the pool, all together, are not loaded. No
 #: stacks, those that are loaded are three times as fast (a token, two experts of eight, 2026-11).
@@ -54,22 +52,22 @@ def _grouped_mm(
     )
     if not fits:  # torch says what does not
         return NotImplemented
-    is_stack = mat2.stored().is_stack
-    if (rounds_inputs(mat2) or not is_stack) and is_loaded(mat2):
-        return NotImplemented
-    x = as_input(input, mat2)
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    x = x.to(dtype)
-    y = x.new_zeros(len(x), mat2.shape[2])
     groups = [
         (number, slice(first, end))
         for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False))
         if first < end
     ]
-    if is_stack:
+    x = as_input(input, mat2)
+    if mat2.stored().is_stack:
+        y = x.new_zeros(len(x), mat2.shape[2])
         for number, rows in groups:
-            y[rows] = _product(x[rows], mat2, number)
-        return y.to(input.dtype)
+            y[rows] = x[rows] @ mat2.entry(number)
+        return y
+    if _is_loaded(mat2):
+        return NotImplemented
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    x = x.to(dtype)
+    y = x.new_zeros(len(x), mat2.shape[2])
     for lines, part in _pieces(mat2) if groups else ():
         for number, rows in groups:
             matrix = part[number].to(dtype)
@@ -81,7 +79,7 @@ def _grouped_mm(
     return y.to(input.dtype)
 
 
-def is_loaded(weight: StoredParameter) -> bool:
+def _is_loaded(weight: StoredParameter) -> bool:
     """Load it if the experts take a small part of the budget, and return whether it is."""
     slots = weight.attachment.slots
     nbytes = sum(slot.nbytes for slot in slots if len(slot.shape) == len(weight.slot.shape))
@@ -92,41 +90,6 @@ def is_loaded(weight: StoredParameter) -> bool:
     except BudgetError:  # others have loaded too much
         return False
     return True
-
-
-def _product(x: torch.Tensor, weight: StoredParameter, number: int) -> torch.Tensor:
-    """Return the product of rows and one matrix of a stack."""
-    _, height, _ = weight.slot.shape
-    first, stop = number * height, (number + 1) * height
-    weights = weight.attachment.weights()
-    if rounds_inputs(weight):
-        matrix = _read(weight, (first, stop)).to(x.dtype)
-        return x @ (matrix.t() if weight.transposed else matrix)
-    if weight.transposed:
-        part, before = weights.part(weight.number, (first, stop))
-        y = part.matmul(x.numpy())[:, before : before + height]
-        return torch.from_numpy(np.ascontiguousarray(y))
-    # Blocks at its ends may hold rows of other matrices: zeros times these may be no zeros.
-    step = weight.stored().block_shape[0]
-    top, bottom = -(-first // step) * step, stop // step * step
-    total = x.new_zeros(len(x), weight.slot.shape[2])
-    for rows in ((first, top), (top, bottom), (bottom, stop)) if top < bottom else ((first, stop),):
-        count = rows[1] - rows[0]
-        if not count:
-            continue
-        part, _ = weights.part(weight.number, rows)
-        given = x[:, rows[0] - first : rows[1] - first]
-        if part.shape[0] == count:
-            total += torch.from_numpy(part.matmul(given.numpy(), transpose=True))
-        else:
-            total += given @ _read(weight, rows).to(x.dtype)
-    return total
-
-
-def _read(weight: StoredParameter, rows: Rows) -> torch.Tensor:
-    """Return rows of the matrices of a stack, one below the other, as they are stored."""
-    part, before = weight.attachment.weights().part(weight.number, rows)
-    return made(to_torch(part.numpy()[before : before + rows[1] - rows[0]]))
 
 
 def _pieces(weight: StoredParameter) -> Iterator[tuple[slice, torch.Tensor]]:

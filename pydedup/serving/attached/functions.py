@@ -21,8 +21,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from pydedup.errors import ArgumentError
+from pydedup.matmul import compute_dtype
 from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
+from pydedup.serving.attached.weights import Rows
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
@@ -125,7 +127,10 @@ def streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
         return None
     slot = weight.slot
     stored = weight.stored()
-    if len(stored.shape) != ndim or stored.is_stack or not slot.dtype.is_floating_point:
+    # Of a stack, a matrix.
+    if len(slot.shape) - len(weight.entries) != ndim or not slot.dtype.is_floating_point:
+        return None
+    if stored.is_stack and ndim != 2:
         return None
     # Kernels of convolutions take all filters, as they are.
     if ndim > 2 and (weight.rows is not None or weight.transposed):
@@ -160,7 +165,7 @@ def _product(
     given = as_floats(x, weight, keeps_bf16=True)
     x_bytes = given.size * max(given.itemsize, 4)
     transpose = weight.transposed is not transpose
-    if weight.rows is None:
+    if weight.rows is None and not weight.entries:
         outer, inner = stored.shape[::-1] if transpose else stored.shape
         # Kernels keep a copy of x beside the result.
         needed(x_bytes + x_bytes // max(inner, 1) * outer)
@@ -175,28 +180,67 @@ def _product(
                 offset = offset.repeat(outer)
             y = stored.matmul(given, bias=offset, transpose=transpose)
         return as_result(y, x.dtype)
+    rows = weight.lines()
+    outer, inner = rows[1] - rows[0], stored.shape[-1]
     if transpose:
-        return NotImplemented
-    count = weight.rows[1] - weight.rows[0]
+        outer, inner = inner, outer
     offset = _bias(bias)
-    if offset is not None and offset.size not in (1, count):
+    if given.shape[-1:] != (inner,) or (offset is not None and offset.size not in (1, outer)):
         return NotImplemented  # torch says what is wrong
-    part, before = weight.attachment.weights().part(weight.number, weight.rows)
-    needed(x_bytes + x_bytes // max(part.shape[1], 1) * part.shape[0])
-    y = np.ascontiguousarray(part.matmul(given)[..., before : before + count])
+    if transpose:
+        needed(2 * x_bytes + x_bytes // max(inner, 1) * outer)
+        y = _times_rows(given, weight, rows)
+    else:
+        part, before = weight.attachment.weights().part(weight.number, rows)
+        needed(x_bytes + x_bytes // max(inner, 1) * part.shape[0])
+        y = np.ascontiguousarray(part.matmul(given)[..., before : before + outer])
     if offset is not None:
         y += offset
     return as_result(y, x.dtype)
 
 
+def _times_rows(x: NDArray[Any], weight: StoredParameter, rows: Rows) -> NDArray[Any]:
+    """Return x @ these rows of the matrix view of a weight."""
+    weights, stored = weight.attachment.weights(), weight.stored()
+    first, stop = rows
+    y = np.zeros((*x.shape[:-1], stored.shape[-1]), compute_dtype(stored.dtype))
+    # Blocks at the ends may have rows of others: zeros times these may be no zeros.
+    step = stored.block_shape[0]
+    top, bottom = -(-first // step) * step, stop // step * step
+    for start, end in ((first, top), (top, bottom), (bottom, stop)) if top < bottom else (rows,):
+        if start == end:
+            continue
+        part, before = weights.part(weight.number, (start, end))
+        given = x[..., start - first : end - first]
+        if part.shape[0] == end - start:
+            y += part.matmul(given, transpose=True)
+        else:
+            matrix = part.numpy()[before : before + end - start]
+            y += given.astype(y.dtype) @ matrix.astype(y.dtype)
+    return y
+
+
 @handles(torch.matmul, _Tensor.matmul, _Tensor.__matmul__)
 def _matmul(input: torch.Tensor, other: torch.Tensor) -> Any:
+    if input.ndim == other.ndim == 3:
+        return _bmm(input, other)
     if type(input) is StoredParameter:  # W @ x = (x.T @ W.T).T
         if other.ndim not in (1, 2):
             return NotImplemented
         y = _product(other.t(), input, None, transpose=False)
         return y if y is NotImplemented else y.t()
     return _product(input, other, None, transpose=True)
+
+
+@handles(torch.bmm, _Tensor.bmm)
+def _bmm(input: torch.Tensor, mat2: torch.Tensor) -> Any:
+    if type(mat2) is not StoredParameter or type(input) is StoredParameter:
+        return NotImplemented
+    if not mat2.stored().is_stack or mat2.ndim != 3:
+        return NotImplemented
+    if (len(mat2), mat2.shape[1]) != (len(input), input.shape[2]) or not len(mat2):
+        return NotImplemented  # torch repeats what is one, or says what is wrong
+    return torch.stack([input[number] @ mat2.entry(number) for number in range(len(mat2))])
 
 
 @handles(torch.mm, _Tensor.mm)

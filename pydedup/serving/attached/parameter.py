@@ -11,6 +11,7 @@ What reaches torch's dispatcher unseen by the first does so through ``__torch_di
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self
@@ -46,15 +47,16 @@ class StoredParameter(torch.Tensor):
     ----------
     attachment, number
         Which slot of which attached module it is.
-    transposed, rows
-        What view of the matrix it is: first rows, then transposed. Of three axes, these are rows
-        of the first, and the other two transposed.
+    entries, rows, transposed
+        What view of the tensor it is: first the entry of each of its first axes (only of a stack of
+        matrices), then rows of the axis behind these, then the last two axes transposed.
     """
 
     attachment: Attachment
     number: int
-    transposed: bool
+    entries: tuple[int, ...]
     rows: Rows | None
+    transposed: bool
     _is_param: bool
 
     @staticmethod
@@ -63,12 +65,13 @@ class StoredParameter(torch.Tensor):
         attachment: Attachment,
         number: int,
         *,
+        entries: tuple[int, ...] = (),
         rows: Rows | None = None,
         transposed: bool = False,
     ) -> Self:
         """Make the parameter of a slot, or a view of it."""
         slot = attachment.slots[number]
-        shape = slot.shape if rows is None else (rows[1] - rows[0], *slot.shape[1:])
+        shape = _shape(slot, entries, rows)
         strides = None
         if transposed:
             *outer, height, width = shape
@@ -85,9 +88,11 @@ class StoredParameter(torch.Tensor):
         torch._C._set_throw_on_mutable_data_ptr(made)
         made.attachment = attachment
         made.number = number
-        made.transposed = transposed
+        made.entries = entries
         made.rows = rows
-        made._is_param = slot.is_parameter and rows is None and not transposed
+        made.transposed = transposed
+        is_whole = not entries and rows is None and not transposed
+        made._is_param = slot.is_parameter and is_whole
         return made
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -114,16 +119,54 @@ class StoredParameter(torch.Tensor):
         """Its name, and of what model, for messages."""
         return f"{self.slot.names[0]!r} of {self.attachment.address}"
 
-    def view_of(self, *, rows: Rows | None, transposed: bool) -> StoredParameter:
-        """Return another view of the same slot."""
-        return StoredParameter(self.attachment, self.number, rows=rows, transposed=transposed)
+    def with_rows(self, rows: Rows) -> StoredParameter:
+        """Return the view that has these rows of the whole first axis; it is not transposed."""
+        return StoredParameter(self.attachment, self.number, entries=self.entries, rows=rows)
+
+    def with_transposed(self) -> StoredParameter:
+        """Return the view with the last two axes the other way round."""
+        return StoredParameter(
+            self.attachment,
+            self.number,
+            entries=self.entries,
+            rows=self.rows,
+            transposed=not self.transposed,
+        )
+
+    def entry(self, index: int) -> StoredParameter:
+        """Return the view that is an entry, which exists, of the first axis of this one."""
+        first = 0 if self.rows is None else self.rows[0]
+        entries = *self.entries, first + index
+        # Of a matrix, a row is left, which has nothing to be transposed.
+        transposed = self.transposed and len(self.slot.shape) - len(entries) > 1
+        return StoredParameter(self.attachment, self.number, entries=entries, transposed=transposed)
+
+    def lines(self) -> Rows:
+        """Return which rows of the matrix view of the slot it has."""
+        axes = self.slot.shape[: self.stored().row_axes]
+        first, count = 0, math.prod(axes)
+        for size, entry in zip(axes, self.entries, strict=False):
+            count //= size
+            first += entry * count
+        if self.rows is None:
+            return first, first + count
+        each = math.prod(axes[len(self.entries) + 1 :])
+        return first + self.rows[0] * each, first + self.rows[1] * each
 
     def loaded(self) -> torch.Tensor:
-        """Return the elements: the loaded tensor of the slot, or a view of it."""
+        """Return the elements: the loaded tensor of the slot, or a view of it.
+
+        Of an entry of a stack they are a copy, read for this where the stack is not loaded.
+        """
         refuse_tracing(self.label)
-        whole = self.attachment.weights().loaded(self.number)
-        if self.rows is not None:
-            whole = whole[self.rows[0] : self.rows[1]]
+        weights = self.attachment.weights()
+        if self.entries:
+            whole = weights.lines(self.number, self.lines())
+            whole = whole.view(_shape(self.slot, self.entries, self.rows))
+        else:
+            whole = weights.loaded(self.number)
+            if self.rows is not None:
+                whole = whole[self.rows[0] : self.rows[1]]
         return whole.mT if self.transposed else whole
 
     def stored(self) -> StoredTensor:
@@ -160,6 +203,12 @@ class StoredParameter(torch.Tensor):
     ) -> Any:
         """Call an operator that torch reached without asking `__torch_function__`."""
         return _with_loaded(func, func._schema.name, args, kwargs or {})
+
+
+def _shape(slot: Slot, entries: tuple[int, ...], rows: Rows | None) -> tuple[int, ...]:
+    """Return the shape of a view that is not transposed."""
+    shape = slot.shape[len(entries) :]
+    return shape if rows is None else (rows[1] - rows[0], *shape[1:])
 
 
 def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -232,9 +281,15 @@ def _with_loaded(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str,
     for value in changed:
         if type(value) is StoredParameter:
             value._refuse(f"changed (by {name})")
-    result = func(*map(_loaded, args), **{key: _loaded(value) for key, value in kwargs.items()})
-    for value in (*args, *kwargs.values()):  # `inplace=True`: it raises where that happened
-        _loaded(value)
+    given: list[tuple[StoredParameter, torch.Tensor, int]] = []
+    result = func(
+        *(_loaded(value, given) for value in args),
+        **{key: _loaded(value, given) for key, value in kwargs.items()},
+    )
+    for stored, tensor, version in given:
+        if tensor._version != version:  # `inplace=True`
+            stored.loaded()  # what is kept is dropped, and this raises
+            stored._refuse(f"changed (by {name})")
     return result
 
 
@@ -247,9 +302,12 @@ def _changes_first(name: str) -> bool:
     return name.endswith("_")
 
 
-def _loaded(value: Any) -> Any:
+def _loaded(value: Any, given: list[tuple[StoredParameter, torch.Tensor, int]]) -> Any:
+    """Return an argument with what is loaded in it, which is noted with its count of changes."""
     if type(value) is StoredParameter:
-        return value.loaded()
+        tensor = value.loaded()
+        given.append((value, tensor, tensor._version))
+        return tensor
     if type(value) in (list, tuple):
-        return type(value)(map(_loaded, value))
+        return type(value)(_loaded(each, given) for each in value)
     return value

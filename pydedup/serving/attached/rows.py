@@ -60,18 +60,21 @@ def rows_of(weight: torch.Tensor, ids: torch.Tensor, *, from_end: bool = False) 
     if type(weight) is not StoredParameter or weight.transposed or type(ids) is StoredParameter:
         return NotImplemented
     stored = weight.stored()
-    if len(stored.shape) < 2:
+    if len(stored.shape) < 2 or (weight.entries and weight.ndim != 2):
         return NotImplemented
     taken = _ids(ids, weight)
     if from_end:
         taken = from_front(taken, weight.shape[0])
-    if weight.rows is not None:
+    if weight.rows is not None or weight.entries:
         if taken.size and not 0 <= taken.min() <= taken.max() < weight.shape[0]:
             raise ArgumentError(
                 f"ids from {taken.min()} to {taken.max()} for {weight.shape[0]} rows of "
                 f"{weight.label}"
             )
-        taken = taken + weight.rows[0]
+        first, _ = weight.rows or (0, 0)
+        if weight.entries:
+            stored, first = weight.attachment.weights().part(weight.number, weight.lines())
+        taken = taken + first
     return made(to_torch(stored.take(taken))).to(weight.slot.dtype)
 
 
@@ -91,7 +94,7 @@ def _embedding_bag(
 ) -> Any:
     if type(weight) is not StoredParameter or type(input) is StoredParameter:
         return NotImplemented
-    if weight.transposed or weight.rows is not None:
+    if weight.transposed or weight.rows is not None or weight.entries:
         return NotImplemented
     if max_norm is not None:  # torch shrinks the rows of its own table
         used, places = np.unique(_ids(input, weight), return_inverse=True)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from pydedup.errors import ArgumentError
-from pydedup.serving.attached.experts import is_loaded
 from pydedup.serving.attached.parameter import StoredParameter, handles
 from pydedup.serving.attached.rows import rows_of
 
@@ -42,7 +41,7 @@ def _transpose(input: StoredParameter, dim0: int, dim1: int) -> Any:
         return NotImplemented
     if {dim0 % rank, dim1 % rank} != {rank - 2, rank - 1}:
         return NotImplemented
-    return input.view_of(rows=input.rows, transposed=not input.transposed)
+    return input.with_transposed()
 
 
 @handles(_Tensor.split, torch.split)
@@ -77,21 +76,37 @@ def _getitem(self: torch.Tensor, index: Any) -> Any:
         start, stop, _ = index.indices(self.shape[0])
         if start < stop:
             return _part(self, start, stop)
-    if type(index) is int and _has_entries(self) and -len(self) <= index < len(self):
-        if is_loaded(self):
-            return NotImplemented
-        return rows_of(self, torch.tensor(index), from_end=True)
-    if type(index) is torch.Tensor and index.dtype in (torch.int64, torch.int32) and self.ndim > 1:
+    if type(index) is tuple and index and type(index[0]) is int and _has_entries(self):
+        entry = self[index[0]]
+        return entry[index[1:]] if len(index) > 1 else entry
+    is_number = type(index) is torch.Tensor and index.dtype in (torch.int64, torch.int32)
+    if is_number and index.ndim == 0 and _has_entries(self):
+        index, is_number = int(index), False  # of torch, a view as well
+    if type(index) is int and _has_entries(self):
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{index} is no index of {self.label}, of shape {tuple(self.shape)}")
+        return self.entry(index % len(self))
+    if is_number and self.ndim > 1:
         return rows_of(self, index, from_end=True)
     return NotImplemented
 
 
-def _has_entries(weight: StoredParameter) -> bool:
-    """Return whether it is a stack of matrices of which a copy of one does.
+@handles(_Tensor.select, torch.select)
+def _select(input: StoredParameter, dim: int, index: int) -> Any:
+    return _getitem(input, index) if dim in (0, -input.ndim) else NotImplemented
 
-    Of a buffer it does not: what a module writes to a part of one, as to a cache, would be lost.
-    """
-    return weight.ndim > 2 and weight.slot.is_parameter and weight.stored().is_stack
+
+@handles(_Tensor.unbind, torch.unbind)
+def _unbind(input: StoredParameter, dim: int = 0) -> Any:
+    if not _has_entries(input) or dim not in (0, -input.ndim):
+        return NotImplemented
+    return tuple(map(input.entry, range(len(input))))
+
+
+def _has_entries(weight: StoredParameter) -> bool:
+    """Return whether an entry of its first axis is a view: a matrix of a stack, or a row of one."""
+    axes = 1 if weight.transposed and weight.ndim == 2 else weight.ndim
+    return axes > 1 and weight.stored().is_stack
 
 
 def _has_rows(weight: torch.Tensor) -> bool:
@@ -100,7 +115,7 @@ def _has_rows(weight: torch.Tensor) -> bool:
 
 def _part(weight: StoredParameter, start: int, stop: int) -> StoredParameter:
     first = 0 if weight.rows is None else weight.rows[0]
-    return weight.view_of(rows=(first + start, first + stop), transposed=False)
+    return weight.with_rows((first + start, first + stop))
 
 
 @handles(_Tensor.detach, _Tensor.data.__get__)  # type: ignore[attr-defined]

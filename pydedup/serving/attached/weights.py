@@ -25,7 +25,7 @@ from pydedup.errors import ArgumentError, BudgetError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.matmul import compute_dtype
 from pydedup.pool import PagePool, Reservation
-from pydedup.serving.attached.activations import Activations, not_measured
+from pydedup.serving.attached.activations import Activations, made, not_measured
 from pydedup.serving.attached.pieces import Pieces
 from pydedup.serving.attached.slots import Slot, find_slots
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
@@ -69,7 +69,7 @@ class Weights:
     def part(self, number: int, rows: Rows) -> tuple[StoredTensor, int]:
         """Return the least rows in whole blocks that hold these of a slot, and how many precede.
 
-        Of a stack of matrices, rows are those of its matrices, one below the other.
+        Rows are those of the matrix view: of a stack, those of its matrices, one below the other.
         """
         key = number, rows
         found = self._parts.get(key)
@@ -101,6 +101,20 @@ class Weights:
             )
         return whole
 
+    def lines(self, number: int, rows: Rows) -> torch.Tensor:
+        """Return rows of the matrix view of a slot in the module's dtype, without loading others.
+
+        Raises as `loaded` does where the whole is loaded.
+        """
+        if number in self._loaded:
+            whole = self.loaded(number)
+            return whole.view(-1, whole.shape[-1])[rows[0] : rows[1]]
+        part, before = self.part(number, rows)
+        # Outside of inference mode, where changes in place are not counted.
+        with torch.inference_mode(False):
+            read = made(to_torch(part.numpy()[before : before + rows[1] - rows[0]]))
+            return read.to(self._slots[number].dtype)
+
     def bias(self, number: int) -> NDArray[np.floating]:
         """Return a vector as kernels take it: float32, or float64 where that is stored."""
         whole = self.loaded(number)
@@ -124,10 +138,10 @@ class Weights:
         """
         offset = None if bias is None else self.bias(bias)
         key = number, bias, transpose
-        made = self._products.get(key)
-        if made is None or made.state != self.model.state or made.bias is not offset:
-            made = self._products[key] = self._product(number, offset, transpose)
-        y = None if made.stack is None else made.stack.run(self._pool, x)
+        product = self._products.get(key)
+        if product is None or product.state != self.model.state or product.bias is not offset:
+            product = self._products[key] = self._product(number, offset, transpose)
+        y = None if product.stack is None else product.stack.run(self._pool, x)
         if y is None:
             y = self._stored[number].matmul(x, bias=offset, transpose=transpose)
         return y
@@ -188,17 +202,17 @@ class _PartOfMap:
         self._model = model
         self._name = name
         self._rows = rows
-        self._made: tuple[BlockMap, BlockMap] | None = None
+        self._last: tuple[BlockMap, BlockMap] | None = None
 
     def __call__(self) -> BlockMap:
         whole = self._model.block_map(self._name)
-        made = self._made
-        if made is None or made[0] is not whole:
+        last = self._last
+        if last is None or last[0] is not whole:
             grid = whole.grid
             first, stop = (-(-row // grid.block_rows) for row in self._rows)
             part = whole.within(slice(first, stop), slice(0, grid.grid_cols))
-            made = self._made = whole, part
-        return made[1]
+            last = self._last = whole, part
+        return last[1]
 
 
 def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> list[str]:
