@@ -10,7 +10,6 @@ from typing import Any, Final, TypeVar
 
 from ._base import DbApiBase
 from ._errors import CancelledError, ConnectionLostError
-from ._values import Row
 
 __all__ = ["AGAIN_SECONDS", "ReadsAgain"]
 
@@ -44,9 +43,9 @@ class ReadsAgain(DbApiBase):
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """Return all rows that a SELECT finds, on a new connection where the old one is lost."""
-        return self._again(lambda: super(ReadsAgain, self)._query(sql, parameters))
+    def _ask(self, sql: str, parameters: Sequence[Any], result: Callable[[Any], R]) -> R:
+        """Run a SELECT, on a new connection where the old one is lost."""
+        return self._again(lambda: super(ReadsAgain, self)._ask(sql, parameters, result))
 
     def _connected(self) -> None:
         """Open this thread's connection where there is none, or it is lost."""

@@ -137,10 +137,14 @@ class DbApiBase(abc.ABC):
         except self.driver_error as error:
             raise self._translate(error) from error
 
+    def _ask(self, sql: str, parameters: Sequence[Any], result: Callable[[Any], R]) -> R:
+        """Run a SELECT and return what ``result`` makes of its cursor."""
+        with self._pool.acquire() as session:
+            return self._run(session, sql, parameters, result)
+
     def _query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """Return all rows that a SELECT finds."""
-        with self._pool.acquire() as session:
-            return self._run(session, sql, parameters, fetch_all)
+        return self._ask(sql, parameters, fetch_all)
 
     def _query_ours(self, sql: str, parameters: Sequence[Any]) -> list[Row]:
         """Return rows of our tables, whatever is in them; texts may come as bytes."""

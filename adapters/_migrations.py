@@ -77,8 +77,7 @@ class SchemaCalls(CatalogCalls):
         return version
 
     def _has_shape(self, table: str) -> bool:
-        with self._pool.acquire() as session:
-            columns: set[str] = self._run(session, self._sql.columns_of(table), (), _column_names)
+        columns = self._ask(self._sql.columns_of(table), (), _column_names)
         return columns.issuperset(TABLES[table].names)
 
     def _refuse_tables(self, table: str) -> NoReturn:

@@ -126,6 +126,23 @@ def test_a_lost_connection_undoes_a_transaction(adapter: Adapter, url: str, run:
     assert len(adapter.jobs()) == 1
 
 
+def test_a_store_is_opened_although_a_connection_is_lost(
+    url: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the names of its tables and those of their columns, too."""
+    open_store(url).close()
+    adapter = cast(Any, registry.connect(url, mode="a"))
+    columns_of = adapter._sql.columns_of
+
+    def cut(table: str) -> str:
+        assert cut_all(run, url) > 0
+        return cast(str, columns_of(table))
+
+    monkeypatch.setattr(type(adapter._sql), "columns_of", lambda _, table: cut(table))
+    assert adapter.schema_version() is not None
+    adapter.close()
+
+
 def test_a_creation_that_loses_its_lock_is_given_up(
     url: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

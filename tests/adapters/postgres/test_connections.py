@@ -113,6 +113,20 @@ def test_a_cut_idle_connection_is_not_noticed(
             assert dict(adapter.read_pages(list(pages))) == pages
 
 
+def test_a_store_is_opened_although_a_connection_is_lost(
+    adapter: Any, postgres_url: str, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the names of its tables and those of their columns, too."""
+    columns_of = adapter._sql.columns_of
+
+    def cut_before(table: str) -> str:
+        assert cut(postgres_url, schema) == 1
+        return str(columns_of(table))
+
+    monkeypatch.setattr(type(adapter._sql), "columns_of", lambda _, table: cut_before(table))
+    assert adapter.schema_version() is not None
+
+
 def test_reading_goes_on_while_connections_are_cut(
     adapter: Adapter, postgres_url: str, schema: str
 ) -> None:
