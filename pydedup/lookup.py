@@ -232,8 +232,9 @@ def _row_table(block_map: BlockMap) -> _core.RowTable:
     table = _core.RowTable(
         *shape, page_ids, block_map.slots, block_map.base_page_ids, block_map.base_slots
     )
-    gone = weakref.ref(page_ids, lambda _: _tables.pop(key, None))
-    _tables[key] = _Known(gone, block_map.slots, block_map.base_slots, shape, table)
+    tables = _tables  # of a module, names are None once the interpreter has ended it
+    gone = weakref.ref(page_ids, lambda _: tables.pop(key, None))
+    tables[key] = _Known(gone, block_map.slots, block_map.base_slots, shape, table)
     return table
 
 

@@ -323,8 +323,9 @@ def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:
     for column in (page_ids, block_map.slots):  # which say what the bases are
         digest.update(column.tobytes())
     key = digest.digest()
-    gone = weakref.ref(page_ids, lambda _: _contents.pop(number, None))
-    _contents[number] = gone, shape, key
+    contents = _contents  # of a module, names are None once the interpreter has ended it
+    gone = weakref.ref(page_ids, lambda _: contents.pop(number, None))
+    contents[number] = gone, shape, key
     return key
 
 

@@ -88,6 +88,26 @@ def test_ctrl_c_while_a_reader_begins_ends_the_process(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in done.stderr
 
 
+_ATTACHED = """
+import sys
+import pydedup
+import torch
+
+net = torch.nn.Sequential(torch.nn.Embedding(900, 64)).eval()
+store = pydedup.open(sys.argv[1])
+store.add("m", net)
+store.attach(net, "m")
+net(torch.tensor([5]))
+"""
+
+
+def test_a_module_that_stays_attached_is_left_without_a_word(tmp_path: Path) -> None:
+    """What cleans up after a block map asked its own module for a table, which was gone by then."""
+    words = [sys.executable, "-c", _ATTACHED, str(tmp_path / "store.db")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.skipif(
     sys.version_info >= (3, 12), reason="Python itself asks the module, from 3.12 on"
 )
