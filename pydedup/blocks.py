@@ -146,6 +146,11 @@ class BlockGrid:
         """Number of blocks."""
         return self.grid_rows * self.grid_cols
 
+    @property
+    def transposed(self) -> BlockGrid:
+        """The grid of the transposed matrix with transposed blocks."""
+        return BlockGrid(self.cols, self.rows, self.block_cols, self.block_rows)
+
     def shapes(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the rows and the columns of these blocks."""
         grid_row, grid_col = np.divmod(indices, max(self.grid_cols, 1))

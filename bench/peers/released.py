@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that packages ship, in a store: a fine-tune, copies, exports, a bf16 network, controls.
+"""Models that packages ship, in a store: a fine-tune, also quantised, copies, exports, a bf16
+network, controls.
 
-    python bench/peers/released.py [--only AREA] [--json]     # exports need onnx and transformers
+    python bench/peers/released.py [--only AREA] [--json]
+
+Exports need onnx, onnxruntime and transformers.
 
 Wheels (up to 450 MB in all) are taken from the demo's cache, or $PYDEDUP_BENCH_CACHE, or downloaded
 into it; they are read as archives, nothing of them is run. Sizes are those of the database. The
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from _minilm import cosines
+from _quantised import QUANTISED
 from _stored import (
     Finding,
     Scratch,
@@ -161,9 +165,29 @@ def copies() -> Iterator[Finding]:
         yield Finding("an exact copy", "add, of the first one", 100 * scratch.seconds / first, "%")
 
 
+def quantised() -> Iterator[Finding]:
+    """Yield the two MiniLMs quantised: the fine-tune beside the other, without their originals."""
+    base = load_safetensors(only(members("base", "model.safetensors")))
+    tuned = load_safetensors(only(members("tuned", "model.safetensors")))
+    for kind, quantise in QUANTISED.items():
+        case = f"fine-tune in {kind}, lossless"
+        first, second = quantise(base), quantise(tuned)
+        with Scratch() as scratch:
+            scratch.add("base", first, Lossless())
+            yield Finding(case, "the first", 100 * scratch.grown / nbytes(first), "%")
+            scratch.add("tuned", second, Lossless())
+            yield Finding(case, "pydedup", 100 * scratch.grown / nbytes(second), "%")
+            back = scratch.store.load("tuned")
+            if any(back[name].tobytes() != array.tobytes() for name, array in second.items()):
+                raise SystemExit(f"{kind}: what came back is not what went in")
+        peers = {"XOR + planes + zstd-3": xor_planes(first, second), "zstd-3": zstd_planes(second)}
+        for peer, taken in peers.items():
+            yield Finding(case, peer, 100 * taken / nbytes(second), "%")
+
+
 def exports() -> Iterator[Finding]:
     """Yield ONNX graphs of the two MiniLMs beside what they were exported from."""
-    from _minilm import export
+    from _minilm import export, optimise
 
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         weights, graphs = {}, {}
@@ -171,7 +195,10 @@ def exports() -> Iterator[Finding]:
             weights[name] = load_safetensors(only(members(name, "model.safetensors")))
             graphs[name] = Path(folder) / f"{name}.onnx"
             export(weights[name], graphs[name])
+            graphs[f"{name}, optimised"] = graphs[name].with_suffix(".fused.onnx")
+            optimise(graphs[name], graphs[f"{name}, optimised"])
         cases = {"base": "an ONNX export", "tuned": "an ONNX export of the fine-tune"}
+        cases |= {f"{name}, optimised": f"{case}, optimised" for name, case in cases.items()}
         for name, case in cases.items():
             for policy in (WithoutDeltas(), Lossless()):
                 with Scratch() as scratch:
@@ -322,4 +349,4 @@ def search_cost(case: str, models: Mapping[str, Weights]) -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [pair, copies, exports, bf16, controls])
+    main(__doc__, [pair, quantised, copies, exports, bf16, controls])

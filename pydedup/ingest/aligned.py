@@ -14,7 +14,7 @@ The newest models are asked first, or the nearest, once somebody found out (fami
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -275,15 +275,9 @@ class Aligned:
         """
         kind, cut = kind_of(entry), grid
         if is_transposed:
-            kind = (entry.shape[::-1], entry.dtype.base_dtypes)
-            cut = BlockGrid(grid.cols, grid.rows, grid.block_cols, grid.block_rows)
+            kind, cut = (entry.shape[::-1], entry.dtype.base_dtypes), grid.transposed
         added = self._matched_alike.get((kind, cut), {})
-        yielded: set[int | str] = set()
-        for model in self._likeliest(request, added, likely, pages):
-            key = _key_of(model)
-            if key in yielded:
-                continue
-            yielded.add(key)
+        for key, model in _each_once(self._likeliest(request, added, likely, pages)):
             if isinstance(model, str):
                 alike = added[model]
             else:
@@ -291,10 +285,48 @@ class Aligned:
             if len(alike):
                 yield key, alike
 
+    def parts(
+        self,
+        request: Request | ModelRow,
+        entry: TensorEntry | TensorInfo,
+        grid: BlockGrid,
+        likely: int | str | None,
+        pages: NDArray[np.int64],
+    ) -> Iterator[tuple[int | str, BlockGrid, Alike]]:
+        """Yield models that have tensors as long as the transpose of this one on one side alone.
+
+        So are the parts of a tensor that packs several, and what packs it. They are cut into blocks
+        of its shape, and the grid says how many. Models come in the order of `alike`.
+        """
+        turned, dtypes = grid.transposed, entry.dtype.base_dtypes
+
+        def may_be(cut: BlockGrid) -> bool:
+            is_one_alike = (cut.rows == turned.rows) != (cut.cols == turned.cols)
+            return is_one_alike and cut.block_shape == turned.block_shape
+
+        added: dict[str, list[tuple[BlockGrid, Alike]]] = {}
+        for (kind, cut), of_kind in self._matched_alike.items():
+            if kind[1] == dtypes and may_be(cut):
+                for address, alike in of_kind.items():
+                    added.setdefault(address, []).append((cut, alike))
+        for key, model in _each_once(self._likeliest(request, added, likely, pages)):
+            if isinstance(model, str):
+                found = added[model]
+            elif (known := self._models.tensors_of(model)) is not None:
+                found = [
+                    (cut, self._alike_in_the_store(model, kind, cut))
+                    for kind, cut in known.cuts
+                    if kind[1] == dtypes and may_be(cut)
+                ]
+            else:
+                continue
+            for cut, alike in found:
+                yield key, cut, alike
+
     def _likeliest(
         self,
         request: Request | ModelRow,
-        added: dict[str, Alike],
+        added: Collection[str],
         likely: int | str | None,
         pages: NDArray[np.int64],
     ) -> Iterator[str | ModelRow]:
@@ -305,7 +337,7 @@ class Aligned:
             row = self._models.with_id(likely)
             if row is not None:
                 yield row
-        yield from reversed(added)
+        yield from reversed(list(added))
         if len(pages):
             yield from self._models.readers(pages)
         yield from sorted(self._models.newest(), key=lambda row: row.name != request.name)
@@ -363,8 +395,14 @@ class Aligned:
                 return
 
 
-def _key_of(model: str | ModelRow) -> int | str:
-    return model if isinstance(model, str) else model.id
+def _each_once(models: Iterable[str | ModelRow]) -> Iterator[tuple[int | str, str | ModelRow]]:
+    """Yield models with what they are known by, also where they are given more than once."""
+    known: set[int | str] = set()
+    for model in models:
+        key = model if isinstance(model, str) else model.id
+        if key not in known:
+            known.add(key)
+            yield key, model
 
 
 # No methods: what is kept of these would keep its owner until the garbage collector comes.

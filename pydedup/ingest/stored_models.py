@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
-from pydedup.catalog import Catalog, StoredModel
+from pydedup.blocks import BlockGrid
+from pydedup.catalog import Catalog, StoredModel, grid_of
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.names import ByName
@@ -37,10 +38,11 @@ def kind_of(tensor: TensorEntry | TensorInfo) -> Kind:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A model of the store, and its tensors."""
+    """A model of the store, its tensors, and how those of each kind are cut."""
 
     model: StoredModel
     tensors: dict[Kind, ByName[TensorInfo]]
+    cuts: list[tuple[Kind, BlockGrid]]
 
 
 class StoredModels:
@@ -81,7 +83,8 @@ class StoredModels:
             known = None
             with suppress(CorruptStoreError):
                 model = self._catalog.of_row(row)
-                known = Stored(model, {})
+                cuts = dict.fromkeys((kind_of(info), grid_of(info)) for info in model.tensors)
+                known = Stored(model, {}, list(cuts))
                 for info in model.tensors:
                     known.tensors.setdefault(kind_of(info), ByName())[info.name] = info
             self._known[row.id] = known

@@ -6,12 +6,16 @@ PyTorch has the weights of a layer as (outputs, inputs), Keras and most nodes of
 what it came from. Where nothing else is very near to a block, it is looked for transposed; where
 it is found tells which tensor the matrix is the transpose of, and its other blocks are compared
 with those of that one, too. They become deltas on them (docs/format.md, "Version 4").
+
+A graph that was optimised may have packed several matrices into one, as those of an attention layer
+are, or a module has them so and the graph apart: of such a matrix each part is found like that.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +42,11 @@ __all__ = ["Transposed"]
 # tensors that one is compared with, about.
 _LOOKS_AT_TENSOR, _LOOKS_AT_MODEL = 2, 16
 _MOST = 4096
+# Parts of one matrix that are found.
+_MOST_PARTS = 64
+
+#: A model, of this add by its address, the name of one of its tensors, and what that gives.
+_Found: TypeAlias = "tuple[int | str, str, _Bases]"
 
 
 class Transposed:
@@ -76,7 +85,8 @@ class Transposed:
         """Return what finds the bases of a tensor whose block of that number, transposed, is given.
 
         A tensor of the transposed shape has them in the mirrored places. Once there is none, one of
-        this shape that was a delta on that still has them, in the same places.
+        this shape that was a delta on that still has them, in the same places. Else one that is a
+        part of the transposed, or of which it is one.
         """
         looks = self._looks[entry.shape]
         if (looks.are_over or self._all_looks.are_over) and not self.has_found:
@@ -87,10 +97,30 @@ class Transposed:
             return None
         stored = np.array([base for base in near if base < 0], np.int64)
         pages = distinct(self._matcher.stored.pages(stored))
+        best = self._whole(entry, grid, near, number, pages)
+        if best is None:
+            best = self._part(entry, grid, near, number, pages)
+        self._note(looks, best is not None)
+        if best is None:
+            return None
+        self._last, name, bases = best
+        self._found.add((self._last, name))
+        return bases
+
+    def _whole(
+        self,
+        entry: TensorEntry | TensorInfo,
+        grid: BlockGrid,
+        near: list[int],
+        number: int,
+        pages: NDArray[np.int64],
+    ) -> _Found | None:
+        """Return the tensor, as long on both sides, that has the nearest of these at the place."""
+        down, across = divmod(number, grid.grid_cols)
         asked = 0
-        best: tuple[int | str, str, _Bases] | None = None
+        best: _Found | None = None
         for is_transposed in (True, False):
-            at = int(_mirrored(np.array([number]), grid)[0]) if is_transposed else number
+            at = across * grid.grid_rows + down if is_transposed else number
             for model, tensors in self._matcher.aligned.alike(
                 self._asker, entry, grid, self._last, pages, is_transposed=is_transposed
             ):
@@ -103,15 +133,45 @@ class Transposed:
                     if found:
                         # Layers come in one order: the next one is likely that after the last.
                         name, find = min(found, key=lambda one: (model, one[0]) in self._found)
-                        best = model, name, _Bases(find, grid if is_transposed else None)
+                        cut = grid.transposed if is_transposed else None
+                        best = model, name, _Bases(find, grid, cut)
                         near = near[:place]  # what a further model has may be nearer
                         break
-        self._note(looks, best is not None)
-        if best is None:
-            return None
-        self._last, name, bases = best
-        self._found.add((self._last, name))
-        return bases
+        return best
+
+    def _part(
+        self,
+        entry: TensorEntry | TensorInfo,
+        grid: BlockGrid,
+        near: list[int],
+        number: int,
+        pages: NDArray[np.int64],
+    ) -> _Found | None:
+        """Return the tensor, as long on one side, that has the nearest of these where it may be."""
+        down, across = divmod(number, grid.grid_cols)
+        asked = 0
+        best: _Found | None = None
+        for model, cut, tensors in self._matcher.aligned.parts(
+            self._asker, entry, grid, self._last, pages
+        ):
+            if not near or asked > _MOST:
+                break
+            if cut.cols == grid.rows:  # it begins further up or down
+                at = np.arange(cut.grid_rows) * cut.grid_cols + down
+            else:
+                at = across * cut.grid_cols + np.arange(cut.grid_cols)
+            for i in range(len(tensors)):
+                asked += 1
+                name, find = tensors[i]
+                there = find(at, False)
+                for place, base in enumerate(near):
+                    found = at[there == base].tolist()
+                    if found:
+                        row, col = divmod(found[0], cut.grid_cols)
+                        best = model, name, _Bases(find, grid, cut, row - across, col - down)
+                        near = near[:place]
+                        break
+        return best
 
     def _note(self, looks: Looks, found: bool) -> None:
         looks.note(found)
@@ -135,13 +195,42 @@ class Transposed:
 
 @dataclass(frozen=True, slots=True)
 class _Bases:
-    """The bases of blocks of a matrix: what another tensor has, mirrored if there is a grid."""
+    """The bases of blocks of a matrix: what another tensor has at their places.
+
+    With ``cut``, how that one is cut, these are mirrored, and then so many blocks further down and
+    to the right.
+    """
 
     find: Find
-    grid: BlockGrid | None
+    grid: BlockGrid
+    cut: BlockGrid | None
+    down: int = 0
+    across: int = 0
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self.find(numbers if self.grid is None else _mirrored(numbers, self.grid), False)
+        if self.cut is None:
+            return self.find(numbers, False)
+        places, are_there = self._places(numbers, self.cut)
+        found = np.full(len(numbers), NO_BASE, np.int64)
+        found[are_there] = self.find(places[are_there], False)
+        return found
+
+    def are_there(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which of these blocks it has places for."""
+        if self.cut is None:
+            return np.ones(len(numbers), np.bool_)
+        return self._places(numbers, self.cut)[1]
+
+    def _places(
+        self, numbers: NDArray[np.int64], cut: BlockGrid
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        down, across = np.divmod(numbers, self.grid.grid_cols)
+        rows, cols = across + self.down, down + self.across
+        are_there = (rows >= 0) & (rows < cut.grid_rows) & (cols >= 0) & (cols < cut.grid_cols)
+        places = np.where(are_there, rows * cut.grid_cols + cols, 0)
+        heights, widths = self.grid.shapes(numbers)
+        its_heights, its_widths = cut.shapes(places)
+        return places, are_there & (its_heights == widths) & (its_widths == heights)
 
 
 class _Transpose:
@@ -153,34 +242,45 @@ class _Transpose:
         self._grid = grid
         self._is_square = grid.rows == grid.cols and grid.count > 1
         self._left = _LOOKS_AT_TENSOR
-        self._bases: _Bases | None = None
+        #: Of the whole matrix, or of its parts.
+        self._bases: list[_Bases] = []
 
     @property
     def is_likely(self) -> bool:
         return self._of.has_found
 
     def __call__(self, numbers: NDArray[np.int64], block: GiveBlock) -> NDArray[np.int64]:
-        bases = self._bases
-        if bases is None and self._left:
-            # One whose place is another's in a square matrix that is not transposed: on the
-            # diagonal, what is a delta on the same transpose has the same base.
-            apart = np.flatnonzero(_mirrored(numbers, self._grid) != numbers)
-            rows = apart if len(apart) else np.arange(len(numbers))
-            sizes = np.prod(self._grid.shapes(numbers[rows]), axis=0)
-            rows = rows[sizes == sizes.max()]  # at the edges too little may be left to be found
-            chosen = int(rows[len(rows) // 2])
-            turned = transposed_stack(block(chosen))
-            bases = self._of.look(self._entry, self._grid, turned, int(numbers[chosen]))
+        found = np.full(len(numbers), NO_BASE, np.int64)
+        missing = np.arange(len(numbers))
+        known = list(self._bases)
+        for _ in range(_MOST_PARTS):
+            if not len(missing):
+                break
+            bases = known.pop(0) if known else self._look(numbers, missing, block)
             if bases is None:
-                self._left -= 1
-            if len(apart) or not self._is_square:
-                self._bases = bases
+                break
+            found[missing] = bases(numbers[missing])
+            missing = missing[~bases.are_there(numbers[missing])]
+        return found
+
+    def _look(
+        self, numbers: NDArray[np.int64], missing: NDArray[np.int64], block: GiveBlock
+    ) -> _Bases | None:
+        """Return what gives the bases of one of the missing blocks, and of others."""
+        if not self._left:
+            return None
+        # One whose place is another's in a square matrix that is not transposed: on the
+        # diagonal, what is a delta on the same transpose has the same base.
+        down, across = np.divmod(numbers[missing], self._grid.grid_cols)
+        apart = missing[down != across] if self._is_square else missing
+        rows = apart if len(apart) else missing
+        sizes = np.prod(self._grid.shapes(numbers[rows]), axis=0)
+        rows = rows[sizes == sizes.max()]  # at the edges too little may be left to be found
+        chosen = int(rows[len(rows) // 2])
+        turned = transposed_stack(block(chosen))
+        bases = self._of.look(self._entry, self._grid, turned, int(numbers[chosen]))
         if bases is None:
-            return np.full(len(numbers), NO_BASE, np.int64)
-        return bases(numbers)
-
-
-def _mirrored(numbers: NDArray[np.int64], grid: BlockGrid) -> NDArray[np.int64]:
-    """Return the numbers of blocks of a matrix in its transpose."""
-    down, across = np.divmod(numbers, grid.grid_cols)
-    return across * grid.grid_rows + down
+            self._left -= 1
+        elif len(apart):
+            self._bases.append(bases)
+        return bases

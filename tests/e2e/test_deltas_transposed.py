@@ -103,6 +103,110 @@ def test_products_and_rows_of_transposed_bases(store: pydedup.Store) -> None:
         assert tensor.take([0, rows - 1]).tobytes() == weight[[0, -1]].tobytes()
 
 
+WIDTH = 320
+# Rows of the queries, keys and values of each layer, as in attention whose heads share the latter.
+PROJECTIONS = {"q": WIDTH, "k": 128, "v": 128}
+
+
+def attention(dtype: DType = DType.F32, layers: int = 2, seed: int = 171) -> Model:
+    """Return projections (outputs, inputs) of drawn attention layers, and what comes after them."""
+    rng = np.random.default_rng(seed)
+    shapes = {name: (rows, WIDTH) for name, rows in PROJECTIONS.items()} | {"o": (WIDTH, 200)}
+    return {
+        f"{layer}.{name}": rng.normal(0, 0.02, shape).astype("f4").astype(dtype.numpy)
+        for layer in range(layers)
+        for name, shape in shapes.items()
+    }
+
+
+def packed(model: Model, axis: int = 0) -> Model:
+    """Return the model with the projections of each layer in one matrix."""
+    made: Model = {}
+    for name, tensor in model.items():
+        layer, kind = name.split(".")
+        if kind == "q":
+            parts = [model[f"{layer}.{one}"] for one in PROJECTIONS]
+            tensor = np.concatenate(parts, axis)
+        if kind not in ("k", "v"):
+            made[f"{layer}.packed" if kind == "q" else name] = tensor
+    return made
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_matrices_that_an_export_packs_into_one(
+    store: pydedup.Store, dtype: DType, joint: bool
+) -> None:
+    model = attention(dtype)
+    export = exported(packed(model))
+    assert {tensor.shape for tensor in export.values()} == {(WIDTH, 576), (200, WIDTH)}
+    assert share_of(added_beside(store, model, export, LOSSLESS, joint=joint)) < 0.01
+    assert same_bits(store, "m", export)
+    assert store.verify().ok
+    x = np.random.default_rng(172).standard_normal((3, WIDTH)).astype("f4")
+    weight = export["onnx::MatMul_100"]
+    y = store.tensor("m", "onnx::MatMul_100").matmul(x, transpose=True)
+    assert np.allclose(y, x.astype("f8") @ weight.astype("f8"), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_matrices_that_a_module_packs_and_an_export_has_apart(
+    store: pydedup.Store, joint: bool
+) -> None:
+    model = attention()
+    report = added_beside(store, packed(model), exported(model), LOSSLESS, joint=joint)
+    assert share_of(report) < 0.01
+    assert same_bits(store, "m", exported(model))
+
+
+def test_matrices_that_are_packed_one_below_the_other(store: pydedup.Store) -> None:
+    """Of which the parts are as long as one another on the other side."""
+    model = {
+        f"{layer}.{name}": np.ascontiguousarray(attention()[f"{layer}.{name}"].T)
+        for layer in range(2)
+        for name in PROJECTIONS
+    }
+    export = exported(packed(model, axis=1))
+    assert {tensor.shape for tensor in export.values()} == {(576, WIDTH)}
+    assert share_of(added_beside(store, model, export, LOSSLESS, joint=False)) < 0.01
+    assert share_of(store.add("back", exported(model))) < 0.01
+    assert same_bits(store, "m", export)
+
+
+@pytest.mark.parametrize("policy", [LOSSLESS, policies.Bounded(0.001)], ids=lambda p: p.name)
+def test_descendants_of_a_model_that_are_exported_and_packed(
+    store: pydedup.Store, tmp_path: Path, policy: policies.Policy
+) -> None:
+    """With its adapters and its fine-tunes, and where only the first of these is left."""
+    base = attention()
+    store.add("base", base)
+    for kind, (descend, most) in {
+        "adapted": (with_adapter, 0.1),
+        "tuned": (tuned, 0.7),
+    }.items():
+        for i in range(2):
+            model = exported(packed(descend(base, 173 + i)))
+            with pydedup.open(f"sqlite:///{tmp_path}/{kind}{i}.db") as other:
+                apart = added_beside(
+                    other, base, exported(descend(base, 173 + i)), policy, joint=False
+                )
+            report = store.add(f"{kind}{i}", model, policy=policy)
+            assert share_of(report) < min(share_of(apart) + 0.03, most)
+            if policy == LOSSLESS:
+                assert same_bits(store, f"{kind}{i}", model)
+    assert store.verify().ok
+
+
+def test_packed_matrices_of_which_some_parts_are_not_stored(store: pydedup.Store) -> None:
+    model = attention()
+    store.add("base", {name: tensor for name, tensor in model.items() if ".k" not in name})
+    export = exported(packed(model))
+    missing = sum(tensor.nbytes for name, tensor in model.items() if ".k" in name)
+    report = store.add("m", export)
+    assert report.stored_bytes < missing + 0.01 * report.logical_bytes
+    assert same_bits(store, "m", export)
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_matrix_that_is_another_of_its_own_model(store: pydedup.Store, joint: bool) -> None:
     """As of an embedding and the output layer that is tied to it."""
