@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydedup.errors import FormatError
 from pydedup.formats._files import RawFile
-from pydedup.formats._onnx_tensors import DTYPES
+from pydedup.formats._onnx_tensors import DTYPES, PACKED
 from pydedup.formats._protobuf import BYTES, VARINT, Field, tag, varint, walk
 
 __all__ = ["GRAPH_INITIALIZER", "MODEL_GRAPH", "RAW_DATA", "Place", "strip"]
@@ -66,7 +66,7 @@ def _strip_initializer(raw: RawFile, tensor: Field) -> tuple[bytes, Place]:
         if field.number == _TENSOR_DATA_TYPE and field.wire == VARINT:
             coded = raw.read_at(field.value, field.end - field.value)
             data_type = sum((byte & 0x7F) << (7 * i) for i, byte in enumerate(coded))
-    if data_type not in DTYPES:
+    if data_type not in DTYPES and data_type not in PACKED:
         return raw.read_at(tensor.value, tensor.length), whole
     data = [field for field in fields if field.number in _TYPED_DATA | {RAW_DATA}]
     rest = b"".join(

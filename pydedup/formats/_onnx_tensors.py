@@ -21,6 +21,7 @@ from pydedup.types import DType
 __all__ = [
     "DTYPES",
     "EXTERNAL",
+    "PACKED",
     "clear_values",
     "has_values",
     "import_onnx",
@@ -28,6 +29,7 @@ __all__ = [
     "nested_tensors",
     "parse",
     "refuse_external",
+    "stored_as",
     "typed_values",
 ]
 
@@ -49,6 +51,17 @@ DTYPES = {
     17: DType.F8_E4M3,
     19: DType.F8_E5M2,
 }
+#: TensorProto.DataType of what no store has -> bits of a value. Its bytes are kept as they are.
+PACKED = {
+    18: 8,  # FLOAT8E4M3FNUZ
+    20: 8,  # FLOAT8E5M2FNUZ
+    21: 4,  # UINT4
+    22: 4,  # INT4
+    23: 4,  # FLOAT4E2M1
+    24: 8,  # FLOAT8E8M0
+    25: 2,  # UINT2
+    26: 2,  # INT2
+}
 #: TensorProto.DataLocation.
 EXTERNAL = 1
 
@@ -66,6 +79,21 @@ def import_onnx() -> Any:
     except ImportError as exc:
         raise UnsupportedFormatError(not_installed("an ONNX file", exc, "onnx")) from exc
     return onnx
+
+
+def stored_as(tensor: Any) -> tuple[DType, tuple[int, ...]] | None:
+    """Return the element type and shape in which a store keeps a TensorProto, None for texts.
+
+    Values that are packed are bytes: rows of them where each row of the tensor begins with a byte.
+    """
+    shape = tuple(tensor.dims)
+    if tensor.data_type not in PACKED:
+        dtype = DTYPES.get(tensor.data_type)
+        return None if dtype is None else (dtype, shape)
+    in_a_byte = 8 // PACKED[tensor.data_type]
+    if shape and shape[-1] % in_a_byte == 0:
+        return DType.U8, (*shape[:-1], shape[-1] // in_a_byte)
+    return DType.U8, (-(-math.prod(shape) // in_a_byte),)
 
 
 def parse(kind: Any, data: bytes, where: str) -> Any:
@@ -181,13 +209,13 @@ def _integers(values: Any, dtype: Any, wrong: str) -> Array:
 
 
 def _is_weight(tensor: Any, *, top: bool) -> bool:
-    dtype = DTYPES.get(tensor.data_type)
-    if dtype is None or any(extent < 0 for extent in tensor.dims) or not math.prod(tensor.dims):
+    stored = stored_as(tensor)
+    if stored is None or any(extent < 0 for extent in tensor.dims) or not math.prod(tensor.dims):
         return False
+    dtype, shape = stored
     if tensor.data_location == EXTERNAL:
         return True
     # In the main graph also short vectors: a bias is what a layer's weight needs beside it.
     if top and dtype.is_float and tensor.dims:
         return True
-    n_bytes: int = math.prod(tensor.dims) * dtype.itemsize
-    return n_bytes >= _NESTED_FROM
+    return math.prod(shape) * dtype.itemsize >= _NESTED_FROM

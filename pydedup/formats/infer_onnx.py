@@ -112,6 +112,8 @@ class _Translation:
         shape = self._shapes.get(name)
         if shape is None or (rank is not None and len(shape) != rank):
             raise UnknownError
+        if self._types.get(name) not in DTYPES:
+            raise UnknownError  # packed values, which a store has as other ones
         return name
 
     def _constant(self, name: str) -> list[int]:

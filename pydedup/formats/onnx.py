@@ -5,8 +5,8 @@ Reading walks the protobuf wire format to find where the initialisers' bytes lie
 in files of external data) and parses only what remains, so that memory holds the graph and one
 tensor. What protobuf makes impossible to read in parts stays whole: a tensor whose values are
 coded as variable-length integers is parsed when it is read, weights inside nodes and subgraphs
-are in memory while the source is open, and element types that a store does not keep (strings,
-4-bit) remain in the artifact.
+are in memory while the source is open, and texts remain in the artifact. Values of types that a
+store does not have (4-bit numbers) are kept as the bytes that they are packed into.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pydedup.errors import FormatError, PydedupError
 from pydedup.formats._files import RawFile
 from pydedup.formats._onnx_places import MODEL_GRAPH, Place, strip
 from pydedup.formats._onnx_tensors import (
-    DTYPES,
     EXTERNAL,
     clear_values,
     import_onnx,
     nested_tensors,
     parse,
     refuse_external,
+    stored_as,
     typed_values,
 )
 from pydedup.formats._paths import is_inside, stays_inside
@@ -103,13 +103,13 @@ class OnnxSource(ModelSource):
 
     def _collect(self, places: Sequence[Place]) -> Iterator[TensorEntry]:
         for tensor, place in zip(self._model.graph.initializer, places, strict=True):
-            dtype = DTYPES.get(tensor.data_type)
-            if dtype is None:
+            stored = stored_as(tensor)
+            if stored is None:
                 continue  # its data is still in the artifact
-            shape = tuple(tensor.dims)
+            dtype, shape = stored
             where = f"{self.description}: initialiser {tensor.name!r}"
-            if any(extent < 0 for extent in shape):
-                raise FormatError(f"{where} has the impossible shape {shape}")
+            if any(extent < 0 for extent in tensor.dims):
+                raise FormatError(f"{where} has the impossible shape {tuple(tensor.dims)}")
             n_bytes = math.prod(shape) * dtype.itemsize
             if tensor.data_location == EXTERNAL:
                 place = self._external_place(tensor, n_bytes, where)
@@ -125,13 +125,14 @@ class OnnxSource(ModelSource):
 
     def _collect_nested(self) -> Iterator[TensorEntry]:
         for name, tensor in nested_tensors(self._model.graph):
-            if name in self._places or name in self._nested or name_problem(name):
+            stored = stored_as(tensor)
+            taken = name in self._places or name in self._nested
+            if stored is None or taken or name_problem(name):
                 if tensor.data_location == EXTERNAL:
                     raise FormatError(f"{self.description}: external tensor {name!r} has no name")
                 continue  # stays where it is
-            dtype, shape = DTYPES[tensor.data_type], tuple(tensor.dims)
             where = f"{self.description}: tensor {name!r}"
-            entry = TensorEntry(name, dtype, shape, key=name)
+            entry = TensorEntry(name, *stored, key=name)
             if tensor.data_location == EXTERNAL:
                 self._places[name] = self._external_place(tensor, entry.nbytes, where)
             else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydedup.errors import FormatError
-from pydedup.formats._onnx_tensors import has_values, nested_tensors, parse, refuse_external
+from pydedup.formats._onnx_tensors import DTYPES, has_values, nested_tensors, parse, refuse_external
 from pydedup.formats.base import Array
 from pydedup.types import TensorInfo
 
@@ -76,7 +76,11 @@ def open_graph(
     given = {
         name: tensor
         for name, tensor in _top_level(graph, initializers).items()
-        if name in tensors and tensors[name].nbytes >= _LEAST_BYTES and name not in outputs
+        if name in tensors
+        and tensors[name].nbytes >= _LEAST_BYTES
+        and name not in outputs
+        # A runtime takes packed values (of 4 bits) only as part of the model.
+        and tensor.data_type in DTYPES
     }
     inside = {**dict(nested_tensors(graph)), **initializers}
     for name, tensor in inside.items():

@@ -19,11 +19,13 @@ from pydedup.formats._onnx_places import GRAPH_INITIALIZER, MODEL_GRAPH, RAW_DAT
 from pydedup.formats._onnx_tensors import (
     DTYPES,
     EXTERNAL,
+    PACKED,
     has_values,
     import_onnx,
     nested_tensors,
     parse,
     refuse_external,
+    stored_as,
 )
 from pydedup.formats._protobuf import tag, varint
 from pydedup.formats.base import Outgoing, TensorEntry, find_artifact
@@ -124,12 +126,17 @@ def _check_complete(
         entry = by_name.get(name)
         if entry is None:
             continue
-        if DTYPES.get(tensor.data_type) != entry.dtype or tuple(tensor.dims) != entry.shape:
+        if stored_as(tensor) != (entry.dtype, entry.shape):
             raise ArgumentError(
                 f"tensor {entry.name!r} is {entry.dtype.label} {entry.shape}, which the stored "
                 "ONNX graph does not expect; export without converting"
             )
-    missing = [tensor.name for tensor in kept if tensor.data_type in DTYPES]
+    # A model that was stored by an older pydedup has packed values within its graph.
+    missing = [
+        tensor.name
+        for tensor in kept
+        if tensor.data_type in DTYPES or (tensor.data_type in PACKED and not has_values(tensor))
+    ]
     wrong = sorted({*missing, *(set(wanted) ^ set(by_name))})
     if wrong:
         name = wrong[0]

@@ -324,6 +324,11 @@ def _zip_kind(path: Path) -> str:
         names = list(archive.members)
     if any(name.rpartition("/")[2] in ("data.pkl", "constants.pkl") for name in names):
         return "torch"
+    if any(name.endswith("/models/model.json") for name in names):
+        raise UnsupportedFormatError(
+            f"{path} is a torch.export archive, a program with its weights; load it with "
+            "torch.export.load and give its state_dict"
+        )
     if "model.weights.h5" in names:
         return "keras"
     if any(name.endswith(".npy") for name in names):

@@ -293,9 +293,14 @@ def _state_dict(loaded: object, where: str) -> tuple[dict[str, torch.Tensor], tu
         elif _is_extra(name):
             left_out.append(name)
         else:
+            # Quantised layers have theirs there, among the tensors of all others.
+            advice = (
+                "save that of the model as it was before it was quantised"
+                if "_packed_params" in name
+                else "save model.state_dict() alone, or under the key 'state_dict'"
+            )
             raise FormatError(
-                f"{where}: {name!r} is a {type(item).__name__}, not a tensor; "
-                "save model.state_dict() alone, or under the key 'state_dict'"
+                f"{where}: {name!r} is a {type(item).__name__}, not a tensor; {advice}"
             )
     return state, tuple(left_out)
 

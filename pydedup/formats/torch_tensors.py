@@ -67,7 +67,10 @@ def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
             address = storage.data_ptr()
         except RuntimeError as exc:  # of subclasses that wrap others
             kind = type(tensor).__name__
-            raise UnsupportedFormatError(f"{where} is a {kind}; give plain tensors") from exc
+            raise UnsupportedFormatError(
+                f"{where} is of the type {kind}; give plain tensors (of a quantised model those "
+                "that it was made from, or the parts of each by a name of its own)"
+            ) from exc
         last = sum((n - 1) * step for n, step in zip(shape, tensor.stride(), strict=True))
         if (tensor.storage_offset() + last + 1) * dtype.itemsize > storage.nbytes():
             # Whoever shards a model frees what others hold; torch itself would read there.

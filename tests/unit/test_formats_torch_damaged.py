@@ -68,6 +68,7 @@ class Whole(nn.Module):
         (3, "holds a int"),
         ({"w": torch.ones(2), "epoch": 3}, "'epoch' is a int, not a tensor"),
         ({"w": {"x": torch.ones(2)}}, "'w' is a dict, not a tensor"),
+        ({"0._packed_params.dtype": torch.qint8}, "is a dtype, not a tensor; .* it was quantised"),
         ({1: torch.ones(2)}, "has the key 1"),
         ({"": torch.ones(2)}, "name '' is empty"),
         ({"w": torch.eye(3).to_sparse()}, "sparse"),
@@ -87,6 +88,15 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
         archive.writestr("m/data.pkl", b"")
     with pytest.raises(UnsupportedFormatError, match="TorchScript"):
         open_source(tmp_path / "m.pt")
+
+
+def test_an_exported_program_is_refused(tmp_path: Path) -> None:
+    """It was a zip archive that "holds no model"."""
+    with zipfile.ZipFile(tmp_path / "m.pt2", "w") as archive:
+        archive.writestr("m/data/weights/weight_0", b"")
+        archive.writestr("m/models/model.json", b"")
+    with pytest.raises(UnsupportedFormatError, match=r"m\.pt2 is a torch\.export archive.*load"):
+        open_source(tmp_path / "m.pt2")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
