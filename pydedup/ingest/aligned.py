@@ -14,7 +14,7 @@ The newest models are asked first, or the nearest, once somebody found out (fami
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -25,17 +25,15 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import BlockGrid
-from pydedup.catalog import Catalog, StoredModel, grid_of
-from pydedup.errors import CorruptStoreError
+from pydedup.catalog import Catalog, grid_of
 from pydedup.formats.base import TensorEntry
-from pydedup.ingest.alike import Alike, Find
+from pydedup.ingest.alike import ByShape, Find, matched_blocks, stored_blocks
 from pydedup.ingest.names import ByName, prefixes
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_models import NEWEST, Kind, StoredModels, kind_of
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import NO_PLACE, base_places, block_places, shape_codes
 from pydedup.types import TensorInfo
 
 __all__ = [
@@ -210,19 +208,23 @@ class Neighbours:
 
 
 class Aligned:
-    """The newest models of the store, and those of this add that were matched already."""
+    """The newest models of the store, and those of this add that were matched already.
+
+    Attributes
+    ----------
+    by_shape
+        The tensors of all of these by their shapes instead of their names.
+    """
 
     def __init__(
         self, adapter: Adapter, catalog: Catalog, stored: StoredTable, reader: BlockReader
     ) -> None:
         self._models = StoredModels(adapter, catalog)
+        self.by_shape = ByShape(self._models, stored)
         self._stored = stored
         self._reader = reader
         # Of this add, by address, newest last.
         self._matched: dict[Kind, dict[str, ByName[_Matched]]] = {}
-        # The same ones by how they are cut; and those of the store that were asked for.
-        self._matched_alike: dict[tuple[Kind, BlockGrid], dict[str, Alike]] = {}
-        self._stored_alike: dict[tuple[Kind, BlockGrid, int], Alike] = {}
         # Of the model that asks now.
         self._relations: dict[_Key, Relation] = {}
         self._kinship = Kinship()
@@ -235,9 +237,8 @@ class Aligned:
         tensors = self._matched.setdefault(kind_of(entry), {})
         of_model = tensors.setdefault(request.address, ByName())
         of_model[entry.name] = _Matched(entry.name, grid, references)
-        alike = self._matched_alike.setdefault((kind_of(entry), grid), {})
-        find = partial(_matched_blocks, self._reader, references)
-        alike.setdefault(request.address, Alike()).add(entry.name, find)
+        find = partial(matched_blocks, self._reader, references)
+        self.by_shape.note(request.address, entry, grid, find)
 
     def neighbours(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
@@ -258,103 +259,6 @@ class Aligned:
 
         return Neighbours(others, self._kinship)
 
-    def alike(
-        self,
-        request: Request | ModelRow,
-        entry: TensorEntry | TensorInfo,
-        grid: BlockGrid,
-        likely: int | str | None,
-        pages: NDArray[np.int64],
-        *,
-        is_transposed: bool,
-    ) -> Iterator[tuple[int | str, Alike]]:
-        """Yield models that have tensors of one shape which are cut alike, and these.
-
-        The shape is that of the tensor, or its transpose. The likely model comes first, then those
-        of the same add, the one that asks among them, those who read these pages, and the newest.
-        """
-        kind, cut = kind_of(entry), grid
-        if is_transposed:
-            kind, cut = (entry.shape[::-1], entry.dtype.base_dtypes), grid.transposed
-        added = self._matched_alike.get((kind, cut), {})
-        for key, model in _each_once(self._likeliest(request, added, likely, pages)):
-            if isinstance(model, str):
-                alike = added[model]
-            else:
-                alike = self._alike_in_the_store(model, kind, cut)
-            if len(alike):
-                yield key, alike
-
-    def parts(
-        self,
-        request: Request | ModelRow,
-        entry: TensorEntry | TensorInfo,
-        grid: BlockGrid,
-        likely: int | str | None,
-        pages: NDArray[np.int64],
-    ) -> Iterator[tuple[int | str, BlockGrid, Alike]]:
-        """Yield models that have tensors as long as the transpose of this one on one side alone.
-
-        So are the parts of a tensor that packs several, and what packs it. They are cut into blocks
-        of its shape, and the grid says how many. Models come in the order of `alike`.
-        """
-        turned, dtypes = grid.transposed, entry.dtype.base_dtypes
-
-        def may_be(cut: BlockGrid) -> bool:
-            is_one_alike = (cut.rows == turned.rows) != (cut.cols == turned.cols)
-            return is_one_alike and cut.block_shape == turned.block_shape
-
-        added: dict[str, list[tuple[BlockGrid, Alike]]] = {}
-        for (kind, cut), of_kind in self._matched_alike.items():
-            if kind[1] == dtypes and may_be(cut):
-                for address, alike in of_kind.items():
-                    added.setdefault(address, []).append((cut, alike))
-        for key, model in _each_once(self._likeliest(request, added, likely, pages)):
-            if isinstance(model, str):
-                found = added[model]
-            elif (known := self._models.tensors_of(model)) is not None:
-                found = [
-                    (cut, self._alike_in_the_store(model, kind, cut))
-                    for kind, cut in known.cuts
-                    if kind[1] == dtypes and may_be(cut)
-                ]
-            else:
-                continue
-            for cut, alike in found:
-                yield key, cut, alike
-
-    def _likeliest(
-        self,
-        request: Request | ModelRow,
-        added: Collection[str],
-        likely: int | str | None,
-        pages: NDArray[np.int64],
-    ) -> Iterator[str | ModelRow]:
-        """Yield models in the order of `alike`; who reads the pages is asked when it is needed."""
-        if isinstance(likely, str) and likely in added:
-            yield likely
-        if isinstance(likely, int):
-            row = self._models.with_id(likely)
-            if row is not None:
-                yield row
-        yield from reversed(list(added))
-        if len(pages):
-            yield from self._models.readers(pages)
-        yield from sorted(self._models.newest(), key=lambda row: row.name != request.name)
-
-    def _alike_in_the_store(self, row: ModelRow, kind: Kind, cut: BlockGrid) -> Alike:
-        key = kind, cut, row.id
-        if key not in self._stored_alike:
-            alike = self._stored_alike[key] = Alike()
-            known = self._models.tensors_of(row)
-            if known is not None and kind in known.tensors:
-                for info in known.tensors[kind].values():
-                    if grid_of(info) == cut:
-                        alike.add(
-                            info.name, partial(_stored_blocks, self._stored, known.model, info.name)
-                        )
-        return self._stored_alike[key]
-
     def _in_this_add(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
     ) -> Iterator[tuple[_Key, Find]]:
@@ -364,7 +268,7 @@ class Aligned:
             other = tensors.get(entry.name)
             if other is not None and other.grid == grid:
                 key = address, prefixes(entry.name, other.name)
-                yield key, partial(_matched_blocks, self._reader, other.references)
+                yield key, partial(matched_blocks, self._reader, other.references)
 
     def _in_the_store(
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
@@ -378,7 +282,7 @@ class Aligned:
             if info is not None and grid_of(info) == grid:
                 key = row.id, prefixes(entry.name, info.name)
                 # The map is read when a block asks: in a new version of a model few do.
-                yield key, partial(_stored_blocks, self._stored, other.model, info.name)
+                yield key, partial(stored_blocks, self._stored, other.model, info.name)
 
     def _but_strangers(
         self, others: Iterable[tuple[_Key, Find]]
@@ -393,53 +297,3 @@ class Aligned:
             strangers += 1
             if strangers == _STRANGERS:
                 return
-
-
-def _each_once(models: Iterable[str | ModelRow]) -> Iterator[tuple[int | str, str | ModelRow]]:
-    """Yield models with what they are known by, also where they are given more than once."""
-    known: set[int | str] = set()
-    for model in models:
-        key = model if isinstance(model, str) else model.id
-        if key not in known:
-            known.add(key)
-            yield key, model
-
-
-# No methods: what is kept of these would keep its owner until the garbage collector comes.
-def _matched_blocks(
-    reader: BlockReader,
-    references: NDArray[np.int64],
-    numbers: NDArray[np.int64],
-    with_deltas: bool,
-) -> NDArray[np.int64]:
-    chosen = references[numbers]
-    if with_deltas:
-        return chosen
-    return reader.plain(chosen)
-
-
-def _stored_blocks(
-    stored: StoredTable,
-    model: StoredModel,
-    name: str,
-    numbers: NDArray[np.int64],
-    with_deltas: bool,
-) -> NDArray[np.int64]:
-    try:
-        block_map = model.block_map(name)
-    except CorruptStoreError:
-        return np.full(len(numbers), NO_BASE, np.int64)
-    places = block_places(block_map.page_ids[numbers], block_map.slots[numbers])
-    bases = base_places(block_map, numbers)
-    is_delta = bases != NO_PLACE
-    shapes = shape_codes(*block_map.grid.shapes(numbers))
-    if with_deltas:
-        references = stored.references_at(places)
-        on = stored.references_at(bases[is_delta])
-        stored.set_bases(references[is_delta], on)
-        stored.note_kinds(references, block_map.dtype, shapes)
-    else:
-        references = stored.references_at(np.where(is_delta, bases, places))
-        plain = np.flatnonzero(~is_delta)
-        stored.note_kinds(references[plain], block_map.dtype, shapes[plain])
-    return stored.readable(references)

@@ -121,7 +121,7 @@ class Transposed:
         best: _Found | None = None
         for is_transposed in (True, False):
             at = across * grid.grid_rows + down if is_transposed else number
-            for model, tensors in self._matcher.aligned.alike(
+            for model, tensors in self._matcher.aligned.by_shape.alike(
                 self._asker, entry, grid, self._last, pages, is_transposed=is_transposed
             ):
                 if not near or asked > _MOST:
@@ -151,7 +151,7 @@ class Transposed:
         down, across = divmod(number, grid.grid_cols)
         asked = 0
         best: _Found | None = None
-        for model, cut, tensors in self._matcher.aligned.parts(
+        for model, cut, tensors in self._matcher.aligned.by_shape.parts(
             self._asker, entry, grid, self._last, pages
         ):
             if not near or asked > _MOST:

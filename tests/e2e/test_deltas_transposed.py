@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import pydedup
 from pydedup import policies
-from pydedup.ingest import aligned, stored_models
+from pydedup.ingest import alike, stored_models
 from pydedup.types import DType
 
 from .relatives import Model, adapted, added_beside, same_bits, share_of
@@ -385,13 +385,13 @@ def test_many_of_one_shape_in_another_order(
     }
     store.add("base", model)
     asked = []
-    stored_blocks = aligned._stored_blocks
+    stored_blocks = alike.stored_blocks
 
     def counted(*args: Any) -> Any:
         asked.append(args)
         return stored_blocks(*args)
 
-    monkeypatch.setattr(aligned, "_stored_blocks", counted)
+    monkeypatch.setattr(alike, "stored_blocks", counted)
     assert share_of(store.add("m", exports)) < 0.01
     assert len(asked) <= 4 * len(model)
     assert same_bits(store, "m", exports)
