@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -224,8 +223,8 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
             raise click.UsageError(f"{name!r} is named twice; give each model its own name@version")
         # Before the store is opened: a mistyped name or path must not create one.
         parse_address(name)
-        if not os.path.lexists(source):
-            if Path(name).exists():
+        if options.is_missing(source):
+            if os.path.lexists(name):
                 raise click.UsageError(f"the name comes before the file: {source!r} {name!r}")
             if "://" in source:
                 raise NotFoundError(f"{source!r} is a URL; download it, and give the file instead")

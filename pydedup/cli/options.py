@@ -20,7 +20,13 @@ from pydedup import Store, config
 from pydedup.cli.completing import complete_files, complete_models, complete_stores
 from pydedup.cli.errors import no_such
 from pydedup.cli.progress import Watch
-from pydedup.errors import ArgumentError, MissingStoreError, NotFoundError, SchemaVersionError
+from pydedup.errors import (
+    ArgumentError,
+    FormatError,
+    MissingStoreError,
+    NotFoundError,
+    SchemaVersionError,
+)
 from pydedup.names import parse_address
 from pydedup.types import ModelInfo
 from pydedup.words import OpenMode
@@ -29,6 +35,7 @@ __all__ = [
     "Group",
     "existing_store",
     "file_option",
+    "is_missing",
     "json_option",
     "load_function",
     "meant_by",
@@ -68,6 +75,18 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def is_missing(path: str | os.PathLike[str]) -> bool:
+    """Return whether nothing is there. Raises FormatError where that cannot be told."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError as error:  # a folder that is closed to this user, a name too long
+        reason = error.strerror
+        raise FormatError(f"{os.fspath(path)!r:.200} cannot be read: {reason}") from None
+    return False
+
+
 class _FileToRead(click.Path):
     """A file that an option names; a missing one is no wrong command line, but not found."""
 
@@ -81,7 +100,7 @@ class _FileToRead(click.Path):
         ctx: click.Context | None,
     ) -> Any:
         """Return the path."""
-        if param is not None and not os.path.lexists(value):
+        if param is not None and is_missing(value):
             raise NotFoundError(f"{param.opts[0]}: there is no file {os.fspath(value)!r}")
         return super().convert(value, param, ctx)
 

@@ -222,6 +222,18 @@ def test_every_file_that_is_missing_is_not_found(kept: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_path_that_cannot_be_followed_is_not_called_missing(kept: str, tmp_path: Path) -> None:
+    """A file in a folder that was closed to the user was said not to be there; so is this one."""
+    tmp_path.joinpath("loop").symlink_to("loop")
+    for command in (
+        ("add", "m.db", "n", "loop/m.npz"),
+        ("report", kept, "--trace", "loop/m.npz"),
+    ):
+        said = fail(*command, status=5, cwd=tmp_path)
+        assert "'loop/m.npz' cannot be read: Too many levels of symbolic links" in said
+    assert not tmp_path.joinpath("m.db").exists()
+
+
 def test_a_store_behind_the_name_is_told(kept: str, tmp_path: Path) -> None:
     said = f"the store comes first: {kept!r} 'm@1'"
     assert said in fail("info", "m@1", kept, status=2, cwd=tmp_path)
