@@ -336,5 +336,6 @@ def _zip_kind(path: Path) -> str:
     if not names and path.suffix.lower() == ".npz":
         return "npz"  # numpy.savez without arrays
     raise UnsupportedFormatError(
-        f"{path} is a zip archive but holds no model; it holds {listed(names) or 'nothing'}"
+        f"{path} is a zip archive of no known format, with {listed(names) or 'nothing'} in it; "
+        "unpack it first"
     )

@@ -229,9 +229,10 @@ def test_what_people_take_for_models_is_named(raw: bytes, says: str, tmp_path: P
 
 
 def test_other_zip_archives_are_named(tmp_path: Path) -> None:
+    """One with a model in it was said to hold none, and to hold its file."""
     with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
-        archive.writestr("photo.jpg", "")
-    with pytest.raises(UnsupportedFormatError, match=r"no model; it holds photo\.jpg"):
+        archive.writestr("model.onnx", "")
+    with pytest.raises(UnsupportedFormatError, match=r"with model\.onnx in it; unpack it first"):
         open_source(tmp_path / "m.npz")
 
 
