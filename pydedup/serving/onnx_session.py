@@ -4,8 +4,9 @@
 The runtime is given the weights as inputs, where they lie in memory, so that nothing is copied and
 sessions are shared: one serves all models that have the same layers, and a tensor that several
 models have is in memory once. Tensors are loaded whole, counted against the memory budget of the
-store, and the ones that were not used for longest make room for others, and for pages. Deliberately
-not here: graphs that we run ourselves (:mod:`pydedup.serving.engine`), which stream.
+store, and the ones that were not used for longest make room for others, and for pages; so do then
+sessions with much inside of their models, where weights of 4 bits are. Deliberately not here:
+graphs that we run ourselves (:mod:`pydedup.serving.engine`), which stream.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ __all__ = ["import_onnxruntime", "is_installed", "run_onnx"]
 
 #: Graphs that are kept ready, and sessions; the weights are not in them.
 _KEPT = 64
+#: Sessions make room for others when they take this; smaller ones are no help to speak of.
+_LARGE_BYTES = 1 << 20
 #: Calls that may be under way at once: more than there are threads.
 _CALLS = 1 << 20
 #: ONNX's number of the only type of inputs that numpy lacks.
@@ -220,7 +223,8 @@ class _Runner:
         self.calls = Gate(_CALLS)
         self._lock = threading.Lock()
         self._loading = threading.Lock()
-        self._models: OrderedDict[int, tuple[OpenedGraph, _Session]] = OrderedDict()
+        #: By model: its graph, and which session runs it.
+        self._models: OrderedDict[int, tuple[OpenedGraph, bytes]] = OrderedDict()
         self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
 
@@ -229,19 +233,22 @@ class _Runner:
     ) -> tuple[OpenedGraph, _Session]:
         number = model.row.id
         with self._lock:
-            known = self._models.get(number)
-            if known is not None:
+            graph, key = self._models.get(number, (None, b""))
+            session = self._sessions.get(key)
+            if graph is not None and session is not None:
                 self._models.move_to_end(number)
-                return known
+                self._sessions.move_to_end(key)
+                return graph, session
         infos = {info.name: info for info in model.tensors}
         import_onnxruntime()
         graph = open_graph(payload, infos, lambda name: tensor(name).numpy())
-        session = self._session(graph, model.address, pool)
-        ready = replace(graph, model=b""), session
+        key = hashlib.blake2b(graph.model, digest_size=16).digest()
+        session = self._session(key, graph, model.address, pool)
+        graph = replace(graph, model=b"")
         with self._lock:
-            self._models[number] = ready
+            self._models[number] = graph, key
             _shorten(self._models)
-        return ready
+        return graph, session
 
     def tensor(self, block_map: BlockMap, stored: StoredTensor, kind: int, pool: PagePool) -> _Held:
         """Return a tensor in memory, loaded unless this or another model has the same one."""
@@ -259,8 +266,7 @@ class _Runner:
                 self._held[key] = held
             return held
 
-    def _session(self, graph: OpenedGraph, address: str, pool: PagePool) -> _Session:
-        key = hashlib.blake2b(graph.model, digest_size=16).digest()
+    def _session(self, key: bytes, graph: OpenedGraph, address: str, pool: PagePool) -> _Session:
         with self._lock:
             known = self._sessions.get(key)
             if known is not None:
@@ -277,9 +283,18 @@ class _Runner:
         return session
 
     def give_up(self) -> bool:
-        """Forget the tensor that was not used for longest; calls under way keep theirs."""
+        """Forget the tensor, or then the large session, that was not used for longest.
+
+        Calls under way keep theirs.
+        """
+        forgotten: object = None
         with self._lock:
-            forgotten = self._held.popitem(last=False) if self._held else None
+            if self._held:
+                forgotten = self._held.popitem(last=False)
+            else:
+                sessions = self._sessions.items()
+                large = (key for key, s in sessions if s.reservation.nbytes >= _LARGE_BYTES)
+                forgotten = self._sessions.pop(next(large, b""), None)
         return forgotten is not None
 
     def alone(self) -> AbstractContextManager[object]:

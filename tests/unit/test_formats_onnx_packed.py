@@ -30,16 +30,17 @@ def packed(name: str, kind: int, dims: tuple[int, ...], data: bytes) -> TensorPr
 
 def quantised(codes: np.ndarray, *, constant: bool = False) -> onnx.ModelProto:
     """Return a dense layer with weights of 4 bits, scaled by rows."""
-    weight = packed("w", INT4, (256, 128), codes.tobytes())
-    scale = numpy_helper.from_array(np.full(256, 0.01, np.float32), "scale")
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    weight = packed("w", INT4, (rows, columns), codes.tobytes())
+    scale = numpy_helper.from_array(np.full(rows, 0.01, np.float32), "scale")
     nodes = [
         helper.make_node("DequantizeLinear", ["w", "scale"], ["real"], axis=0),
         helper.make_node("MatMul", ["x", "real"], ["y"]),
     ]
     if constant:
         nodes.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 256])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 128])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", rows])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", columns])
     graph = helper.make_graph(nodes, "g", [x], [y], [scale] if constant else [scale, weight])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
@@ -107,6 +108,21 @@ def test_models_of_four_bits_share_blocks_and_predict(constant: bool, tmp_path: 
             session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx")
             np.testing.assert_array_equal(store.predict(name, x), session.run(None, {"x": x})[0])
         assert report.stored_bytes < 0.1 * CODES.nbytes
+
+
+def test_sessions_with_weights_inside_make_room(tmp_path: Path) -> None:
+    """They were kept, so that no more of these models ran than fit the budget together."""
+    x = np.ones((1, 1024), np.float32)
+    wanted = {}
+    with pydedup.open(tmp_path / "models.db", memory="8MiB") as store:
+        for seed in range(5):
+            codes = np.random.default_rng(seed).integers(0, 256, (1024, 1024), np.uint8)
+            path = tmp_path / f"{seed}.onnx"
+            onnx.save(quantised(codes), path)
+            store.add(path.stem, path)
+            wanted[path.stem] = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
+        for name in (*wanted, *wanted):
+            np.testing.assert_array_equal(store.predict(name, x), wanted[name])
 
 
 def test_a_graph_that_an_older_pydedup_kept_is_written(tmp_path: Path) -> None:
