@@ -50,6 +50,9 @@ class Alike:
     def __getitem__(self, which: int) -> tuple[str, Find]:
         return self._tensors[which]
 
+    def __iter__(self) -> Iterator[tuple[str, Find]]:
+        return iter(self._tensors)
+
     def add(self, name: str, find: Find) -> None:
         """Add a tensor."""
         self._tensors.append((name, find))

@@ -8,7 +8,8 @@ it is found tells which tensor the matrix is the transpose of, and its other blo
 with those of that one, too. They become deltas on them (docs/format.md, "Version 4").
 
 A graph that was optimised may have packed several matrices into one, as those of an attention layer
-are, or a module has them so and the graph apart: of such a matrix each part is found like that.
+are, or a module has them so and the graph apart: of such a matrix each part is found like that, and
+so is each matrix of a stack.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import ModelRow
-from pydedup.blocks import BlockGrid, MatrixView
+from pydedup.blocks import BlockGrid, MatrixView, matrix_shape
 from pydedup.formats.base import TensorEntry
 from pydedup.hashing import hash_view
 from pydedup.ingest.alike import Find
@@ -43,7 +44,7 @@ __all__ = ["Transposed"]
 _LOOKS_AT_TENSOR, _LOOKS_AT_MODEL = 2, 16
 _MOST = 4096
 # Parts of one matrix that are found.
-_MOST_PARTS = 64
+_MOST_PARTS = 256
 
 #: A model, of this add by its address, the name of one of its tensors, and what that gives.
 _Found: TypeAlias = "tuple[int | str, str, _Bases]"
@@ -70,7 +71,8 @@ class Transposed:
 
     def of(self, entry: TensorEntry | TensorInfo, grid: BlockGrid) -> ByTransposition | None:
         """Return what finds the bases of blocks of a tensor; ``None`` if it can have none."""
-        if not self._takes or len(entry.shape) != 2:
+        is_stack = grid.rows != matrix_shape(entry.shape, 1)[0]
+        if not self._takes or not (len(entry.shape) == 2 or is_stack):
             return None
         return _Transpose(self, entry, grid)
 
@@ -160,9 +162,11 @@ class Transposed:
                 at = np.arange(cut.grid_rows) * cut.grid_cols + down
             else:
                 at = across * cut.grid_cols + np.arange(cut.grid_cols)
-            for i in range(len(tensors)):
+            # As of layers, the next one is likely that after the last.
+            for name, find in sorted(tensors, key=lambda one: (model, one[0]) in self._found):
+                if not near:
+                    break
                 asked += 1
-                name, find = tensors[i]
                 there = find(at, False)
                 for place, base in enumerate(near):
                     found = at[there == base].tolist()

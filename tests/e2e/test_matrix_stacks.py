@@ -61,6 +61,46 @@ def test_matrices_of_a_stack_share_blocks_with_those_that_stand_alone(
     assert same_bits(store, "fused", fused)
 
 
+def turned(model: Model) -> Model:
+    """Return stacks of the transposes of what they are of."""
+    swapped = ((name, np.ascontiguousarray(stack.swapaxes(1, 2))) for name, stack in model.items())
+    return {f"turned.{name}": stack for name, stack in swapped}
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_matrices_of_a_stack_are_transposes_of_those_that_stand_alone(
+    store: pydedup.Store, tmp_path: Path, joint: bool
+) -> None:
+    """As in a graph that multiplies by (experts, inputs, outputs) at once; it shared nothing."""
+    stacks = {"up": drawn((80, 128, 192)), "down": drawn((80, 192, 128), seed=132)}
+    model, alone = turned(stacks), apart(stacks)
+    assert share_of(added_beside(store, alone, model, LOSSLESS, joint=joint)) < 0.01
+    tuned = adapted(stacks, 4, 7)
+    beside = store.add("tuned", apart(tuned), dry_run=True)
+    assert share_of(store.add("tuned", turned(tuned))) < share_of(beside) + 0.03 < 0.3
+    store.remove("base")
+    store.vacuum()
+    store.copy_to(tmp_path / "copy.db")
+    with pydedup.open(tmp_path / "copy.db") as other:
+        for of in (store, other):
+            assert same_bits(of, "m", model)
+            assert same_bits(of, "tuned", turned(tuned))
+            assert of.verify().errors == []
+
+
+@pytest.mark.parametrize("policy", [policies.Bounded(0.001), policies.Exact()], ids=repr)
+def test_transposes_of_which_blocks_are_at_other_places(
+    store: pydedup.Store, policy: policies.Policy
+) -> None:
+    """Those of matrices that end within a block, and under a policy without deltas."""
+    stacks = {"up": drawn((5, 200, 320))}
+    model = turned(stacks)
+    report = added_beside(store, apart(stacks), model, policy, joint=False)
+    assert (report.delta_blocks > 0) == policy.uses_deltas
+    assert np.allclose(store.load("m")["turned.up"], model["turned.up"], rtol=0, atol=1e-3)
+    assert store.verify().errors == []
+
+
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_adapters_in_a_stack_take_what_they_do_in_a_matrix(
