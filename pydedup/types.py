@@ -137,10 +137,14 @@ class DType(enum.Enum):
         raise ArgumentError(f"unknown dtype {label!r}; choose one of: {known}")
 
     @classmethod
-    def refusal(cls) -> str:
-        """Say of a dtype that is none of these that it cannot be stored, and what can."""
+    def refusal(cls, *, in_bytes: bool = False) -> str:
+        """Say of a dtype that is none of these that it cannot be stored, and what can.
+
+        ``in_bytes`` is whether torch has its values in a byte each, or several of them in one.
+        """
         known = ", ".join(member.label for member in cls)
-        return f"cannot be stored; convert it to one of: {known}"
+        view = "give its bytes, which keep the bits (tensor.view(torch.uint8)), or " * in_bytes
+        return f"cannot be stored; {view}convert it to one of: {known}"
 
     @classmethod
     def of_floats(cls, dtype: object) -> DType:

@@ -217,7 +217,8 @@ def _tensor_info(where: str, name: str, info: object) -> tuple[DType, tuple[int,
     label, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if isinstance(label, str) and label in _UNSTORABLE:
         raise UnsupportedFormatError(
-            f"{where}: tensor {name!r} has dtype {label}, which {DType.refusal()}"
+            f"{where}: tensor {name!r} has dtype {label}, which "
+            f"{DType.refusal(in_bytes=label != 'C64')}"
         )
     if not isinstance(label, str) or label not in _DTYPES:
         raise FormatError(f"{where}: tensor {name!r} has the unknown dtype {label!r:.40}")

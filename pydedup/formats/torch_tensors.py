@@ -58,7 +58,8 @@ def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
         raise UnsupportedFormatError(f"{where} is a lazily negated view; clone() it first")
     dtype = dtypes().get(tensor.dtype)
     if dtype is None:
-        raise UnsupportedFormatError(f"{where} has dtype {tensor.dtype}, which {DType.refusal()}")
+        refusal = DType.refusal(in_bytes=tensor.dtype.itemsize == 1)
+        raise UnsupportedFormatError(f"{where} has dtype {tensor.dtype}, which {refusal}")
     shape = tuple(tensor.shape)
     key: Hashable = name
     if tensor.numel():

@@ -252,8 +252,9 @@ def test_bad_headers_are_refused(name: str, tmp_path: Path) -> None:
 def test_dtypes_no_store_keeps_are_named(dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(_file({"odd": _entry(dtype)}, EIGHT))
-    with pytest.raises(UnsupportedFormatError, match=f"'odd' has dtype {dtype}"):
+    with pytest.raises(UnsupportedFormatError, match=f"'odd' has dtype {dtype}") as caught:
         open_source(path)
+    assert ("tensor.view(torch.uint8)" in str(caught.value)) == (dtype != "C64")
 
 
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:

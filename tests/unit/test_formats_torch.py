@@ -245,7 +245,11 @@ def test_a_quantised_module_is_refused_and_extra_state_left_out() -> None:
     [
         (torch.eye(3).to_sparse(), "sparse"),
         (torch.zeros(2, device="meta"), "meta"),
-        (torch.zeros(2, dtype=torch.complex64), "complex64"),
+        (torch.zeros(2, dtype=torch.complex64), "complex64, which cannot be stored; convert it"),
+        (
+            torch.zeros(2, dtype=torch.float8_e8m0fnu),
+            r"stored; give its bytes.*view\(torch\.uint8\)",
+        ),
         (torch.tensor([1 + 2j]).conj().imag, "negated"),
         (nn.UninitializedParameter(), "not initialised yet; run the module once"),
         (_unusual("nested"), "nested"),
