@@ -255,6 +255,8 @@ class AddReport:
     damaged_pages
         Pages of the store that blocks were looked for on and that cannot be read; nothing on them
         was shared.
+    artifact_bytes
+        What is kept beside the tensors, such as a tokenizer or a graph, whole with each version.
     """
 
     model: str
@@ -269,6 +271,7 @@ class AddReport:
     dry_run: bool = False
     left_out: tuple[str, ...] = ()
     damaged_pages: tuple[int, ...] = ()
+    artifact_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

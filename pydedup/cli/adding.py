@@ -27,6 +27,8 @@ __all__ = ["add"]
 
 _POLICIES = ("exact", "lossless", "bounded", "accuracy")
 
+#: What is kept beside the weights is told from this on.
+_MUCH_BESIDE = 1 << 20
 _COLUMNS = (
     Column("Model", number=False, name=True, style="cyan"),
     Column("Size"),
@@ -250,6 +252,12 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
     for report in reports:
         if not report.logical_bytes:
             output.print_note(f"{report.model}: its source holds no weights", "yellow")
+        if report.artifact_bytes >= _MUCH_BESIDE:
+            size = text.size(report.artifact_bytes)
+            output.print_note(
+                f"{report.model}: {size} beside its weights, such as a tokenizer, are kept whole",
+                "dim",
+            )
         if report.left_out:
             shown = text.listed(report.left_out)
             output.print_note(f"{report.model}: left out, not stored: {shown}", "yellow")

@@ -237,6 +237,7 @@ class _Add:
                     certificate=model.certificate(),
                     dry_run=self.dry_run,
                     left_out=tuple(model.request.source.left_out),
+                    artifact_bytes=model.artifact_bytes(),
                 )
             )
         return reports

@@ -182,6 +182,10 @@ class MatchedModel(StagedModel):
                 raise FormatError(f"{name!r} changed while {self.address} was added; add it again")
             yield name, media_type, payload
 
+    def artifact_bytes(self) -> int:
+        """Return the size of its artifacts."""
+        return sum(len(payload) for _, _, payload in self._read_artifacts())
+
     def _read_artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         for artifact in self.request.source.artifacts():
             yield artifact.name, artifact.media_type, artifact.payload

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import pydedup
 from pydedup.cli.errors import Exit
@@ -134,3 +135,20 @@ def test_each_document_is_as_described(folder: Path) -> None:
 def test_each_status_is_described() -> None:
     rows = re.findall(r"^\| (\d+) \| (.+) \|$", PAGE, re.MULTILINE)
     assert rows == [(str(status.value), status.meaning) for status in Exit]
+
+
+def test_adds_tell_what_is_kept_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a version with a tokenizer of 5 MB, "36 B new" was all that was said."""
+    monkeypatch.chdir(tmp_path)
+    for name, n_bytes in (("large", 2 << 20), ("small", 1000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"w": np.ones((4, 4), np.float32)}, folder / "model.safetensors")
+        (folder / "tokenizer.json").write_bytes(bytes(n_bytes))
+        done = run_here("add", "models.db", f"{name}@1", name)
+        assert (f"{name}@1: 2.0 MiB beside its weights" in done.stdout) == (name == "large")
+        done = run_here("add", "models.db", f"{name}@2", name, "--json")
+        beside = json.loads(done.stdout)["models"][0]["artifact_bytes"]
+        assert n_bytes < beside < n_bytes + 1000  # with the layout of the folder
