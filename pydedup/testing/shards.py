@@ -83,6 +83,13 @@ class ShardedPlace:
             cursor = connection.execute(query.format(self.schema), values or None, binary=True)
             return cursor.fetchall() if cursor.description else []
 
+    def cut(self, number: int, pid: int) -> None:
+        """End a connection to one server, and wait until it is gone."""
+        self.rows(number, "SELECT pg_terminate_backend(%s)", pid)
+        # PostgreSQL 13 cannot be told to wait for it.
+        while self.rows(number, "SELECT pid FROM pg_stat_activity WHERE pid = %s", pid):
+            time.sleep(0.01)
+
     @contextlib.contextmanager
     def taking_no_changes(self, number: int) -> Iterator[None]:
         """Let connections to one server that are opened meanwhile only read."""

@@ -82,8 +82,7 @@ def test_who_loses_a_connection_while_pages_are_written_is_told_which(
 
     def cut(self: Shard, *row: Any) -> None:
         monkeypatch.undo()
-        pid = sharded._mine.touched[lost.id].connection.info.backend_pid
-        place.rows(number, f"SELECT pg_terminate_backend({pid}, 60000)")
+        place.cut(number, sharded._mine.touched[lost.id].connection.info.backend_pid)
         write(self, *row)
 
     def insert() -> None:
