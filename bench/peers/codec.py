@@ -194,6 +194,23 @@ def bounded(seconds: float) -> Iterator[Row]:
     yield from case("f32, 1 %, bounded by 0.1 %", base, moved, seconds, BOUND)
 
 
+def few(seconds: float) -> Iterator[Row]:
+    """Yield versions of which most weights are as they were, and the others moved by little.
+
+    A tenth of bf16, as reinforcement learning with a small rate leaves them, and a fifth of int8
+    that was quantised after a fine-tune.
+    """
+    draw = np.random.default_rng(3)
+    bf16 = normal(0.02, 0).astype(DType.BF16.numpy)
+    steps = np.rint(draw.normal(0, 1.5, bf16.shape)).astype(np.int16)
+    steps[draw.random(bf16.shape) >= 0.1] = 0
+    words = bf16.view(np.int16) + steps
+    yield from case("bf16, a tenth of the weights", bf16, words.view(bf16.dtype), seconds)
+    int8 = np.clip(np.rint(normal(30, 0)), -127, 126).astype(np.int8)
+    ones = np.where(draw.random(int8.shape) < 0.2, draw.choice([-1, 1], int8.shape), 0)
+    yield from case("int8, a fifth by one", int8, (int8 + ones).astype(np.int8), seconds)
+
+
 def released(seconds: float) -> Iterator[Row]:
     """Yield MiniLM and its published fine-tune, all matrices, exact and bounded."""
     import tempfile
@@ -233,4 +250,4 @@ def released(seconds: float) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [synthetic, bounded, released])
+    main(__doc__, [synthetic, bounded, few, released])

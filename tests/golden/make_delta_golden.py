@@ -224,6 +224,39 @@ def transposed_blocks() -> list[tuple[Block, int | None, float | None]]:
     ]
 
 
+def listed_blocks() -> list[tuple[Block, int | None, float | None]]:
+    """Return the same of deltas of version 5: lists of where frequent values are, and of others."""
+    f32 = weights(30).astype(np.float32)
+    bf16 = f32.astype(DType.BF16.numpy)
+    bits, halves = f32.view(np.uint32), bf16.view(np.uint16)
+    ints = (noise(4096, 31).reshape(64, 64) >> 4) + np.uint8(60)
+    chance, sign = noise(4096, 32).reshape(64, 64), noise(4096, 33).reshape(64, 64) & 2
+    few, some, many = chance < 6, chance < 30, chance < 60
+    one = sign.astype(np.int64) - 1
+    size = noise(4096, 34).reshape(64, 64).astype(np.int64)
+    far = np.zeros((64, 64), np.bool_)
+    far[:20] = some[:20]
+    far[63, 60] = True
+    least = np.abs(f32) <= np.sort(np.abs(f32), axis=None)[1000]
+    scattered = np.where(some, bits + one * (size % 24 + 1), bits).astype(np.uint32)
+    halved = np.where(some, halves + one * (size % 3 + 1), halves).astype(np.uint16)
+    moved = (f32 * np.where(some, 1.25, 1.0)).astype(np.float32)
+    return [
+        (f32, None, None),
+        (ints, None, None),
+        (bf16, None, None),
+        (halved.view(bf16.dtype), 2, None),  # lists alone
+        (np.where(few, bits + one * size**3, bits).astype(np.uint32).view(np.float32), 0, None),
+        (scattered.view(np.float32), 0, None),  # as many lists as there may be, and others
+        (np.where(many, ints + one, ints).astype(np.uint8), 1, None),
+        (np.where(far, ints + one * 16, ints).astype(np.uint8), 1, None),  # far apart
+        (np.where(least, np.zeros_like(bf16), halved.view(bf16.dtype)), 2, None),  # masked
+        (halved.view(bf16.dtype).astype(np.float32), 0, None),  # narrower
+        (moved, 0, 0.02),
+        (moved.astype(bf16.dtype), 0, 0.05),
+    ]
+
+
 def transposed_factors() -> dict[int, codec.LowRankFactors]:
     """Return the factors of slots of `transposed_blocks`."""
     numbers = noise(2 * 3 * 64, 25).reshape(2, 1, 3, 64).astype(np.int32) - 128
@@ -291,6 +324,7 @@ def main() -> None:
         ("page_v2_extended.page", extended_blocks, None, False),
         ("page_v3_factors.page", factored_blocks, golden_factors(), False),
         ("page_v4_transposed.page", transposed_blocks, transposed_factors(), True),
+        ("page_v5_listed.page", listed_blocks, None, False),
     ):
         if (folder / name).exists():
             print(f"{folder / name} exists; golden files are never rewritten")

@@ -177,10 +177,17 @@ TEST(all_groups_have_32_contexts_at_most) {
     CHECK(!contexts(31, 31));
 }
 
-TEST(there_are_two_forms) {
+TEST(forms_are_those_of_the_version) {
     const ByHand bytes(1, 4, Dtype::i8);
     CHECK(bytes.decodes(0, {0}));
     CHECK(!bytes.decodes(2, {0}));
+    CHECK(!bytes.decodes(3, {0, 0}));
+    const Buffer of_bytes = {static_cast<std::uint8_t>(Dtype::i8), 0, 0, 0};
+    for (const std::uint8_t version : {2, 5}) {
+        CHECK(bytes.decodes(3, of_bytes, std::nullopt, 0, version) == (version == 5));
+        CHECK(!bytes.decodes(2, of_bytes, std::nullopt, 0, version));
+        CHECK(!bytes.decodes(4, of_bytes, std::nullopt, 0, version));
+    }
     CHECK(!bytes.decodes(0xFF, {0}));
     CHECK(!bytes.decodes(0, {0}, std::nullopt, 0, 0));  // and no version 0
 }
@@ -298,6 +305,7 @@ TEST(a_delta_is_never_trusted) {
     std::mt19937_64 random(8);
     const std::size_t rows = 24;
     const std::size_t cols = 64;
+    std::array<std::size_t, 4> forms{};
     for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64, Dtype::i8}) {
         const std::size_t item = item_bytes(dtype);
         const bool is_float = dtype != Dtype::i8;
@@ -311,11 +319,16 @@ TEST(a_delta_is_never_trusted) {
         if (!is_float) {
             for (std::size_t i = 0; i < block.size(); i += 2) block[i] ^= 5;
         }
-        for (int kind = 0; kind < 5; ++kind) {
+        for (int kind = 0; kind < 6; ++kind) {
             Buffer source = block;
             if (kind == 2) {
                 source = base;
                 for (std::size_t i = 0; i < source.size(); i += 97) source[i] ^= 9;
+            } else if (kind == 5) {
+                source = base;
+                for (std::size_t i = 0; i < source.size(); i += item) {
+                    source[i] ^= random() % 7 == 0 ? 1 : 0;
+                }
             } else if (kind >= 3) {  // pruned
                 for (std::size_t i = 0; i < rows * cols; ++i) {
                     if (random() % 3 == 0) std::memset(&source[i * item], 0, item);
@@ -325,6 +338,7 @@ TEST(a_delta_is_never_trusted) {
                 matrix(source, rows, cols, dtype), matrix(base, rows, cols, dtype),
                 (kind == 1 || kind == 4) && is_float ? std::optional<double>(0.002) : std::nullopt);
             CHECK(!delta.bytes.empty());
+            ++forms[delta.bytes[1]];
             const auto decodes = [&](const Buffer& bytes, Encoding encoding) {
                 Buffer exact(bytes);
                 exact.shrink_to_fit();
@@ -376,10 +390,11 @@ TEST(a_delta_is_never_trusted) {
                 static_cast<void>(decodes(noise, delta.encoding));
             }
             Buffer newer = delta.bytes;
-            newer[0] = 3;
+            newer[0] = 6;
             CHECK(!decodes(newer, delta.encoding));
         }
     }
+    CHECK(forms[0] > 0 && forms[1] > 0 && forms[3] > 0);
 }
 
 }  // namespace

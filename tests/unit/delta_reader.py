@@ -234,6 +234,39 @@ def read_moved(reader: Reader, before: bytes, x: NDArray[Any], dtype: DType) -> 
     return moved
 
 
+def read_listed(reader: Reader, count: int) -> list[int]:
+    n_lists = reader.varint()
+    assert n_lists <= 16
+    lists = []
+    for i in range(n_lists + 1):
+        value = reader.varint() if i < n_lists else 0
+        n = reader.varint()
+        assert n or i == n_lists
+        lists.append((value, n, reader.byte() if n else 0))
+    listed = [value for value, *_ in lists[:-1]]
+    assert listed == sorted(set(listed) - {0})
+    values, others = [0] * count, []
+    for value, n, low_bits in lists:
+        at = -1
+        for _ in range(n):
+            high = 0
+            while high < 24 and reader.number(1):
+                high += 1
+            distance = (
+                reader.number(32) if high == 24 else high << low_bits | reader.number(low_bits)
+            )
+            at += distance + 1
+            assert values[at] == 0
+            values[at] = value
+            others += [] if value else [at]
+    reader.align()
+    for at in others:
+        values[at] = reader.varint()
+        assert values[at]
+    assert reader.at == len(reader.payload)
+    return values
+
+
 def read_mask(reader: Reader, words: NDArray[Any], dtype: DType) -> NDArray[Any]:
     """Return the base's words, with those that are masked made 0."""
     size, sign = words.itemsize, 1 << (8 * words.itemsize - 1) if dtype.is_float else 0
@@ -261,7 +294,7 @@ def decode_delta(
     """Return the elements of a delta, as docs/format.md says; its page begins with ``before``."""
     encoding, dtype, rows, cols, payload = slot
     version, form, base_dtype, shift, count = struct.unpack_from("<BBBBI", payload)
-    assert version in (1, 2, 3, 4)
+    assert version in (1, 2, 3, 4, 5)
     assert (DTYPES[base_dtype], count) == (base[1], rows * cols)
     stored = np.frombuffer(base_content, base[1].numpy).reshape(base[2:4])
     assert payload[8:12] == hash_blocks(stored, stored.shape).tobytes()[:4]
@@ -275,7 +308,7 @@ def decode_delta(
     x = stored.astype(dtype.numpy)
     if version == 4 and reader.payload[reader.at] == 0:
         reader.at += 1
-    elif version >= 3:
+    elif version in (3, 4):
         x = read_moved(reader, before, x, dtype)
     bits = 8 * dtype.itemsize
     words = x.view(f"u{dtype.itemsize}")
@@ -291,8 +324,11 @@ def decode_delta(
             at += 1
         assert reader.at == len(payload)
     elif form == 2:
-        assert version >= 3
+        assert version in (3, 4)
         values = read_changed(reader, count)
+    elif form == 3:
+        assert version == 5
+        values = read_listed(reader, count)
     else:
         values = read_coded(reader, words, dtype)
     signed = [-(z + 1) // 2 if z & 1 else z // 2 for z in values]

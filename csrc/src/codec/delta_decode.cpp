@@ -11,6 +11,7 @@
 #include "base/endian.hpp"
 #include "codec/convert.hpp"
 #include "codec/delta_changed.hpp"
+#include "codec/delta_listed.hpp"
 #include "codec/delta_model.hpp"
 #include "codec/delta_pair.hpp"
 #include "codec/delta_room.hpp"
@@ -61,13 +62,18 @@ const char* get_sparse(Source& source, std::size_t count, unsigned value_bits, W
     return source.left.empty() ? nullptr : "bytes are left over";
 }
 
-// Either form of differences that are mostly 0.
+// Any form of differences that are mostly 0.
 template <class Wide>
 const char* get_few(std::uint8_t form, Source& source, std::size_t count, unsigned value_bits,
                     Wide* z) {
-    return form == static_cast<std::uint8_t>(DeltaForm::changed)
-               ? detail::get_changed(source, count, value_bits, z)
-               : get_sparse(source, count, value_bits, z);
+    switch (static_cast<DeltaForm>(form)) {
+        case DeltaForm::changed:
+            return detail::get_changed(source, count, value_bits, z);
+        case DeltaForm::listed:
+            return detail::get_listed(source, count, value_bits, z);
+        default:
+            return get_sparse(source, count, value_bits, z);
+    }
 }
 
 // Whether the list of changes is empty, as that of a block is whose base, as moved, is the same.
@@ -172,9 +178,7 @@ Header read_header(const BlockView& delta, const BlockView& base, Source& source
     Header header{head[1], head[3],     load_le<std::uint32_t>(delta.data + 8),
                   0,       delta.dtype, head[0] == detail::kTransposedDeltaVersion,
                   {},      {}};
-    const auto last =
-        head[0] >= detail::kLowRankDeltaVersion ? DeltaForm::changed : DeltaForm::coded;
-    if (head[0] == 0 || header.form > static_cast<std::uint8_t>(last) ||
+    if (head[0] == 0 || !detail::has_form(head[0], header.form) ||
         load_le<std::uint32_t>(delta.data + 4) != count || (quantised && header.shift != 0)) {
         corrupt(delta, "its header is damaged");
     }
@@ -191,8 +195,8 @@ Header read_header(const BlockView& delta, const BlockView& base, Source& source
         if (is_narrow && (quantised || !detail::is_narrower(header.dtype, delta.dtype))) {
             corrupt(delta, "its differences have an impossible dtype");
         }
-        const bool may_move = head[0] >= detail::kLowRankDeltaVersion;
-        if (may_move && !(header.is_transposed && detail::skip_no_low_rank(source))) {
+        if (detail::moves_base(head[0]) &&
+            !(header.is_transposed && detail::skip_no_low_rank(source))) {
             if (!detail::can_quantise(header.dtype)) corrupt(delta, "its dtype has no factors");
             header.low_rank.emplace();
             const char* wrong = detail::get_low_rank(source, delta.rows, delta.cols, head,

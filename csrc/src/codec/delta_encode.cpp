@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks to deltas (docs/format.md, "Deltas"): the header, and behind it the sparse or the coded
-// form, whichever is smaller.
+// Blocks to deltas (docs/format.md, "Deltas"): the header, and behind it the form that is smallest.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -16,6 +15,7 @@
 #include "codec/convert.hpp"
 #include "codec/delta_changed.hpp"
 #include "codec/delta_encoder.hpp"
+#include "codec/delta_listed.hpp"
 #include "codec/delta_pair.hpp"
 #include "codec/delta_step.hpp"
 #include "codec/narrow.hpp"
@@ -32,6 +32,7 @@ using detail::Codes;
 using detail::DeltaForm;
 using detail::DeltaPlan;
 using detail::Differences;
+using detail::ListedPlan;
 using detail::Pair;
 using detail::PairOf;
 using detail::Room;
@@ -41,6 +42,16 @@ using detail::Sink;
 struct Extension {
     std::uint8_t version = 1;
     Sink bytes;
+};
+
+// What the listed form takes is known to some percent before it is written.
+constexpr double kAbout = 1.02;
+
+// Of the forms that all versions have, and of the one that fewer have, which there is for what is
+// mostly 0.
+struct Extensions {
+    Extension of_all;
+    Extension of_few;
 };
 
 void put_header(Sink& sink, DeltaForm form, Dtype base, unsigned shift, std::size_t count,
@@ -68,20 +79,6 @@ void put_sparse(Sink& sink, const Wide* z, std::size_t count, std::size_t n_chan
         detail::put_varint(sink, z[i]);
         next = i + 1;
     }
-}
-
-// Calls write(z) with the numbers as they are, of 4 or 8 bytes.
-template <class Write>
-void with_numbers(const Differences& d, const Write& write) {
-    if (d.wide) {
-        write(static_cast<const std::uint64_t*>(d.z));
-    } else {
-        write(static_cast<const std::uint32_t*>(d.z));
-    }
-}
-
-std::size_t varint_bytes(std::uint64_t value) noexcept {
-    return (static_cast<std::size_t>(std::bit_width(value | 1)) + 6) / 7;
 }
 
 // Appends the coded form unless the whole would have more than `limit` bytes.
@@ -115,7 +112,7 @@ bool put_coded(Sink& sink, const Coded& coded, const DeltaPlan& plan, const Room
     to = delta.write_raw(d.z, room.symbols, count, d.wide, plan.alphabet.widths.data(), to);
     streams.resize(static_cast<std::size_t>(to - streams.data()));
     std::size_t total = sink.size() + streams.size();
-    for (const std::size_t n : bytes) total += varint_bytes(n);
+    for (const std::size_t n : bytes) total += detail::varint_bytes(n);
     if (total > limit) return false;
     for (const std::size_t n : bytes) detail::put_varint(sink, n);
     sink.insert(sink.end(), streams.begin(), streams.end());
@@ -124,7 +121,7 @@ bool put_coded(Sink& sink, const Coded& coded, const DeltaPlan& plan, const Room
 
 // The bytes of a delta, empty when it has more than `limit` or cannot be quantised.
 Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::size_t limit,
-                 std::optional<DeltaPlan>& like, const Extension& extension) {
+                 std::optional<DeltaPlan>& like, const Extensions& extensions) {
     const std::size_t count = pair.count();
     const Room room(count, item_bytes(pair.dtype));
     Coded coded;
@@ -132,32 +129,46 @@ Sink encode_pair(const Pair& pair, std::optional<double> max_rel_error, std::siz
     Sink sink;
     sink.reserve(std::min(limit, count * item_bytes(pair.dtype)) + 64);
     const auto header = [&](DeltaForm form) {
+        const bool is_of_all = form == DeltaForm::sparse || form == DeltaForm::coded;
         put_header(sink, form, pair.base_dtype, coded.shift, count, pair.check, coded.step,
-                   extension);
+                   is_of_all ? extensions.of_all : extensions.of_few);
     };
-    Sink few;
-    if (coded.n_changed <= count / 16 + 1) {
-        header(DeltaForm::sparse);
-        with_numbers(coded.differences,
-                     [&](const auto* z) { put_sparse(sink, z, count, coded.n_changed); });
-        if (coded.n_changed == 0) return sink.size() <= limit ? sink : Sink{};
-        few.swap(sink);
-        limit = std::min(limit, few.size());
-    }
-    if (extension.version >= detail::kLowRankDeltaVersion && coded.n_changed <= count / 4) {
-        sink.clear();
-        header(DeltaForm::changed);
-        with_numbers(coded.differences,
-                     [&](const auto* z) { detail::put_changed(sink, z, count); });
+    Sink few;  // the smallest form for what is mostly 0
+    const auto try_form = [&](DeltaForm form, const auto& write) {
+        header(form);
+        detail::with_numbers(coded.differences, write);
         if (few.empty() || sink.size() < few.size()) few.swap(sink);
         limit = std::min(limit, few.size());
         sink.clear();
+    };
+    if (coded.n_changed <= count / 16 + 1) {
+        const std::size_t most = limit;
+        try_form(DeltaForm::sparse,
+                 [&](const auto* z) { put_sparse(sink, z, count, coded.n_changed); });
+        if (coded.n_changed == 0) return few.size() <= most ? few : Sink{};
     }
-    header(DeltaForm::coded);
+    const bool has_lists = extensions.of_few.version == detail::kListedDeltaVersion;
+    if (!has_lists && coded.n_changed <= count / 4) {
+        try_form(DeltaForm::changed, [&](const auto* z) { detail::put_changed(sink, z, count); });
+    }
     DeltaPlan plan;
     detail::plan_pair(coded, room, plan, &like);
-    if (put_coded(sink, coded, plan, room, limit)) return sink;
-    return few.size() <= limit ? few : Sink{};
+    std::optional<ListedPlan> listed;
+    if (has_lists && detail::may_be_listed(coded.n_changed, count) && detail::may_be_listed(plan)) {
+        detail::with_numbers(coded.differences,
+                             [&](const auto* z) { listed.emplace(z, count, coded.n_changed); });
+    }
+    header(DeltaForm::coded);
+    // The coded form is not written to be thrown away.
+    const std::size_t listed_bytes =
+        listed ? sink.size() + static_cast<std::size_t>(listed->bytes() * kAbout) : limit;
+    if (put_coded(sink, coded, plan, room, std::min(limit, listed_bytes))) return sink;
+    sink.clear();
+    const std::size_t most = limit;
+    if (listed) {
+        try_form(DeltaForm::listed, [&](const auto* z) { detail::put_listed(sink, z, *listed); });
+    }
+    return few.size() <= most ? few : Sink{};
 }
 
 }  // namespace
@@ -172,25 +183,25 @@ DeltaEncoder::DeltaEncoder() = default;
 Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
                                   std::optional<double> max_rel_error, std::size_t limit,
                                   const Moved& moved) {
-    const auto extension = [&](const std::optional<ZeroMask>& mask) {
-        Extension more;
-        if (pair.dtype == dtype && !mask && moved.version == 0) return more;
-        more.version = std::max(moved.version, kExtendedDeltaVersion);
-        more.bytes.push_back(static_cast<std::uint8_t>(pair.dtype));
-        more.bytes.insert(more.bytes.end(), moved.bytes.begin(), moved.bytes.end());
-        put_mask(more.bytes, mask, delta_layout(pair.dtype));
-        return more;
+    const auto extensions = [&](const std::optional<ZeroMask>& mask) {
+        Sink more = {static_cast<std::uint8_t>(pair.dtype)};
+        more.insert(more.end(), moved.bytes.begin(), moved.bytes.end());
+        put_mask(more, mask, delta_layout(pair.dtype));
+        if (moved.version != 0) return Extensions{{moved.version, more}, {moved.version, more}};
+        const Extension of_few{kListedDeltaVersion, more};
+        if (pair.dtype == dtype && !mask) return Extensions{{}, of_few};
+        return Extensions{{kExtendedDeltaVersion, more}, of_few};
     };
     Sink best;
     if (const MaskedPair masked(pair); masked.mask) {
         best =
             encode_pair(masked.pair, max_rel_error, limit,
-                        max_rel_error ? quantised_masked_ : exact_masked_, extension(masked.mask));
+                        max_rel_error ? quantised_masked_ : exact_masked_, extensions(masked.mask));
         if (!best.empty() && masks_win(pair.dtype, max_rel_error)) return best;
         if (!best.empty()) limit = best.size() - 1;
     }
     Sink plain = encode_pair(pair, max_rel_error, limit, max_rel_error ? quantised_ : exact_,
-                             extension(std::nullopt));
+                             extensions(std::nullopt));
     if (plain.empty()) return best;
     return plain;
 }

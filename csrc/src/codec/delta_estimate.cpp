@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "base/rounding.hpp"
+#include "codec/delta_listed.hpp"
 #include "codec/delta_pair.hpp"
 #include "codec/delta_step.hpp"
 #include "codec/narrow.hpp"
@@ -37,7 +38,14 @@ std::optional<std::size_t> estimate_pair(const Pair& pair, std::optional<double>
                                static_cast<double>(plan.symbol_bits + plan.raw_bits) / 8 * scale;
     const double sparse_bytes =
         static_cast<double>(coded.n_changed) * (1.5 + static_cast<double>(item)) * scale;
-    return fixed + static_cast<std::size_t>(std::min(coded_bytes, sparse_bytes));
+    double bytes = std::min(coded_bytes, sparse_bytes);
+    if (detail::may_be_listed(coded.n_changed, pair.count()) && detail::may_be_listed(plan)) {
+        detail::with_numbers(coded.differences, [&](const auto* z) {
+            const detail::ListedPlan listed(z, pair.count(), coded.n_changed, scale);
+            bytes = std::min(bytes, listed.bytes(scale));
+        });
+    }
+    return fixed + static_cast<std::size_t>(bytes);
 }
 
 // Of the pair or the masked one, whichever is smaller.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -16,19 +17,40 @@
 namespace pydedup::detail {
 
 /// Deltas are written as the oldest version that can describe them.
-inline constexpr std::uint8_t kDeltaVersion = 4;
+inline constexpr std::uint8_t kDeltaVersion = 5;
 /// Of this version are deltas of a narrower dtype (narrow.hpp) or with a mask (zero_mask.hpp), and
-/// no others; of the next one those with factors (low_rank.hpp), and of the last one those whose
-/// base is transposed (transposed.hpp), with factors or without.
+/// no others; of the next one those with factors (low_rank.hpp), then those whose base is
+/// transposed (transposed.hpp), with factors or without, and of the last one those with neither of
+/// both that have the form `listed`.
 inline constexpr std::uint8_t kExtendedDeltaVersion = 2;
 inline constexpr std::uint8_t kLowRankDeltaVersion = 3;
 inline constexpr std::uint8_t kTransposedDeltaVersion = 4;
+inline constexpr std::uint8_t kListedDeltaVersion = 5;
 inline constexpr std::size_t kDeltaHeaderBytes = 12;
 inline constexpr std::size_t kStepBytes = 8;
 inline constexpr unsigned kMaxGroups = 8;
 
-/// `changed` since kLowRankDeltaVersion only.
-enum class DeltaForm : std::uint8_t { sparse = 0, coded = 1, changed = 2 };
+/// Whether deltas of this version have a base that is moved by factors, or transposed.
+[[nodiscard]] constexpr bool moves_base(std::uint8_t version) noexcept {
+    return version == kLowRankDeltaVersion || version == kTransposedDeltaVersion;
+}
+
+/// `changed` where moves_base() only, `listed` of kListedDeltaVersion only.
+enum class DeltaForm : std::uint8_t { sparse = 0, coded = 1, changed = 2, listed = 3 };
+
+/// Whether deltas of this version may have that form.
+[[nodiscard]] constexpr bool has_form(std::uint8_t version, std::uint8_t form) noexcept {
+    switch (static_cast<DeltaForm>(form)) {
+        case DeltaForm::sparse:
+        case DeltaForm::coded:
+            return true;
+        case DeltaForm::changed:
+            return moves_base(version);
+        case DeltaForm::listed:
+            return version == kListedDeltaVersion;
+    }
+    return false;
+}
 
 enum class Feature : std::uint8_t { none = 0, exponent = 1, mantissa = 2 };
 
@@ -101,6 +123,10 @@ void make_codes(const Codes& codes, std::vector<std::uint32_t>& table);
 using Sink = std::vector<std::uint8_t>;
 
 void put_varint(Sink& sink, std::uint64_t value);
+
+[[nodiscard]] constexpr std::size_t varint_bytes(std::uint64_t value) noexcept {
+    return (static_cast<std::size_t>(std::bit_width(value | 1)) + 6) / 7;
+}
 
 struct Source {
     std::span<const std::uint8_t> left;

@@ -25,6 +25,16 @@ struct Differences {
     [[nodiscard]] std::size_t count() const noexcept { return rows * cols; }
 };
 
+/// Calls write(z) with the numbers as they are, of 4 or 8 bytes.
+template <class Write>
+void with_numbers(const Differences& d, const Write& write) {
+    if (d.wide) {
+        write(static_cast<const std::uint64_t*>(d.z));
+    } else {
+        write(static_cast<const std::uint32_t*>(d.z));
+    }
+}
+
 struct DeltaPlan {
     std::size_t count = 0;  ///< of elements
     DeltaLayout layout{};   ///< of the differences
