@@ -259,9 +259,12 @@ class StorePredictions:
         from pydedup.formats.onnx import GRAPH
         from pydedup.serving.onnx_session import run_onnx
 
-        payload = model.artifact(GRAPH)
-        if payload is None:
-            raise no_graph(model)
+        def payload() -> bytes:
+            found = model.artifact(GRAPH)
+            if found is None:
+                raise no_graph(model)
+            return found
+
         outputs = run_onnx(
             model, payload, lambda tensor: self._stored_tensor(model, tensor), self._pool, x
         )

@@ -41,8 +41,11 @@ def cosines(
     return alike
 
 
-def export(weights: Mapping[str, NDArray[Any]], path: Path) -> None:
-    """Write an ONNX graph of the encoder with these weights, as PyTorch's exporter does."""
+def export(weights: Mapping[str, NDArray[Any]], path: Path, *, any_size: bool = False) -> None:
+    """Write an ONNX graph of the encoder with these weights, as PyTorch's exporter does.
+
+    It takes one sentence of eight words, or as many of each as it is given.
+    """
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -70,8 +73,16 @@ def export(weights: Mapping[str, NDArray[Any]], path: Path) -> None:
     some = torch.ones(1, 8, dtype=torch.long)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a tracer that does not follow Python
+        names = ["ids", "mask"]
+        axes = {name: {0: "rows", 1: "words"} for name in names}
         torch.onnx.export(
-            Hidden(), (some, some), path, input_names=["ids", "mask"], dynamo=False, verbose=False
+            Hidden(),
+            (some, some),
+            path,
+            input_names=names,
+            dynamic_axes=axes if any_size else None,
+            dynamo=False,
+            verbose=False,
         )
 
 

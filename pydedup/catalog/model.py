@@ -78,6 +78,7 @@ class StoredModel:
         #: Parts of all maps, but for those that were taken; None as long as they are read singly.
         self._parts: dict[int, list[bytes]] | None = None
         self._graph: Graph | None = None
+        self._graph_is_known = False  # also that there is none
         self._layers_key: object = None
         #: How often its block maps were forgotten: its pages are the same as long as this is.
         self.state = 0
@@ -300,7 +301,7 @@ class StoredModel:
 
     def graph(self) -> Graph | None:
         """Return its graph, if the store knows it. Raises CorruptStoreError where it is damaged."""
-        if self._graph is None:
+        if not self._graph_is_known:
             payload = self.artifact(GRAPH_ARTIFACT)
             if payload is not None:
                 try:
@@ -309,6 +310,7 @@ class StoredModel:
                     raise CorruptStoreError(
                         f"the graph of {self.address} cannot be read: {exc}"
                     ) from exc
+            self._graph_is_known = True
         return self._graph
 
 

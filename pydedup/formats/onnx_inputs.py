@@ -7,7 +7,7 @@ same layers. Deliberately not here: running it (:mod:`pydedup.serving.onnx_sessi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from pydedup.formats._onnx_tensors import DTYPES, has_values, nested_tensors, pa
 from pydedup.formats.base import Array
 from pydedup.types import TensorInfo
 
-__all__ = ["OpenedGraph", "open_graph"]
+__all__ = ["OpenedGraph", "open_graph", "with_constants"]
 
+#: As in TensorProto; the version of ONNX's format since which initialisers may be no inputs.
+_EXTERNAL, _WITH_CONSTANTS = 1, 4
 #: Smaller tensors stay inside: shapes, axes and scales, which runtimes want to know beforehand.
 _LEAST_BYTES = 1024
 
@@ -34,6 +36,8 @@ class OpenedGraph:
         What the model takes and gives, weights left out.
     weights
         Inputs that are tensors of the model: name to the number of the ONNX element type.
+    tables
+        Those of the weights of which rows are looked up, and nothing else.
     is_recurrent
         Whether it has an LSTM or GRU, in a function of its own, too.
     """
@@ -42,6 +46,7 @@ class OpenedGraph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: Mapping[str, int]
+    tables: frozenset[str]
     is_recurrent: bool
 
 
@@ -99,8 +104,44 @@ def open_graph(
     _keep(graph.initializer, lambda tensor: tensor.name not in given)
     _keep(graph.node, lambda node: not (node.op_type == "Constant" and node.output[0] in given))
     is_recurrent = any(map(_is_recurrent, (graph, *model.functions)))
+    tables = frozenset(given) - set(_used_otherwise(graph))
     serialised = model.SerializeToString(deterministic=True)
-    return OpenedGraph(serialised, inputs, outputs, weights, is_recurrent)
+    return OpenedGraph(serialised, inputs, outputs, weights, tables, is_recurrent)
+
+
+def with_constants(opened: bytes, names: Collection[str]) -> bytes:
+    """Return the model of an `OpenedGraph` in which these inputs are constants.
+
+    Their values are as if they were in another file: whoever makes a session gives them.
+    """
+    import onnx
+
+    model = parse(onnx.ModelProto, opened, "the stored ONNX graph")
+    for value in model.graph.input:
+        if value.name not in names:
+            continue
+        kind = value.type.tensor_type
+        dims = [dim.dim_value for dim in kind.shape.dim]
+        tensor = model.graph.initializer.add(
+            name=value.name, data_type=kind.elem_type, dims=dims, data_location=_EXTERNAL
+        )
+        tensor.external_data.add(key="location", value="weights")
+    _keep(model.graph.input, lambda value: value.name not in names)
+    # Before, all initialisers were inputs as well.
+    model.ir_version = max(model.ir_version, _WITH_CONSTANTS)
+    serialised: bytes = model.SerializeToString(deterministic=True)
+    return serialised
+
+
+def _used_otherwise(graph: Any) -> Iterator[str]:
+    """Yield the names of all values but those that are only looked up in."""
+    yield from (value.name for value in graph.output)
+    for node in graph.node:
+        is_look_up = node.op_type == "Gather" and not node.domain
+        yield from node.input[1:] if is_look_up else node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _used_otherwise(inner)
 
 
 def _is_recurrent(graph: Any) -> bool:

@@ -24,7 +24,7 @@ def onnx_signature(payload: bytes) -> Signature:
     Raises UnsupportedFormatError where what runs it is not installed, FormatError when the model
     does not parse.
     """
-    from pydedup.serving.onnx_session import import_onnxruntime
+    from pydedup.serving.onnx_values import import_onnxruntime
 
     import_onnxruntime()
     import onnx

@@ -215,7 +215,7 @@ class ServedStore(Store):
         return [IndexEntry(row.name, row.version, found[row.id]) for row in rows]
 
     def _hindrance(self, row: ModelRow) -> str:
-        from pydedup.serving.onnx_session import is_installed
+        from pydedup.serving.onnx_values import is_installed
 
         names = {name for name, _ in self._adapter.artifacts(row.id)}
         if GRAPH_ARTIFACT in names:

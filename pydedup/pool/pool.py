@@ -262,6 +262,13 @@ class PagePool(Walks):
         """Take bytes off the budget; see `pydedup.pool.admission.Shares.reserve`."""
         return self.with_room(lambda: self._reserve(nbytes))
 
+    def reserve_free(self, nbytes: int) -> Reservation | None:
+        """Do what `reserve` does where pages alone have to give way; else return ``None``."""
+        try:
+            return self._shares.reserve(nbytes)
+        except BudgetError:
+            return None
+
     def keeps(self, keeper: Keeper) -> None:
         """Have something asked for room where there is none, that keeps reservations for later.
 

@@ -5,15 +5,15 @@ The runtime is given the weights as inputs, where they lie in memory, so that no
 sessions are shared: one serves all models that have the same layers, and a tensor that several
 models have is in memory once. Tensors are loaded whole, counted against the memory budget of the
 store, and the ones that were not used for longest make room for others, and for pages; so do then
-sessions with much inside of their models, where weights of 4 bits are. Deliberately not here:
-graphs that we run ourselves (:mod:`pydedup.serving.engine`), which stream.
+sessions with much inside of their models, where weights of 4 bits are. A model that is asked again
+gets a session of its own where there is room (onnx_own.py). Deliberately not here: graphs that we
+run ourselves (:mod:`pydedup.serving.engine`), which stream.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import math
 import os
 import threading
@@ -28,46 +28,38 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import config
-from pydedup.arguments import as_dtype
 from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
-from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError, not_installed
+from pydedup.errors import (
+    ArgumentError,
+    BudgetError,
+    PydedupError,
+    UnsupportedFormatError,
+)
 from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
 from pydedup.pool import PagePool, Reservation
 from pydedup.pool.admission import Gate
 from pydedup.serving.engine import Tensors, check_inputs
-from pydedup.serving.predict import as_input, by_name
+from pydedup.serving.onnx_own import Own, make_own
+from pydedup.serving.onnx_values import as_output, as_runtime_input, as_value, import_onnxruntime
+from pydedup.serving.predict import by_name
 from pydedup.serving.tensor import StoredTensor
-from pydedup.types import DType
 
-__all__ = ["import_onnxruntime", "is_installed", "run_onnx"]
+__all__ = ["run_onnx"]
 
 #: Graphs that are kept ready, and sessions; the weights are not in them.
 _KEPT = 64
+#: Sessions that have weights inside take this part of the budget at most.
+_OWN_PART = 2
 #: Sessions make room for others when they take this; smaller ones are no help to speak of.
 _LARGE_BYTES = 1 << 20
 #: Calls that may be under way at once: more than there are threads.
 _CALLS = 1 << 20
-#: ONNX's number of the only type of inputs that numpy lacks.
-_BF16 = 16
-#: Types of ONNX as sessions name them -> ours.
-_TYPES = {
-    "tensor(float)": DType.F32,
-    "tensor(double)": DType.F64,
-    "tensor(float16)": DType.F16,
-    "tensor(bfloat16)": DType.BF16,
-    "tensor(bool)": DType.BOOL,
-    **{
-        f"tensor({sign}int{bits})": DType.of_label(f"{sign}int{bits}")
-        for sign in ("", "u")
-        for bits in (8, 16, 32, 64)
-    },
-}
 
 
 def run_onnx(
     model: StoredModel,
-    payload: bytes,
+    payload: Callable[[], bytes],
     tensor: Tensors,
     pool: PagePool,
     x: ArrayLike | Mapping[str, ArrayLike],
@@ -79,7 +71,8 @@ def run_onnx(
     model
         Where its tensors are.
     payload
-        The artifact that the reader of ONNX leaves: the graph without its weights.
+        Returns the artifact that the reader of ONNX leaves: the graph without its weights. What
+        it raises where there is none is raised before anything else.
     tensor
         Returns a tensor of the model by name.
     pool
@@ -99,6 +92,8 @@ def run_onnx(
         output is no array, or of a type that numpy lacks.
     """
     runner = _runner_of(pool)
+    if not runner.knows(model.row.id):
+        payload()
     if model.row.logical_bytes <= pool.memory_bytes:
         with runner.calls.hold(1), contextlib.suppress(BudgetError):
             return _run(runner, model, payload, tensor, pool, x)
@@ -107,21 +102,6 @@ def run_onnx(
     # What others keep as long as they run may have left no room: once more, with nobody beside.
     with runner.alone():
         return _run(runner, model, payload, tensor, pool, x)
-
-
-def is_installed() -> bool:
-    """Return whether the packages are there that run such models; loads none of them."""
-    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
-
-
-def import_onnxruntime() -> Any:
-    """Return ONNX Runtime. Raises UnsupportedFormatError where it or onnx cannot be imported."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # type: ignore[import-untyped]
-    except ImportError as exc:
-        raise UnsupportedFormatError(not_installed("this ONNX model", exc, "onnx")) from exc
-    return onnxruntime
 
 
 def check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
@@ -153,17 +133,21 @@ def _too_large(model: StoredModel, why: object) -> BudgetError:
 def _run(
     runner: _Runner,
     model: StoredModel,
-    payload: bytes,
+    payload: Callable[[], bytes],
     tensor: Tensors,
     pool: PagePool,
     x: ArrayLike | Mapping[str, ArrayLike],
 ) -> dict[str, NDArray[Any]]:
     """Do what `run_onnx` promises, as far as other calls leave room for the weights."""
-    graph, session = runner.graph(model, payload, tensor, pool)
+    session: _Session | Own[_Held] | None = runner.own(model.row.id)
+    if isinstance(session, Own):
+        graph = session.graph
+    else:
+        graph, session = runner.graph(model, payload, tensor, pool)
     inputs = by_name(x, graph.inputs, model.address)
     check_inputs(inputs, graph.inputs)
-    kinds = {value.name: value for value in session.runtime.get_inputs()}
-    given = {name: _as_input(value, kinds[name]) for name, value in inputs.items()}
+    kinds = session.kinds
+    given = {name: as_runtime_input(value, kinds[name]) for name, value in inputs.items()}
     if graph.is_recurrent:  # the runtime ends the process where a batch or sequence is empty
         for name, value in given.items():
             if 0 in value.shape():
@@ -172,13 +156,17 @@ def _run(
                     f"{model.address} cannot be run on nothing"
                 )
     # Kept until the end: the runtime reads the arrays where they are.
-    try:
-        held = {
-            name: runner.tensor(model.block_map(name), tensor(name), kind, pool)
-            for name, kind in graph.weights.items()
-        }
-    except BudgetError as exc:
-        raise _too_large(model, exc) from exc
+    held: dict[str, _Held] = {}
+    if isinstance(session, _Session):
+        try:
+            for name, kind in graph.weights.items():
+                held[name] = runner.tensor(model.block_map(name), tensor(name), kind, pool)
+        except BudgetError as exc:
+            raise _too_large(model, exc) from exc
+        own = runner.make_own(model, payload, tensor, held, pool)
+        session = own or session
+    if isinstance(session, Own):
+        held = dict(session.tables)
     given.update((name, weight.value) for name, weight in held.items())
     try:
         found = session.runtime.run_with_ort_values(list(graph.outputs), given)
@@ -188,7 +176,7 @@ def _run(
         given.clear()
         held.clear()
     outputs = zip(graph.outputs, found, strict=True)
-    return {name: _as_output(value, f"{model.address} gives {name!r}") for name, value in outputs}
+    return {name: as_output(value, f"{model.address} gives {name!r}") for name, value in outputs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +190,10 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """A session of the runtime."""
+    """A session of the runtime, and its inputs by name."""
 
     runtime: Any
+    kinds: Mapping[str, Any]
     reservation: Reservation
 
 
@@ -227,9 +216,75 @@ class _Runner:
         self._models: OrderedDict[int, tuple[OpenedGraph, bytes]] = OrderedDict()
         self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
+        #: By model; those that were asked, True where they get none of their own; the most bytes.
+        self._own: OrderedDict[int, Own[_Held]] = OrderedDict()
+        self._asked: OrderedDict[int, bool] = OrderedDict()
+        self._most_own: int | None = None
+
+    def knows(self, number: int) -> bool:
+        """Return whether a model was run, so that its graph need not be read."""
+        with self._lock:
+            return number in self._models or number in self._own
+
+    def own(self, number: int) -> Own[_Held] | None:
+        """Return the session that has the weights of a model inside, if there is one."""
+        with self._lock:
+            own = self._own.get(number)
+            if own is not None:
+                self._own.move_to_end(number)
+            return own
+
+    def make_own(
+        self,
+        model: StoredModel,
+        payload: Callable[[], bytes],
+        tensor: Tensors,
+        held: Mapping[str, _Held],
+        pool: PagePool,
+    ) -> Own[_Held] | None:
+        """Make such a session, unless this is the first call of the model, or there is no room."""
+        number = model.row.id
+        with self._lock:
+            is_first, has_none = number not in self._asked, self._asked.get(number, False)
+            self._asked[number] = has_none
+            _shorten(self._asked)
+            if self._most_own is None:
+                self._most_own = pool.memory_bytes // _OWN_PART
+            left = self._most_own - sum(own.reservation.nbytes for own in self._own.values())
+        if is_first or has_none:
+            return None
+        with self._loading:
+            known = self.own(number)
+            if known is not None:  # another thread was faster
+                return known
+            infos = {info.name: info for info in model.tensors}
+            graph = open_graph(payload(), infos, lambda name: tensor(name).numpy())
+            tables = {name: held[name] for name in graph.tables}
+            inside = {name: one for name, one in held.items() if name not in tables}
+            nbytes = sum(one.array.nbytes for one in inside.values())
+            if nbytes > left:
+                return None
+            values = {name: one.value for name, one in inside.items()}
+            own, is_possible = None, bool(inside)
+            if inside:
+                try:
+                    own = make_own(graph, values, tables, nbytes, _new_session, pool)
+                except Exception:  # of many classes; it runs as it did
+                    is_possible = False
+            with self._lock:
+                if own is not None:
+                    self._own[number] = own
+                    _shorten(self._own)
+                elif not is_possible:
+                    self._asked[number] = True
+            return own
 
     def graph(
-        self, model: StoredModel, payload: bytes, tensor: Tensors, pool: PagePool
+        self,
+        model: StoredModel,
+        payload: Callable[[], bytes],
+        tensor: Tensors,
+        pool: PagePool,
     ) -> tuple[OpenedGraph, _Session]:
         number = model.row.id
         with self._lock:
@@ -241,7 +296,7 @@ class _Runner:
                 return graph, session
         infos = {info.name: info for info in model.tensors}
         import_onnxruntime()
-        graph = open_graph(payload, infos, lambda name: tensor(name).numpy())
+        graph = open_graph(payload(), infos, lambda name: tensor(name).numpy())
         key = hashlib.blake2b(graph.model, digest_size=16).digest()
         session = self._session(key, graph, model.address, pool)
         graph = replace(graph, model=b"")
@@ -261,7 +316,7 @@ class _Runner:
                     return held
             n_bytes = math.prod(stored.shape) * stored.dtype.itemsize
             array, reservation = _within(pool, n_bytes, stored.numpy)
-            held = _Held(_as_value(array, kind), array, reservation)
+            held = _Held(as_value(array, kind), array, reservation)
             with self._lock:
                 self._held[key] = held
             return held
@@ -273,17 +328,23 @@ class _Runner:
                 self._sessions.move_to_end(key)
                 return known
         # What is inside of the model, the session has in memory.
-        runtime, reservation = _within(
-            pool, len(graph.model), lambda: _new_session(graph.model, address)
-        )
-        session = _Session(runtime, reservation)
+        try:
+            runtime, reservation = _within(
+                pool, len(graph.model), lambda: _new_session(graph.model, {})
+            )
+        except PydedupError:
+            raise
+        except Exception as exc:
+            raise UnsupportedFormatError(f"ONNX Runtime cannot load {address}: {exc}") from exc
+        kinds = {value.name: value for value in runtime.get_inputs()}
+        session = _Session(runtime, kinds, reservation)
         with self._lock:
             self._sessions[key] = session
             _shorten(self._sessions)
         return session
 
     def give_up(self) -> bool:
-        """Forget the tensor, or then the large session, that was not used for longest.
+        """Forget the tensor, or then the session of a model or a large one, not used for longest.
 
         Calls under way keep theirs.
         """
@@ -291,6 +352,10 @@ class _Runner:
         with self._lock:
             if self._held:
                 forgotten = self._held.popitem(last=False)
+            elif self._own:
+                forgotten = self._own.popitem(last=False)
+                # Others need the room: it is not to go back and forth.
+                self._most_own = (self._most_own or 0) // 2
             else:
                 sessions = self._sessions.items()
                 large = (key for key, s in sessions if s.reservation.nbytes >= _LARGE_BYTES)
@@ -312,7 +377,8 @@ def _within(pool: PagePool, n_bytes: int, make: Callable[[], _T]) -> tuple[_T, R
         raise
 
 
-def _new_session(model: bytes, address: str) -> Any:
+def _new_session(model: bytes, constants: Mapping[str, Any]) -> Any:
+    """Return a session of a model; its constants are as `with_constants` leaves them out."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     if "PYDEDUP_THREADS" in os.environ:
@@ -320,10 +386,9 @@ def _new_session(model: bytes, address: str) -> Any:
     options.log_severity_level = 4  # what goes wrong is raised, and need not be printed too
     # A spinning thread would take the core that our kernels use next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as exc:
-        raise UnsupportedFormatError(f"ONNX Runtime cannot load {address}: {exc}") from exc
+    if constants:
+        options.add_external_initializers(list(constants), list(constants.values()))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:
@@ -346,52 +411,6 @@ def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:
 
 #: Keys of the arrays of block maps by their identity, as long as these live.
 _contents: dict[int, tuple[weakref.ref[NDArray[np.int64]], tuple[int, ...], bytes]] = {}
-
-
-def _as_value(array: NDArray[Any], kind: int) -> Any:
-    """Return an array as the runtime takes it; the memory stays the array's."""
-    ort = import_onnxruntime()
-    if array.dtype.kind in "biuf":
-        return ort.OrtValue.ortvalue_from_numpy(array)
-    plain = array.view(np.dtype(f"u{array.dtype.itemsize}"))  # bf16 and f8 have no numpy type
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain, kind)
-
-
-def _as_input(x: ArrayLike, kind: Any) -> Any:
-    """Return an input in the type that the model wants. Raises ArgumentError."""
-    array = as_input(x, f"input {kind.name!r}")
-    wanted = _TYPES.get(kind.type)
-    if wanted is None:
-        raise ArgumentError(f"input {kind.name!r} is a {kind.type}, which is not supported")
-    both_whole = wanted.numpy.kind in "iu" and array.dtype.kind in "iu"
-    if not (both_whole or wanted.is_float or wanted.numpy == array.dtype):
-        raise ArgumentError(f"input {kind.name!r} must be {wanted.label}, not {array.dtype}")
-    if array.dtype.kind not in "biuf":
-        try:
-            DType.of(array.dtype)
-        except ArgumentError:
-            raise ArgumentError(
-                f"input {kind.name!r} must hold numbers, not {array.dtype}"
-            ) from None
-    if both_whole and array.size:
-        limits = np.iinfo(wanted.numpy)
-        for number in (int(array.min()), int(array.max())):
-            if not limits.min <= number <= limits.max:
-                raise ArgumentError(
-                    f"input {kind.name!r} must be {wanted.label}, from {limits.min} to "
-                    f"{limits.max}; it has {number}"
-                )
-    return _as_value(as_dtype(array, wanted.numpy), _BF16)
-
-
-def _as_output(value: Any, what: str) -> NDArray[Any]:
-    """Return an output as an array. Raises UnsupportedFormatError."""
-    kind: str = value.data_type()
-    if kind != "tensor(string)" and (kind not in _TYPES or _TYPES[kind] is DType.BF16):
-        advice = "; convert its classifier with options={'zipmap': False}" if "map(" in kind else ""
-        raise UnsupportedFormatError(f"{what} as {kind}, which is not supported{advice}")
-    array: NDArray[Any] = value.numpy()
-    return array
 
 
 def _shorten(kept: OrderedDict[Any, Any]) -> None:

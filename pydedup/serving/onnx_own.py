@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions of ONNX Runtime that have the weights of one model inside.
+
+Weights that are inputs are shared between models, but the runtime cannot prepare them: where it
+has them as constants, it lays them out for its kernels and merges operations, and small batches
+take half of the time. That takes as much memory once more, so it is done for models that are asked
+again, where the budget has room that nobody needs. Tables of which rows are looked up stay inputs:
+there is nothing to prepare. Deliberately not here: when such sessions are given up
+(:mod:`pydedup.serving.onnx_session`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from pydedup.formats.onnx_inputs import OpenedGraph, with_constants
+from pydedup.pool import PagePool, Reservation
+
+__all__ = ["Own", "make_own"]
+
+_Weight = TypeVar("_Weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Own(Generic[_Weight]):
+    """A session with the weights of one model.
+
+    Attributes
+    ----------
+    graph
+        What it takes and gives.
+    runtime, kinds
+        The session, and its inputs by name.
+    tables
+        The weights that are inputs still.
+    reservation
+        Of what it has inside.
+    """
+
+    graph: OpenedGraph
+    runtime: Any
+    kinds: Mapping[str, Any]
+    tables: Mapping[str, _Weight]
+    reservation: Reservation
+
+
+def make_own(
+    graph: OpenedGraph,
+    values: Mapping[str, Any],
+    tables: Mapping[str, _Weight],
+    nbytes: int,
+    new_session: Callable[[bytes, Mapping[str, Any]], Any],
+    pool: PagePool,
+) -> Own[_Weight] | None:
+    """Return a session that has these weights inside, ``None`` where there is no room for it.
+
+    ``nbytes`` are those of the weights, by name in ``values``. Raises what the runtime does where
+    it does not take them so.
+    """
+    reservation = pool.reserve_free(nbytes)
+    # The runtime has what it was given until all is laid out.
+    meanwhile = pool.reserve_free(nbytes)
+    if reservation is None or meanwhile is None:
+        for taken in (reservation, meanwhile):
+            if taken is not None:
+                taken.release()
+        return None
+    try:
+        runtime = new_session(with_constants(graph.model, values), values)
+    except BaseException:
+        reservation.release()
+        raise
+    finally:
+        meanwhile.release()
+    kinds = {value.name: value for value in runtime.get_inputs()}
+    return Own(replace(graph, model=b""), runtime, kinds, tables, reservation)
