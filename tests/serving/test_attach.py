@@ -174,6 +174,22 @@ def test_a_prefix(store: pydedup.Store) -> None:
         store.attach(nn.Linear(5, 2).eval(), "m", prefix="body.")
 
 
+def test_a_prefix_that_is_all_that_differs_is_told(store: pydedup.Store) -> None:
+    """As what wraps modules, or has compiled them, gives their names one."""
+    wrapped = nn.ModuleDict({"_orig_mod": nn.ModuleDict({"module": net()})}).eval()
+    store.add("plain", net())
+    store.add("wrapped", wrapped)
+    message = r"begin with '_orig_mod\.module\.': give prefix='_orig_mod\.module\.'"
+    with pytest.raises(ArgumentError, match=message):
+        store.attach(net(), "wrapped")
+    with pytest.raises(ArgumentError, match=r"give prefix='_orig_mod\.module\.'"):
+        store.attach(net(), "wrapped", prefix="_orig_mod.")
+    with pytest.raises(ArgumentError, match=r"attach its '_orig_mod\.module' instead"):
+        store.attach(wrapped, "plain")
+    store.attach(wrapped["_orig_mod"]["module"], "plain")
+    store.attach(net(), "wrapped", prefix="_orig_mod.module.")
+
+
 def test_a_module_without_weights(store: pydedup.Store) -> None:
     """As a part may be of one that is attached piece by piece."""
     store.add("m", net())

@@ -247,8 +247,25 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
         if names
     ]
     if problems:
-        raise ArgumentError(f"{model.address} does not fit {kind}: {'; '.join(problems)}")
+        below = {name.removeprefix(prefix) for name in stored if name.startswith(prefix)}
+        hint = _prefix_hint([slot.names[0] for slot in slots], below, prefix)
+        raise ArgumentError(f"{model.address} does not fit {kind}: {'; '.join(problems)}{hint}")
     return chosen
+
+
+def _prefix_hint(wanted: Sequence[str], stored: set[str], prefix: str) -> str:
+    """Return what to do where a prefix is all that names differ by, as wrappers give them one."""
+    for name in sorted(stored):
+        before = name.removesuffix(wanted[0])
+        if before.endswith(".") and stored == {before + one for one in wanted}:
+            return (
+                f"; the names in the store begin with {before!r}: give prefix={prefix + before!r}"
+            )
+        before = wanted[0].removesuffix(name)
+        if before.endswith(".") and {before + one for one in stored} == set(wanted):
+            part = before.removesuffix(".")
+            return f"; the names in the module begin with {before!r}: attach its {part!r} instead"
+    return ""
 
 
 def _are_one(model: StoredModel, names: Sequence[str]) -> bool:
