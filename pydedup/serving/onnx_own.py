@@ -33,8 +33,9 @@ class Own(Generic[_Weight]):
         What it takes and gives.
     runtime, kinds
         The session, and its inputs by name.
-    tables
-        The weights that are inputs still.
+    weights
+        All weights, by name. Those that are inputs still are used where they are; the others are
+        kept since no release of the runtime promises that it copies them.
     reservation
         Of what it has inside.
     """
@@ -42,22 +43,33 @@ class Own(Generic[_Weight]):
     graph: OpenedGraph
     runtime: Any
     kinds: Mapping[str, Any]
-    tables: Mapping[str, _Weight]
+    weights: Mapping[str, _Weight]
     reservation: Reservation
 
 
 def make_own(
-    graph: OpenedGraph,
+    opened: Callable[[], OpenedGraph],
+    weights: Mapping[str, _Weight],
     values: Mapping[str, Any],
-    tables: Mapping[str, _Weight],
     nbytes: int,
     new_session: Callable[[bytes, Mapping[str, Any]], Any],
     pool: PagePool,
 ) -> Own[_Weight] | None:
-    """Return a session that has these weights inside, ``None`` where there is no room for it.
+    """Return a session of a model, ``None`` where there is no room for it.
 
-    ``nbytes`` are those of the weights, by name in ``values``. Raises what the runtime does where
-    it does not take them so.
+    Parameters
+    ----------
+    opened
+        Returns the graph, whose weights are inputs.
+    weights
+        All of them.
+    values, nbytes
+        Those that it is to have inside, as the runtime takes them, and their bytes.
+    new_session
+        Makes one of a model and its constants. What it raises where the runtime does not take them
+        is raised.
+    pool
+        Whose budget counts.
     """
     reservation = pool.reserve_free(nbytes)
     # The runtime has what it was given until all is laid out.
@@ -68,6 +80,7 @@ def make_own(
                 taken.release()
         return None
     try:
+        graph = opened()
         runtime = new_session(with_constants(graph.model, values), values)
     except BaseException:
         reservation.release()
@@ -75,4 +88,4 @@ def make_own(
     finally:
         meanwhile.release()
     kinds = {value.name: value for value in runtime.get_inputs()}
-    return Own(replace(graph, model=b""), runtime, kinds, tables, reservation)
+    return Own(replace(graph, model=b""), runtime, kinds, weights, reservation)

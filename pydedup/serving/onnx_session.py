@@ -13,6 +13,7 @@ run ourselves (:mod:`pydedup.serving.engine`), which stream.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -163,10 +164,9 @@ def _run(
                 held[name] = runner.tensor(model.block_map(name), tensor(name), kind, pool)
         except BudgetError as exc:
             raise _too_large(model, exc) from exc
-        own = runner.make_own(model, payload, tensor, held, pool)
-        session = own or session
+        session = runner.make_own(model, graph, payload, tensor, held, pool) or session
     if isinstance(session, Own):
-        held = dict(session.tables)
+        held = {name: session.weights[name] for name in graph.tables}
     given.update((name, weight.value) for name, weight in held.items())
     try:
         found = session.runtime.run_with_ort_values(list(graph.outputs), given)
@@ -237,13 +237,19 @@ class _Runner:
     def make_own(
         self,
         model: StoredModel,
+        graph: OpenedGraph,
         payload: Callable[[], bytes],
         tensor: Tensors,
         held: Mapping[str, _Held],
         pool: PagePool,
     ) -> Own[_Held] | None:
-        """Make such a session, unless this is the first call of the model, or there is no room."""
+        """Make such a session, unless this is the first call of the model, or there is no room.
+
+        Where it is to no avail, that is not tried again.
+        """
         number = model.row.id
+        inside = {name: one for name, one in held.items() if name not in graph.tables}
+        nbytes = sum(one.array.nbytes for one in inside.values())
         with self._lock:
             is_first, has_none = number not in self._asked, self._asked.get(number, False)
             self._asked[number] = has_none
@@ -251,32 +257,23 @@ class _Runner:
             if self._most_own is None:
                 self._most_own = pool.memory_bytes // _OWN_PART
             left = self._most_own - sum(own.reservation.nbytes for own in self._own.values())
-        if is_first or has_none:
+        if is_first or has_none or nbytes > left or not inside:
             return None
         with self._loading:
             known = self.own(number)
             if known is not None:  # another thread was faster
                 return known
-            infos = {info.name: info for info in model.tensors}
-            graph = open_graph(payload(), infos, lambda name: tensor(name).numpy())
-            tables = {name: held[name] for name in graph.tables}
-            inside = {name: one for name, one in held.items() if name not in tables}
-            nbytes = sum(one.array.nbytes for one in inside.values())
-            if nbytes > left:
-                return None
             values = {name: one.value for name, one in inside.items()}
-            own, is_possible = None, bool(inside)
-            if inside:
-                try:
-                    own = make_own(graph, values, tables, nbytes, _new_session, pool)
-                except Exception:  # of many classes; it runs as it did
-                    is_possible = False
+            opened = functools.partial(_opened, model, payload, tensor)
+            own = None
+            with contextlib.suppress(Exception):  # of many classes; it runs as it did
+                own = make_own(opened, held, values, nbytes, _new_session, pool)
             with self._lock:
-                if own is not None:
+                if own is None:
+                    self._asked[number] = True
+                else:
                     self._own[number] = own
                     _shorten(self._own)
-                elif not is_possible:
-                    self._asked[number] = True
             return own
 
     def graph(
@@ -294,9 +291,8 @@ class _Runner:
                 self._models.move_to_end(number)
                 self._sessions.move_to_end(key)
                 return graph, session
-        infos = {info.name: info for info in model.tensors}
         import_onnxruntime()
-        graph = open_graph(payload(), infos, lambda name: tensor(name).numpy())
+        graph = _opened(model, payload, tensor)
         key = hashlib.blake2b(graph.model, digest_size=16).digest()
         session = self._session(key, graph, model.address, pool)
         graph = replace(graph, model=b"")
@@ -344,18 +340,18 @@ class _Runner:
         return session
 
     def give_up(self) -> bool:
-        """Forget the tensor, or then the session of a model or a large one, not used for longest.
+        """Forget the session of a model, a tensor, or a large session, not used for longest.
 
         Calls under way keep theirs.
         """
         forgotten: object = None
         with self._lock:
-            if self._held:
-                forgotten = self._held.popitem(last=False)
-            elif self._own:
+            if self._own:
                 forgotten = self._own.popitem(last=False)
                 # Others need the room: it is not to go back and forth.
                 self._most_own = (self._most_own or 0) // 2
+            elif self._held:
+                forgotten = self._held.popitem(last=False)
             else:
                 sessions = self._sessions.items()
                 large = (key for key, s in sessions if s.reservation.nbytes >= _LARGE_BYTES)
@@ -365,6 +361,11 @@ class _Runner:
     def alone(self) -> AbstractContextManager[object]:
         """Wait for all other calls, and keep those that come waiting."""
         return self.calls.hold(self.calls.limit)
+
+
+def _opened(model: StoredModel, payload: Callable[[], bytes], tensor: Tensors) -> OpenedGraph:
+    infos = {info.name: info for info in model.tensors}
+    return open_graph(payload(), infos, lambda name: tensor(name).numpy())
 
 
 def _within(pool: PagePool, n_bytes: int, make: Callable[[], _T]) -> tuple[_T, Reservation]:

@@ -67,7 +67,8 @@ def test_tables_are_shared(store: pydedup.Store, tmp_path: Path) -> None:
     store.add("m", path)
     check(store, "m", path, x=np.array([[3, 899, 0], [1, 2, 2]]) % 50)
     ((own,),) = [own_sessions(store).values()]
-    assert set(own.tables) == {"table"}
+    assert own.graph.tables == {"table"}
+    assert [value.name for value in own.runtime.get_inputs()] == ["x", "table"]
     assert own.reservation.nbytes == 4 * (50 * 64 + 64 * 80)
 
 
@@ -138,15 +139,15 @@ def test_a_runtime_that_takes_no_constants(
 def test_they_take_half_of_the_budget(tmp_path: Path) -> None:
     weights = {"w": normal(64, 2048), "v": normal(2048, 64), "bias": normal(64)}  # 1 MiB
     paths = [stack(tmp_path, f"{i}.onnx", {**weights, "v": normal(2048, 64)}) for i in range(12)]
-    with pydedup.open(tmp_path / "small.db", memory="16MiB") as store:
+    with pydedup.open(tmp_path / "small.db", memory="24MiB") as store:
         for path in paths:
             store.add(path.stem, path)
         for path in [*paths, *paths]:
             check(store, path.stem, path)
             own = own_sessions(store).values()
             assert sum(one.reservation.nbytes for one in own) <= store._pool.memory_bytes // 2
-            assert store.stats().pool["bytes"] <= 16 * MIB
-        assert len(own) >= 4
+            assert store.stats().pool["bytes"] <= 24 * MIB
+        assert len(own) >= 2
 
 
 def test_they_make_room(tmp_path: Path) -> None:
