@@ -177,7 +177,8 @@ TEST(what_the_format_does_not_allow_is_refused) {
         CHECK_THROWS(
             code, static_cast<void>(decoded(damaged, view(base, 16, 16, Dtype::f32), Dtype::f32)));
     };
-    refused(0, 5, ErrorCode::unsupported_format);
+    refused(0, 6, ErrorCode::unsupported_format);
+    refused(0, 5, ErrorCode::corrupt_page);  // whose mask begins with the byte that says of factors
     refused(1, 3, ErrorCode::corrupt_page);
     refused(kDtypeAt, 1, ErrorCode::corrupt_page);       // wider than the block's
     refused(kDtypeAt + 1, 1, ErrorCode::corrupt_page);   // factors that are not there
