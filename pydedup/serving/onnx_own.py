@@ -48,7 +48,7 @@ class Own(Generic[_Weight]):
 
 
 def make_own(
-    opened: Callable[[], OpenedGraph],
+    graph: OpenedGraph,
     weights: Mapping[str, _Weight],
     values: Mapping[str, Any],
     nbytes: int,
@@ -59,12 +59,12 @@ def make_own(
 
     Parameters
     ----------
-    opened
-        Returns the graph, whose weights are inputs.
+    graph
+        Whose weights are inputs.
     weights
         All of them.
     values, nbytes
-        Those that it is to have inside, as the runtime takes them, and their bytes.
+        Those that it is to have inside, as the runtime takes them, and the bytes that it then has.
     new_session
         Makes one of a model and its constants. What it raises where the runtime does not take them
         is raised.
@@ -80,7 +80,6 @@ def make_own(
                 taken.release()
         return None
     try:
-        graph = opened()
         runtime = new_session(with_constants(graph.model, values), values)
     except BaseException:
         reservation.release()

@@ -164,7 +164,9 @@ def _run(
                 held[name] = runner.tensor(model.block_map(name), tensor(name), kind, pool)
         except BudgetError as exc:
             raise _too_large(model, exc) from exc
-        session = runner.make_own(model, graph, payload, tensor, held, pool) or session
+        opened = functools.partial(_opened, model, payload, tensor)
+        own = runner.make_own(model, session, opened, held, graph.tables, pool)
+        session = own or session
     if isinstance(session, Own):
         held = {name: session.weights[name] for name in graph.tables}
     given.update((name, weight.value) for name, weight in held.items())
@@ -237,19 +239,20 @@ class _Runner:
     def make_own(
         self,
         model: StoredModel,
-        graph: OpenedGraph,
-        payload: Callable[[], bytes],
-        tensor: Tensors,
+        shared: _Session,
+        opened: Callable[[], OpenedGraph],
         held: Mapping[str, _Held],
+        tables: frozenset[str],
         pool: PagePool,
     ) -> Own[_Held] | None:
         """Make such a session, unless this is the first call of the model, or there is no room.
 
-        Where it is to no avail, that is not tried again.
+        Where it is to no avail, that is not tried again. ``shared`` is the one that runs it now,
+        ``opened`` returns its graph anew.
         """
         number = model.row.id
-        inside = {name: one for name, one in held.items() if name not in graph.tables}
-        nbytes = sum(one.array.nbytes for one in inside.values())
+        inside = {name: one for name, one in held.items() if name not in tables}
+        nbytes = shared.reservation.nbytes + sum(one.array.nbytes for one in inside.values())
         with self._lock:
             is_first, has_none = number not in self._asked, self._asked.get(number, False)
             self._asked[number] = has_none
@@ -259,15 +262,15 @@ class _Runner:
             left = self._most_own - sum(own.reservation.nbytes for own in self._own.values())
         if is_first or has_none or nbytes > left or not inside:
             return None
+        values = {name: one.value for name, one in inside.items()}
+        graph = opened()  # it may wait for others, who may want to load something
         with self._loading:
             known = self.own(number)
             if known is not None:  # another thread was faster
                 return known
-            values = {name: one.value for name, one in inside.items()}
-            opened = functools.partial(_opened, model, payload, tensor)
             own = None
             with contextlib.suppress(Exception):  # of many classes; it runs as it did
-                own = make_own(opened, held, values, nbytes, _new_session, pool)
+                own = make_own(graph, held, values, nbytes, _new_session, pool)
             with self._lock:
                 if own is None:
                     self._asked[number] = True

@@ -50,7 +50,8 @@ def test_a_model_that_is_asked_again(store: pydedup.Store, tmp_path: Path) -> No
     check(store, "m", path)
     ((own,),) = [own_sessions(store).values()]
     nbytes = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
-    assert store.stats().pool["reserved_bytes"] == before + nbytes
+    more = store.stats().pool["reserved_bytes"] - before
+    assert nbytes <= more < nbytes + 1000  # and the graph
     assert [value.name for value in own.runtime.get_inputs()] == ["x"]
 
 
@@ -69,7 +70,8 @@ def test_tables_are_shared(store: pydedup.Store, tmp_path: Path) -> None:
     ((own,),) = [own_sessions(store).values()]
     assert own.graph.tables == {"table"}
     assert [value.name for value in own.runtime.get_inputs()] == ["x", "table"]
-    assert own.reservation.nbytes == 4 * (50 * 64 + 64 * 80)
+    nbytes = 4 * (50 * 64 + 64 * 80)
+    assert nbytes <= own.reservation.nbytes < nbytes + 2000  # and the graph
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.int8, np.uint8])
