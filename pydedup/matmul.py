@@ -16,6 +16,7 @@ Deliberately not here: rows and bags of them (:mod:`pydedup.lookup`), names of t
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
@@ -54,6 +55,9 @@ __all__ = [
 
 #: Activations that a product can end with. ``gelu`` is the exact form, ``gelu_tanh`` the other.
 ACTIVATIONS = get_args(Activation)
+
+# Smaller arrays are not worth pages of their own.
+_LEAST_MAPPED = 128 << 10
 
 #: Of a block map: rows, columns, those of a block, the dtype's code.
 Shape: TypeAlias = tuple[int, int, int, int, int]
@@ -244,14 +248,18 @@ def _of(members: NDArray[np.uint64] | None, part: Any) -> dict[str, NDArray[np.u
     return {} if members is None else {"members": members[part]}
 
 
-def read(block_map: BlockMap, pool: PagePool, *, threads: int = 0) -> NDArray[Any]:
+def read(
+    block_map: BlockMap, pool: PagePool, *, threads: int = 0, is_mapped: bool = False
+) -> NDArray[Any]:
     """Return the whole matrix, bit for bit, of shape (rows, cols) in the dtype that is stored.
+
+    Where it ``is_mapped``, its memory goes back to the system as soon as it is free.
 
     Raises PageNotFoundError, CorruptStoreError, BudgetError when the pages cannot be had, or there
     is no memory for the matrix.
     """
     grid = block_map.grid
-    out = room_for((grid.rows, grid.cols), block_map.dtype.numpy)
+    out = (_mapped if is_mapped else room_for)((grid.rows, grid.cols), block_map.dtype.numpy)
     if out.size:
         view = MatrixView(out.view(np.uint8).reshape(grid.rows, -1), block_map.dtype, grid)
         walk = pool.windows_with_bases(block_map.page_ids, block_map.bases)
@@ -316,6 +324,22 @@ def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[An
 def widened(array: NDArray[Any]) -> NDArray[Any]:
     """Return stored values as float32 or float64, whichever holds them exactly."""
     return as_dtype(array, compute_dtype(DType.of(array.dtype)))
+
+
+def _mapped(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array, not filled, that is no part of a heap.
+
+    Large arrays are parts of one once some were freed, and what lies between others in it stays:
+    where models make room for each other, that was as much as the budget. Raises BudgetError.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LEAST_MAPPED:
+        return room_for(shape, dtype)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as exc:
+        raise BudgetError(f"no memory for a tensor of {nbytes:,} bytes: {exc}") from exc
+    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
 
 
 def room_for(

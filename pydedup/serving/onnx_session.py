@@ -314,7 +314,8 @@ class _Runner:
                     self._held.move_to_end(key)
                     return held
             n_bytes = math.prod(stored.shape) * stored.dtype.itemsize
-            array, reservation = _within(pool, n_bytes, stored.numpy)
+            read = functools.partial(stored.numpy, is_mapped=True)
+            array, reservation = _within(pool, n_bytes, read)
             held = _Held(as_value(array, kind), array, reservation)
             with self._lock:
                 self._held[key] = held

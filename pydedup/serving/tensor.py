@@ -262,9 +262,15 @@ class StoredTensor:
         )
         return bags.reshape(len(bags), *self.shape[1:])
 
-    def numpy(self) -> NDArray[Any]:
-        """Return the whole tensor as an array, bit for bit (bf16 and f8 as ml_dtypes)."""
-        array = self._with_map(lambda block_map: matmul.read(block_map, self._pool))
+    def numpy(self, *, is_mapped: bool = False) -> NDArray[Any]:
+        """Return the whole tensor as an array, bit for bit (bf16 and f8 as ml_dtypes).
+
+        Where it ``is_mapped``, its memory goes back to the system as soon as it is free, which
+        takes some microseconds for each MB more.
+        """
+        array = self._with_map(
+            lambda block_map: matmul.read(block_map, self._pool, is_mapped=is_mapped)
+        )
         return array.reshape(self.shape)
 
     def columns(self, first: int, stop: int) -> NDArray[Any]:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that ONNX Runtime runs and that make room for each other, as RSS of a child process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import pydedup
+
+from .onnx_models import node, normal, save, value
+
+MIB = 1 << 20
+#: Of which only one model fits, of matrices that are below what the heap always maps by itself.
+BUDGET = 160 * MIB
+MATRICES, SIDE, MODELS, CALLS = 24, 1024, 3, 8
+
+CHILD = """
+import json, sys, threading
+import numpy as np, onnx, onnxruntime
+import pydedup
+from pydedup.testing.resident import ResidentMemory
+
+url, budget, models, calls = sys.argv[1], *map(int, sys.argv[2:])
+x = np.ones((2, 1024), np.float32)
+found = [set() for _ in range(models)]
+
+def predict(first):
+    for number in range(first, first + calls):
+        name = number % models
+        found[name].add(round(float(store.predict(str(name), x).sum()), 2))
+
+with pydedup.open(url, memory=budget) as store, ResidentMemory() as memory:
+    before = memory.now()
+    threads = [threading.Thread(target=predict, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(json.dumps({"peak": memory.peak() - before, "found": list(map(len, found))}))
+"""
+
+
+def test_memory_of_models_that_make_room_goes_back(tmp_path: Path) -> None:
+    """What lay between others in the heap stayed, up to twice the budget."""
+    shared = normal(SIDE, SIDE)
+    with pydedup.open(tmp_path / "m.db") as store:
+        for number in range(MODELS):
+            weights = {f"w{i}": shared + np.float32(number * 24 + i) for i in range(MATRICES)}
+            nodes = [node("MatMul", "x w0", "a0"), node("Sin", "a0", "s0")]
+            for i in range(1, MATRICES):
+                nodes += [node("MatMul", f"s{i - 1} w{i}", f"a{i}"), node("Sin", f"a{i}", f"s{i}")]
+            nodes.append(node("Sin", f"a{MATRICES - 1}", "y"))
+            path, given = tmp_path / f"{number}.onnx", [value("x", 1, ("b", SIDE))]
+            store.add(str(number), save(path, nodes, weights, given))
+        url = store.url
+    numbers = map(str, (BUDGET, MODELS, CALLS))
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, url, *numbers], capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert result["found"] == [1] * MODELS
+    assert result["peak"] < BUDGET + 64 * MIB
+    assert result["peak"] > MATRICES * SIDE * SIDE * 4, "the measurement saw nothing"
