@@ -136,6 +136,8 @@ class MatchedModel(StagedModel):
     model_id: int = 0
     #: Of its artifacts by name, as its row was made with them.
     _digests: dict[str, str] = field(default_factory=dict)
+    #: The size of these, once they were read.
+    _artifact_bytes: int | None = None
 
     @property
     def address(self) -> str:
@@ -183,8 +185,10 @@ class MatchedModel(StagedModel):
             yield name, media_type, payload
 
     def artifact_bytes(self) -> int:
-        """Return the size of its artifacts."""
-        return sum(len(payload) for _, _, payload in self._read_artifacts())
+        """Return the size of its artifacts, which are read for this in a dry run alone."""
+        if self._artifact_bytes is None:
+            self._artifact_bytes = sum(len(payload) for *_, payload in self._read_artifacts())
+        return self._artifact_bytes
 
     def _read_artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         for artifact in self.request.source.artifacts():
@@ -204,7 +208,10 @@ class MatchedModel(StagedModel):
             METADATA: artifact_digest(self.metadata.encode()),
             TENSORS: tensors_digest(self._infos()),
         }
-        self._digests = {name: artifact_digest(data) for name, _, data in self._read_artifacts()}
+        self._digests, self._artifact_bytes = {}, 0
+        for name, _, payload in self._read_artifacts():
+            self._digests[name] = artifact_digest(payload)
+            self._artifact_bytes += len(payload)
         return {**certificate, ARTIFACTS: self._digests} if self._digests else certificate
 
     def _infos(self) -> list[TensorInfo]:

@@ -28,7 +28,7 @@ from pydedup.serving.attached.weights import Rows
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
-__all__ = ["as_floats", "as_input", "as_numpy", "as_result", "rounds_inputs", "streamed"]
+__all__ = ["as_floats", "as_input", "as_numpy", "as_result", "streamed"]
 
 _Tensor = torch.Tensor
 _HALVES = (torch.bfloat16, torch.float16)
@@ -135,12 +135,10 @@ def streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
     # Kernels of convolutions take all filters, as they are.
     if ndim > 2 and (weight.rows is not None or weight.transposed):
         return None
-    return None if rounds_inputs(weight) else stored
-
-
-def rounds_inputs(weight: StoredParameter) -> bool:
-    """Return whether a kernel would round the inputs of a module in float64 to float32."""
-    return weight.slot.dtype is torch.float64 and weight.stored().dtype.itemsize < 8
+    # A kernel would round the inputs of such a module to float32.
+    if slot.dtype is torch.float64 and stored.dtype.itemsize < 8:
+        return None
+    return stored
 
 
 # ---- products -----------------------------------------------------------------------------------
