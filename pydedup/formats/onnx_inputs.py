@@ -139,17 +139,21 @@ def _used_otherwise(graph: Any) -> Iterator[str]:
     for node in graph.node:
         is_look_up = node.op_type == "Gather" and not node.domain
         yield from node.input[1:] if is_look_up else node.input
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _used_otherwise(inner)
+        for inner in _within(node):
+            yield from _used_otherwise(inner)
 
 
 def _is_recurrent(graph: Any) -> bool:
     return any(
-        node.op_type in ("LSTM", "GRU")
-        or any(_is_recurrent(inner) for attr in node.attribute for inner in (attr.g, *attr.graphs))
+        node.op_type in ("LSTM", "GRU") or any(map(_is_recurrent, _within(node)))
         for node in graph.node
     )
+
+
+def _within(node: Any) -> Iterator[Any]:
+    """Yield the graphs in a node, as If and Loop have; empty ones among them."""
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)
 
 
 def _top_level(graph: Any, initializers: Mapping[str, Any]) -> dict[str, Any]:
