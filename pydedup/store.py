@@ -104,7 +104,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     ) -> None:
         self._adapter = adapter
         self._pool = pool_of(adapter, memory_bytes, replacement)
-        self._catalog = Catalog(adapter, self._pool.expect, memory_bytes)
+        self._catalog = Catalog(adapter, self._pool, memory_bytes)
         self._closed = False
 
     def __enter__(self) -> Self:

@@ -255,8 +255,9 @@ class AddReport:
     damaged_pages
         Pages of the store that blocks were looked for on and that cannot be read; nothing on them
         was shared.
-    artifact_bytes
-        What is kept beside the tensors, such as a tokenizer or a graph, whole with each version.
+    artifact_bytes, stored_artifact_bytes
+        What is kept beside the tensors, such as a tokenizer or a graph, and what of it was new to
+        the store, as encoded. Small files are, with each version.
     """
 
     model: str
@@ -272,6 +273,7 @@ class AddReport:
     left_out: tuple[str, ...] = ()
     damaged_pages: tuple[int, ...] = ()
     artifact_bytes: int = 0
+    stored_artifact_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +290,8 @@ class CopiedModel:
     stored_bytes
         Bytes of blocks that were new to the destination, as encoded.
     blocks, shared_blocks, delta_blocks
-        Blocks of the model; those that the destination had, or earlier blocks of the model are;
-        those kept as a delta on a base.
+        Blocks of the model and of its large artifacts; those that the destination had, or earlier
+        blocks of the model are; those kept as a delta on a base.
     pages, whole_pages
         New pages written; those of them that are pages of the source, byte by byte.
     seconds

@@ -96,7 +96,7 @@ ALLOWED: dict[str, set[str]] = {
     "layout": VALUES | {"blocks", "codec", "packing", "pool"},
     "jobs": VALUES | ADAPTERS,
     "signatures": VALUES | {"adapter", "similarity"},
-    "catalog": MODEL | {"text"},
+    "catalog": MODEL | {"matmul", "pool", "text"},
     "usage": MODEL | {"catalog", "layout", "pool"},
     "quotas": MODEL | {"config", "pool", "text", "usage"},
     "ingest": CORE | {"windows"},

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that packages ship, in a store: a fine-tune, also quantised, copies, exports, a bf16
-network, controls.
+"""Models that packages ship, in a store: a fine-tune, also quantised, copies, files beside the
+weights, exports, a bf16 network, controls.
 
     python bench/peers/released.py [--only AREA] [--json]
 
@@ -15,6 +15,7 @@ to find that out.
 from __future__ import annotations
 
 import io
+import re
 import statistics
 import tempfile
 import zipfile
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 from _minilm import cosines
 from _quantised import QUANTISED
 from _stored import (
@@ -41,11 +43,13 @@ from _stored import (
 )
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save_file as save_safetensors
 
 from pydedup.policies import Bounded, Exact, Lossless
 
 BOUND = 0.001
 ROUNDS = 5
+FOLDERS = 40
 
 #: What is downloaded, with the digests of what was measured.
 WHEELS = {
@@ -183,6 +187,42 @@ def quantised() -> Iterator[Finding]:
         peers = {"XOR + planes + zstd-3": xor_planes(first, second), "zstd-3": zstd_planes(second)}
         for peer, taken in peers.items():
             yield Finding(case, peer, 100 * taken / nbytes(second), "%")
+
+
+def files() -> Iterator[Finding]:
+    """Yield what folders of models have beside the weights: the two tokenizers, in many folders.
+
+    Either as the packages ship them, by turns, or each folder truncating at another length, as a
+    training leaves it. The weights are a tensor of a kilobyte.
+    """
+    endings = ("tokenizer.json", "vocab.txt")
+    shipped = [[only(members(name, end)) for end in endings] for name in ("base", "tuned")]
+    for case in ("tokenizers", "tokenizers, each truncating at another length"):
+        folders = []
+        for number in range(FOLDERS):
+            tokenizer, vocabulary = shipped[number % 2]
+            if case != "tokenizers":
+                length = b'"max_length": %d' % (64 + number)
+                tokenizer = re.sub(rb'"max_length": ?[0-9]+', length, tokenizer, count=1)
+            folders.append({"tokenizer.json": tokenizer, "vocab.txt": vocabulary})
+        size = sum(len(content) for folder in folders for content in folder.values())
+        case = f"{FOLDERS} folders: {case}"
+        with Scratch() as scratch, tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+            empty, folder = scratch.size(), Path(place)
+            for number, contents in enumerate(folders):
+                weights = np.full((16, 16), number, np.float32)
+                save_safetensors({"w": weights}, folder / "model.safetensors")
+                for name, content in contents.items():
+                    (folder / name).write_bytes(content)
+                scratch.add(f"m{number}", folder, Lossless())
+            yield Finding(case, "pydedup", 100 * (scratch.size() - empty) / size, "%")
+            for number, contents in enumerate(folders):
+                if scratch.store.artifacts(f"m{number}") != contents:
+                    raise SystemExit("files: what came back is not what went in")
+        different = {content for folder in folders for content in folder.values()}
+        tool = zstandard.ZstdCompressor(level=3)
+        taken = sum(len(tool.compress(content)) for content in different)
+        yield Finding(case, "equal files once, zstd-3", 100 * taken / size, "%")
 
 
 def exports() -> Iterator[Finding]:
@@ -349,4 +389,4 @@ def search_cost(case: str, models: Mapping[str, Weights]) -> Iterator[Finding]:
 
 
 if __name__ == "__main__":
-    main(__doc__, [pair, quantised, copies, exports, bf16, controls])
+    main(__doc__, [pair, quantised, copies, files, exports, bf16, controls])

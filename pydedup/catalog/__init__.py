@@ -11,6 +11,7 @@ from __future__ import annotations
 from pydedup.catalog.ahead import ModelsAhead
 from pydedup.catalog.aliases import aliases_of, point_alias, recorded_aliases, wrong_aliases
 from pydedup.catalog.catalog import Catalog
+from pydedup.catalog.chunks import chunk_lengths, joined_chunks, laid_out
 from pydedup.catalog.digests import (
     ModelDigest,
     map_digest,
@@ -21,7 +22,9 @@ from pydedup.catalog.model import SourceHashes, StoredModel, grid_of
 from pydedup.catalog.pages import TAG_BYTES, page_tags, recorded_pages, tags_in, tags_of
 from pydedup.catalog.parsed import ParsedMaps
 from pydedup.catalog.rows import (
+    ARTIFACT_DTYPE,
     added_as,
+    artifact_digests,
     certificate_of,
     check_row,
     known_versions,
@@ -34,6 +37,7 @@ from pydedup.catalog.rows import (
 )
 
 __all__ = [
+    "ARTIFACT_DTYPE",
     "TAG_BYTES",
     "Catalog",
     "ModelDigest",
@@ -43,10 +47,14 @@ __all__ = [
     "StoredModel",
     "added_as",
     "aliases_of",
+    "artifact_digests",
     "certificate_of",
     "check_row",
+    "chunk_lengths",
     "grid_of",
+    "joined_chunks",
     "known_versions",
+    "laid_out",
     "map_digest",
     "model_info",
     "page_readers",

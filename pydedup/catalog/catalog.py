@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -16,6 +16,7 @@ from pydedup.catalog.model import StoredModel, grid_of
 from pydedup.catalog.rows import SUGGESTED_MODELS, model_info
 from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError, UnavailableError
 from pydedup.names import Address, parse_address
+from pydedup.pool import PagePool
 from pydedup.text import did_you_mean, it_has
 from pydedup.types import ModelInfo
 
@@ -36,18 +37,18 @@ _FOUND_MODELS: Final = 1024
 class Catalog:
     """Finds models by address.
 
-    ``expect`` is told the tags of pages, as by `StoredModel`. The larger the budget for pages, the
+    ``pool`` is what models are given (`StoredModel`). The larger the budget for pages, the
     more small models are remembered.
     """
 
     def __init__(
         self,
         adapter: Adapter,
-        expect: Callable[[Mapping[int, bytes]], None] | None = None,
+        pool: PagePool | None = None,
         budget_bytes: int = 0,
     ) -> None:
         self._adapter = adapter
-        self._expect = expect
+        self._pool = pool
         self._room = max(budget_bytes // _ROOM_SHARE, _ROOM_BYTES)
         # No lock, which a fork could leave held: each use is one operation on the dict.
         self._models: OrderedDict[int, StoredModel] = OrderedDict()  # asked for last comes last
@@ -150,7 +151,7 @@ class Catalog:
         model = self._cached(row)
         if model is None:
             self._refuse_another_store()
-            model = StoredModel(self._adapter, row, self._expect)
+            model = StoredModel(self._adapter, row, self._pool)
             self._models[row.id] = model
             self._unmeasured += _size_of(model)
             if self._unmeasured > self._room // 8:
@@ -232,9 +233,9 @@ class Catalog:
 
 def _size_of(model: StoredModel) -> int:
     """Return about how many bytes are remembered of a model once it was read whole."""
-    blocks = sum(grid_of(info).count for info in model.tensors)
+    blocks = sum(grid_of(info).count for info in model.in_blocks)
     texts = len(model.row.certificate) + len(model.row.metadata)
-    tensors = _TENSOR_BYTES * len(model.tensors)
+    tensors = _TENSOR_BYTES * len(model.in_blocks)
     return _MODEL_BYTES + 2 * texts + tensors + _BLOCK_BYTES * blocks
 
 

@@ -7,23 +7,30 @@ misses a page calls `StoredModel.refresh` and reads the block map again, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup import matmul
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.catalog.ahead import ModelsAhead
+from pydedup.catalog.chunks import joined_chunks
 from pydedup.catalog.digests import ModelDigest, map_digest, tensors_digest
 from pydedup.catalog.pages import tags_in
 from pydedup.catalog.parsed import ParsedMaps
-from pydedup.catalog.rows import promised, recorded_certificate, tensor_info
+from pydedup.catalog.rows import (
+    ARTIFACT_DTYPE,
+    artifact_digests,
+    promised,
+    recorded_certificate,
+    tensor_info,
+)
 from pydedup.certificates import (
     ADDRESS,
-    ARTIFACTS,
     MAPS,
     PAGES,
     TENSORS,
@@ -33,6 +40,7 @@ from pydedup.certificates import (
 )
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.graph import Graph
+from pydedup.pool import PagePool
 from pydedup.text import did_you_mean
 from pydedup.types import GRAPH_ARTIFACT, TensorInfo
 
@@ -53,8 +61,17 @@ def grid_of(info: TensorInfo) -> BlockGrid:
 class StoredModel:
     """One published model: its tensors and where their blocks are.
 
-    ``expect`` is told the tags of the pages that it reads, before their places are. ``parsed`` is
-    for whoever reads the block maps of several models, ``ahead`` where their order is known.
+    ``pool`` is told the tags of the pages that it reads, before their places are; artifacts are
+    read through it. ``parsed`` is for whoever reads the block maps of several models, ``ahead``
+    where their order is known.
+
+    Attributes
+    ----------
+    in_blocks
+        All that it has blocks of, by ordinal: its tensors, then large artifacts, as tensors of
+        bytes that are called as these.
+    tensors
+        Its tensors.
 
     Raises NotFoundError when it was removed, CorruptStoreError when what is recorded of a tensor
     cannot be read.
@@ -64,7 +81,7 @@ class StoredModel:
         self,
         adapter: Adapter,
         row: ModelRow,
-        expect: Callable[[Mapping[int, bytes]], None] | None = None,
+        pool: PagePool | None = None,
         parsed: ParsedMaps | None = None,
         ahead: ModelsAhead | None = None,
     ) -> None:
@@ -72,7 +89,7 @@ class StoredModel:
         self._adapter = adapter
         #: What its rows are first read from.
         self._source = adapter if ahead is None else ahead
-        self._expect = expect
+        self._pool = pool
         self._parse_parts = BlockMap.from_parts if parsed is None else parsed.parse
         self._maps: dict[int, BlockMap] = {}
         #: Parts of all maps, but for those that were taken; None as long as they are read singly.
@@ -88,12 +105,14 @@ class StoredModel:
                 f"{self.address} was added as {added_as}: names of models, or their ids, are "
                 "exchanged; restore a backup"
             )
-        self.tensors = tuple(
-            tensor_info(self.address, ordinal, tensor)
-            for ordinal, tensor in enumerate(self._source.tensors(row.id))
+        rows = self._source.tensors(row.id)
+        self.in_blocks = tuple(
+            tensor_info(self.address, ordinal, tensor) for ordinal, tensor in enumerate(rows)
         )
-        if not self.tensors:
+        if not self.in_blocks:
             self.check_live()
+        count = sum(tensor.dtype != ARTIFACT_DTYPE for tensor in rows)
+        self.tensors = self.in_blocks[:count]
         found = sum(info.nbytes for info in self.tensors)
         if found != row.logical_bytes:
             raise CorruptStoreError(
@@ -108,8 +127,11 @@ class StoredModel:
                 "backup"
             )
         self._ordinal = {info.name: ordinal for ordinal, info in enumerate(self.tensors)}
-        if expect is not None:
-            expect(self.page_tags())
+        self._artifact_at = {
+            info.name: ordinal for ordinal, info in enumerate(self.in_blocks) if ordinal >= count
+        }
+        if pool is not None:
+            pool.expect(self.page_tags())
 
     def _has_its_tensors(self) -> bool:
         """Whether its tensors are those that it was added with, as far as that is known."""
@@ -164,7 +186,10 @@ class StoredModel:
     def block_map(self, name: str) -> BlockMap:
         """Return where the blocks of one tensor are. Raises NotFoundError, CorruptStoreError."""
         self.tensor(name)
-        ordinal = self._ordinal[name]
+        return self.block_map_at(self._ordinal[name])
+
+    def block_map_at(self, ordinal: int) -> BlockMap:
+        """Return where the blocks of what has an ordinal are. Raises as `block_map` does."""
         block_map = self._maps.get(ordinal)
         if block_map is None:
             block_map = self._parse(ordinal, self._parts_of(ordinal))
@@ -184,14 +209,14 @@ class StoredModel:
         return parts
 
     def block_maps(self) -> list[BlockMap]:
-        """Return the block maps of all tensors, in order; all that miss are read at once."""
+        """Return all block maps, those of `in_blocks`; all that miss are read at once."""
         maps = dict(self._maps)  # which another thread may refresh
-        if len(maps) < len(self.tensors):
+        if len(maps) < len(self.in_blocks):
             parts = self._all_parts()
-            for ordinal in range(len(self.tensors)):
+            for ordinal in range(len(self.in_blocks)):
                 if ordinal not in maps:
                     maps[ordinal] = self._parse(ordinal, parts.get(ordinal, []))
-        return [maps[ordinal] for ordinal in range(len(self.tensors))]
+        return [maps[ordinal] for ordinal in range(len(self.in_blocks))]
 
     def _parse(self, ordinal: int, parts: Sequence[bytes]) -> BlockMap:
         block_map = self._parsed(ordinal, parts)
@@ -201,15 +226,13 @@ class StoredModel:
         return block_map
 
     def _parsed(self, ordinal: int, parts: Sequence[bytes]) -> BlockMap:
-        info = self.tensors[ordinal]
+        info = self.in_blocks[ordinal]
         try:
             return self._parse_parts(parts, grid_of(info), info.dtype)
         except CorruptStoreError as exc:
             if not self._adapter.tensors(self.row.id):
                 raise NotFoundError(f"{self.address} was removed from the store") from exc
-            raise CorruptStoreError(
-                f"{self.address}, tensor {info.name!r}: {exc}; {_MAP_ADVICE}"
-            ) from exc
+            raise CorruptStoreError(f"{self.where(ordinal)}: {exc}; {_MAP_ADVICE}") from exc
 
     def _recorded_parts(self, ordinal: int, parts: Sequence[bytes]) -> Sequence[bytes]:
         """Return the parts of a block map that are recorded, given others.
@@ -220,17 +243,22 @@ class StoredModel:
         known = self._map_digests
         while True:
             now = recorded_certificate(self.check_live())
-            if self._expect is not None:
-                self._expect(tags_in(now.get(PAGES)))
+            if self._pool is not None:
+                self._pool.expect(tags_in(now.get(PAGES)))
             self._map_digests = recorded = now.get(MAPS)
             if _is_recorded(recorded, ordinal, parts):
                 return parts
             if recorded == known:
                 raise CorruptStoreError(
-                    f"{self.address}, tensor {self.tensors[ordinal].name!r}: its block map is not "
-                    f"the one that was recorded; {_MAP_ADVICE}"
+                    f"{self.where(ordinal)}: its block map is not the one that was recorded; "
+                    f"{_MAP_ADVICE}"
                 )
             known, parts = recorded, self._adapter.block_map(self.row.id, ordinal)
+
+    def where(self, ordinal: int) -> str:
+        """Return what messages call the tensor, or artifact, with an ordinal."""
+        kind = "tensor" if ordinal < len(self.tensors) else "artifact"
+        return f"{self.address}, {kind} {self.in_blocks[ordinal].name!r}"
 
     def refresh(self) -> None:
         """Forget the block maps: a vacuum has moved blocks."""
@@ -267,11 +295,9 @@ class StoredModel:
         except CorruptStoreError:
             return None
 
-    @property
+    @cached_property
     def _artifact_digests(self) -> Mapping[str, object]:
-        """What its artifacts were recorded to hold, by name; none where that is not known."""
-        found = self._recorded_digest(ARTIFACTS)
-        return found if isinstance(found, dict) else {}
+        return artifact_digests(self.row)
 
     def artifact_names(self) -> list[str]:
         """Return the names of what came with it beside tensors; also of what is lost."""
@@ -279,13 +305,27 @@ class StoredModel:
 
     def artifact(self, name: str) -> bytes | None:
         """Return what came with it under a name. Raises CorruptStoreError where that is damaged."""
-        payload = self._adapter.artifact(self.row.id, name)
+        recorded = payload = self._adapter.artifact(self.row.id, name)
+        if recorded is not None and name in self._artifact_at:
+            payload = joined_chunks(recorded, self._chunks_at(self._artifact_at[name]))
         wanted = self._artifact_digests.get(name)
-        if wanted is not None and (payload is None or artifact_digest(payload) != wanted):
+        is_other = wanted is not None and (payload is None or artifact_digest(payload) != wanted)
+        if is_other or (payload is None and recorded is not None):
             self.check_live()
-            what = "lost" if payload is None else "not what it was added with"
+            what = "lost" if recorded is None else "not what it was added with"
             raise CorruptStoreError(f"{self.address}: its {name!r} is {what}; restore a backup")
         return payload
+
+    def _chunks_at(self, ordinal: int) -> NDArray[Any]:
+        """Return an artifact that is kept in blocks; the map is read again once, as for tensors."""
+        if self._pool is None:
+            raise ValueError(f"{self.where(ordinal)} needs a pool to be read")
+        try:
+            return matmul.read(self.block_map_at(ordinal), self._pool)
+        except CorruptStoreError:  # a vacuum, or a repair, may have moved blocks
+            self.check_live()
+            self.refresh()
+            return matmul.read(self.block_map_at(ordinal), self._pool)
 
     def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         """Yield (name, media type, payload) of all that came with it; see `artifact`."""
@@ -293,6 +333,12 @@ class StoredModel:
             payload = self.artifact(name)
             if payload is not None:
                 yield name, media_type, payload
+
+    def artifacts_in_rows(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yield the same as rows have it: of what is in blocks, the lengths of its chunks."""
+        for name, media_type, payload in self.artifacts():
+            row = self._adapter.artifact(self.row.id, name) if name in self._artifact_at else None
+            yield name, media_type, payload if row is None else row
 
     def _media_types(self) -> dict[str, str]:
         """Return the media types of its artifacts by name, empty for those that are lost."""
@@ -345,7 +391,7 @@ class SourceHashes:
         """Return the hashes of one tensor's blocks, 16 bytes each; none where none are recorded."""
         if ordinal not in self._read:
             blocks, stop = 0, ordinal
-            for info in self._model.tensors[ordinal:]:
+            for info in self._model.in_blocks[ordinal:]:
                 blocks += grid_of(info).count
                 if stop > ordinal and blocks > _HASHES_PER_READ:
                     break

@@ -10,13 +10,15 @@ from typing import Any, Final
 
 from pydedup.adapter import STAGING, Adapter, ModelRow, TensorRow
 from pydedup.arguments import as_block_shape
-from pydedup.certificates import ADDRESS, METADATA, OF_MODEL, artifact_digest
+from pydedup.certificates import ADDRESS, ARTIFACTS, METADATA, OF_MODEL, artifact_digest
 from pydedup.errors import CorruptStoreError
 from pydedup.types import DType, ModelInfo, TensorInfo, shape_problem
 
 __all__ = [
+    "ARTIFACT_DTYPE",
     "SUGGESTED_MODELS",
     "added_as",
+    "artifact_digests",
     "certificate_of",
     "check_row",
     "known_versions",
@@ -31,6 +33,9 @@ __all__ = [
     "with_recorded",
 ]
 
+#: What a row of ``tensors`` has for dtype when it is no tensor but an artifact that is kept in
+#: blocks, of bytes.
+ARTIFACT_DTYPE: Final = "bytes"
 #: Of so many models, the newest ones, a message about an unknown one suggests names.
 SUGGESTED_MODELS: Final = 10_000
 # What a clock says before then, calendars have a date for.
@@ -87,6 +92,15 @@ def recorded_certificate(row: ModelRow) -> dict[str, Any]:
     return recorded_object(row.certificate, f"the certificate of {row.address}")
 
 
+def artifact_digests(row: ModelRow) -> Mapping[str, object]:
+    """Return what a model's artifacts were recorded to hold; none where that is not known."""
+    try:
+        found = recorded_certificate(row).get(ARTIFACTS)
+    except CorruptStoreError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def with_recorded(certificate: str, what: Mapping[str, object]) -> str:
     """Return a certificate, as it is recorded, with more of the model; a damaged one as it is."""
     try:
@@ -123,7 +137,8 @@ def tensor_info(address: str, ordinal: int, row: TensorRow) -> TensorInfo:
 @lru_cache(maxsize=8192)  # models of a family have the same ones
 def _info(name: str, dtype: str, shape: str, block_shape: str) -> TensorInfo:
     """Return what is recorded of a tensor. Raises as JSON does, ValueError."""
-    return TensorInfo(name, DType.of_label(dtype), *_shapes(shape, block_shape))
+    label = DType.U8.label if dtype == ARTIFACT_DTYPE else dtype
+    return TensorInfo(name, DType.of_label(label), *_shapes(shape, block_shape))
 
 
 @lru_cache(maxsize=4096)  # the tensors of a family have few different ones

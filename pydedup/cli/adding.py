@@ -253,9 +253,9 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
         if not report.logical_bytes:
             output.print_note(f"{report.model}: its source holds no weights", "yellow")
         if report.artifact_bytes >= _MUCH_BESIDE:
-            size = text.size(report.artifact_bytes)
+            size, new = text.size(report.artifact_bytes), text.size(report.stored_artifact_bytes)
             output.print_note(
-                f"{report.model}: {size} beside its weights, such as a tokenizer, are kept whole",
+                f"{report.model}: {size} beside its weights, such as a tokenizer, take {new} more",
                 "dim",
             )
         if report.left_out:

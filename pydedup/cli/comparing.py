@@ -78,7 +78,10 @@ def _print_explanation(explanation: Explanation) -> None:
     output.print_fields(
         [
             ("size", text.size(explanation.logical_bytes)),
-            ("its blocks take", used_field(used, explanation.logical_bytes)),
+            (
+                "its blocks take",
+                used_field(used, explanation.logical_bytes, has_files=bool(explanation.artifacts)),
+            ),
             ("shared with others", _part(explanation.shared_bytes, used)),
             ("removing it frees", _part(explanation.removal_frees_bytes, used)),
         ]
@@ -99,7 +102,8 @@ def _print_explanation(explanation: Explanation) -> None:
             summed=True,
         )
         output.print_line()
-    print_table(_SHARING_COLUMNS, [_sharing_row(tensor) for tensor in explanation.tensors])
+    in_blocks = [*explanation.tensors, *explanation.artifacts]
+    print_table(_SHARING_COLUMNS, [_sharing_row(one) for one in in_blocks])
 
 
 @click.command(short_help="Compare two models, tensor by tensor.")
@@ -187,6 +191,7 @@ def _explanation_document(explanation: Explanation) -> dict[str, Any]:
         "removal_frees_bytes": explanation.removal_frees_bytes,
         "shared_with": [dataclasses.asdict(other) for other in explanation.shared_with],
         "tensors": [_sharing_document(sharing) for sharing in explanation.tensors],
+        "artifacts": [_sharing_document(sharing) for sharing in explanation.artifacts],
         "damaged": list(explanation.damaged),
     }
 

@@ -170,10 +170,11 @@ def kernels(as_json: bool) -> None:
     output.print_note(f"in use: {found.in_use} ({found.reason})", "bold")
 
 
-def used_field(used_bytes: int, logical_bytes: int) -> str:
+def used_field(used_bytes: int, logical_bytes: int, *, has_files: bool) -> str:
     """Return what the blocks of a model take, and why that may be more than its weights."""
-    more = ", bases of deltas and headers of blocks included" if used_bytes > logical_bytes else ""
-    return text.size(used_bytes) + more
+    files = ", large files beside it" if has_files else ""
+    more = f", bases of deltas{files} and headers of blocks included"
+    return text.size(used_bytes) + (more if used_bytes > logical_bytes else "")
 
 
 def tensor_document(tensor: TensorInfo) -> dict[str, Any]:
@@ -250,7 +251,10 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
     certified = describe(figures.certificate)
     fields = [
         ("size", f"{text.size(logical)} in {text.plural(len(figures.tensors), 'tensor')}"),
-        ("its blocks take", used_field(figures.used_bytes, logical)),
+        (
+            "its blocks take",
+            used_field(figures.used_bytes, logical, has_files=figures.has_artifacts_in_blocks),
+        ),
         ("of it on own pages", text.size(figures.exclusive_bytes)),
         (
             "read amplification",

@@ -23,6 +23,7 @@ from pydedup.errors import (
     PydedupError,
 )
 from pydedup.ingest.ahead import Ahead
+from pydedup.ingest.artifacts import match_artifacts
 from pydedup.ingest.match import Hints, Matcher, look_now
 from pydedup.ingest.pages import plan_layout
 from pydedup.ingest.plan import Request
@@ -38,6 +39,7 @@ from pydedup.ingest.tensors import match_tensors
 from pydedup.ingest.transposed import Transposed
 from pydedup.ingest.workers import Workers, worker_count
 from pydedup.ingest.write import Stager
+from pydedup.layout import joined
 from pydedup.policies import Lossless
 from pydedup.pool import PagePool
 from pydedup.sets import distinct
@@ -194,8 +196,11 @@ class _Add:
         if isinstance(policy, Accuracy):
             tell = functools.partial(self._tell_of_evaluation, policy)
             chosen = choose_blocks(matcher, ahead, request, policy, previous, advance, tell)
-            return _match_chosen(matcher, request, chosen)
+            model = _match_chosen(matcher, request, chosen)
+            match_artifacts(matcher, model)
+            return model
         model = MatchedModel(request, match_tensors(matcher, ahead, request, previous, advance))
+        match_artifacts(matcher, model)
         if previous is not None:
             previous.settle_costs(model.references(matcher.reader), matcher.reader)
         return model
@@ -220,15 +225,16 @@ class _Add:
         reports = []
         for number, model in enumerate(models):
             mine = first_owner == number
-            references = model.references()
+            references = joined(tensor.references for tensor in model.tensors)
             deltas = int((reader.bases_of(references) != NO_BASE).sum())
-            new = references[references >= 0]
-            own = len(distinct(new[first_owner[new] == number]))
+            own = len(_own(references, mine))
+            beside = _own(joined(part.references for part in model.artifacts_in_blocks), mine)
+            beside_bytes = int(spool.lengths[beside].sum())
             reports.append(
                 AddReport(
                     model=model.request.address,
                     logical_bytes=model.request.logical_bytes,
-                    stored_bytes=int(spool.lengths[mine].sum()),
+                    stored_bytes=int(spool.lengths[mine].sum()) - beside_bytes,
                     blocks=len(references),
                     shared_blocks=len(references) - own,
                     delta_blocks=deltas,
@@ -237,10 +243,17 @@ class _Add:
                     certificate=model.certificate(),
                     dry_run=self.dry_run,
                     left_out=tuple(model.request.source.left_out),
-                    artifact_bytes=model.artifact_bytes(),
+                    artifact_bytes=sum(model.artifact_sizes.values()),
+                    stored_artifact_bytes=beside_bytes + model.artifact_bytes_in_rows,
                 )
             )
         return reports
+
+
+def _own(references: NDArray[np.int64], mine: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the blocks of the spool among references that are ``mine``, each once."""
+    new = distinct(references[references >= 0])
+    return new[mine[new]]
 
 
 class _Writing:

@@ -179,7 +179,7 @@ class Matcher:
         self.reader = BlockReader(PageScan(adapter, pool), spool, self.stored)
         self.candidates = Candidates(adapter, pool, self.stored, kept)
         self.similar = Similar(self.reader, self.candidates)
-        self.catalog = Catalog(adapter, pool.expect)
+        self.catalog = Catalog(adapter, pool)
         self.met = MetTensors(self.reader)
         self.aligned = Aligned(adapter, self.catalog, self.stored, self.reader)
         self._known = ByHash()

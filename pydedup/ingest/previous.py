@@ -181,7 +181,7 @@ class Previous:
         Of bases that are no blocks of it this is not known: more than any sum.
         """
         places, costs = [], []
-        for info, block_map in zip(self._model.tensors, self._maps, strict=True):
+        for info, block_map in zip(self._model.in_blocks, self._maps, strict=True):
             heights, widths = block_map.grid.shapes(np.arange(block_map.grid.count))
             places.append(block_places(block_map.page_ids, block_map.slots))
             costs.append(codec.page_cost(heights * widths * info.dtype.itemsize))

@@ -153,7 +153,7 @@ def _match_again(matcher: Matcher, models: Sequence[StagedModel]) -> bool:
     matcher.reader.learn(distinct(np.append(found, bases[bases != NO_BASE])))
     spool.move_bases(moved)
     for model in models:
-        for tensor in model.tensors:
+        for tensor in model.in_blocks:
             new = tensor.references >= 0
             references = tensor.references.copy()
             references[new] = moved[references[new]]

@@ -57,12 +57,20 @@ class StagedModel(abc.ABC):
     ----------
     tensors
         Its tensors, in order.
+    artifacts_in_blocks
+        Its large artifacts, as tensors of bytes (artifacts.py).
     model_id
         Its id once it is staged, 0 before.
     """
 
     tensors: list[MatchedTensor]
+    artifacts_in_blocks: list[MatchedTensor]
     model_id: int
+
+    @property
+    def in_blocks(self) -> list[MatchedTensor]:
+        """All that it has blocks of, by ordinal."""
+        return [*self.tensors, *self.artifacts_in_blocks]
 
     @property
     @abc.abstractmethod
@@ -85,7 +93,10 @@ class StagedModel(abc.ABC):
 
     @abc.abstractmethod
     def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield (name, media type, payload) of what belongs to it besides tensors."""
+        """Yield (name, media type, payload) of what belongs to it besides tensors.
+
+        Of those in blocks, the payload is what lengths their chunks have.
+        """
 
     @property
     def replaces(self) -> int:
@@ -118,7 +129,7 @@ class StagedModel(abc.ABC):
 
     def references(self, reader: BlockReader | None = None) -> NDArray[np.int64]:
         """Return the references of all blocks; with ``reader``, those of the bases behind them."""
-        references = joined(tensor.references for tensor in self.tensors)
+        references = joined(part.references for part in self.in_blocks)
         if reader is None:
             return references
         bases = reader.bases_of(references)
@@ -131,13 +142,15 @@ class MatchedModel(StagedModel):
 
     request: Request
     tensors: list[MatchedTensor] = field(default_factory=list)
+    artifacts_in_blocks: list[MatchedTensor] = field(default_factory=list)
     #: What the search of a policy found out.
     evidence: Mapping[str, Any] = field(default_factory=dict)
     model_id: int = 0
-    #: Of its artifacts by name, as its row was made with them.
+    #: By name, sizes and digests of its artifacts, as they were matched, and of those in blocks
+    #: what is recorded of their chunks.
+    artifact_sizes: dict[str, int] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
-    #: The size of these, once they were read.
-    _artifact_bytes: int | None = None
+    _chunks: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -177,18 +190,29 @@ class MatchedModel(StagedModel):
     def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         """Yield (name, media type, payload) of what belongs to it besides tensors.
 
-        Read anew, as they may be large. Raises FormatError for what is not what it was for its row.
+        Read anew, as they may be large. Raises FormatError for what is not what it was when it was
+        matched.
         """
         for name, media_type, payload in self._read_artifacts():
             if self._digests.get(name) != artifact_digest(payload):
                 raise FormatError(f"{name!r} changed while {self.address} was added; add it again")
-            yield name, media_type, payload
+            yield name, media_type, self._chunks.get(name, payload)
 
-    def artifact_bytes(self) -> int:
-        """Return the size of its artifacts, which are read for this in a dry run alone."""
-        if self._artifact_bytes is None:
-            self._artifact_bytes = sum(len(payload) for *_, payload in self._read_artifacts())
-        return self._artifact_bytes
+    @property
+    def artifact_bytes_in_rows(self) -> int:
+        """Size of its artifacts that are not kept in blocks."""
+        return sum(size for name, size in self.artifact_sizes.items() if name not in self._chunks)
+
+    def note_artifacts(self) -> Iterator[tuple[str, bytes]]:
+        """Yield (name, payload) of what belongs to it besides tensors, and note what these are."""
+        for name, _, payload in self._read_artifacts():
+            self._digests[name], self.artifact_sizes[name] = artifact_digest(payload), len(payload)
+            yield name, payload
+
+    def keep_in_blocks(self, artifact: MatchedTensor, chunks: bytes) -> None:
+        """Note that an artifact is kept in blocks, and what is recorded of its chunks."""
+        self.artifacts_in_blocks.append(artifact)
+        self._chunks[artifact.entry.name] = chunks
 
     def _read_artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         for artifact in self.request.source.artifacts():
@@ -208,10 +232,6 @@ class MatchedModel(StagedModel):
             METADATA: artifact_digest(self.metadata.encode()),
             TENSORS: tensors_digest(self._infos()),
         }
-        self._digests, self._artifact_bytes = {}, 0
-        for name, _, payload in self._read_artifacts():
-            self._digests[name] = artifact_digest(payload)
-            self._artifact_bytes += len(payload)
         return {**certificate, ARTIFACTS: self._digests} if self._digests else certificate
 
     def _infos(self) -> list[TensorInfo]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, STAGING, TensorRow
 from pydedup.blocks import PART_BYTES, BlockMap
-from pydedup.catalog import TAG_BYTES, map_digest, page_tags, tags_of, with_recorded
+from pydedup.catalog import ARTIFACT_DTYPE, TAG_BYTES, map_digest, page_tags, tags_of, with_recorded
 from pydedup.certificates import ALIASES, MAPS, PAGES
 from pydedup.errors import ConflictError
 from pydedup.hashing import digest_bytes, hash_keys
@@ -280,10 +280,11 @@ class Stager:
 
     def _model_rows(self, model: StagedModel) -> Iterator[_Row]:
         model_id = model.model_id
-        for ordinal, tensor in enumerate(model.tensors):
+        for ordinal, tensor in enumerate(model.in_blocks):
             info = tensor.info
+            label = info.dtype.label if ordinal < len(model.tensors) else ARTIFACT_DTYPE
             shapes = json.dumps(info.shape), json.dumps(info.recorded_blocks)
-            yield "tensor", TensorRow(model_id, ordinal, info.name, info.dtype.label, *shapes)
+            yield "tensor", TensorRow(model_id, ordinal, info.name, label, *shapes)
             parts = list(self._block_map(tensor).parts())
             self._recorded[model_id].maps.append(map_digest(parts))
             for part, payload in enumerate(parts):

@@ -31,6 +31,7 @@ from pydedup.errors import (
 from pydedup.formats.base import ModelSource
 from pydedup.formats.registry import open_source
 from pydedup.hashing import digest_bytes, hash_keys, hash_view
+from pydedup.ingest.artifacts import LEAST_BYTES, in_chunks
 from pydedup.ingest.deltas import delta_limits
 from pydedup.layout import are_deltas, block_at, split_place
 from pydedup.pool import PagePool
@@ -177,7 +178,7 @@ class FileSource:
         block_shapes: Collection[tuple[int, int]],
         tell: Callable[[], None],
     ) -> Iterator[EncodedBlock]:
-        """Yield those that are there; see `BlockSource`. Memory: one tensor."""
+        """Yield those that are there; see `BlockSource`. Memory: one tensor, or artifact."""
         asked = set(wanted)
         dtypes = {block.dtype for block in asked}
         for entry in self._source.entries:
@@ -192,6 +193,10 @@ class FileSource:
             for axes, shape in itertools.product({1, row_axes(array.shape)}, block_shapes):
                 tell()
                 yield from _matching(MatrixView.of(array, shape, axes), asked)
+        for artifact in self._source.artifacts() if DType.U8.code in dtypes else ():
+            tell()
+            if len(artifact.payload) >= LEAST_BYTES:
+                yield from _matching(in_chunks(artifact.payload)[0], asked)
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
             )
         rows = adapter.models()
         ahead = ModelsAhead(adapter, rows)
-        models = [StoredModel(adapter, row, pool.expect, ahead=ahead) for row in rows]
+        models = [StoredModel(adapter, row, pool, ahead=ahead) for row in rows]
         places = _places(adapter, pool, models)
     if not len(places.places):
         return None

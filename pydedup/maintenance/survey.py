@@ -151,7 +151,7 @@ def _note_blocks(
     hits = np.flatnonzero(is_among(block_map.page_ids, pages))
     if not len(hits):
         return others
-    info = model.tensors[ordinal]
+    info = model.in_blocks[ordinal]
     found.block_shapes.add(info.block_shape)
     for place, number, rows, cols in _distinct(
         block_places(block_map.page_ids[hits], block_map.slots[hits]), hits, block_map
@@ -160,7 +160,7 @@ def _note_blocks(
         block.rows, block.cols, block.may_be_transposed = rows, cols, False
         block.dtypes = (info.dtype.code,)
         block.is_raw |= model.row.policy == _RAW
-        if not model.keeps_bits:
+        if not (model.keeps_bits or ordinal >= len(model.tensors)):
             continue
         digest = hashes.of(ordinal)[16 * number : 16 * number + 16]
         if digest and (place not in recorded or digest != recorded[place].hash128):
@@ -179,7 +179,7 @@ def _note_bases(
     hits = np.flatnonzero(is_among(split_places(bases)[0], pages))
     if not len(hits):
         return
-    info = model.tensors[ordinal]
+    info = model.in_blocks[ordinal]
     found.block_shapes |= {info.block_shape, info.block_shape[::-1]}
     own = block_places(block_map.page_ids[hits], block_map.slots[hits])
     for place, number, rows, cols in _distinct(own, hits, block_map):

@@ -25,6 +25,7 @@ from pydedup.maintenance.damage import MAX_ERRORS, VerifyReport
 from pydedup.maintenance.rows import wrong_reads
 from pydedup.maintenance.verify_pages import DAMAGE, OTHER_BASE, PageContent
 from pydedup.names import check_name
+from pydedup.pool import PagePool
 from pydedup.quotas import Quotas
 from pydedup.sets import distinct
 from pydedup.text import listed
@@ -37,9 +38,14 @@ class ModelChecks:
     """Checks models by what is on the pages, which `PageChecks` found."""
 
     def __init__(
-        self, adapter: Adapter, contents: Mapping[int, PageContent], report: VerifyReport
+        self,
+        adapter: Adapter,
+        contents: Mapping[int, PageContent],
+        pool: PagePool,
+        report: VerifyReport,
     ) -> None:
         self._adapter = adapter
+        self._pool = pool
         self._contents = contents
         self._report = report
         self._parsed = ParsedMaps()
@@ -53,7 +59,7 @@ class ModelChecks:
         except CorruptStoreError as exc:
             self._report.add_error(str(exc))
         try:
-            model = StoredModel(self._adapter, row, parsed=self._parsed)
+            model = StoredModel(self._adapter, row, self._pool, parsed=self._parsed)
         except CorruptStoreError as exc:
             self._report.add_error(str(exc))
         else:
@@ -64,9 +70,12 @@ class ModelChecks:
         """Check that block maps lead to the blocks of the source, and what else is recorded."""
         report = self._report
         maps: list[BlockMap] = []
+        begun = len(report.errors)
+        lost = self._artifacts_on_lost_pages(model)  # which the blocks tell
         for name in model.artifact_names():
             try:
-                model.artifact(name)
+                if name not in lost:
+                    model.artifact(name)
                 if name == GRAPH_ARTIFACT:
                     model.graph()
             except CorruptStoreError as exc:
@@ -76,28 +85,40 @@ class ModelChecks:
         known = len(report.errors)
         with contextlib.suppress(*DAMAGE, NotFoundError, ArgumentError):
             model.block_maps()  # of all tensors at once; what is wrong with one, is said of it
-        for ordinal, info in enumerate(model.tensors):
+        for ordinal in range(len(model.in_blocks)):
             try:
-                block_map = model.block_map(info.name)
+                block_map = model.block_map_at(ordinal)
             except (*DAMAGE, NotFoundError, ArgumentError) as exc:  # of its rows, all of them
                 report.add_error(str(exc))
                 continue
             maps.append(block_map)
             source = hashes.of(ordinal)
-            where = f"{model.address}, tensor {info.name!r}"
+            where = model.where(ordinal)
             if len(source) != 16 * block_map.grid.count:
                 report.add_error(
                     f"{where}: {len(source)} bytes of source hashes do not fit its blocks"
                 )
                 continue
-            self._check_blocks(where, block_map, source, keeps_bits)
+            is_artifact = ordinal >= len(model.tensors)
+            self._check_blocks(where, block_map, source, keeps_bits or is_artifact)
         if len(report.errors) == known and not hashes.are_as_added():
             report.add_error(
                 f"{model.address}: its tensors are not those that it was added with; restore a "
                 "backup"
             )
-        if len(maps) == len(model.tensors):
-            self._check_reads(model, maps, is_sound=len(report.errors) == known < MAX_ERRORS)
+        if len(maps) == len(model.in_blocks):
+            self._check_reads(model, maps, is_sound=len(report.errors) == begun < MAX_ERRORS)
+
+    def _artifacts_on_lost_pages(self, model: StoredModel) -> set[str]:
+        """Return which artifacts that are kept in blocks cannot be read."""
+        found = set()
+        for ordinal in range(len(model.tensors), len(model.in_blocks)):
+            with contextlib.suppress(*DAMAGE, NotFoundError, ArgumentError):
+                pages = split_places(used_places([model.block_map_at(ordinal)]))[0].tolist()
+                if all(page in self._contents for page in pages):
+                    continue
+            found.add(model.in_blocks[ordinal].name)
+        return found
 
     def _check_blocks(
         self, where: str, block_map: BlockMap, source: bytes, keeps_bits: bool

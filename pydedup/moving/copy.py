@@ -42,7 +42,7 @@ from pydedup.moving.quota import check_room
 from pydedup.moving.resolve import NotWholeError, Resolved, Resolver
 from pydedup.moving.signatures import CarriedSegments, SourceIndex
 from pydedup.moving.source import End, SourceModel, read_model
-from pydedup.moving.staged import MovedModel, matched_tensors, set_aliases
+from pydedup.moving.staged import MovedModel, matched_parts, set_aliases
 from pydedup.moving.survey import look_at_target, survey
 from pydedup.sets import distinct, is_among, without
 from pydedup.signatures import read_segments
@@ -228,7 +228,7 @@ class _Copier:
         """Copy once; ``None`` when that must be done anew."""
         source, target = self._source, self._target
         epoch = self._there.epoch
-        model = read_model(source.adapter, item.row)
+        model = read_model(source, item.row)
         sizes = self._survey.sizes
         new = [page_id for page_id in model.page_ids.tolist() if page_id not in self._known]
         self._progress.begin(sum(sizes.get(page_id, 0) for page_id in new))
@@ -241,7 +241,8 @@ class _Copier:
             )
             resolved = resolver.run()
             spool.freeze()
-            copy = MovedModel(item, model.stored, matched_tensors(model, resolved.references))
+            parts, count = matched_parts(model, resolved.references), len(model.stored.tensors)
+            copy = MovedModel(item, model.stored, parts[:count], parts[count:])
             places = joined(resolved.places)
             stager = Stager(
                 matcher,

@@ -10,7 +10,15 @@ from typing import get_args
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog, aliases_of, certificate_of, wrong_aliases
+from pydedup.catalog import (
+    ARTIFACT_DTYPE,
+    Catalog,
+    aliases_of,
+    artifact_digests,
+    certificate_of,
+    wrong_aliases,
+)
+from pydedup.certificates import artifact_digest
 from pydedup.errors import ArgumentError, CorruptStoreError, DuplicateError
 from pydedup.maintenance.rows import lost_models
 from pydedup.names import parse_address
@@ -109,10 +117,18 @@ def same_model(ours: Adapter, a: ModelRow, theirs: Adapter, b: ModelRow) -> bool
         return False
     if not _same_promise(a, b):
         return False
-    artifacts = ours.artifacts(a.id)
-    return artifacts == theirs.artifacts(b.id) and all(
-        ours.artifact(a.id, name) == theirs.artifact(b.id, name) for name, _ in artifacts
-    )
+    return _artifacts_of(ours, a) == _artifacts_of(theirs, b)
+
+
+def _artifacts_of(adapter: Adapter, row: ModelRow) -> dict[str, tuple[str, object]]:
+    """Return media types and digests of a model's artifacts; of those in blocks, as recorded."""
+    in_blocks = {item.name for item in adapter.tensors(row.id) if item.dtype == ARTIFACT_DTYPE}
+    recorded, found = artifact_digests(row), dict[str, tuple[str, object]]()
+    for name, media_type in adapter.artifacts(row.id):
+        payload = b"" if name in in_blocks else adapter.artifact(row.id, name)
+        digest = artifact_digest(payload or b"")
+        found[name] = media_type, recorded.get(name) if name in in_blocks else digest
+    return found
 
 
 def _same_promise(a: ModelRow, b: ModelRow) -> bool:

@@ -294,7 +294,7 @@ class Resolver:
         """Find or spool what is left: deltas on bases that are deltas at the destination."""
         model, looks = self._model, Looks()
         transposed = Transposed(self._matcher, model.stored.row, Lossless())
-        for info, block_map in zip(model.stored.tensors, model.maps, strict=True):
+        for info, block_map in zip(model.stored.in_blocks, model.maps, strict=True):
             own = block_places(block_map.page_ids, block_map.slots)
             at = np.searchsorted(model.places, own)
             if (self._out.references[at] == NO_BASE).any():

@@ -19,7 +19,7 @@ from pydedup.maintenance.versions import delete_models
 from pydedup.moving.plan import Item
 from pydedup.moving.source import SourceModel
 
-__all__ = ["MovedModel", "matched_tensors", "set_aliases"]
+__all__ = ["MovedModel", "matched_parts", "set_aliases"]
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class MovedModel(StagedModel):
     item: Item
     source: StoredModel
     tensors: list[MatchedTensor]
+    artifacts_in_blocks: list[MatchedTensor]
     model_id: int = 0
 
     @property
@@ -55,7 +56,7 @@ class MovedModel(StagedModel):
 
         Raises NotFoundError when it was removed: then some of that may be gone already.
         """
-        yield from self.source.artifacts()
+        yield from self.source.artifacts_in_rows()
         self.source.check_live()
 
     @property
@@ -83,11 +84,11 @@ class MovedModel(StagedModel):
         return aliases_of(adapter, self.item.row.name).get(self.model_id, [])
 
 
-def matched_tensors(model: SourceModel, references: NDArray[np.int64]) -> list[MatchedTensor]:
-    """Return the tensors of a model, by the references of its places."""
+def matched_parts(model: SourceModel, references: NDArray[np.int64]) -> list[MatchedTensor]:
+    """Return all that a model has in blocks, by the references of its places."""
     tensors = []
     for info, block_map, digests in zip(
-        model.stored.tensors, model.maps, model.digests, strict=True
+        model.stored.in_blocks, model.maps, model.digests, strict=True
     ):
         at = np.searchsorted(model.places, block_places(block_map.page_ids, block_map.slots))
         entry = TensorEntry(info.name, info.dtype, info.shape, info.name)

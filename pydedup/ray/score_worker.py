@@ -87,7 +87,7 @@ class Scorer:
         writes = told.into is not None and source is None
         adapter = connect_store(told.store.reveal(), mode="a" if writes else "r")
         self._store = self._opened.enter_context(Store(adapter, config.parse_bytes(told.memory)))
-        self._catalog = Catalog(adapter, self._store._pool.expect)
+        self._catalog = Catalog(adapter, self._store._pool)
         self._rows: RangeAdapter | None = None
         if told.query is not None or told.into is not None:
             self._rows = self._opened.enter_context(rows_of(adapter, source, told.into))

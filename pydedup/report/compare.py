@@ -68,7 +68,8 @@ class Explanation:
     ``removal_frees_bytes`` counts blocks that no other live model uses; those that lie on pages
     of others are given back when ``vacuum`` packs these anew: those of which nobody uses a quarter,
     at least, but for factors that a block has for others as well, which stay. ``damaged`` tells of
-    models that are damaged: with these nothing is shared.
+    models that are damaged: with these nothing is shared. ``artifacts`` are those that are kept in
+    blocks, such as a tokenizer, as tensors of bytes; sums have these, too.
     """
 
     model: str
@@ -79,6 +80,7 @@ class Explanation:
     shared_bytes: int
     removal_frees_bytes: int
     damaged: tuple[str, ...] = ()
+    artifacts: tuple[TensorSharing, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     for _, common in per_other:
         shared |= common
     tensors = []
-    for info, block_map, places in zip(model.tensors, maps, mine, strict=True):
+    for info, block_map, places in zip(model.in_blocks, maps, mine, strict=True):
         count = block_map.grid.count
         own = np.searchsorted(used, distinct(places[:count]))  # without bases, which come behind
         at = np.searchsorted(used, distinct(places))
@@ -149,13 +151,14 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
     ]
     return Explanation(
         model=model.address,
-        tensors=tuple(tensors),
+        tensors=tuple(tensors[: len(model.tensors)]),
         shared_with=tuple(sorted(sharing, key=lambda s: (-s.bytes, s.model))),
         logical_bytes=model.row.logical_bytes,
         used_bytes=int(costs.sum()),
         shared_bytes=int(costs[shared].sum()),
         removal_frees_bytes=int(costs[~shared].sum()),
         damaged=tuple(damaged),
+        artifacts=tuple(tensors[len(model.tensors) :]),
     )
 
 

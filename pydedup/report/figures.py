@@ -9,7 +9,14 @@ from typing import Any
 
 from pydedup.adapter import LIVE, Adapter
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog, ModelsAhead, StoredModel, aliases_of, model_info
+from pydedup.catalog import (
+    ARTIFACT_DTYPE,
+    Catalog,
+    ModelsAhead,
+    StoredModel,
+    aliases_of,
+    model_info,
+)
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.layout import least_pages
 from pydedup.types import GRAPH_ARTIFACT, ModelInfo, TensorInfo
@@ -24,7 +31,8 @@ class ModelFigures:
     Attributes
     ----------
     used_bytes
-        What its distinct blocks take on their pages.
+        What its distinct blocks take on their pages, also those of artifacts, if it
+        ``has_artifacts_in_blocks``.
     has_graph
         Whether it can predict; where ``by_onnx_runtime`` is true, ONNX Runtime runs it.
     exclusive_bytes
@@ -42,6 +50,7 @@ class ModelFigures:
     exclusive_bytes: int
     pages: int
     least_pages: int
+    has_artifacts_in_blocks: bool = False
 
     @property
     def by_onnx_runtime(self) -> bool:
@@ -106,6 +115,7 @@ def model_figures(adapter: Adapter, catalog: Catalog, address: str) -> ModelFigu
         exclusive_bytes=sum(size for page, size in mine.items() if page not in others),
         pages=len(mine),
         least_pages=least_pages(sum(mine.values())),
+        has_artifacts_in_blocks=len(model.in_blocks) > len(model.tensors),
     )
 
 
@@ -122,7 +132,9 @@ def store_stats(adapter: Adapter, catalog: Catalog, pool: Mapping[str, int]) -> 
             url=adapter.url,
             models=len({row.name for row in rows}),
             versions=len(rows),
-            tensors=sum(len(ahead.tensors(row.id)) for row in rows),
+            tensors=sum(
+                tensor.dtype != ARTIFACT_DTYPE for row in rows for tensor in ahead.tensors(row.id)
+            ),
             pages=len(live),
             page_bytes=sum(page.payload_bytes for page in live),
             retired_pages=len(pages) - len(live),

@@ -214,7 +214,10 @@ def _gathered(
 def _detail(adapter: Adapter, row: ModelRow, common: Common) -> Detail:
     # Block maps of this snapshot, not cached ones: a vacuum may have moved blocks since.
     model = StoredModel(adapter, row)
-    return Detail(model.address, tuple(blocks_of(model.tensors, model.block_maps(), common)))
+    return Detail(
+        model.address,
+        tuple(blocks_of(model.tensors, model.block_maps()[: len(model.tensors)], common)),
+    )
 
 
 def _called(trace: Trace, rows: Mapping[int, ModelRow]) -> tuple[Called, ...]:

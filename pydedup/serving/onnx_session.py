@@ -109,7 +109,7 @@ def check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
     """Raise BudgetError where the weights, equal ones once, are more than the whole budget."""
     if model.row.logical_bytes <= pool.memory_bytes:
         return
-    tensors = zip(model.block_maps(), model.tensors, strict=True)
+    tensors = zip(model.block_maps(), model.tensors, strict=False)
     needed = sum({_content(at, info.shape): info.nbytes for at, info in tensors}.values())
     if needed > pool.memory_bytes:
         error = _too_large(

@@ -37,7 +37,8 @@ def fill(url: str, tmp_path: Path) -> None:
     folder.mkdir(exist_ok=True)
     save_file(MODEL, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
-    (folder / "tokenizer.json").write_text(json.dumps("x" * 40_000))
+    (folder / "tokenizer.json").write_text(json.dumps("x" * 140_000))  # in blocks
+    (folder / "vocab.json").write_text(json.dumps("x" * 12_000))  # in rows, of parts
     with pydedup.open(url) as store:
         store.add("one", folder)
         store.add("two", MODEL, graph=GRAPH)
@@ -69,16 +70,21 @@ def test_a_tokenizer_that_changes_while_it_is_added(
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("DELETE FROM {artifacts} WHERE model_id = 1 AND part = 10", "is not what it was added"),
+        ("DELETE FROM {artifacts} WHERE model_id = 1 AND part = 3", "is not what it was added"),
         ("DELETE FROM {artifacts} WHERE model_id = 1 AND name = 'tokenizer.json'", "is lost"),
+        ("DELETE FROM {artifacts} WHERE model_id = 1 AND name = 'vocab.json'", "is lost"),
         ("UPDATE {artifacts} SET payload = ? WHERE model_id = 1 AND part = 1", "is not what it"),
+        (
+            "UPDATE {artifacts} SET payload = ? WHERE model_id = 1 AND name = 'tokenizer.json'",
+            "is not what it",
+        ),
     ],
 )
 def test_a_tokenizer(damage: str, said: str, store_url: str, tmp_path: Path) -> None:
     """What was left of it was exported, or the model without it."""
     fill(store_url, tmp_path)
     change(store_url, damage, *([b"y" * 4_000] if "?" in damage else []))
-    said = f"one@1: its '.*tokenizer.json' {said}.*; restore a backup"
+    said = f"one@1: its '.*(tokenizer|vocab).json' {said}.*; restore a backup"
     with pydedup.open(store_url) as store:
         (told,) = store.verify().errors
         assert re.match(said, told)
@@ -92,6 +98,27 @@ def test_a_tokenizer(damage: str, said: str, store_url: str, tmp_path: Path) -> 
         assert not (tmp_path / "out").exists()
         assert np.array_equal(store.load("one")["w"], MODEL["w"])
         assert store.copy_to(tmp_path / "copy.db", skip_damaged=True).copied == 1
+
+
+def test_a_tokenizer_whose_blocks_nobody_knows(store_url: str, tmp_path: Path) -> None:
+    """A repair must not take them for blocks that the model never had."""
+    fill(store_url, tmp_path)
+    with pydedup.open(store_url) as store:
+        store.copy_to(tmp_path / "good.db")
+        wanted = store.artifacts("one")
+    change(store_url, "DELETE FROM {tensors} WHERE model_id = 1 AND ordinal = 1")
+    with pydedup.open(store_url) as store:
+        report = store.verify()
+        assert re.match("one@1: its 'tokenizer.json' is not what it was added", report.errors[0])
+        store.verify(repair_from=tmp_path / "good.db")
+        store.vacuum()
+    change(
+        store_url,
+        "INSERT INTO {tensors} VALUES (1, 1, 'tokenizer.json', 'bytes', '[5, 32768]', ?)",
+        "[1, 32768]",
+    )
+    with pydedup.open(store_url) as store:
+        assert store.artifacts("one") == wanted
 
 
 @pytest.mark.parametrize(

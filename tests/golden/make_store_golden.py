@@ -3,6 +3,7 @@
 
 make_store_golden.py stacks FLAT writes store_v1_stacks.db.gz: to a store FLAT, which pydedup of
 before there were stacks of matrices made by ``make_store_golden.py flat FLAT``, it adds one.
+make_store_golden.py artifacts writes store_v1_artifacts.db.gz, of models with large artifacts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies
@@ -24,6 +26,7 @@ from pydedup.graph import Graph, Node
 
 TARGET = Path(__file__).with_name("store_v1.db.gz")
 STACKS = Path(__file__).with_name("store_v1_stacks.db.gz")
+ARTIFACTS = Path(__file__).with_name("store_v1_artifacts.db.gz")
 
 
 def numbers(count: int, seed: int) -> NDArray[np.uint32]:
@@ -66,6 +69,25 @@ def stacks() -> dict[str, dict[str, NDArray[Any]]]:
     return {"flat@1": {"experts": values}, "stack@1": {"experts": apart}, "m@1": {"experts": moved}}
 
 
+def tokenizers() -> dict[str, bytes]:
+    """The artifacts that models of that of artifacts have, which are all they differ in."""
+    words = " ".join(map(str, numbers(13_000, 6)))
+    return {
+        "one@1": words.encode(),
+        "two@1": b"more " + words.encode(),
+        "few@1": words[:20_000].encode(),
+    }
+
+
+def add_artifacts(path: Path) -> None:
+    """Fill a store with them."""
+    with tempfile.TemporaryDirectory() as folder, pydedup.open(path) as store:
+        save_file({"w": np.ones((2, 3), np.float32)}, f"{folder}/model.safetensors")
+        for address, content in tokenizers().items():
+            Path(folder, "tokenizer.json").write_bytes(content)
+            store.add(address, folder)
+
+
 GRAPH = Graph(
     ("ids",),
     ("logits",),
@@ -98,7 +120,7 @@ def main(what: str = "", path: str = "") -> None:
     """Write the file, unless there is one."""
     if what == "flat":
         return add_stacks(Path(path), "flat@1")
-    target = STACKS if what == "stacks" else TARGET
+    target = {"stacks": STACKS, "artifacts": ARTIFACTS}.get(what, TARGET)
     if target.exists():
         sys.exit(f"{target} exists; golden files are never rewritten")
     with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +128,8 @@ def main(what: str = "", path: str = "") -> None:
         if what == "stacks":
             shutil.copyfile(path, store)
             add_stacks(store, "stack@1", "m@1")
+        elif what == "artifacts":
+            add_artifacts(store)
         else:
             fill(str(store))
         target.write_bytes(gzip.compress(store.read_bytes(), 9, mtime=0))

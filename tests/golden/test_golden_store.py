@@ -65,6 +65,20 @@ def test_a_golden_file_with_stacks_of_matrices(tmp_path: Path) -> None:
         assert store.info("again").info.digest == store.info("m").info.digest
 
 
+def test_a_golden_file_with_large_artifacts(tmp_path: Path) -> None:
+    """Which are in blocks; that of ``few`` is one chunk."""
+    path = tmp_path / "store.db"
+    path.write_bytes(content("store_v1_artifacts.db.gz"))
+    with pydedup.open(path) as store:
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        for address, wanted in _maker().tokenizers().items():
+            assert store.artifacts(address) == {"tokenizer.json": wanted}
+            store.export(address, tmp_path / address)
+        again = store.add("again", tmp_path / "one@1")
+        assert again.stored_artifact_bytes < 1_000 < again.artifact_bytes
+
+
 @pytest.mark.parametrize("name", VERSIONS)
 def test_a_golden_dump_of_postgres(name: str, postgres_url: str, postgres_schema: str) -> None:
     import psycopg

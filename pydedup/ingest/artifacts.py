@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Artifacts of a model, such as a tokenizer: large ones are kept in blocks, like its tensors.
+
+So versions and models that have one in common keep it once, and it is compressed. Small ones are
+in rows of their own, where a graph is read without a page. A file is cut where its content says so
+(content-defined chunking: Muthitacharoen et al., A Low-bandwidth Network File System, SOSP 2001,
+section 3.1), as most differ by what was put in: truncation, or a token, at the head of a tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydedup.blocks import MatrixView
+from pydedup.catalog import chunk_lengths, laid_out
+from pydedup.formats.base import TensorEntry
+from pydedup.ingest.match import Matcher
+from pydedup.ingest.staged import MatchedModel, MatchedTensor
+from pydedup.layout import joined
+from pydedup.types import DType
+
+__all__ = ["LEAST_BYTES", "cut_at", "in_chunks", "match_artifacts"]
+
+#: From so many bytes on an artifact is kept in blocks.
+LEAST_BYTES: Final = 16 * 1024
+#: A chunk has so many bytes, unless it is the last one; it is a block of the larger number.
+_SHORTEST: Final = 28 * 1024
+_LONGEST: Final = 32 * 1024
+#: Bytes that decide whether a chunk ends behind them, and one of how many places they choose.
+_WINDOW: Final = 8
+_ONE_OF_BITS: Final = 11
+#: An odd number, so that all bits of the window take part in the highest of the product.
+_FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)
+_BYTES_AT_ONCE: Final = 1 << 20
+
+
+class _Bytes:
+    """The bits, whatever the policy of the model; without deltas, as files are seldom near by."""
+
+    name = "artifact"
+    compresses = True
+    uses_deltas = False
+    max_rel_error = 0.0
+
+    def parameters(self) -> Mapping[str, Any]:
+        """Return nothing: it is recorded nowhere."""
+        return {}
+
+
+_POLICY: Final = _Bytes()
+
+
+def match_artifacts(matcher: Matcher, model: MatchedModel) -> None:
+    """Read the artifacts of a model, and find or keep the blocks of large ones."""
+    for name, payload in model.note_artifacts():
+        if len(payload) < LEAST_BYTES:
+            continue
+        view, lengths = in_chunks(payload)
+        found = matcher.match(view, policy=_POLICY)
+        entry = TensorEntry(name, DType.U8, (view.grid.rows, view.grid.cols), name)
+        part = MatchedTensor(entry, view.grid, found.references, found.digests)
+        model.keep_in_blocks(part, chunk_lengths(lengths))
+
+
+def in_chunks(payload: bytes) -> tuple[MatrixView, list[int]]:
+    """Return an artifact as the matrix that it is kept as, and the lengths of its chunks."""
+    content = np.frombuffer(payload, np.uint8)
+    lengths = np.diff(cut_at(content), prepend=0).tolist()
+    width = _LONGEST if len(lengths) > 1 else len(payload)
+    return MatrixView.of(laid_out(content, lengths, width), (1, width)), lengths
+
+
+def cut_at(content: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return where chunks end, the last one with the content, uint8 (n,); int64, ascending."""
+    chosen = _chosen(content)
+    ends, start = [], 0
+    while len(content) - start > _LONGEST:
+        at = int(np.searchsorted(chosen, start + _SHORTEST))
+        longest = start + _LONGEST
+        start = min(int(chosen[at]), longest) if at < len(chosen) else longest
+        ends.append(start)
+    return np.array([*ends, len(content)], np.int64)
+
+
+def _chosen(content: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the places behind windows that choose these, ascending."""
+    found = []
+    for start in range(0, len(content) - _WINDOW + 1, _BYTES_AT_ONCE):
+        piece = content[start : start + _BYTES_AT_ONCE + _WINDOW - 1].astype(np.uint64)
+        count = len(piece) - _WINDOW + 1
+        words = np.zeros(count, np.uint64)
+        for byte in range(_WINDOW):
+            words |= piece[byte : byte + count] << np.uint64(8 * byte)
+        highest = (words * _FACTOR) >> np.uint64(64 - _ONE_OF_BITS)
+        found.append(np.flatnonzero(highest == 0) + start + _WINDOW)
+    return joined(found)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Large files beside the weights, such as tokenizers, are kept in blocks: once, and compressed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import pydedup
+from pydedup import policies
+
+from .damage import change
+
+NAMES = [f"Ġ{hashlib.blake2b(b'%d' % n, digest_size=4).hexdigest()}" for n in range(20_000)]
+TOKENIZER = json.dumps(
+    {"padding": None, "vocab": {name: n for n, name in enumerate(NAMES)}}
+).encode()
+PADDED = TOKENIZER.replace(b"null", b'{"length": 128}', 1)
+NOISE = np.random.default_rng(3).bytes(100_000)
+
+
+def weights(seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    return {"w": np.random.default_rng(seed).standard_normal((64, 64), np.float32)}
+
+
+def folder(path: Path, seed: int, **files: bytes) -> Path:
+    path.mkdir()
+    save_file(weights(seed), path / "model.safetensors")
+    for name, content in {"config": b"{}", **files}.items():
+        (path / f"{name}.json").write_bytes(content)
+    return path
+
+
+def test_a_tokenizer_is_kept_once(store_url: str, tmp_path: Path) -> None:
+    """Each version had all of it: four nights of 1 MiB of weights took 18.5 MiB."""
+    with pydedup.open(store_url) as store:
+        first = store.add("m", folder(tmp_path / "one", 1, tokenizer=TOKENIZER))
+        assert first.stored_bytes < 64 * 64 * 4 + 100
+        assert first.artifact_bytes > len(TOKENIZER)
+        assert first.stored_artifact_bytes < 0.7 * len(TOKENIZER)
+        again = store.add("m", folder(tmp_path / "two", 2, tokenizer=TOKENIZER))
+        other = store.add("other", folder(tmp_path / "three", 3, tokenizer=PADDED))
+        for report, most in ((again, 1_000), (other, 70_000)):
+            assert report.artifact_bytes >= len(TOKENIZER)
+            assert report.stored_artifact_bytes < most
+            assert (report.blocks, report.shared_blocks) == (1, 0)  # of the tensor
+        assert (
+            store.artifacts("m@1")
+            == store.artifacts("m@2")
+            == {
+                "config.json": b"{}",
+                "tokenizer.json": TOKENIZER,
+            }
+        )
+        assert store.artifacts("other")["tokenizer.json"] == PADDED
+        assert store.verify().ok
+        assert [info.name for info in store.info("m").tensors] == ["w"]
+        assert store.stats().tensors == 3
+        (tokenizer,) = store.explain("m").artifacts
+        assert tokenizer.tensor.name == "tokenizer.json"
+        assert tokenizer.shared_with == ("m@1", "other@1")
+        assert list(store.load("m")) == ["w"]
+        assert not store.diff("m@1", "m@2").same
+        store.remove("m@1")
+        store.vacuum()
+        assert store.artifacts("other")["tokenizer.json"] == PADDED
+        assert store.verify().ok
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        policies.Exact(),
+        policies.Bounded(0.05),
+        policies.Accuracy(lambda arrays: float(len(arrays)), max_drop=0.1),
+    ],
+)
+def test_policies_do_not_change_files(policy: Any, tmp_path: Path) -> None:
+    """Nor does an evaluation see them."""
+    with pydedup.open(tmp_path / "store.db") as store:
+        source = folder(tmp_path / "one", 1, tokenizer=TOKENIZER, noise=NOISE)
+        store.add("lossless", source)
+        report = store.add("m", source, policy=policy)
+        assert report.certificate.get("metric_before", 1.0) == 1.0
+        for name in ("lossless", "m"):
+            assert store.artifacts(name)["tokenizer.json"] == TOKENIZER
+            assert store.artifacts(name)["noise.json"] == NOISE
+        assert store.verify().ok
+
+
+@pytest.mark.parametrize("size", [0, 16_383, 16_384, 32_768, 32_769, 700_000])
+def test_sizes(size: int, tmp_path: Path) -> None:
+    content = (NOISE * 7)[:size]
+    source = folder(tmp_path / "one", 1, w=content, tokenizer=bytes(size))
+    save_file({**weights(1), "w.json": np.arange(9)}, source / "model.safetensors")
+    with pydedup.open(tmp_path / "store.db", memory="2MiB") as store:
+        store.add("m", source)
+        assert store.artifacts("m")["w.json"] == content  # called as a tensor
+        assert store.artifacts("m")["tokenizer.json"] == bytes(size)
+        assert np.array_equal(store.load("m")["w.json"], np.arange(9))
+        store.export("m", tmp_path / "out")
+        assert (tmp_path / "out" / "w.json").read_bytes() == content
+        assert store.verify().ok
+
+
+def test_copies_and_backups_take_them_along(store_url: str, tmp_path: Path) -> None:
+    with pydedup.open(store_url) as store:
+        store.add("one", folder(tmp_path / "one", 1, tokenizer=TOKENIZER))
+        store.add("two", folder(tmp_path / "two", 2, tokenizer=TOKENIZER))
+        store.copy_to(tmp_path / "copy.db", "two")
+        store.backup(tmp_path / "backup.db")
+        assert [model.status for model in store.copy_to(tmp_path / "copy.db").models] == [
+            "copied",
+            "there",
+        ]
+        store.remove("one")
+        store.restore(tmp_path / "backup.db")
+        assert store.artifacts("one")["tokenizer.json"] == TOKENIZER
+        assert store.verify().ok
+    for name in ("copy.db", "backup.db"):
+        with pydedup.open(tmp_path / name) as store:
+            assert store.verify().ok
+            for model in ("one", "two"):
+                assert store.artifacts(model)["tokenizer.json"] == TOKENIZER
+            assert store.explain("one").artifacts[0].shared_with == ("two@1",)
+            assert store.stats().page_bytes < len(TOKENIZER)
+
+
+def test_one_with_another_tokenizer_is_another_model(tmp_path: Path) -> None:
+    """Their digests name the tensors alone."""
+    with pydedup.open(tmp_path / "a.db") as a, pydedup.open(tmp_path / "b.db") as b:
+        a.add("m", folder(tmp_path / "one", 1, tokenizer=TOKENIZER))
+        b.add("m", folder(tmp_path / "two", 1, tokenizer=TOKENIZER[:-1] + b" "))
+        (model,) = a.copy_to(tmp_path / "b.db", on_conflict="replace").models
+        assert model.status == "replaced"
+        assert b.artifacts("m")["tokenizer.json"] == TOKENIZER
+
+
+def test_one_of_an_older_store_is_the_same_model(tmp_path: Path) -> None:
+    """There, all of them are in rows."""
+    source = folder(tmp_path / "one", 1, tokenizer=TOKENIZER)
+    with pytest.MonkeyPatch.context() as older, pydedup.open(tmp_path / "a.db") as store:
+        older.setattr("pydedup.ingest.artifacts.LEAST_BYTES", 1 << 40)
+        report = store.add("m", source)
+        assert report.stored_artifact_bytes == report.artifact_bytes
+    with pydedup.open(tmp_path / "b.db") as b, pydedup.open(tmp_path / "a.db") as a:
+        b.add("m", source)
+        assert a.artifacts("m") == b.artifacts("m")
+        for target, end in ((b, "a.db"), (a, "b.db")):
+            assert target.restore(tmp_path / end).models[0].status == "there"
+        a.copy_to(tmp_path / "c.db")
+    with pydedup.open(tmp_path / "c.db") as store:
+        assert store.artifacts("m")["tokenizer.json"] == TOKENIZER
+
+
+@pytest.mark.parametrize("origin", ["store", "folder"])
+def test_a_damaged_page_is_repaired(origin: str, store_url: str, tmp_path: Path) -> None:
+    source = folder(tmp_path / "one", 1, tokenizer=TOKENIZER)
+    with pydedup.open(store_url) as store:
+        store.add("m", source)
+        store.copy_to(tmp_path / "store")
+        wanted = store.artifacts("m")
+    change(store_url, "UPDATE {pages} SET payload = ?", b"damaged" * 100)
+    with pydedup.open(store_url) as store:
+        report = store.verify()
+        assert report.damaged_pages
+        assert not any("not what it was added with" in said for said in report.errors)
+        with pytest.raises(pydedup.errors.CorruptStoreError, match="page 1"):
+            store.artifacts("m")
+        assert store.verify(repair_from=source if origin == "folder" else tmp_path / "store").ok
+        assert store.artifacts("m") == wanted
+
+
+def test_blocks_that_a_vacuum_moved(tmp_path: Path) -> None:
+    """A model that was met before knows where they were."""
+    with pydedup.open(tmp_path / "store.db") as store, pydedup.open(tmp_path / "store.db") as other:
+        for number in range(4):
+            content = TOKENIZER if number == 3 else NOISE[number:] * 3
+            store.add(f"m{number}", folder(tmp_path / f"{number}", number, tokenizer=content))
+        assert other.artifacts("m3")["tokenizer.json"] == TOKENIZER
+        for number in range(3):
+            store.remove(f"m{number}")
+        assert store.vacuum(grace_seconds=0).freed_pages
+        other._pool.clear()
+        assert other.artifacts("m3")["tokenizer.json"] == TOKENIZER

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where artifacts are cut into chunks, and how these are put together again."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pydedup.catalog import chunk_lengths, joined_chunks, laid_out
+from pydedup.ingest.artifacts import cut_at
+
+SHORTEST, LONGEST = 28 * 1024, 32 * 1024
+
+
+def content(count: int, seed: int = 0, letters: int = 256) -> bytes:
+    """The same bytes with every version of every library, ``letters`` different ones."""
+    hashed = b"".join(
+        hashlib.blake2b(b"%d %d" % (seed, n)).digest() for n in range(-(-count // 64))
+    )
+    return bytes(byte % letters for byte in hashed[:count])
+
+
+def cuts(text: bytes) -> list[int]:
+    return cut_at(np.frombuffer(text, np.uint8)).tolist()
+
+
+def cuts_one_by_one(text: bytes) -> list[int]:
+    """The rule, place by place."""
+    ends, start = [], 0
+    while len(text) - start > LONGEST:
+        for end in range(start + SHORTEST, start + LONGEST + 1):
+            word = int.from_bytes(text[end - 8 : end], "little")
+            if (word * 0x9E3779B97F4A7C15) % 2**64 >> 53 == 0:
+                break
+        ends.append(end)
+        start = end
+    return [*ends, len(text)]
+
+
+@pytest.mark.parametrize("count", [0, 7, 8, LONGEST, LONGEST + 1, 3 * LONGEST + 5, 2_200_000])
+@pytest.mark.parametrize("letters", [1, 3, 256])
+def test_chunks_end_where_the_rule_says(count: int, letters: int) -> None:
+    text = content(count, letters=letters)
+    found = cuts(text)
+    assert found == cuts_one_by_one(text)
+    lengths = np.diff(found, prepend=0)
+    assert (lengths <= LONGEST).all()
+    assert (lengths[:-1] >= SHORTEST).all()
+
+
+def test_places_are_kept_by_later_versions() -> None:
+    """Others would share nothing with what is stored."""
+    assert cuts(content(200_000)) == [28931, 59780, 92548, 123479, 152328, 184578, 200_000]
+
+
+@pytest.mark.parametrize("at", [0, 100, 150_000])
+def test_what_was_put_in_changes_few_chunks(at: int) -> None:
+    before = content(3_000_000, 1, 40)
+    after = before[:at] + b'"padding": null, ' + before[at:]
+
+    def chunks(text: bytes) -> set[bytes]:
+        ends = cuts(text)
+        return {text[start:end] for start, end in zip([0, *ends], ends, strict=False)}
+
+    assert len(chunks(after) - chunks(before)) <= 6
+    assert len(chunks(after)) > 40
+
+
+@given(st.lists(st.binary(max_size=9), min_size=1), st.integers(9, 12))
+def test_what_was_laid_out_is_joined(parts: list[bytes], width: int) -> None:
+    text, lengths = b"".join(parts), [len(part) for part in parts]
+    matrix = laid_out(np.frombuffer(text, np.uint8), lengths, width)
+    assert matrix.shape == (len(parts), width)
+    assert matrix.sum() == sum(text)  # the rest is zeros
+    assert joined_chunks(chunk_lengths(lengths), matrix) == text
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        *(b"", b"[", b"7", b"null", b'{"a": 1}', b"\xff", b"[" * 100_000),
+        *(b"[1]", b"[1, 2, 3]", b"[1, -1]", b"[1, 9]", b"[1, []]", b"[1, 1e999]", b"[1, null]"),
+    ],
+)
+def test_damaged_lengths(recorded: bytes) -> None:
+    assert joined_chunks(recorded, np.ones((2, 8), np.uint8)) is None
