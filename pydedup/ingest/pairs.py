@@ -24,6 +24,7 @@ __all__ = [
     "farthest_base",
     "measured",
     "near_as_pruned",
+    "near_in_part",
     "pairs_of",
     "pairs_on",
 ]
@@ -32,6 +33,8 @@ __all__ = [
 # rows, columns and patterns of weights are pruned at regular distances.
 _SAMPLED = 13
 _PRUNED_SHARE = 1 / 16
+# Where so much of it has the bits of the base, a delta of the rest pays, whatever that is.
+_SAME_SHARE = 1 / 4
 
 #: Rows, references and estimates of pairs.
 Columns: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
@@ -178,6 +181,24 @@ def near_as_pruned(
     bases = as_dtype(values_of(pairs.bases)[pairs.base_index[entries]], blocks.dtype.numpy)
     bases = np.where(_are_zero(chosen), chosen, bases)
     return entries[distances(chosen, bases).relative_l2 <= farthest]
+
+
+def near_in_part(blocks: MatrixView, pairs: Pairs, entries: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return those pairs of which many elements are the same bits.
+
+    What few others became may be far away, as rows of a table that were 0 are, or have no distance,
+    as NaN and infinities; a delta says nothing of those that stayed.
+    """
+    if not len(entries) or not blocks.dtype.has_distances:
+        return entries[:0]
+    values, bases = (
+        of.reshape(len(of), -1)[:, ::_SAMPLED] for of in map(values_of, (blocks, pairs.bases))
+    )
+    chosen = values[pairs.rows[entries]]
+    rounded = as_dtype(bases[pairs.base_index[entries]], blocks.dtype.numpy)
+    bits = f"u{blocks.dtype.itemsize}"
+    same: NDArray[np.float64] = (chosen.view(bits) == rounded.view(bits)).mean(axis=1)
+    return entries[same >= _SAME_SHARE]
 
 
 def _are_zero(values: NDArray[Any]) -> NDArray[np.bool_]:

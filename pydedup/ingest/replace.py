@@ -279,7 +279,12 @@ class _Tensor:
         limit = max(self._farthest, farthest_base(self._farthest))
         pairs = pairs_of(self._matcher.similar.pairs(blocks, numbers, limit, aligned), rest)
         away = [exact_distances(blocks, some, limit) for some in pairs]
+        for some, distances in zip(pairs, away, strict=True):
+            # What is near in part alone comes behind all others.
+            distances[~(some.estimates <= limit)] = np.nextafter(limit, np.inf)
         least, best = best_pairs(pairs, away, len(numbers))
+        for some in pairs_of(best, least > limit):
+            levels.settle(some)
         for some in best:
             rows = some.rows
             if some.bases.dtype == blocks.dtype:

@@ -30,6 +30,7 @@ from pydedup.ingest.pairs import (
     farthest_base,
     measured,
     near_as_pruned,
+    near_in_part,
     pairs_of,
     pairs_on,
 )
@@ -221,6 +222,7 @@ class Similar:
             unknown = np.flatnonzero(np.isnan(estimates))
             some.estimates[unknown] = measured(blocks, some, unknown)
             near = some.estimates <= farthest
+            near[near_in_part(blocks, some, np.flatnonzero(~near))] = True
             near[near_as_pruned(blocks, some, np.flatnonzero(~near), farthest)] = True
             pairs.append(some.select(np.flatnonzero(near)))
         return pairs
