@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup import config
 from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.errors import (
@@ -42,7 +41,15 @@ from pydedup.pool import PagePool, Reservation
 from pydedup.pool.admission import Gate
 from pydedup.serving.engine import Tensors, check_inputs
 from pydedup.serving.onnx_own import Own, make_own
-from pydedup.serving.onnx_values import as_output, as_runtime_input, as_value, import_onnxruntime
+from pydedup.serving.onnx_values import (
+    as_output,
+    as_runtime_input,
+    as_value,
+    check_outputs,
+    import_onnxruntime,
+    new_session,
+    run_options,
+)
 from pydedup.serving.predict import by_name
 from pydedup.serving.tensor import StoredTensor
 
@@ -151,11 +158,14 @@ def _run(
     given = {name: as_runtime_input(value, kinds[name]) for name, value in inputs.items()}
     if graph.is_recurrent:  # the runtime ends the process where a batch or sequence is empty
         for name, value in given.items():
-            if 0 in value.shape():
+            shape = tuple(value.shape if isinstance(value, np.ndarray) else value.shape())
+            if 0 in shape:
                 raise ArgumentError(
-                    f"input {name!r} has shape {tuple(value.shape())}; the LSTM or GRU of "
-                    f"{model.address} cannot be run on nothing"
+                    f"input {name!r} has shape {shape}; the LSTM or GRU of {model.address} "
+                    "cannot be run on nothing"
                 )
+    outputs = {value.name: value.type for value in session.runtime.get_outputs()}
+    check_outputs(outputs, model.address)
     # Kept until the end: the runtime reads the arrays where they are.
     held: dict[str, _Held] = {}
     if isinstance(session, _Session):
@@ -171,14 +181,16 @@ def _run(
         held = {name: session.weights[name] for name in graph.tables}
     given.update((name, weight.value) for name, weight in held.items())
     try:
-        found = session.runtime.run_with_ort_values(list(graph.outputs), given)
+        found = session.runtime.run(list(outputs), given, run_options())
     except Exception as exc:  # of many classes, by the runtime's own numbering
         raise ArgumentError(f"ONNX Runtime cannot run {model.address}: {exc}") from exc
     finally:  # who waits for this call wants the room
         given.clear()
         held.clear()
-    outputs = zip(graph.outputs, found, strict=True)
-    return {name: as_output(value, f"{model.address} gives {name!r}") for name, value in outputs}
+    return {
+        name: as_output(value, name, kind, model.address)
+        for value, (name, kind) in zip(found, outputs.items(), strict=True)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +282,7 @@ class _Runner:
                 return known
             own = None
             with contextlib.suppress(Exception):  # of many classes; it runs as it did
-                own = make_own(graph, held, values, nbytes, _new_session, pool)
+                own = make_own(graph, held, values, nbytes, new_session, pool)
             with self._lock:
                 if own is None:
                     self._asked[number] = True
@@ -330,7 +342,7 @@ class _Runner:
         # What is inside of the model, the session has in memory.
         try:
             runtime, reservation = _within(
-                pool, len(graph.model), lambda: _new_session(graph.model, {})
+                pool, len(graph.model), lambda: new_session(graph.model, {})
             )
         except PydedupError:
             raise
@@ -380,20 +392,6 @@ def _within(pool: PagePool, n_bytes: int, make: Callable[[], _T]) -> tuple[_T, R
     except BaseException:
         reservation.release()
         raise
-
-
-def _new_session(model: bytes, constants: Mapping[str, Any]) -> Any:
-    """Return a session of a model; its constants are as `with_constants` leaves them out."""
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    if "PYDEDUP_THREADS" in os.environ:
-        options.intra_op_num_threads = config.threads()
-    options.log_severity_level = 4  # what goes wrong is raised, and need not be printed too
-    # A spinning thread would take the core that our kernels use next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if constants:
-        options.add_external_initializers(list(constants), list(constants.values()))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:

@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime, where it is installed, and arrays as it takes and gives them."""
+"""ONNX Runtime, where it is installed: its sessions, and arrays as it takes and gives them."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pydedup import config
 from pydedup.arguments import as_dtype
 from pydedup.errors import ArgumentError, UnsupportedFormatError, not_installed
 from pydedup.serving.predict import as_input
 from pydedup.types import DType
 
-__all__ = ["as_output", "as_runtime_input", "as_value", "import_onnxruntime", "is_installed"]
+__all__ = [
+    "as_output",
+    "as_runtime_input",
+    "as_value",
+    "check_outputs",
+    "import_onnxruntime",
+    "is_installed",
+    "new_session",
+    "run_options",
+]
 
 #: ONNX's number of the only type of inputs that numpy lacks.
 _BF16 = 16
@@ -51,7 +64,7 @@ def import_onnxruntime() -> Any:
 def as_value(array: NDArray[Any], kind: int) -> Any:
     """Return an array as the runtime takes it; the memory stays the array's."""
     ort = import_onnxruntime()
-    if array.dtype.kind in "biuf":
+    if array.dtype.isbuiltin == 1:
         return ort.OrtValue.ortvalue_from_numpy(array)
     plain = array.view(np.dtype(f"u{array.dtype.itemsize}"))  # bf16 and f8 have no numpy type
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain, kind)
@@ -59,10 +72,10 @@ def as_value(array: NDArray[Any], kind: int) -> Any:
 
 def as_runtime_input(x: ArrayLike, kind: Any) -> Any:
     """Return an input in the type that the model wants. Raises ArgumentError."""
-    array = as_input(x, f"input {kind.name!r}")
     wanted = _TYPES.get(kind.type)
     if wanted is None:
         raise ArgumentError(f"input {kind.name!r} is a {kind.type}, which is not supported")
+    array = as_input(x, f"input {kind.name!r}")
     both_whole = wanted.numpy.kind in "iu" and array.dtype.kind in "iu"
     if not (both_whole or wanted.is_float or wanted.numpy == array.dtype):
         raise ArgumentError(f"input {kind.name!r} must be {wanted.label}, not {array.dtype}")
@@ -81,14 +94,48 @@ def as_runtime_input(x: ArrayLike, kind: Any) -> Any:
                     f"input {kind.name!r} must be {wanted.label}, from {limits.min} to "
                     f"{limits.max}; it has {number}"
                 )
-    return as_value(as_dtype(array, wanted.numpy), _BF16)
+    array = as_dtype(array, wanted.numpy)
+    return as_value(array, _BF16) if wanted is DType.BF16 else array
 
 
-def as_output(value: Any, what: str) -> NDArray[Any]:
-    """Return an output as an array. Raises UnsupportedFormatError."""
-    kind: str = value.data_type()
-    if kind != "tensor(string)" and (kind not in _TYPES or _TYPES[kind] is DType.BF16):
-        advice = "; convert its classifier with options={'zipmap': False}" if "map(" in kind else ""
-        raise UnsupportedFormatError(f"{what} as {kind}, which is not supported{advice}")
-    array: NDArray[Any] = value.numpy()
-    return array
+def check_outputs(kinds: Mapping[str, str], model: str) -> None:
+    """Raise UnsupportedFormatError for tensors of a type that numpy lacks; of others, see below."""
+    for name, kind in kinds.items():
+        is_known = kind == "tensor(string)" or _TYPES.get(kind, DType.BF16) is not DType.BF16
+        if kind.startswith("tensor(") and not is_known:
+            raise UnsupportedFormatError(
+                f"{model} gives {name!r} as {kind}, which is not supported"
+            )
+
+
+def as_output(value: Any, name: str, kind: str, model: str) -> NDArray[Any]:
+    """Return an output, if it is an array. Raises UnsupportedFormatError."""
+    if isinstance(value, np.ndarray):
+        return value
+    advice = "; convert its classifier with options={'zipmap': False}" if "map(" in kind else ""
+    kind += " without a value" if value is None else ""
+    raise UnsupportedFormatError(
+        f"{model} gives {name!r} as {kind}, which is not supported{advice}"
+    )
+
+
+def new_session(model: bytes, constants: Mapping[str, Any]) -> Any:
+    """Return a session of a model; its constants are as `with_constants` leaves them out."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    if "PYDEDUP_THREADS" in os.environ:
+        options.intra_op_num_threads = config.threads()
+    options.log_severity_level = 4  # what goes wrong is raised, and need not be printed too
+    # A spinning thread would take the core that our kernels use next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if constants:
+        options.add_external_initializers(list(constants), list(constants.values()))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def run_options() -> Any:
+    """Return how sessions are run: each would keep the most that one of its calls ever took."""
+    options = import_onnxruntime().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options

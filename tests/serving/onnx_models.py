@@ -38,11 +38,12 @@ def save(
     weights: Mapping[str, NDArray[Any]],
     inputs: Sequence[Any] = (),
     output: str = "y",
+    opset: int = 17,
 ) -> Path:
-    """Write a model; bfloat16 arrays become initialisers of that type."""
+    """Write a model; bfloat16 and float8_e5m2 arrays become initialisers of that type."""
     initializers = []
     for name, array in weights.items():
-        kinds = {np.dtype(ml_dtypes.bfloat16): 16}
+        kinds = {np.dtype(ml_dtypes.bfloat16): 16, np.dtype(ml_dtypes.float8_e5m2): 19}
         kind = kinds.get(array.dtype) or onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         initializers.append(
             onnx.helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
@@ -50,11 +51,11 @@ def save(
     graph = onnx.helper.make_graph(
         nodes, "g", list(inputs) or [value("x")], [value(output, 1, None)], initializers
     )
-    domains = [("", 17), ("com.microsoft", 1), ("nobody", 1)]
+    domains = [("", opset), ("com.microsoft", 1), ("nobody", 1)]
     model = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid(*d) for d in domains]
     )
-    model.ir_version = 8
+    model.ir_version = 9 if opset > 18 else 8
     onnx.save(model, path)
     return path
 

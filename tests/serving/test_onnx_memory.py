@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that ONNX Runtime runs and that make room for each other, as RSS of a child process."""
+"""What models that ONNX Runtime runs take and give back, as RSS of a child process."""
 
 from __future__ import annotations
 
@@ -44,6 +44,29 @@ with pydedup.open(url, memory=budget) as store, ResidentMemory() as memory:
     print(json.dumps({"peak": memory.peak() - before, "found": list(map(len, found))}))
 """
 
+#: Of a call on each of some models, which have sessions of their own.
+ROWS, WIDTH = 4096, 4096
+
+CHILD_OF_LARGE_CALLS = """
+import sys
+import numpy as np, onnx, onnxruntime
+import pydedup
+from pydedup.serving import onnx_session
+from pydedup.testing.resident import ResidentMemory
+
+url, rows, models = sys.argv[1], *map(int, sys.argv[2:])
+x = np.ones((rows, 64), np.float32)
+with pydedup.open(url) as store, ResidentMemory() as memory:
+    for number in range(models):
+        for _ in range(2):
+            store.predict(str(number), x[:1])
+    assert len(onnx_session._runner_of(store._pool)._own) == models
+    before = memory.now()
+    for number in range(models):
+        store.predict(str(number), x)
+    print(memory.now() - before, memory.peak() - before)
+"""
+
 
 def test_memory_of_models_that_make_room_goes_back(tmp_path: Path) -> None:
     """What lay between others in the heap stayed, up to twice the budget."""
@@ -66,3 +89,22 @@ def test_memory_of_models_that_make_room_goes_back(tmp_path: Path) -> None:
     assert result["found"] == [1] * MODELS
     assert result["peak"] < BUDGET + 64 * MIB
     assert result["peak"] > MATRICES * SIDE * SIDE * 4, "the measurement saw nothing"
+
+
+def test_sessions_do_not_keep_what_a_large_call_took(tmp_path: Path) -> None:
+    """Each kept the most that one of its calls had ever needed, which is counted nowhere."""
+    with pydedup.open(tmp_path / "m.db") as store:
+        for number in range(MODELS):
+            weights = {"w": normal(64, WIDTH), "v": normal(WIDTH, 8)}
+            nodes = [node("MatMul", "x w", "a"), node("Sin", "a", "s"), node("MatMul", "s v", "y")]
+            store.add(str(number), save(tmp_path / "m.onnx", nodes, weights))
+        url = store.url
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD_OF_LARGE_CALLS, url, str(ROWS), str(MODELS)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kept, peak = map(int, done.stdout.split())
+    assert peak > ROWS * WIDTH * 4, "the measurement saw nothing"
+    assert kept < ROWS * WIDTH * 4

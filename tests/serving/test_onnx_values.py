@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX models with values of kinds that numpy, or ONNX Runtime, has names of its own for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup.errors import ArgumentError, UnsupportedFormatError
+
+from .onnx_models import X, node, normal, onnx, run, save, value
+
+
+def test_weights_of_eight_bit_floats(store: pydedup.Store, tmp_path: Path) -> None:
+    """Numpy calls one of their types a float like its own, which the runtime took it for."""
+    weights = {"w": normal(64, 80).astype(ml_dtypes.float8_e5m2)}
+    nodes = [node("Cast", "w", "f", to=1), node("MatMul", "x f", "a"), node("Sin", "a", "y")]
+    path = save(tmp_path / "m.onnx", nodes, weights, opset=19)
+    store.add("m", path)
+    for _ in range(3):
+        np.testing.assert_allclose(store.predict("m", X), run(path, x=X), rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_and_outputs_that_are_no_arrays(store: pydedup.Store, tmp_path: Path) -> None:
+    """The process ended where an output had no value."""
+    make = onnx.helper
+    array = make.make_tensor_type_proto(1, ("b", 64))
+    sequence, optional = make.make_sequence_type_proto(array), make.make_optional_type_proto(array)
+    branches = [
+        make.make_graph([one], name, [], [make.make_value_info(name, optional)])
+        for name, one in (
+            ("given", node("Optional", "x", "given")),
+            ("none", node("Optional", "", "none", type=array)),
+        )
+    ]
+    for name, nodes, last, ends in (
+        ("s", [node("ConcatFromSequence", "x", "y", axis=0)], sequence, [value("y")]),
+        (
+            "o",
+            [node("If", "flag", "y", then_branch=branches[0], else_branch=branches[1])],
+            array,
+            [make.make_value_info("y", optional)],
+        ),
+    ):
+        starts = [make.make_value_info("x", last)]
+        starts += [value("flag", 9, ())] if name == "o" else []
+        graph = make.make_graph(nodes, "g", starts, ends)
+        sets = [make.make_opsetid("", 17)]
+        onnx.save(make.make_model(graph, opset_imports=sets, ir_version=8), tmp_path / "m.onnx")
+        store.add(name, tmp_path / "m.onnx")
+    with pytest.raises(ArgumentError, match=r"input 'x' is a seq.*, which is not supported"):
+        store.predict("s", [X, X[:1]])
+    flag = {"x": X, "flag": np.array(True)}
+    np.testing.assert_array_equal(store.predict("o", flag)["y"], X)
+    with pytest.raises(UnsupportedFormatError, match=r"'y' as optional.* without a value"):
+        store.predict("o", {**flag, "flag": np.array(False)})
