@@ -115,7 +115,9 @@ class StoreUpkeep(abc.ABC):
     ) -> VacuumReport:
         """Free what nobody uses and repack where models read too many pages.
 
-        With ``dry_run``, only report what that would save; the store may be open for reading only.
+        Deltas on blocks of removed models are stored without these where that takes less; what
+        models hold stays the same. With ``dry_run``, only report what that would save; the store
+        may be open for reading only.
 
         Parameters
         ----------

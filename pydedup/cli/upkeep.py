@@ -281,9 +281,10 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
     """Free what nobody uses, and repack pages where models read more of them than they must.
 
     Pages are rewritten only where it pays: where each new page saves at least a tenth of one,
-    stored or read, or where a quarter of an old page is unused. Remains of abandoned adds are
-    deleted as well. Reading goes on meanwhile. With --dry-run the figures say what vacuum would do
-    now: exactly, except for the size of the store.
+    stored or read, or where a quarter of an old page is unused. Deltas on blocks of removed models
+    are stored without these where that takes less; what models hold stays the same. Remains of
+    abandoned adds are deleted as well. Reading goes on meanwhile. With --dry-run the figures say
+    what vacuum would do now: exactly, except for the size of the store.
     """
     opened = (options.read_store if dry_run else options.existing_store)(url, memory)
     with opened as store, Watch("vacuum", quiet=quiet) as watch:
@@ -336,6 +337,10 @@ def _print_vacuum(report: VacuumReport, dry_run: bool) -> None:
             f"{text.size_at_least(report.stored_bytes_after, report.stored_bytes_exact)}",
         ),
     ]
+    if report.reencoded_blocks:
+        said = f"{text.plural(report.reencoded_blocks, 'delta')} on blocks of removed models, "
+        saved = f"{text.size(report.reencoded_saves_bytes)} less"
+        fields.insert(2, ("stored anew", said + saved))
     if report.abandoned_adds:
         fields.append(("abandoned adds", text.count(report.abandoned_adds)))
     if report.waiting_pages:

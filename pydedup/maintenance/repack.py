@@ -3,10 +3,11 @@
 
 Pages that are full of what their owners all read stay where they are, and others, too, unless what
 is saved is worth writing them: pages stored, pages read, and bytes that nobody uses. Blocks are
-copied as they are encoded; of pages that are written anew, blocks that no model uses any more are
-left behind. A base is in use as long as a delta on it is, and deltas follow it to its new place.
-Old pages are retired and not deleted: readers under way still find them. `plan_repack` says what it
-would be, to the byte, and changes nothing.
+copied as they are encoded, but for deltas that had better do without their base
+(`pydedup.maintenance.orphans`); of pages that are written anew, blocks that no model uses any more
+are left behind. A base is in use as long as a delta on it is, and deltas follow it to its new
+place. Old pages are retired and not deleted: readers under way still find them. `plan_repack` says
+what it would be, to the byte, and changes nothing.
 """
 
 from __future__ import annotations
@@ -29,29 +30,26 @@ from pydedup.layout import (
     NO_PLACE,
     PAGE_CAPACITY,
     base_places,
-    block_forms,
     block_place,
     block_places,
-    copy_page,
     even_shares,
     filled_capacity,
     fitting,
     joined,
     least_pages,
     map_at,
-    map_places,
     page_bytes,
     pages_read,
     split_place,
-    split_places,
-    used_places,
 )
+from pydedup.maintenance.in_use import Places, places_in_use
 from pydedup.maintenance.maps import replace_maps
-from pydedup.maintenance.rows import lost_models, wrong_reads
+from pydedup.maintenance.orphans import page_image, without_orphans
+from pydedup.maintenance.rows import lost_models
 from pydedup.maintenance.unused import UNUSED_PART
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
-from pydedup.sets import distinct, is_among
+from pydedup.sets import distinct
 from pydedup.types import Progress
 
 __all__ = ["RepackPlan", "Repacked", "plan_repack", "repack"]
@@ -66,37 +64,6 @@ _GOOD_PART = 0.9
 _LEAST_GAIN = 0.1
 
 
-@dataclass(slots=True)
-class _Places:
-    """All blocks that live models use, those that are only bases of others included.
-
-    They are numbered 0 to n - 1 by ascending place (`block_places`); ``bases`` holds the number of
-    each one's base, -1 for blocks that are no deltas. ``pages`` are the ids of the pages they are
-    on, in ascending order, ``page_at`` which of these each block is on, ``factored`` whether that
-    has deltas with factors, and ``unused`` which part of each page is blocks that nobody uses any
-    more.
-    """
-
-    places: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    encodings: NDArray[np.uint8]
-    factored: NDArray[np.bool_]
-    hashes: list[bytes]
-    bases: NDArray[np.int64]
-    pages: NDArray[np.int64]
-    page_at: NDArray[np.int64]
-    unused: NDArray[np.float64]
-    owners: list[NDArray[np.int64]]
-
-    def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Return the page ids and slots of these blocks."""
-        return split_places(self.places[numbers])
-
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the numbers of blocks at these places, all of which exist."""
-        return np.searchsorted(self.places, places)
-
-
 @dataclass(frozen=True, slots=True)
 class RepackPlan:
     """A layout that is better than the one there is, and the state of the store it is for.
@@ -106,7 +73,7 @@ class RepackPlan:
 
     epoch: int
     models: list[StoredModel]
-    places: _Places
+    places: Places
     layout: Layout
     stays: NDArray[np.bool_]
 
@@ -137,11 +104,16 @@ class RepackPlan:
 
 
 class Repacked(NamedTuple):
-    """How many pages were given up, how many new ones there are for them, and their bytes."""
+    """How many pages were given up, how many new ones there are for them, and their bytes.
+
+    And how many deltas were stored anew, and what that saved.
+    """
 
     old_pages: int = 0
     new_pages: int = 0
     new_bytes: int = 0
+    anew_blocks: int = 0
+    anew_saves: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,28 +141,32 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
         rows = adapter.models()
         ahead = ModelsAhead(adapter, rows)
         models = [StoredModel(adapter, row, pool, ahead=ahead) for row in rows]
-        places = _places(adapter, pool, models)
-    if not len(places.places):
+        as_stored = places_in_use(adapter, pool, models)
+    if not len(as_stored.places):
         return None
-    pages_now = live_pages + sum(len(distinct(places.page_at[o])) for o in places.owners)
+    anew = without_orphans(adapter, pool, models, as_stored)
+    pages_now = live_pages + sum(len(distinct(as_stored.page_at[o])) for o in as_stored.owners)
     best, plan = 0.0, None
-    choices = [_good_pages(places), _staying(places, places.unused < UNUSED_PART)]
-    for stays in (*(stays for stays in choices if stays.any()), np.zeros_like(choices[0])):
-        layout = _layout_beside(places, stays)
-        gain = _gain(places, layout, stays, pages_now)
-        if gain > best and layout.stored_pages <= live_pages:
-            best, plan = gain, RepackPlan(epoch, models, places, layout, stays)
+    for places in [as_stored] if anew is None else [anew, as_stored]:
+        choices = [_good_pages(places), _staying(places, places.unused < UNUSED_PART)]
+        for stays in (*(stays for stays in choices if stays.any()), np.zeros_like(choices[0])):
+            layout = _layout_beside(places, stays)
+            gain = _gain(places, layout, stays, pages_now)
+            if gain > best and layout.stored_pages <= live_pages:
+                best, plan = gain, RepackPlan(epoch, models, places, layout, stays)
     if plan is None:
         return None
-    plan = replace(plan, layout=_settled(pool, places, plan.layout, plan.stays))
-    gain = _gain(places, plan.layout, plan.stays, pages_now)
+    plan = replace(plan, layout=_settled(pool, plan.places, plan.layout, plan.stays))
+    gain = _gain(plan.places, plan.layout, plan.stays, pages_now)
     return plan if gain > 0 and plan.layout.stored_pages <= live_pages else None
 
 
-def _gain(places: _Places, layout: Layout, stays: NDArray[np.bool_], pages_now: int) -> float:
+def _gain(places: Places, layout: Layout, stays: NDArray[np.bool_], pages_now: int) -> float:
     """Return how many pages fewer are stored and read, less what it costs to write new ones."""
     saved = pages_now - layout.stored_pages - int(layout.page_reads.sum())
-    unused = float(places.unused[~stays].sum())
+    # What is stored anew is new, while what it was before is litter.
+    anew = int(codec.page_cost(places.lengths[places.anew]).sum()) / PAGE_CAPACITY
+    unused = float(places.unused[~stays].sum()) - anew
     return saved + unused - _LEAST_GAIN * len(layout.pages)
 
 
@@ -207,7 +183,7 @@ def repack(
         return Repacked()
     places, layout = plan.places, plan.layout
     new_places = places.places.copy()
-    moved = ~plan.stays[places.page_at]
+    moved = ~plan.stays[places.page_at] | places.anew
     new_ids: list[int] = []
     job = Job(adapter, "repack")
     try:
@@ -238,56 +214,14 @@ def repack(
         job.discard(new_ids)
         return Repacked()
     catalog.refresh()
-    return Repacked(old_pages, len(new_ids), plan.page_bytes)
+    anew_blocks, anew_saves = int(places.anew.sum()), places.anew_saves
+    return Repacked(old_pages, len(new_ids), plan.page_bytes, anew_blocks, anew_saves)
 
 
-def _places(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> _Places:
-    keys = [used_places(model.block_maps()) for model in models]
-    used = distinct(joined(keys))
-    page_ids, slots = split_places(used)
-    recorded = {
-        (block.page_id, block.slot): block
-        for block in adapter.blocks_on_pages(distinct(page_ids).tolist())
-    }
-    named = list(zip(page_ids.tolist(), slots.tolist(), strict=True))
-    lost = next((place for place in named if place not in recorded), None)
-    if lost is not None:
-        raise CorruptStoreError(
-            f"a block map names slot {lost[1]} of page {lost[0]}, for which no distinct block is "
-            "recorded; run verify on the store"
-        )
-    for model, key in zip(models, keys, strict=True):
-        # If the block map is what is wrong, nobody would know any more that it is.
-        if wrong_reads(adapter.model_pages(model.row.id), key, {}):
-            raise CorruptStoreError(
-                f"{model.address} reads other blocks than are recorded, so all pages stay as they "
-                "are; run verify on the store"
-            )
-    rows = [recorded[place] for place in named]
-    bases = np.array([NO_PLACE if row.base_id is None else row.base_id for row in rows], np.int64)
-    is_delta = bases != NO_PLACE
-    if not is_among(bases[is_delta], used).all():
-        raise CorruptStoreError(
-            "a block that is in use is a delta on one that no block map names; "
-            "run verify on the store"
-        )
-    bases[is_delta] = np.searchsorted(used, bases[is_delta])
-    owners = [np.searchsorted(used, key) for key in keys]
-    hashes = [row.hash128 for row in rows]
-    there = np.sort(block_places(*np.array(list(recorded), np.int64).reshape(-1, 2).T))
-    lengths, encodings, factored = block_forms(pool, there)
-    in_use = is_among(there, used)
-    pages, at = np.unique(split_places(there)[0], return_inverse=True)
-    litter = np.where(in_use, 0, codec.page_cost(lengths))
-    unused = np.bincount(at, litter) / np.bincount(at, codec.page_cost(lengths))
-    sizes = lengths[in_use], encodings[in_use]
-    return _Places(used, *sizes, factored[in_use], hashes, bases, pages, at[in_use], unused, owners)
-
-
-def _good_pages(places: _Places) -> NDArray[np.bool_]:
+def _good_pages(places: Places) -> NDArray[np.bool_]:
     """Return which pages stay for being such that no layout would make them much better."""
     index, costs = places.page_at, codec.page_cost(places.lengths)
-    in_use = np.bincount(index, costs)
+    in_use = np.bincount(index, costs, len(places.pages))
     good = (in_use >= _GOOD_PART * PAGE_CAPACITY) & (places.unused == 0)
     for owned in places.owners:
         read = np.bincount(index[owned], costs[owned], len(in_use))
@@ -295,21 +229,22 @@ def _good_pages(places: _Places) -> NDArray[np.bool_]:
     return _staying(places, good)
 
 
-def _staying(places: _Places, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _staying(places: Places, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return which of these pages can stay when all others go."""
     index, stays = places.page_at, wanted.copy()
     # What is written of a delta names its base's place: it moves when that does.
-    deltas = np.flatnonzero(places.bases != NO_PLACE)
+    deltas = np.flatnonzero((places.bases != NO_PLACE) & ~places.anew)
     bases = places.bases[deltas]
     while (alone := stays[index[deltas]] & ~stays[index[bases]]).any():
         stays[index[deltas[alone]]] = False
     return stays
 
 
-def _layout_beside(places: _Places, stays: NDArray[np.bool_]) -> Layout:
+def _layout_beside(places: Places, stays: NDArray[np.bool_]) -> Layout:
     """Return a layout of all blocks, of which those on pages that stay are where they are."""
-    ends = np.cumsum(np.bincount(places.page_at)[stays])  # places ascend by page
-    existing = (np.concatenate([[0], ends]), np.flatnonzero(stays[places.page_at]))
+    there = np.flatnonzero(stays[places.page_at] & ~places.anew)
+    ends = np.cumsum(np.bincount(places.page_at[there], minlength=len(stays))[stays])
+    existing = (np.concatenate([[0], ends]), there)  # places ascend by page
     sizes, capacity = codec.page_cost(places.lengths), PAGE_CAPACITY
     if places.factored.any():
         shared = np.flatnonzero(places.factored & (places.bases != NO_PLACE))
@@ -318,7 +253,7 @@ def _layout_beside(places: _Places, stays: NDArray[np.bool_]) -> Layout:
     return pack(places.owners, capacity, sizes=sizes, existing=existing)
 
 
-def _settled(pool: PagePool, places: _Places, layout: Layout, stays: NDArray[np.bool_]) -> Layout:
+def _settled(pool: PagePool, places: Places, layout: Layout, stays: NDArray[np.bool_]) -> Layout:
     """Return the layout with pages that fit, and take note of what blocks have on them.
 
     Of several blocks with the same factors only the first on a page has these.
@@ -326,7 +261,7 @@ def _settled(pool: PagePool, places: _Places, layout: Layout, stays: NDArray[np.
 
     def size_of(numbers: NDArray[np.int64]) -> int:
         if places.factored[numbers].any():
-            page = codec.Page(copy_page(pool, *places.at(numbers)))
+            page = codec.Page(page_image(pool, places, numbers))
             places.lengths[numbers] = page.slots["length"]
         return int(codec.page_cost(places.lengths[numbers]).sum())
 
@@ -341,12 +276,12 @@ def _settled(pool: PagePool, places: _Places, layout: Layout, stays: NDArray[np.
 
 def _stage(
     pool: PagePool,
-    places: _Places,
+    places: Places,
     group: Sequence[NDArray[np.int64]],
     new_places: NDArray[np.int64],
     job: Job,
 ) -> list[int]:
-    images = [copy_page(pool, *places.at(numbers)) for numbers in group]
+    images = [page_image(pool, places, numbers) for numbers in group]
     with job.staging():
         new_ids = job.stage_pages([(codec.page_checksum(image), image) for image in images])
         job.beat()
@@ -356,7 +291,7 @@ def _stage(
 
 
 def _stage_blocks(
-    places: _Places, new_places: NDArray[np.int64], moved: NDArray[np.bool_], job: Job
+    places: Places, new_places: NDArray[np.int64], moved: NDArray[np.bool_], job: Job
 ) -> None:
     """Write the rows of blocks that move: only now do all bases of deltas have a place."""
     numbers = np.flatnonzero(moved)
@@ -376,19 +311,22 @@ def _stage_blocks(
 
 def _move(
     model: StoredModel,
-    places: _Places,
+    places: Places,
     new_places: NDArray[np.int64],
     moved: NDArray[np.bool_],
 ) -> _Move:
     maps, used = {}, []
     for ordinal, old in enumerate(model.block_maps()):
-        # Behind the blocks come the bases of those that have one, in their order.
-        numbers = places.numbers(map_places(old))
+        own, bases = places.numbers(block_places(old.page_ids, old.slots)), base_places(old)
+        bases[bases != NO_PLACE] = places.numbers(bases[bases != NO_PLACE])
+        anew = places.anew[own]
+        bases[anew] = places.bases[own[anew]]
+        is_delta = bases != NO_PLACE
+        numbers = joined([own, bases[is_delta]])
         used.append(numbers)
         if moved[numbers].any():
-            count, bases = old.grid.count, base_places(old)
-            bases[bases != NO_PLACE] = new_places[numbers[count:]]
-            new = map_at(old.grid, old.dtype, new_places[numbers[:count]], bases)
+            bases[is_delta] = new_places[bases[is_delta]]
+            new = map_at(old.grid, old.dtype, new_places[own], bases)
             maps[ordinal] = list(new.parts())  # not while others wait for the transaction
     every = joined(used)
     reads = pages_read(new_places[every], codec.page_cost(places.lengths[every]))

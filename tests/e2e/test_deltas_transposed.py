@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import pydedup
 from pydedup import policies
 from pydedup.ingest import alike, stored_models
+from pydedup.maintenance import orphans
 from pydedup.types import DType
 
 from .relatives import Model, adapted, added_beside, same_bits, share_of
@@ -460,8 +461,11 @@ def test_a_model_of_which_some_matrices_are_not_transposed(store: pydedup.Store)
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_what_comes_once_the_origin_is_gone(store: pydedup.Store, joint: bool) -> None:
+def test_what_comes_once_the_origin_is_gone(
+    store: pydedup.Store, joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its blocks are still there, as the bases of another export's deltas."""
+    monkeypatch.setattr(orphans, "_LEAST_OF_BLOCKS", 1.0)  # nor did a vacuum do without them
     base = drawn()
     store.add("base", base)
     first = exported(tuned(base, 119))

@@ -16,6 +16,7 @@ from pydedup.adapter import LIVE
 from pydedup.ingest.candidates import Candidates
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
+from pydedup.maintenance import orphans
 from pydedup.moving.signatures import SourceIndex
 from pydedup.signatures import Segment
 from pydedup.store import Store
@@ -59,8 +60,13 @@ def test_what_the_source_has_not_indexed_is_found_there_nevertheless(
 
 @pytest.mark.parametrize("vacuumed", [False, True])
 def test_the_similarity_index_comes_along(
-    new_store: New, family: Callable[..., Any], assert_same: Callable[..., None], vacuumed: bool
+    new_store: New,
+    family: Callable[..., Any],
+    assert_same: Callable[..., None],
+    vacuumed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(orphans, "_LEAST_OF_BLOCKS", 1.0)  # the vacuum is to move bases, too
     source_url, url = new_store("sqlite"), new_store("sqlite")
     with pydedup.open(source_url) as store:
         for number in range(6):

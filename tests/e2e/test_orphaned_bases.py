@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deltas on blocks of removed models: a vacuum stores them without these where that takes less."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pydedup
+from pydedup import policies
+from pydedup.maintenance import orphans
+from pydedup.policies import Policy
+from pydedup.testing.pages import small_pages
+from pydedup.testing.program import run_here
+from pydedup.text import size
+from pydedup.types import DType
+
+from .relatives import Model, adapted, dense, same_bits
+
+BOUNDED = policies.Bounded(1e-4)
+
+
+def night(model: Model, seed: int) -> Model:
+    """Return the next version: all weights moved a little."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (tensor + rng.normal(0, 2e-5, tensor.shape)).astype("f4").astype(tensor.dtype)
+        for name, tensor in model.items()
+    }
+
+
+def add_nights(
+    store: pydedup.Store,
+    first: Model,
+    count: int,
+    policy: Policy | None = None,
+    tenants: str = "",
+) -> dict[str, Model]:
+    """Add versions, all but the first of them as deltas; returns them by address."""
+    models: dict[str, Model] = {}
+    model = first
+    for number in range(1, count + 1):
+        address = f"m@{number}"
+        metadata = {"tenant": tenants[number - 1]} if tenants else None
+        report = store.add(address, model, policy=policy, metadata=metadata)
+        assert (report.delta_blocks > 0) == (number > 1)
+        models[address] = model
+        model = night(model, number)
+    return models
+
+
+def page_bytes_of(tmp_url: str, models: dict[str, Model]) -> int:
+    """Return what these take in a store that never had others."""
+    with pydedup.open(tmp_url) as store:
+        for address, model in models.items():
+            store.add(address, model)
+        return store.stats().page_bytes
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_what_is_kept_takes_what_it_would_alone(store_url: str, tmp_path: Path, kept: int) -> None:
+    """Of the first night no model was left, and its blocks were kept for the deltas on them."""
+    with pydedup.open(store_url) as store:
+        models = add_nights(store, dense(), kept + 2)
+        for address in list(models)[:2]:
+            store.remove(address)
+            del models[address]
+        with pydedup.open(store_url, mode="r") as reader:
+            assert all(same_bits(reader, address, model) for address, model in models.items())
+            with_bases = store.stats().page_bytes
+            dry = store.vacuum(dry_run=True)
+            wet = store.vacuum()
+            # Who has the old places looks again.
+            assert all(same_bits(reader, address, model) for address, model in models.items())
+        foreseen = dataclasses.replace(wet, dry_run=True, stored_bytes_after=dry.stored_bytes_after)
+        assert dry == foreseen
+        assert dry.reencoded_blocks > 0
+        assert dry.page_bytes_before - dry.page_bytes_after == pytest.approx(
+            dry.reencoded_saves_bytes, rel=0.05
+        )
+        alone = page_bytes_of(f"sqlite:///{tmp_path}/alone.db", models)
+        assert alone <= 1.02 * store.stats().page_bytes <= 1.04 * alone < with_bases
+        report = store.verify()
+        assert (report.errors, report.notes) == ([], [])
+        again = store.vacuum(dry_run=True)
+        assert (again.reencoded_blocks, again.rewritten_pages) == (0, 0)
+        # The newest is what the next one is a delta on.
+        models["m@9"] = night(models[max(models)], 99)
+        added = store.add("m@9", models["m@9"])
+        assert added.delta_blocks > 0.9 * added.blocks
+        assert all(same_bits(store, address, model) for address, model in models.items())
+    with pydedup.open(store_url, mode="r") as store:
+        assert all(same_bits(store, address, model) for address, model in models.items())
+
+
+def half_precision() -> Model:
+    return dense(dtype=DType.BF16)
+
+
+def odd_shapes() -> Model:
+    rng = np.random.default_rng(5)
+    shapes = (300, 200), (64, 3, 7, 7), (1000,), (40, 48), (200, 300)
+    return {f"t{i}": rng.normal(0, 0.02, shape).astype("f4") for i, shape in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("first", [dense, half_precision, odd_shapes])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_blocks_of_any_kind(
+    store: pydedup.Store, first: Callable[[], Model], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orphans, "_BYTES_AT_ONCE", 100_000)
+    with small_pages():
+        models = add_nights(store, first(), kept + 1)
+        store.remove("m@1")
+        del models["m@1"]
+        assert store.vacuum().reencoded_blocks > 0
+    assert all(same_bits(store, address, model) for address, model in models.items())
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
+
+
+def test_deltas_on_transposed_and_wider_blocks(store: pydedup.Store) -> None:
+    """Their bases have other rows and columns, or another dtype."""
+    first = dense()
+    second = night(first, 1)
+    models: dict[str, Model] = {
+        "export": {f"MatMul_{i}": w.T.copy() for i, w in enumerate(second.values())},
+        "half": {name: w.astype(DType.F16.numpy) for name, w in night(first, 2).items()},
+    }
+    store.add("m", first)
+    for name, model in models.items():
+        report = store.add(name, model)
+        assert report.delta_blocks == report.blocks
+    store.remove("m")
+    assert store.vacuum().reencoded_blocks > 0
+    assert all(same_bits(store, name, model) for name, model in models.items())
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
+
+
+def test_what_is_within_a_bound_stays_what_it_is(store: pydedup.Store) -> None:
+    """Its content is not the source's, which is gone: it must not move a second time."""
+    models = add_nights(store, dense(), 3, BOUNDED)
+    for address in ("m@1", "m@2"):
+        store.remove(address)
+        del models[address]
+    before = {address: store.load(address) for address in models}
+    assert not any(same_bits(store, address, model) for address, model in models.items())
+    assert store.vacuum().reencoded_blocks > 0
+    assert all(same_bits(store, address, model) for address, model in before.items())
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
+
+
+def test_a_base_that_a_model_has_stays(store: pydedup.Store) -> None:
+    models = add_nights(store, dense(), 2)
+    store.add("same", models["m@1"])
+    store.remove("m@1")
+    assert store.vacuum().reencoded_blocks == 0
+    assert same_bits(store, "m@2", models["m@2"])
+    assert same_bits(store, "same", models["m@1"])
+
+
+def test_the_command_says_what_it_stored_anew(store: pydedup.Store, url: str) -> None:
+    add_nights(store, dense(), 2)
+    store.remove("m@1")
+    store.close()
+    for options in (("--dry-run", "--json"), ("--dry-run",), ()):
+        done = run_here("vacuum", url, *options)
+        if "--json" in options:
+            saved = json.loads(done.stdout)["reencoded_saves_bytes"]
+            continue
+        (line,) = [line for line in done.stdout.splitlines() if "stored anew" in line]
+        assert line.endswith(f" 96 deltas on blocks of removed models, {size(saved)} less")
+
+
+def test_small_deltas_stay(store: pydedup.Store) -> None:
+    """There is little to save, and all that their bases take to be written anew for it."""
+    first = dense(8)
+    second = {name: tensor.copy() for name, tensor in first.items()}
+    for tensor in second.values():
+        tensor[:, ::64] *= np.float32(1.001)
+    store.add("m@1", first)
+    report = store.add("m@2", second)
+    assert report.delta_blocks == report.blocks
+    store.remove("m@1")
+    assert store.vacuum().reencoded_blocks == 0
+    assert same_bits(store, "m@2", second)
+
+
+def test_bases_among_blocks_in_use_stay(store: pydedup.Store) -> None:
+    """A tenth of each page: all of them would be written anew for it."""
+    rng = np.random.default_rng(6)
+    first = {
+        f"{number}.{name}": rng.normal(0, 0.02, (rows, 512)).astype("f4")
+        for number in range(6)
+        for name, rows in (("body", 1200), ("head", 136))
+    }
+    second = {**first, **night({k: v for k, v in first.items() if "head" in k}, 7)}
+    store.add("m@1", first)
+    report = store.add("m@2", second)
+    assert report.shared_blocks > 0 < report.delta_blocks
+    store.remove("m@1")
+    dry = store.vacuum(dry_run=True)
+    assert (dry.reencoded_blocks, dry.rewritten_pages) == (0, 0)
+    store.vacuum()
+    assert same_bits(store, "m@2", second)
+
+
+def test_merged_adapters_keep_their_factors(store: pydedup.Store) -> None:
+    """Of two with a base in common, one on the other has no low rank and takes more."""
+    first = dense(2, DType.BF16)
+    models = {f"a{i}": adapted(first, 4, seed=i) for i in range(2)}
+    store.add("m", first)
+    for name, model in models.items():
+        store.add(name, model)
+    store.remove("m")
+    before = store.stats().page_bytes
+    report = store.vacuum()
+    assert store.stats().page_bytes <= before
+    assert report.reencoded_blocks == 0
+    assert all(same_bits(store, name, model) for name, model in models.items())
+    store.remove("a0")
+    store.vacuum()
+    assert same_bits(store, "a1", models["a1"])
+    assert store.verify().errors == []
+
+
+def test_pages_are_not_read_where_bases_are_in_use(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_nights(store, dense(6), 2)
+
+    def refused(*_: object) -> None:
+        raise AssertionError("pages were read")
+
+    monkeypatch.setattr(store._pool, "windows", refused)
+    assert store.vacuum().rewritten_pages == 0
+
+
+@pytest.mark.parametrize("quota", [False, True])
+def test_no_tenant_pays_for_another(store_url: str, quota: bool) -> None:
+    """The one whose delta becomes a block by itself would come near its quota, or above."""
+    with pydedup.open(store_url) as store:
+        models = add_nights(store, dense(), 3, tenants="xyz")
+        if quota:
+            store.quotas.set("tenant", None, "500MB")
+        store.remove("m@1")
+        del models["m@1"]
+        before = store.stats(by="tenant")
+        assert (store.vacuum().reencoded_blocks == 0) == quota
+        assert (store.stats(by="tenant") == before) == quota
+        store.remove("m@2")
+        del models["m@2"]
+        if quota:  # nobody else has a part in it
+            assert store.vacuum().reencoded_blocks > 0
+        assert all(same_bits(store, address, model) for address, model in models.items())
+        report = store.verify()
+        assert report.errors == []
+
+
+def test_a_copy_is_rid_of_bases_too(store_url: str, tmp_path: Path) -> None:
+    """It brings them along."""
+    with pydedup.open(f"sqlite:///{tmp_path}/source.db") as store:
+        models = add_nights(store, dense(), 2)
+        store.copy_to(store_url, ["m@2"])
+    with pydedup.open(store_url) as copy:
+        copied = copy.stats().page_bytes
+        assert copy.vacuum().reencoded_blocks > 0
+        assert copy.stats().page_bytes < 0.8 * copied
+        assert same_bits(copy, "m@2", models["m@2"])
+        assert copy.verify().errors == []
+
+
+def test_a_delta_that_is_not_what_is_recorded_stays(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = add_nights(store, dense(), 2)
+    store.remove("m@1")
+    monkeypatch.setattr(orphans, "hash_keys", lambda digests: [b""] * len(digests))
+    assert store.vacuum().reencoded_blocks == 0
+    assert same_bits(store, "m@2", models["m@2"])
