@@ -27,6 +27,7 @@ void bind_errors(py::module_& m);
 void bind_cpu(py::module_& m);
 void bind_hash(py::module_& m);
 void bind_codec(py::module_& m);
+void bind_pages(py::module_& m);
 void bind_storage(py::module_& m);
 void bind_packing(py::module_& m);
 void bind_gemm(py::module_& m);

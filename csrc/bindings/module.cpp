@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core_of_main, m, pybind11::mod_gil_not_used()) {
     pydedup::bind_cpu(m);
     pydedup::bind_hash(m);
     pydedup::bind_codec(m);
+    pydedup::bind_pages(m);
     pydedup::bind_storage(m);
     pydedup::bind_packing(m);
     pydedup::bind_gemm(m);

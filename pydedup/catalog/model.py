@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from pydedup import matmul
 from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter_options import page_copies
 from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.catalog.ahead import ModelsAhead
 from pydedup.catalog.chunks import joined_chunks
 from pydedup.catalog.digests import ModelDigest, map_digest, tensors_digest
-from pydedup.catalog.pages import tags_in
+from pydedup.catalog.pages import recorded_pages, tags_in
 from pydedup.catalog.parsed import ParsedMaps
 from pydedup.catalog.rows import (
     ARTIFACT_DTYPE,
@@ -49,6 +50,8 @@ __all__ = ["SourceHashes", "StoredModel", "grid_of"]
 _HASHES_PER_READ: Final = 16 * 1024
 #: Block maps that are read one by one: whoever asks for more of a model goes through it.
 _READ_SINGLY: Final = 4
+#: Pages through which artifacts are read where there is no pool.
+_FEW_PAGES_BYTES: Final = 8 << 20
 _MAP_ADVICE: Final = "remove the model and add it again, or restore a backup"
 
 
@@ -62,8 +65,8 @@ class StoredModel:
     """One published model: its tensors and where their blocks are.
 
     ``pool`` is told the tags of the pages that it reads, before their places are; artifacts are
-    read through it. ``parsed`` is for whoever reads the block maps of several models, ``ahead``
-    where their order is known.
+    read through it, or through a few pages of their own. ``parsed`` is for whoever reads the block
+    maps of several models, ``ahead`` where their order is known.
 
     Attributes
     ----------
@@ -318,14 +321,16 @@ class StoredModel:
 
     def _chunks_at(self, ordinal: int) -> NDArray[Any]:
         """Return an artifact that is kept in blocks; the map is read again once, as for tensors."""
-        if self._pool is None:
-            raise ValueError(f"{self.where(ordinal)} needs a pool to be read")
+        pool = self._pool
+        if pool is None:
+            copies = page_copies(self._adapter)
+            pool = PagePool(recorded_pages(self._adapter), _FEW_PAGES_BYTES, copies=copies)
         try:
-            return matmul.read(self.block_map_at(ordinal), self._pool)
+            return matmul.read(self.block_map_at(ordinal), pool)
         except CorruptStoreError:  # a vacuum, or a repair, may have moved blocks
             self.check_live()
             self.refresh()
-            return matmul.read(self.block_map_at(ordinal), self._pool)
+            return matmul.read(self.block_map_at(ordinal), pool)
 
     def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
         """Yield (name, media type, payload) of all that came with it; see `artifact`."""

@@ -54,7 +54,7 @@ def _verified(
     with adapter.snapshot(), sound_rows(adapter, report) as damaged:
         pages = PageChecks(adapter, unreadable, damaged["pages"], report)
         pages.run(progress)
-        models = ModelChecks(adapter, pages.contents, pages.pool, report)
+        models = ModelChecks(adapter, pages.contents, report)
         rows = adapter.models()
         for number, row in enumerate(rows):
             models.check(row)

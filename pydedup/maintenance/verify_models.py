@@ -25,7 +25,6 @@ from pydedup.maintenance.damage import MAX_ERRORS, VerifyReport
 from pydedup.maintenance.rows import wrong_reads
 from pydedup.maintenance.verify_pages import DAMAGE, OTHER_BASE, PageContent
 from pydedup.names import check_name
-from pydedup.pool import PagePool
 from pydedup.quotas import Quotas
 from pydedup.sets import distinct
 from pydedup.text import listed
@@ -38,14 +37,9 @@ class ModelChecks:
     """Checks models by what is on the pages, which `PageChecks` found."""
 
     def __init__(
-        self,
-        adapter: Adapter,
-        contents: Mapping[int, PageContent],
-        pool: PagePool,
-        report: VerifyReport,
+        self, adapter: Adapter, contents: Mapping[int, PageContent], report: VerifyReport
     ) -> None:
         self._adapter = adapter
-        self._pool = pool
         self._contents = contents
         self._report = report
         self._parsed = ParsedMaps()
@@ -59,7 +53,7 @@ class ModelChecks:
         except CorruptStoreError as exc:
             self._report.add_error(str(exc))
         try:
-            model = StoredModel(self._adapter, row, self._pool, parsed=self._parsed)
+            model = StoredModel(self._adapter, row, parsed=self._parsed)
         except CorruptStoreError as exc:
             self._report.add_error(str(exc))
         else:

@@ -68,8 +68,6 @@ class PageChecks:
         By id, what is on each page that could be read.
     damage
         Takes down the pages that could not, and those that are not as recorded.
-    pool
-        What pages with bases are read through.
     """
 
     def __init__(
@@ -86,11 +84,11 @@ class PageChecks:
         self._rows = adapter.page_rows(state=LIVE)
         self._live = {row.id for row in self._rows}
         fetch = recorded_pages(adapter)
-        self.pool = PagePool(fetch, _BASE_PAGE_BYTES, copies=page_copies(adapter))
+        self._pool = PagePool(fetch, _BASE_PAGE_BYTES, copies=page_copies(adapter))
         self._seen: dict[bytes, tuple[int, int]] = {}  # where each block was first
         self._twins: Counter[tuple[int, int]] = Counter()  # by page and page that has them, too
         self.contents: dict[int, PageContent] = {}
-        self.damage = Damage(adapter, report, page_readers(adapter), self._live, self.pool)
+        self.damage = Damage(adapter, report, page_readers(adapter), self._live, self._pool)
 
     def run(self, progress: Progress | None) -> None:
         """Check them all, and what is recorded of blocks that are on none."""
@@ -167,7 +165,7 @@ class PageChecks:
         bases, unrecorded = _bases_on(page, row.id, wanted, report)
         readable = _has_base(page, bases, self.damage.can_read)
         other_bases: list[int] = []
-        digests = content_digests(page, bases, readable, self.pool, other_bases)
+        digests = content_digests(page, bases, readable, self._pool, other_bases)
         if page.checksum != row.checksum:
             self.damage.note(row.id, ": its checksum is not the one of its row")
         elif len(payload) != row.payload_bytes:  # a column of its own, in some

@@ -228,7 +228,7 @@ class _Copier:
         """Copy once; ``None`` when that must be done anew."""
         source, target = self._source, self._target
         epoch = self._there.epoch
-        model = read_model(source, item.row)
+        model = read_model(source.adapter, item.row)
         sizes = self._survey.sizes
         new = [page_id for page_id in model.page_ids.tolist() if page_id not in self._known]
         self._progress.begin(sum(sizes.get(page_id, 0) for page_id in new))

@@ -91,15 +91,14 @@ class Recorded:
         return entries
 
 
-def read_model(source: End, row: ModelRow) -> SourceModel:
+def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
     """Read what is recorded of a model.
 
     Raises NotFoundError when it was removed, CorruptStoreError when it does not fit together.
     """
-    adapter = source.adapter
     check_row(row)  # else a backup that replaces another would have what is damaged for good
     with adapter.snapshot():
-        model = StoredModel(adapter, row, source.pool)
+        model = StoredModel(adapter, row)
         maps = model.block_maps()
         hashes = SourceHashes(adapter, model)
         if not hashes.are_as_added():

@@ -101,7 +101,8 @@ def run_onnx(
     """
     runner = _runner_of(pool)
     if not runner.knows(model.row.id):
-        payload()
+        with contextlib.suppress(BudgetError):  # there is room for its pages when others are done
+            payload()
     if model.row.logical_bytes <= pool.memory_bytes:
         with runner.calls.hold(1), contextlib.suppress(BudgetError):
             return _run(runner, model, payload, tensor, pool, x)
@@ -275,7 +276,10 @@ class _Runner:
         if is_first or has_none or nbytes > left or not inside:
             return None
         values = {name: one.value for name, one in inside.items()}
-        graph = opened()  # it may wait for others, who may want to load something
+        try:
+            graph = opened()  # it may wait for others, who may want to load something
+        except BudgetError:  # no room for its pages beside what runs now
+            return None
         with self._loading:
             known = self.own(number)
             if known is not None:  # another thread was faster

@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 
 import pydedup
 from pydedup import policies
+from pydedup.catalog import StoredModel
+from pydedup.graph import Graph, Node
 
 from .damage import change
 
@@ -189,3 +191,23 @@ def test_blocks_that_a_vacuum_moved(tmp_path: Path) -> None:
         assert store.vacuum(grace_seconds=0).freed_pages
         other._pool.clear()
         assert other.artifacts("m3")["tokenizer.json"] == TOKENIZER
+
+
+def test_a_large_graph(tmp_path: Path) -> None:
+    """Also where nothing but it is read, as by what plans a scoring."""
+    graph = Graph(
+        ("x",),
+        ("y",),
+        (
+            Node("linear", ("x",), "h0", {"weight": "w"}),
+            *(Node("relu", (f"h{n}",), f"h{n + 1}") for n in range(300)),
+            Node("relu", ("h300",), "y"),
+        ),
+    )
+    assert len(graph.to_json()) > 16_384
+    x = np.ones((3, 64), np.float32)
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("m", weights(1), graph=graph)
+        assert np.allclose(store.predict("m", x), np.maximum(x @ weights(1)["w"].T, 0), atol=1e-4)
+        (row,) = store._adapter.models()
+        assert StoredModel(store._adapter, row).graph() == graph
