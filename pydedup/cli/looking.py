@@ -185,6 +185,7 @@ def tensor_document(tensor: TensorInfo) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "bytes": tensor.nbytes,
         "block_shape": list(tensor.block_shape),
+        "row_axes": tensor.row_axes,
     }
 
 

@@ -184,6 +184,14 @@ def test_add_several_prints_a_row_each_and_the_sum(files: Path, tmp_path: Path) 
     ]
 
 
+def test_stacks_of_matrices_are_told_from_other_tensors(tmp_path: Path) -> None:
+    url, path = f"sqlite:///{tmp_path / 's.db'}", tmp_path / "m.safetensors"
+    save_file({"experts": np.ones((2, 128, 128)), "kernel": np.ones((4, 9, 9))}, path)
+    succeed("add", url, "m", path)
+    tensors = document("info", url, "m", "--tensors")["tensors"]
+    assert {tensor["name"]: tensor["row_axes"] for tensor in tensors} == {"experts": 2, "kernel": 1}
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_dry_run_writes_nothing(files: Path, tmp_path: Path, exists: bool) -> None:
     path = tmp_path / "s.db"
