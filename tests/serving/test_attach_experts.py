@@ -344,3 +344,20 @@ def test_views_of_three_axes(check: Callable[..., set[str]]) -> None:
             )
 
     assert check(Turned(), torch.randn(2, 5, 9)) == {"filters"}
+
+
+def test_experts_of_a_file_that_are_one_tensor_in_the_module(tmp_path: Path) -> None:
+    """As transformers 5 saves them: a list of names does not say what to do."""
+    module = nn.ModuleDict({"experts": nn.ModuleDict({"up": Experts((2, 128, 128), False)})}).eval()
+    matrices = module["experts"]["up"].matrices.numpy()
+    saved = {f"experts.{number}.up.weight": matrix for number, matrix in enumerate(matrices)}
+    with pydedup.open(tmp_path / "m.db") as store:
+        store.add("m", saved)
+        with pytest.raises(ArgumentError, match=r"add the module, store\.add\(name, module\)"):
+            store.attach(module, "m")
+        report = store.add("m", module)
+        assert report.shared_blocks == report.blocks
+        store.attach(module, "m")
+        with pytest.raises(ArgumentError, match="not in the module") as caught:
+            store.attach(nn.Linear(3, 3).eval(), "m@1")
+        assert "add the module" not in str(caught.value)

@@ -8,6 +8,7 @@ counted against the memory budget of the store and kept until the version is no 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ from pydedup.stack import Layer, Stack
 from pydedup.text import listed
 
 __all__ = ["Attachment", "Rows", "Weights"]
+
+# Of one expert, as files name its weights, and of all of a layer, as modules do.
+_EXPERT, _EXPERTS = re.compile(r"(^|\.)experts\.\d+\."), re.compile(r"(^|\.)experts\.[a-z]")
 
 #: First row and the row behind the last of a part of a matrix.
 Rows = tuple[int, int]
@@ -249,8 +253,21 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
     if problems:
         below = {name.removeprefix(prefix) for name in stored if name.startswith(prefix)}
         hint = _prefix_hint([slot.names[0] for slot in slots], below, prefix)
+        hint = hint or _experts_hint(missing, unexpected)
         raise ArgumentError(f"{model.address} does not fit {kind}: {'; '.join(problems)}{hint}")
     return chosen
+
+
+def _experts_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Return what to do where files have a tensor for each expert, and the module one for all."""
+    if not any(_EXPERT.search(name) for name in unexpected):
+        return ""
+    if not any(_EXPERTS.search(name) for name in missing):
+        return ""
+    return (
+        "; the module has the experts of a layer in one tensor, and the file that was added has "
+        "each by itself: add the module, store.add(name, module), which shares its blocks with that"
+    )
 
 
 def _prefix_hint(wanted: Sequence[str], stored: set[str], prefix: str) -> str:
