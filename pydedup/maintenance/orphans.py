@@ -236,14 +236,14 @@ class _Groups:
 
 
 def _values(adapter: Adapter, models: Sequence[StoredModel]) -> list[int]:
-    """Return a number for each model, the same for those that all quotas count together.
+    """Return a number for each model, the same for those whose blocks all quotas count together.
 
     Where that is damaged, each has its own.
     """
     numbers: dict[object, int] = {}
     found = []
     try:
-        keys = sorted({quota.key for quota in Quotas(adapter)})
+        keys = sorted({quota.key for quota in Quotas(adapter) if quota.measure == "marginal"})
         for model in models:
             row = model.row
             value = tuple(value_of(row.metadata, key, model.address) for key in keys)

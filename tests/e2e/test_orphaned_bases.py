@@ -243,21 +243,22 @@ def test_pages_are_not_read_where_bases_are_in_use(
     assert store.vacuum().rewritten_pages == 0
 
 
-@pytest.mark.parametrize("quota", [False, True])
-def test_no_tenant_pays_for_another(store_url: str, quota: bool) -> None:
+@pytest.mark.parametrize("measure", ["marginal", "logical", None])
+def test_no_tenant_pays_for_another(store_url: str, measure: str | None) -> None:
     """The one whose delta becomes a block by itself would come near its quota, or above."""
     with pydedup.open(store_url) as store:
         models = add_nights(store, dense(), 3, tenants="xyz")
-        if quota:
-            store.quotas.set("tenant", None, "500MB")
+        if measure is not None:
+            store.quotas.set("tenant", None, "500MB", measure=measure)
+        counts_blocks = measure == "marginal"
         store.remove("m@1")
         del models["m@1"]
         before = store.stats(by="tenant")
-        assert (store.vacuum().reencoded_blocks == 0) == quota
-        assert (store.stats(by="tenant") == before) == quota
+        assert (store.vacuum().reencoded_blocks == 0) == counts_blocks
+        assert (store.stats(by="tenant") == before) == counts_blocks
         store.remove("m@2")
         del models["m@2"]
-        if quota:  # nobody else has a part in it
+        if counts_blocks:  # nobody else has a part in it
             assert store.vacuum().reencoded_blocks > 0
         assert all(same_bits(store, address, model) for address, model in models.items())
         report = store.verify()
