@@ -59,7 +59,7 @@ def may_pay_without(adapter: Adapter, live: Sequence[PageRow]) -> bool:
     Reads all block maps, and no page: what a block takes is estimated by the others on its page.
     Memory: 8 bytes per block in use and per base of a model, and what `ModelsAhead` takes.
     """
-    own, deltas, bases = [], [], []
+    own, deltas, bases, lossy = [], [], [], []
     with adapter.snapshot():
         rows = adapter.models()
         parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
@@ -71,6 +71,7 @@ def may_pay_without(adapter: Adapter, live: Sequence[PageRow]) -> bool:
                 own.append(distinct(mine))
                 deltas.append(mine[its != NO_PLACE])
                 bases.append(its[its != NO_PLACE])
+                lossy.append(np.full(len(bases[-1]), not model.keeps_bits, np.int64))
         except CorruptStoreError:
             return False  # of a damaged model, which verify tells
         reads = np.array(adapter.model_pages(), np.int64).reshape(-1, 4)
@@ -91,6 +92,9 @@ def may_pay_without(adapter: Adapter, live: Sequence[PageRow]) -> bool:
     # About one of the deltas is saved: another takes the place of the base.
     saved = of_deltas / np.bincount(group)
     wanted = saved >= _LEAST_OF_BLOCKS * (costs[: len(orphans)] + of_deltas)
+    # Within a bound, deltas have few bits; those on one another have all, and mostly take more.
+    is_lossy = np.bincount(group, joined(lossy)[first][is_orphan]) > 0
+    wanted &= ~is_lossy | (np.bincount(group) == 1)
     payloads = {row.id: row.payload_bytes for row in live}
     sizes = np.array([payloads.get(page_id, 0) for page_id in pages.tolist()], np.float64)
     group = np.concatenate([np.arange(len(orphans)), group])

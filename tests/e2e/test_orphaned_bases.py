@@ -243,6 +243,22 @@ def test_pages_are_not_read_where_bases_are_in_use(
     assert store.vacuum().rewritten_pages == 0
 
 
+def test_pages_are_not_read_each_time_for_what_does_not_pay(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that are within a bound of their sources, one on the other takes all its bits."""
+    models = add_nights(store, dense(6), 3, BOUNDED)
+    store.remove("m@1")
+    del models["m@1"]
+    store.vacuum()
+
+    def refused(*_: object) -> None:
+        raise AssertionError("pages were read")
+
+    monkeypatch.setattr(store._pool, "windows", refused)
+    assert store.vacuum().rewritten_pages == 0
+
+
 @pytest.mark.parametrize("measure", ["marginal", "logical", None])
 def test_no_tenant_pays_for_another(store_url: str, measure: str | None) -> None:
     """The one whose delta becomes a block by itself would come near its quota, or above."""
