@@ -8,6 +8,7 @@ import pytest
 
 import pydedup
 from pydedup import policies
+from pydedup.types import DType
 
 from .relatives import Model, added_beside, dense, same_bits, share_of
 
@@ -66,3 +67,18 @@ def test_what_was_pruned_within_a_metric(store: pydedup.Store) -> None:
     report = added_beside(store, base, model, ACCURACY, joint=False)
     assert share_of(report) < 0.04
     assert store.verify().ok
+
+
+@pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
+def test_a_bound_that_saves_nothing_costs_no_bits(store: pydedup.Store, dtype: DType) -> None:
+    """Quantised differences have more values than steps of a narrow float, and took more."""
+    base = dense(dtype=dtype)
+    rng = np.random.default_rng(63)
+    model = {name: weight.copy() for name, weight in base.items()}
+    for weight in model.values():
+        weight.view("u2")[rng.random(weight.shape) < 0.3] ^= 1
+    store.add("base", base)
+    exact = store.add("m", model, dry_run=True)
+    report = store.add("m", model, policy=policies.Bounded(1e-5))
+    assert share_of(report) <= share_of(exact) < 0.1
+    assert same_bits(store, "m", model)

@@ -154,6 +154,33 @@ TEST(lists_of_quantised_pruned_and_narrow_blocks_come_back) {
     CHECK(listed[0] > 0 && listed[1] > 0 && listed[2] > 0);
 }
 
+TEST(exact_lists_that_are_smaller_than_quantised_ones_are_taken) {
+    std::mt19937_64 random(54);
+    const std::size_t rows = 64;
+    const std::size_t cols = 64;
+    for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
+        const Buffer base = as_dtype(normal(rows * cols, 0.02, random), dtype);
+        const std::size_t item = item_bytes(dtype);
+        Buffer block = base;
+        // By a step of the upper byte of f32's mantissa, of f16's and bf16's the lowest one.
+        const std::size_t low = item == 4 ? 2 : 0;
+        for (std::size_t i = 0; i < rows * cols; ++i) {
+            if (random() % 5 < 2) block[i * item + low] ^= 1;
+        }
+        const MatrixRef of_block = matrix(block, rows, cols, dtype);
+        const MatrixRef of_base = matrix(base, rows, cols, dtype);
+        const Encoded exact = encode(of_block, of_base);
+        for (const double bound : {1e-5, 1e-2}) {
+            const Encoded delta = encode(of_block, of_base, bound);
+            CHECK(delta.bytes.size() <= exact.bytes.size());
+            const bool is_same = decode(delta, view(base, rows, cols, dtype), dtype) == block;
+            CHECK(is_same == (bound == 1e-5));
+            const std::size_t about = estimate_delta(of_block, of_base, bound);
+            CHECK(static_cast<double>(about) < 1.2 * static_cast<double>(delta.bytes.size()));
+        }
+    }
+}
+
 // Whether lists are read, of eight elements of a byte.
 bool reads(const Buffer& bytes, std::array<std::uint32_t, 8>& z) {
     Buffer exact = bytes;

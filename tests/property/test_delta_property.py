@@ -25,10 +25,13 @@ def pairs(draw: st.DrawFn) -> tuple[DType, NDArray[np.uint8], NDArray[np.uint8]]
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     width = cols * dtype.itemsize
     base = rng.integers(0, 256, (rows, width), np.uint8)
-    kind = draw(st.sampled_from(["few", "rows", "low", "scaled", "any"]))
+    kind = draw(st.sampled_from(["few", "some", "rows", "low", "scaled", "any"]))
     block = base.copy()
     if kind == "few":
         block.reshape(-1)[rng.integers(0, base.size, 3)] ^= 5
+    elif kind == "some":
+        chosen = rng.random((rows, cols)) < draw(st.sampled_from([0.02, 0.1, 0.3]))
+        block.reshape(rows, cols, -1)[chosen, 0] ^= draw(st.sampled_from([1, 7, 128]))
     elif kind == "rows":
         block[:: draw(st.integers(1, 9))] ^= 3
     elif kind == "low":

@@ -240,11 +240,12 @@ std::optional<EncodedBlock> DeltaEncoder::encode(const MatrixRef& block, const M
         best = encode_smaller(both->pair, block.dtype, max_rel_error, limit, moved);
         if (!best.empty()) encoding = Encoding::quantised;
     }
-    // Exact where that is no larger: narrow floats have little to lose.
+    // Exact where that is no larger: narrow floats have little to lose, and what stayed nothing.
     const std::optional<NarrowBlock> narrow = narrowed(block);
     const MatrixRef& exactly = narrow ? narrow->block : block;
-    if (best.empty() || best.size() > exactly.rows * exactly.cols * item_bytes(exactly.dtype) / 4) {
-        if (narrow || !both) both.emplace(exactly, base, moves);
+    if (narrow || !both) both.emplace(exactly, base, moves);
+    if (best.empty() || best.size() > exactly.rows * exactly.cols * item_bytes(exactly.dtype) / 4 ||
+        (keeps_many(both->pair) && estimate_exact(both->pair) < best.size())) {
         Sink exact = encode_smaller(both->pair, block.dtype, std::nullopt,
                                     best.empty() ? limit : best.size(), moved);
         if (!exact.empty()) {

@@ -105,15 +105,30 @@ std::size_t estimate_delta(const MatrixRef& block, const MatrixRef& base,
     const MatrixRef of_base = matrix(sampled_base, base.dtype);
     const double scale = static_cast<double>(count) / static_cast<double>(n);
     std::optional<std::size_t> bytes;
+    std::optional<PairOf> both;
     if (max_rel_error && detail::can_quantise(block.dtype)) {
-        bytes = estimate_smaller(PairOf(of_block, of_base).pair, max_rel_error, scale);
+        both.emplace(of_block, of_base);
+        bytes = estimate_smaller(both->pair, max_rel_error, scale);
     }
-    if (!bytes) {
-        const std::optional<detail::NarrowBlock> narrow = detail::narrowed(of_block);
-        bytes = estimate_smaller(PairOf(narrow ? narrow->block : of_block, of_base).pair,
-                                 std::nullopt, scale);
+    const std::optional<detail::NarrowBlock> narrow = detail::narrowed(of_block);
+    if (narrow || !both) both.emplace(narrow ? narrow->block : of_block, of_base);
+    if (!bytes || detail::keeps_many(both->pair)) {
+        const std::optional<std::size_t> exact = estimate_smaller(both->pair, std::nullopt, scale);
+        if (exact) bytes = std::min(*exact, bytes.value_or(*exact));
     }
     return std::min(bytes.value_or(count * item), count * item);
 }
+
+namespace detail {
+
+std::size_t estimate_exact(const Pair& pair) {
+    const auto matrix = [&](const std::uint8_t* of) {
+        return MatrixRef{reinterpret_cast<const std::byte*>(of), pair.rows, pair.cols,
+                         pair.cols * item_bytes(pair.dtype), pair.dtype};
+    };
+    return estimate_delta(matrix(pair.block), matrix(pair.base), std::nullopt);
+}
+
+}  // namespace detail
 
 }  // namespace pydedup

@@ -46,6 +46,19 @@ std::size_t count_changed(const Wide* z, std::size_t count) noexcept {
     return changed;
 }
 
+template <class Word>
+std::size_t count_equal(const std::uint8_t* a, const std::uint8_t* b, std::size_t count) noexcept {
+    std::size_t equal = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        Word of_a;
+        Word of_b;
+        std::memcpy(&of_a, a + i * sizeof(Word), sizeof(Word));
+        std::memcpy(&of_b, b + i * sizeof(Word), sizeof(Word));
+        equal += of_a == of_b ? 1 : 0;
+    }
+    return equal;
+}
+
 template <class Wide>
 unsigned shift_out(Wide* z, std::size_t count, std::uint64_t all) noexcept {
     const auto shift = static_cast<unsigned>(std::countr_zero(static_cast<Wide>(all)));
@@ -146,6 +159,19 @@ MaskedPair::MaskedPair(const Pair& of) : pair(of) {
 
 bool masks_win(Dtype dtype, std::optional<double> max_rel_error) noexcept {
     return !max_rel_error && delta_layout(dtype).mantissa_bits != 0;
+}
+
+bool keeps_many(const Pair& pair) noexcept {
+    constexpr std::size_t kOneOf = 8;
+    const auto count = [&]<class Word>(Word) {
+        return count_equal<Word>(pair.block, pair.base, pair.count());
+    };
+    const std::size_t item = item_bytes(pair.dtype);
+    const std::size_t kept = item == 8   ? count(std::uint64_t{})
+                             : item == 4 ? count(std::uint32_t{})
+                             : item == 2 ? count(std::uint16_t{})
+                                         : count(std::uint8_t{});
+    return kept >= pair.count() / kOneOf;
 }
 
 bool take_differences(const Pair& pair, std::optional<double> max_rel_error, const Room& room,

@@ -70,6 +70,13 @@ struct MaskedPair {
 /// gone. Those of integers may be as small as all others, and quantised ones are a symbol.
 [[nodiscard]] bool masks_win(Dtype dtype, std::optional<double> max_rel_error) noexcept;
 
+/// Whether so many elements are as in the base, bit by bit, that an exact delta may be smaller than
+/// one within a bound, whose differences have more values.
+[[nodiscard]] bool keeps_many(const Pair& pair) noexcept;
+
+/// About how many bytes an exact delta takes, without what is said of moves of its base.
+[[nodiscard]] std::size_t estimate_exact(const Pair& pair);
+
 /// What take_differences() found.
 struct Coded {
     Differences differences;
