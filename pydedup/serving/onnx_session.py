@@ -47,6 +47,7 @@ from pydedup.serving.onnx_values import (
     as_value,
     check_outputs,
     import_onnxruntime,
+    never_end,
     new_session,
     run_options,
 )
@@ -222,7 +223,6 @@ class _Runner:
     """
 
     def __init__(self) -> None:
-        self.process = os.getpid()
         #: Where calls are under way, each of which keeps its weights.
         self.calls = Gate(_CALLS)
         self._lock = threading.Lock()
@@ -235,6 +235,20 @@ class _Runner:
         self._own: OrderedDict[int, Own[_Held]] = OrderedDict()
         self._asked: OrderedDict[int, bool] = OrderedDict()
         self._most_own: int | None = None
+
+    def heir(self) -> _Runner:
+        """Return what a forked child has of this: the weights, which are in its memory, too.
+
+        Sessions are not given back, ever: their threads do not exist there, and ending them would
+        wait for these. What they have in memory is the parent's.
+        """
+        sessions: list[_Session | Own[_Held]] = [*self._sessions.values(), *self._own.values()]
+        for session in sessions:
+            never_end(session.runtime)
+            session.reservation.release()
+        heir = _Runner()
+        heir._held = self._held
+        return heir
 
     def knows(self, number: int) -> bool:
         """Return whether a model was run, so that its graph need not be read."""
@@ -426,15 +440,21 @@ def _shorten(kept: OrderedDict[Any, Any]) -> None:
 
 
 _runners: weakref.WeakKeyDictionary[PagePool, _Runner] = weakref.WeakKeyDictionary()
-#: Those of a parent process: their threads do not exist here, and ending them would wait for ever.
-_left: list[_Runner] = []
 
 
 def _runner_of(pool: PagePool) -> _Runner:
     runner = _runners.get(pool)
-    if runner is None or runner.process != os.getpid():
-        if runner is not None:
-            _left.append(runner)
+    if runner is None:
         runner = _runners[pool] = _Runner()
         pool.keeps(runner)
     return runner
+
+
+def _restart_runners() -> None:
+    """In a forked child: take the weights over, and leave the sessions alone."""
+    for pool, before in list(_runners.items()):
+        runner = _runners[pool] = before.heir()
+        pool.keeps(runner)
+
+
+os.register_at_fork(after_in_child=_restart_runners)  # after the pools, which forget their keepers

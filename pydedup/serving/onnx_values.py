@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -25,6 +26,7 @@ __all__ = [
     "check_outputs",
     "import_onnxruntime",
     "is_installed",
+    "never_end",
     "new_session",
     "run_options",
 ]
@@ -53,6 +55,9 @@ def is_installed() -> bool:
 
 def import_onnxruntime() -> Any:
     """Return ONNX Runtime. Raises UnsupportedFormatError where it or onnx cannot be imported."""
+    # What it would tell its makers of each process; and a forked child that ends would wait for the
+    # thread that sends it.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnx  # noqa: F401
         import onnxruntime  # type: ignore[import-untyped]
@@ -131,6 +136,11 @@ def new_session(model: bytes, constants: Mapping[str, Any]) -> Any:
     if constants:
         options.add_external_initializers(list(constants), list(constants.values()))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def never_end(session: Any) -> None:
+    """Keep a session to the end of the process and beyond: Python, too, clears what it can."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
 @functools.cache
