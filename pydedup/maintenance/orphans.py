@@ -5,12 +5,13 @@ The model that brought a base is gone, and the base lives on for the deltas on i
 less without it, they are stored anew: the one of the newest model by itself, the others as deltas
 on that one, or by themselves as well. What a delta holds stays the same to the bit, also of one
 that was within an error bound.
-Deliberately not here: where blocks go, and writing them (`pydedup.maintenance.repack`).
+Deliberately not here: their new bytes (`pydedup.maintenance.anew`), where blocks go, and writing
+them (`pydedup.maintenance.repack`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,47 +20,42 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import Adapter, PageRow
-from pydedup.blocks import MatrixView
 from pydedup.catalog import ModelsAhead, ParsedMaps, StoredModel
 from pydedup.errors import CorruptStoreError
-from pydedup.hashing import hash_keys, hash_view
-from pydedup.ingest.deltas import delta_limits, replaced
-from pydedup.ingest.places import stacked
+from pydedup.hashing import hash_keys
 from pydedup.layout import (
     NO_PLACE,
     are_deltas,
     base_places,
-    by_kind,
-    copy_page,
     joined,
-    shape_codes,
-    slot_entries,
     split_places,
 )
+from pydedup.maintenance.anew import slots_of, stored_anew
 from pydedup.maintenance.in_use import Places, own_places
 from pydedup.maintenance.unused import UNUSED_PART
 from pydedup.pool import PagePool
 from pydedup.quotas import Quotas
 from pydedup.sets import distinct, find_among, is_among, union
-from pydedup.types import DType
 from pydedup.usage import value_of
 
-__all__ = ["may_pay_without", "page_image", "without_orphans"]
+__all__ = ["may_pay_without", "without_orphans"]
 
 #: Pages are read for it where it may save so much of them.
 _LEAST_OF_PAGES = 0.1
 #: Deltas are stored anew for what may be so much of what they take with their base.
 _LEAST_OF_BLOCKS = 0.05
-_BYTES_AT_ONCE = 4 << 20
+#: So many bases are looked at before all are.
+_GROUPS_ASKED = 16
 
 
-def may_pay_without(adapter: Adapter, live: Sequence[PageRow]) -> bool:
+def may_pay_without(adapter: Adapter, pool: PagePool, live: Sequence[PageRow]) -> bool:
     """Return whether a tenth of the pages concerned may be saved; ``live`` are all live pages.
 
-    Reads all block maps, and no page: what a block takes is estimated by the others on its page.
+    Reads all block maps: what a block takes is estimated by the others on its page. Where that
+    promises enough, some of the blocks are looked at.
     Memory: 8 bytes per block in use and per base of a model, and what `ModelsAhead` takes.
     """
-    own, deltas, bases, lossy = [], [], [], []
+    own, deltas, bases = [], [], []
     with adapter.snapshot():
         rows = adapter.models()
         parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
@@ -71,7 +67,6 @@ def may_pay_without(adapter: Adapter, live: Sequence[PageRow]) -> bool:
                 own.append(distinct(mine))
                 deltas.append(mine[its != NO_PLACE])
                 bases.append(its[its != NO_PLACE])
-                lossy.append(np.full(len(bases[-1]), not model.keeps_bits, np.int64))
         except CorruptStoreError:
             return False  # of a damaged model, which verify tells
         reads = np.array(adapter.model_pages(), np.int64).reshape(-1, 4)
@@ -92,15 +87,42 @@ def may_pay_without(adapter: Adapter, live: Sequence[PageRow]) -> bool:
     # About one of the deltas is saved: another takes the place of the base.
     saved = of_deltas / np.bincount(group)
     wanted = saved >= _LEAST_OF_BLOCKS * (costs[: len(orphans)] + of_deltas)
-    # Within a bound, deltas have few bits; those on one another have all, and mostly take more.
-    is_lossy = np.bincount(group, joined(lossy)[first][is_orphan]) > 0
-    wanted &= ~is_lossy | (np.bincount(group) == 1)
     payloads = {row.id: row.payload_bytes for row in live}
     sizes = np.array([payloads.get(page_id, 0) for page_id in pages.tolist()], np.float64)
-    group = np.concatenate([np.arange(len(orphans)), group])
-    wanted = _on_pages_that_go(wanted, group, page_at, costs, np.zeros(len(pages)), sizes)
-    concerned = sizes[distinct(page_at[wanted[group]])].sum()
-    return bool(wanted.any() and saved[wanted].sum() >= _LEAST_OF_PAGES * concerned)
+    both = np.concatenate([np.arange(len(orphans)), group])
+    wanted = _on_pages_that_go(wanted, both, page_at, costs, np.zeros(len(pages)), sizes)
+    concerned = sizes[distinct(page_at[wanted[both]])].sum()
+    if not wanted.any() or saved[wanted].sum() < _LEAST_OF_PAGES * concerned:
+        return False
+    return _pays(adapter, pool, orphans, all_deltas[is_orphan], group, np.flatnonzero(wanted))
+
+
+def _pays(
+    adapter: Adapter,
+    pool: PagePool,
+    orphans: NDArray[np.int64],
+    deltas: NDArray[np.int64],
+    group: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+) -> bool:
+    """Return whether deltas on some of the wanted bases take less without these.
+
+    ``group`` is which of the ``orphans`` each delta is on. All are places.
+    """
+    some = distinct(wanted[np.linspace(0, len(wanted) - 1, _GROUPS_ASKED).astype(np.int64)])
+    chosen = np.flatnonzero(is_among(group, some))
+    chosen = chosen[np.lexsort((-deltas[chosen], group[chosen]))]
+    _, starts, of = np.unique(group[chosen], return_index=True, return_inverse=True)
+    try:
+        with adapter.snapshot():
+            before = codec.page_cost(slots_of(pool, orphans[some])["length"])
+            own = slots_of(pool, deltas[chosen])["length"]
+            lengths, _, _ = stored_anew(pool, deltas[chosen], orphans[some][of], starts[of])
+    except CorruptStoreError:
+        return False  # verify tells what is damaged
+    before = before + np.bincount(of, codec.page_cost(own))
+    after = np.bincount(of, codec.page_cost(lengths))
+    return bool(np.minimum(after, before).sum() <= (1 - _LEAST_OF_BLOCKS) * before.sum())
 
 
 def _on_pages_that_go(
@@ -130,32 +152,21 @@ def without_orphans(
 ) -> Places | None:
     """Return the blocks in use without bases that they had better do without, if there are such.
 
-    Reads and encodes deltas on bases of nobody. Memory: some MiB, and some 100 bytes for each.
+    In a snapshot: reads and encodes deltas on bases of nobody. Memory: some MiB, and some 100
+    bytes for each.
     """
     groups = _Groups.of(places, _values(adapter, models))
     if not len(groups.deltas):
         return None
-    entries = _entries(pool, places.places[groups.deltas])
     first = groups.starts[groups.group]
-    # Of one group, nearly always.
-    kinds = entries["dtype"], shape_codes(entries["rows"], entries["cols"])
-    on_first = np.logical_and.reduce([kind == kind[first] for kind in kinds])
-    on_first[groups.starts] = False
-    its = places.places[groups.deltas]
     origins = places.places[places.bases[groups.deltas]]
-    firsts = np.where(on_first, its[first], NO_PLACE)
-    lengths = np.empty(len(its), np.int64)
-    encodings = np.empty(len(its), np.uint8)
     try:
-        for dtype, shape, chosen in by_kind(entries):
-            for at in _some_at_once(chosen, dtype, shape):
-                encoded, _, digests = _encoded(pool, dtype, shape, its[at], origins[at], firsts[at])
-                hashes = [places.hashes[number] for number in groups.deltas[at].tolist()]
-                if hash_keys(digests) != hashes:
-                    return None
-                lengths[at], encodings[at] = encoded.lengths, encoded.encodings
+        found = stored_anew(pool, places.places[groups.deltas], origins, first)
     except CorruptStoreError:
         return None  # verify tells what is damaged
+    lengths, encodings, digests = found
+    if hash_keys(digests) != [places.hashes[number] for number in groups.deltas.tolist()]:
+        return None
     after = np.bincount(groups.group, codec.page_cost(lengths)).astype(np.int64)
     is_better = groups.on_pages_that_go(places, after < groups.before)
     if not is_better.any():
@@ -165,13 +176,13 @@ def without_orphans(
     bases = np.full(len(places.places), NO_PLACE)
     is_delta = are_deltas(encodings[chosen])
     bases[numbers[is_delta]] = groups.deltas[first[chosen[is_delta]]]
-    anew = _Anew(numbers, lengths[chosen], encodings[chosen], bases[numbers])
+    anew = _StoredAnew(numbers, lengths[chosen], encodings[chosen], bases[numbers])
     saved = int((groups.before - after)[is_better].sum())
     return _changed(places, anew, distinct(places.bases[numbers]), saved)
 
 
 @dataclass(frozen=True, slots=True)
-class _Anew:
+class _StoredAnew:
     """Blocks that are to be stored anew: as what, and the numbers of their bases or `NO_PLACE`."""
 
     numbers: NDArray[np.int64]
@@ -257,76 +268,7 @@ def _values(adapter: Adapter, models: Sequence[StoredModel]) -> list[int]:
     return found
 
 
-def _entries(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.void]:
-    """Return the slots of blocks."""
-    entries = np.empty(len(places), codec.SLOT_DTYPE)
-    page_ids, slots = split_places(places)
-    for rows, pages, page_index in pool.windows(page_ids):
-        entries[rows] = slot_entries(pages, page_index, slots[rows])
-    return entries
-
-
-def _some_at_once(
-    numbers: NDArray[np.int64], dtype: DType, shape: tuple[int, int]
-) -> Iterator[NDArray[np.int64]]:
-    """Yield blocks of one dtype and shape, some MiB of them at a time."""
-    count = max(_BYTES_AT_ONCE // (dtype.itemsize * shape[0] * shape[1]), 1)
-    for start in range(0, len(numbers), count):
-        yield numbers[start : start + count]
-
-
-def _encoded(
-    pool: PagePool,
-    dtype: DType,
-    shape: tuple[int, int],
-    places: NDArray[np.int64],
-    origins: NDArray[np.int64],
-    firsts: NDArray[np.int64],
-) -> tuple[codec.EncodedBlocks, NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return deltas of one dtype and shape as they are stored without their bases.
-
-    ``origins`` are the places of these, ``firsts`` those of the deltas on the same ones that they
-    are deltas on from now on where that takes less, or `NO_PLACE`. Also returns what their slots
-    are to carry, and the digests of what they hold.
-    """
-    blocks = _decoded(pool, dtype, shape, places, origins)
-    encoded = codec.encode_blocks(blocks, np.arange(len(places)), planes=True)
-    tags = np.zeros(len(places), np.uint64)
-    at = np.flatnonzero(firsts != NO_PLACE)
-    if len(at):
-        bases = _decoded(pool, dtype, shape, firsts[at], origins[at])
-        limits = delta_limits(encoded.lengths[at])
-        # Each alone: of several in one call the bytes depend on those before, and the call that
-        # writes them has others.
-        made = [
-            codec.encode_deltas(blocks, at[i : i + 1], bases, [i], limits=limits[i : i + 1])
-            for i in range(len(at))
-        ]
-        kinds = np.array([one.encodings[0] for one in made], np.uint8)
-        deltas = codec.EncodedBlocks.of([one.arena for one in made], kinds)
-        is_smaller = np.flatnonzero(deltas.lengths)
-        encoded = replaced(encoded, at[is_smaller], deltas, is_smaller)
-        tags[at[is_smaller]] = codec.base_tags(hash_view(bases))[is_smaller]
-    return encoded, tags, hash_view(blocks)
-
-
-def _decoded(
-    pool: PagePool,
-    dtype: DType,
-    shape: tuple[int, int],
-    places: NDArray[np.int64],
-    origins: NDArray[np.int64],
-) -> MatrixView:
-    """Return what deltas of one dtype and shape hold, one below the other."""
-    view = stacked(len(places), dtype, shape)
-    page_ids, slots = split_places(places)
-    walk = pool.windows_with_bases(page_ids, split_places(origins))
-    for rows, pages, page_index, bases in walk:
-        codec.read_blocks(view, rows, pages, page_index, slots[rows], bases=bases)
-    return view
-
-
-def _changed(places: Places, anew: _Anew, dropped: NDArray[np.int64], saved: int) -> Places:
+def _changed(places: Places, anew: _StoredAnew, dropped: NDArray[np.int64], saved: int) -> Places:
     """Return the blocks in use as they are when these are stored anew, without those bases."""
     costs = codec.page_cost(places.lengths)
     lengths, encodings = places.lengths.copy(), places.encodings.copy()
@@ -361,49 +303,4 @@ def _changed(places: Places, anew: _Anew, dropped: NDArray[np.int64], saved: int
         litter=litter,
         owners=owners,
         anew_saves=saved,
-    )
-
-
-def page_image(pool: PagePool, places: Places, numbers: NDArray[np.int64]) -> bytes:
-    """Return a new page of these blocks in this order, as they are to be stored."""
-    is_anew = places.anew[numbers]
-    if not is_anew.any():
-        return copy_page(pool, *places.at(numbers))
-    pages = []
-    page_index, slots = np.zeros((2, len(numbers)), np.int64)
-    copied, made = np.flatnonzero(~is_anew), np.flatnonzero(is_anew)
-    if len(copied):
-        pages.append(codec.Page(copy_page(pool, *places.at(numbers[copied]))))
-        slots[copied] = np.arange(len(copied))
-    entries = _entries(pool, places.places[numbers[made]])
-    for dtype, shape, chosen in by_kind(entries):
-        for some in _some_at_once(made[chosen], dtype, shape):
-            page_index[some], slots[some] = len(pages), np.arange(len(some))
-            pages.append(codec.Page(_page_anew(pool, places, numbers[some], dtype, shape)))
-    return codec.gather_page(pages, page_index, slots)
-
-
-def _page_anew(
-    pool: PagePool,
-    places: Places,
-    numbers: NDArray[np.int64],
-    dtype: DType,
-    shape: tuple[int, int],
-) -> bytes:
-    """Return a page of blocks of one dtype and shape that are stored anew."""
-    bases = places.bases[numbers]
-    firsts = np.where(bases == NO_PLACE, NO_PLACE, places.places[bases])
-    encoded, tags, _ = _encoded(
-        pool, dtype, shape, places.places[numbers], places.origins[numbers], firsts
-    )
-    count = len(numbers)
-    return codec.build_page(
-        encoded.arena,
-        encoded.offsets,
-        encoded.lengths,
-        encoded.encodings,
-        np.full(count, dtype.code),
-        np.full(count, shape[0]),
-        np.full(count, shape[1]),
-        tags,
     )

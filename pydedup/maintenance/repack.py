@@ -42,9 +42,10 @@ from pydedup.layout import (
     pages_read,
     split_place,
 )
+from pydedup.maintenance.anew import page_image
 from pydedup.maintenance.in_use import Places, places_in_use
 from pydedup.maintenance.maps import replace_maps
-from pydedup.maintenance.orphans import page_image, without_orphans
+from pydedup.maintenance.orphans import without_orphans
 from pydedup.maintenance.rows import lost_models
 from pydedup.maintenance.unused import UNUSED_PART
 from pydedup.packing import Layout, pack
@@ -142,9 +143,9 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
         ahead = ModelsAhead(adapter, rows)
         models = [StoredModel(adapter, row, pool, ahead=ahead) for row in rows]
         as_stored = places_in_use(adapter, pool, models)
+        anew = without_orphans(adapter, pool, models, as_stored)
     if not len(as_stored.places):
         return None
-    anew = without_orphans(adapter, pool, models, as_stored)
     pages_now = live_pages + sum(len(distinct(as_stored.page_at[o])) for o in as_stored.owners)
     best, plan = 0.0, None
     for places in [as_stored] if anew is None else [anew, as_stored]:

@@ -352,7 +352,7 @@ def _wants_repack(
             return True
         if largest.get(row.id, 0) < enough:
             in_doubt.append(row.id)
-    return is_much_unused(adapter, pool, in_doubt) or may_pay_without(adapter, live)
+    return is_much_unused(adapter, pool, in_doubt) or may_pay_without(adapter, pool, live)
 
 
 def _free_retired(
