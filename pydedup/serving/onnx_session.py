@@ -62,6 +62,8 @@ _KEPT = 64
 _OWN_PART = 2
 #: Sessions make room for others when they take this; smaller ones are no help to speak of.
 _LARGE_BYTES = 1 << 20
+#: What the runtime says where there is no memory for what it computes.
+_NO_MEMORY = "Failed to allocate memory"
 #: Calls that may be under way at once: more than there are threads.
 _CALLS = 1 << 20
 
@@ -95,7 +97,7 @@ def run_onnx(
     ArgumentError
         When inputs are missing, unknown, or do not fit.
     BudgetError
-        When the weights do not fit the budget.
+        When the weights do not fit the budget, or there is no memory for what is computed.
     UnsupportedFormatError
         When onnx or onnxruntime is not installed, or does not know the graph's operations, or an
         output is no array, or of a type that numpy lacks.
@@ -185,7 +187,9 @@ def _run(
     try:
         found = session.runtime.run(list(outputs), given, run_options())
     except Exception as exc:  # of many classes, by the runtime's own numbering
-        raise ArgumentError(f"ONNX Runtime cannot run {model.address}: {exc}") from exc
+        told = f"ONNX Runtime cannot run {model.address}: {exc}"
+        is_full = isinstance(exc, MemoryError) or _NO_MEMORY in str(exc)
+        raise (BudgetError(told) if is_full else ArgumentError(told)) from exc
     finally:  # who waits for this call wants the room
         given.clear()
         held.clear()

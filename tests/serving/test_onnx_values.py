@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
 
 from .onnx_models import X, node, normal, onnx, run, save, value
 
@@ -58,3 +58,14 @@ def test_inputs_and_outputs_that_are_no_arrays(store: pydedup.Store, tmp_path: P
     np.testing.assert_array_equal(store.predict("o", flag)["y"], X)
     with pytest.raises(UnsupportedFormatError, match=r"'y' as optional.* without a value"):
         store.predict("o", {**flag, "flag": np.array(False)})
+
+
+def test_values_that_no_memory_holds(store: pydedup.Store, tmp_path: Path) -> None:
+    """The input was said to be wrong."""
+    nodes = [node("ConstantOfShape", "x", "a"), node("Sin", "a", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(2)}, [value("x", 7, (1,))])
+    store.add("m", path)
+    assert store.predict("m", np.array([3])).shape == (3,)
+    with pytest.raises(BudgetError, match=r"ONNX Runtime cannot run m@1: .*allocate memory"):
+        store.predict("m", np.array([2**46]))
+    assert store.predict("m", np.array([3])).shape == (3,)
