@@ -22,12 +22,28 @@ from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile
 from pydedup.formats.base import Array
 
-__all__ = ["ZipMembers"]
+__all__ = ["ZipMembers", "zip_to_write"]
 
 _CHUNK = 4 << 20
 _ENCRYPTED = 0x1
 #: deflate cannot shrink by more; a member that claims so is a bomb or damaged.
 _MAX_EXPANSION = 1100
+
+
+@contextlib.contextmanager
+def zip_to_write(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive to write, and leave it unfinished where that fails.
+
+    Closing it would raise in place of an interrupt that came as a member was opened.
+    """
+    with path.open("wb") as file:
+        archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+        try:
+            yield archive
+        except BaseException:
+            archive.fp = None
+            raise
+        archive.close()
 
 
 class ZipMembers:

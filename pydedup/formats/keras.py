@@ -37,7 +37,7 @@ from pydedup.formats._hdf5 import (
     read_dataset,
 )
 from pydedup.formats._paths import stays_inside
-from pydedup.formats._zip import ZipMembers
+from pydedup.formats._zip import ZipMembers, zip_to_write
 from pydedup.formats.base import (
     DERIVED,
     Array,
@@ -264,7 +264,7 @@ def write_archive(path: Path, outgoing: Outgoing) -> None:
     weights = path.with_name(path.name + ".h5")
     try:
         _fill(weights, structure, outgoing)
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        with zip_to_write(path) as archive:
             for item in members:
                 name = item.name.removeprefix(MEMBER)
                 if not stays_inside(name):

@@ -25,7 +25,7 @@ from numpy.lib import format as npy_format
 
 from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
 from pydedup.formats._files import RawFile, write_array
-from pydedup.formats._zip import ZipMembers
+from pydedup.formats._zip import ZipMembers, zip_to_write
 from pydedup.formats.base import Array, ModelSource, Outgoing, TensorEntry
 from pydedup.types import DType
 
@@ -148,12 +148,12 @@ def write_npy(path: Path, outgoing: Outgoing) -> None:
 def write_npz(path: Path, outgoing: Outgoing) -> None:
     """Write a ``.npz`` file without compression, tensor by tensor, every array aligned."""
     headers = [_header_bytes(entry) for entry in outgoing.entries]
-    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with zip_to_write(path) as archive:
         for entry, header in zip(outgoing.entries, headers, strict=True):
             info = zipfile.ZipInfo(entry.name + ".npy")
             if len(info.filename.encode()) > 0xFFFF:
                 raise UnsupportedFormatError(f"tensor name {entry.name!r:.60} is too long for zip")
-            start = file.tell() + _ZIP_HEADER + len(info.filename.encode()) + _ZIP64_EXTRA
+            start = archive.start_dir + _ZIP_HEADER + len(info.filename.encode()) + _ZIP64_EXTRA
             info.extra = _padding(start)
             with archive.open(info, "w", force_zip64=True) as member:
                 member.write(header)

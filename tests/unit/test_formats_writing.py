@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,20 @@ def test_a_read_only_target_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ArgumentError, match="cannot be written: Read-only file system"):
         _give(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize("kind", ["npz", "keras"])
+def test_an_interrupt_as_a_member_of_a_zip_archive_is_opened(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an unexpected ValueError about the archive, which could not be closed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    entries = [TensorEntry("embedding", DType.F32, (2, 3), 1)]
+    artifacts = _artifacts(kind, tmp_path)
+    monkeypatch.setattr(zipfile, "_ZipWriteFile", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_model(tmp_path / "m", {"embedding": TABLE}, entries, artifacts, format=kind)
+    assert list(tmp_path.iterdir()) == []
