@@ -308,6 +308,10 @@ class StoredModel:
 
     def artifact(self, name: str) -> bytes | None:
         """Return what came with it under a name. Raises CorruptStoreError where that is damaged."""
+        return self._artifact(name)[1]
+
+    def _artifact(self, name: str) -> tuple[bytes | None, bytes | None]:
+        """Return what the row of an artifact has, and the artifact."""
         recorded = payload = self._adapter.artifact(self.row.id, name)
         if recorded is not None and name in self._artifact_at:
             payload = joined_chunks(recorded, self._chunks_at(self._artifact_at[name]))
@@ -317,7 +321,7 @@ class StoredModel:
             self.check_live()
             what = "lost" if recorded is None else "not what it was added with"
             raise CorruptStoreError(f"{self.address}: its {name!r} is {what}; restore a backup")
-        return payload
+        return recorded, payload
 
     def _chunks_at(self, ordinal: int) -> NDArray[Any]:
         """Return an artifact that is kept in blocks; the map is read again once, as for tensors."""
@@ -341,9 +345,10 @@ class StoredModel:
 
     def artifacts_in_rows(self) -> Iterator[tuple[str, str, bytes]]:
         """Yield the same as rows have it: of what is in blocks, the lengths of its chunks."""
-        for name, media_type, payload in self.artifacts():
-            row = self._adapter.artifact(self.row.id, name) if name in self._artifact_at else None
-            yield name, media_type, payload if row is None else row
+        for name, media_type in sorted(self._media_types().items()):
+            recorded, _ = self._artifact(name)
+            if recorded is not None:
+                yield name, media_type, recorded
 
     def _media_types(self) -> dict[str, str]:
         """Return the media types of its artifacts by name, empty for those that are lost."""

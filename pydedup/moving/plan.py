@@ -125,9 +125,10 @@ def _artifacts_of(adapter: Adapter, row: ModelRow) -> dict[str, tuple[str, objec
     in_blocks = {item.name for item in adapter.tensors(row.id) if item.dtype == ARTIFACT_DTYPE}
     recorded, found = artifact_digests(row), dict[str, tuple[str, object]]()
     for name, media_type in adapter.artifacts(row.id):
-        payload = b"" if name in in_blocks else adapter.artifact(row.id, name)
-        digest = artifact_digest(payload or b"")
-        found[name] = media_type, recorded.get(name) if name in in_blocks else digest
+        if name in in_blocks:
+            found[name] = media_type, recorded.get(name)
+        else:
+            found[name] = media_type, artifact_digest(adapter.artifact(row.id, name) or b"")
     return found
 
 

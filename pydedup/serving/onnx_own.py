@@ -6,7 +6,7 @@ has them as constants, it lays them out for its kernels and merges operations, a
 take half of the time. That takes as much memory once more, so it is done for models that are asked
 again, where the budget has room that nobody needs. Tables of which rows are looked up stay inputs:
 there is nothing to prepare. Deliberately not here: when such sessions are given up
-(:mod:`pydedup.serving.onnx_session`).
+(:mod:`pydedup.serving.onnx_kept`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from pydedup.formats.onnx_inputs import OpenedGraph, with_constants
 from pydedup.pool import PagePool, Reservation
+from pydedup.serving.onnx_values import inputs_and_outputs
 
 __all__ = ["Own", "make_own"]
 
@@ -31,8 +32,8 @@ class Own(Generic[_Weight]):
     ----------
     graph
         What it takes and gives.
-    runtime, kinds
-        The session, and its inputs by name.
+    runtime, kinds, outputs
+        The session, its inputs by name, and the types of its outputs.
     weights
         All weights, by name. Those that are inputs still are used where they are; the others are
         kept since no release of the runtime promises that it copies them.
@@ -43,6 +44,7 @@ class Own(Generic[_Weight]):
     graph: OpenedGraph
     runtime: Any
     kinds: Mapping[str, Any]
+    outputs: Mapping[str, str]
     weights: Mapping[str, _Weight]
     reservation: Reservation
 
@@ -86,5 +88,5 @@ def make_own(
         raise
     finally:
         meanwhile.release()
-    kinds = {value.name: value for value in runtime.get_inputs()}
-    return Own(replace(graph, model=b""), runtime, kinds, weights, reservation)
+    graph = replace(graph, model=b"")
+    return Own(graph, runtime, *inputs_and_outputs(runtime), weights, reservation)

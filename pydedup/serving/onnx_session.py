@@ -4,68 +4,34 @@
 The runtime is given the weights as inputs, where they lie in memory, so that nothing is copied and
 sessions are shared: one serves all models that have the same layers, and a tensor that several
 models have is in memory once. Tensors are loaded whole, counted against the memory budget of the
-store, and the ones that were not used for longest make room for others, and for pages; so do then
-sessions with much inside of their models, where weights of 4 bits are. A model that is asked again
-gets a session of its own where there is room (onnx_own.py). Deliberately not here: graphs that we
-run ourselves (:mod:`pydedup.serving.engine`), which stream.
+store, and make room for others (onnx_kept.py). A model that is asked again gets a session of its
+own where there is room (onnx_own.py). Deliberately not here: graphs that we run ourselves
+(:mod:`pydedup.serving.engine`), which stream.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import math
-import os
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
-from pydedup.errors import (
-    ArgumentError,
-    BudgetError,
-    PydedupError,
-    UnsupportedFormatError,
-)
-from pydedup.formats.onnx_inputs import OpenedGraph, open_graph
-from pydedup.pool import PagePool, Reservation
-from pydedup.pool.admission import Gate
+from pydedup.errors import ArgumentError, BudgetError
+from pydedup.pool import PagePool
 from pydedup.serving.engine import Tensors, check_inputs
-from pydedup.serving.onnx_own import Own, make_own
-from pydedup.serving.onnx_values import (
-    as_output,
-    as_runtime_input,
-    as_value,
-    check_outputs,
-    import_onnxruntime,
-    never_end,
-    new_session,
-    run_options,
-)
+from pydedup.serving.onnx_kept import Held, Runner, Session, content_key, opened_graph, runner_of
+from pydedup.serving.onnx_own import Own
+from pydedup.serving.onnx_values import as_output, as_runtime_input, check_outputs, run_options
 from pydedup.serving.predict import by_name
-from pydedup.serving.tensor import StoredTensor
 
 __all__ = ["run_onnx"]
 
-#: Graphs that are kept ready, and sessions; the weights are not in them.
-_KEPT = 64
-#: Sessions that have weights inside take this part of the budget at most.
-_OWN_PART = 2
-#: Sessions make room for others when they take this; smaller ones are no help to speak of.
-_LARGE_BYTES = 1 << 20
 #: What the runtime says where there is no memory for what it computes.
 _NO_MEMORY = "Failed to allocate memory"
-#: Calls that may be under way at once: more than there are threads.
-_CALLS = 1 << 20
 
 
 def run_onnx(
@@ -102,7 +68,7 @@ def run_onnx(
         When onnx or onnxruntime is not installed, or does not know the graph's operations, or an
         output is no array, or of a type that numpy lacks.
     """
-    runner = _runner_of(pool)
+    runner = runner_of(pool)
     if not runner.knows(model.row.id):
         with contextlib.suppress(BudgetError):  # there is room for its pages when others are done
             payload()
@@ -121,7 +87,7 @@ def check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
     if model.row.logical_bytes <= pool.memory_bytes:
         return
     tensors = zip(model.block_maps(), model.tensors, strict=False)
-    needed = sum({_content(at, info.shape): info.nbytes for at, info in tensors}.values())
+    needed = sum({content_key(at, info.shape): info.nbytes for at, info in tensors}.values())
     if needed > pool.memory_bytes:
         error = _too_large(
             model,
@@ -143,7 +109,7 @@ def _too_large(model: StoredModel, why: object) -> BudgetError:
 
 
 def _run(
-    runner: _Runner,
+    runner: Runner,
     model: StoredModel,
     payload: Callable[[], bytes],
     tensor: Tensors,
@@ -151,7 +117,7 @@ def _run(
     x: ArrayLike | Mapping[str, ArrayLike],
 ) -> dict[str, NDArray[Any]]:
     """Do what `run_onnx` promises, as far as other calls leave room for the weights."""
-    session: _Session | Own[_Held] | None = runner.own(model.row.id)
+    session: Session | Own[Held] | None = runner.own(model.row.id)
     if isinstance(session, Own):
         graph = session.graph
     else:
@@ -168,17 +134,17 @@ def _run(
                     f"input {name!r} has shape {shape}; the LSTM or GRU of {model.address} "
                     "cannot be run on nothing"
                 )
-    outputs = {value.name: value.type for value in session.runtime.get_outputs()}
+    outputs = session.outputs
     check_outputs(outputs, model.address)
     # Kept until the end: the runtime reads the arrays where they are.
-    held: dict[str, _Held] = {}
-    if isinstance(session, _Session):
+    held: dict[str, Held] = {}
+    if isinstance(session, Session):
         try:
             for name, kind in graph.weights.items():
                 held[name] = runner.tensor(model.block_map(name), tensor(name), kind, pool)
         except BudgetError as exc:
             raise _too_large(model, exc) from exc
-        opened = functools.partial(_opened, model, payload, tensor)
+        opened = functools.partial(opened_graph, model, payload, tensor)
         own = runner.make_own(model, session, opened, held, graph.tables, pool)
         session = own or session
     if isinstance(session, Own):
@@ -197,268 +163,3 @@ def _run(
         name: as_output(value, name, kind, model.address)
         for value, (name, kind) in zip(found, outputs.items(), strict=True)
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A tensor in memory, as the runtime takes it."""
-
-    value: Any
-    array: NDArray[Any]
-    reservation: Reservation
-
-
-@dataclass(frozen=True, slots=True)
-class _Session:
-    """A session of the runtime, and its inputs by name."""
-
-    runtime: Any
-    kinds: Mapping[str, Any]
-    reservation: Reservation
-
-
-_T = TypeVar("_T")
-
-
-class _Runner:
-    """The sessions and loaded tensors of one store. Safe between threads.
-
-    It refers neither to the store nor to its pool, which it must not keep alive.
-    """
-
-    def __init__(self) -> None:
-        #: Where calls are under way, each of which keeps its weights.
-        self.calls = Gate(_CALLS)
-        self._lock = threading.Lock()
-        self._loading = threading.Lock()
-        #: By model: its graph, and which session runs it.
-        self._models: OrderedDict[int, tuple[OpenedGraph, bytes]] = OrderedDict()
-        self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
-        self._held: OrderedDict[bytes, _Held] = OrderedDict()
-        #: By model; those that were asked, True where they get none of their own; the most bytes.
-        self._own: OrderedDict[int, Own[_Held]] = OrderedDict()
-        self._asked: OrderedDict[int, bool] = OrderedDict()
-        self._most_own: int | None = None
-
-    def heir(self) -> _Runner:
-        """Return what a forked child has of this: the weights, which are in its memory, too.
-
-        Sessions are not given back, ever: their threads do not exist there, and ending them would
-        wait for these. What they have in memory is the parent's.
-        """
-        sessions: list[_Session | Own[_Held]] = [*self._sessions.values(), *self._own.values()]
-        for session in sessions:
-            never_end(session.runtime)
-            session.reservation.release()
-        heir = _Runner()
-        heir._held = self._held
-        return heir
-
-    def knows(self, number: int) -> bool:
-        """Return whether a model was run, so that its graph need not be read."""
-        with self._lock:
-            return number in self._models or number in self._own
-
-    def own(self, number: int) -> Own[_Held] | None:
-        """Return the session that has the weights of a model inside, if there is one."""
-        with self._lock:
-            own = self._own.get(number)
-            if own is not None:
-                self._own.move_to_end(number)
-            return own
-
-    def make_own(
-        self,
-        model: StoredModel,
-        shared: _Session,
-        opened: Callable[[], OpenedGraph],
-        held: Mapping[str, _Held],
-        tables: frozenset[str],
-        pool: PagePool,
-    ) -> Own[_Held] | None:
-        """Make such a session, unless this is the first call of the model, or there is no room.
-
-        Where it is to no avail, that is not tried again. ``shared`` is the one that runs it now,
-        ``opened`` returns its graph anew.
-        """
-        number = model.row.id
-        inside = {name: one for name, one in held.items() if name not in tables}
-        nbytes = shared.reservation.nbytes + sum(one.array.nbytes for one in inside.values())
-        with self._lock:
-            is_first, has_none = number not in self._asked, self._asked.get(number, False)
-            self._asked[number] = has_none
-            _shorten(self._asked)
-            if self._most_own is None:
-                self._most_own = pool.memory_bytes // _OWN_PART
-            left = self._most_own - sum(own.reservation.nbytes for own in self._own.values())
-        if is_first or has_none or nbytes > left or not inside:
-            return None
-        values = {name: one.value for name, one in inside.items()}
-        try:
-            graph = opened()  # it may wait for others, who may want to load something
-        except BudgetError:  # no room for its pages beside what runs now
-            return None
-        with self._loading:
-            known = self.own(number)
-            if known is not None:  # another thread was faster
-                return known
-            own = None
-            with contextlib.suppress(Exception):  # of many classes; it runs as it did
-                own = make_own(graph, held, values, nbytes, new_session, pool)
-            with self._lock:
-                if own is None:
-                    self._asked[number] = True
-                else:
-                    self._own[number] = own
-                    _shorten(self._own)
-            return own
-
-    def graph(
-        self,
-        model: StoredModel,
-        payload: Callable[[], bytes],
-        tensor: Tensors,
-        pool: PagePool,
-    ) -> tuple[OpenedGraph, _Session]:
-        number = model.row.id
-        with self._lock:
-            graph, key = self._models.get(number, (None, b""))
-            session = self._sessions.get(key)
-            if graph is not None and session is not None:
-                self._models.move_to_end(number)
-                self._sessions.move_to_end(key)
-                return graph, session
-        import_onnxruntime()
-        graph = _opened(model, payload, tensor)
-        key = hashlib.blake2b(graph.model, digest_size=16).digest()
-        session = self._session(key, graph, model.address, pool)
-        graph = replace(graph, model=b"")
-        with self._lock:
-            self._models[number] = graph, key
-            _shorten(self._models)
-        return graph, session
-
-    def tensor(self, block_map: BlockMap, stored: StoredTensor, kind: int, pool: PagePool) -> _Held:
-        """Return a tensor in memory, loaded unless this or another model has the same one."""
-        key = _content(block_map, stored.shape)
-        with self._loading:  # by one thread at a time: two would need the room twice
-            with self._lock:
-                held = self._held.get(key)
-                if held is not None:
-                    self._held.move_to_end(key)
-                    return held
-            n_bytes = math.prod(stored.shape) * stored.dtype.itemsize
-            read = functools.partial(stored.numpy, is_mapped=True)
-            array, reservation = _within(pool, n_bytes, read)
-            held = _Held(as_value(array, kind), array, reservation)
-            with self._lock:
-                self._held[key] = held
-            return held
-
-    def _session(self, key: bytes, graph: OpenedGraph, address: str, pool: PagePool) -> _Session:
-        with self._lock:
-            known = self._sessions.get(key)
-            if known is not None:
-                self._sessions.move_to_end(key)
-                return known
-        # What is inside of the model, the session has in memory.
-        try:
-            runtime, reservation = _within(
-                pool, len(graph.model), lambda: new_session(graph.model, {})
-            )
-        except PydedupError:
-            raise
-        except Exception as exc:
-            raise UnsupportedFormatError(f"ONNX Runtime cannot load {address}: {exc}") from exc
-        kinds = {value.name: value for value in runtime.get_inputs()}
-        session = _Session(runtime, kinds, reservation)
-        with self._lock:
-            self._sessions[key] = session
-            _shorten(self._sessions)
-        return session
-
-    def give_up(self) -> bool:
-        """Forget the session of a model, a tensor, or a large session, not used for longest.
-
-        Calls under way keep theirs.
-        """
-        forgotten: object = None
-        with self._lock:
-            if self._own:
-                forgotten = self._own.popitem(last=False)
-                # Others need the room: it is not to go back and forth.
-                self._most_own = (self._most_own or 0) // 2
-            elif self._held:
-                forgotten = self._held.popitem(last=False)
-            else:
-                sessions = self._sessions.items()
-                large = (key for key, s in sessions if s.reservation.nbytes >= _LARGE_BYTES)
-                forgotten = self._sessions.pop(next(large, b""), None)
-        return forgotten is not None
-
-    def alone(self) -> AbstractContextManager[object]:
-        """Wait for all other calls, and keep those that come waiting."""
-        return self.calls.hold(self.calls.limit)
-
-
-def _opened(model: StoredModel, payload: Callable[[], bytes], tensor: Tensors) -> OpenedGraph:
-    infos = {info.name: info for info in model.tensors}
-    return open_graph(payload(), infos, lambda name: tensor(name).numpy())
-
-
-def _within(pool: PagePool, n_bytes: int, make: Callable[[], _T]) -> tuple[_T, Reservation]:
-    """Make something of so many bytes within the budget."""
-    reservation = pool.reserve(n_bytes)
-    try:
-        return make(), reservation
-    except BaseException:
-        reservation.release()
-        raise
-
-
-def _content(block_map: BlockMap, shape: tuple[int, ...]) -> bytes:
-    """Return a key that two tensors share when they are the same blocks."""
-    page_ids = block_map.page_ids
-    number = id(page_ids)
-    known = _contents.get(number)
-    if known is not None and known[0]() is page_ids and known[1] == shape:
-        return known[2]
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((shape, block_map.dtype.label, block_map.grid)).encode())
-    for column in (page_ids, block_map.slots):  # which say what the bases are
-        digest.update(column.tobytes())
-    key = digest.digest()
-    contents = _contents  # of a module, names are None once the interpreter has ended it
-    gone = weakref.ref(page_ids, lambda _: contents.pop(number, None))
-    contents[number] = gone, shape, key
-    return key
-
-
-#: Keys of the arrays of block maps by their identity, as long as these live.
-_contents: dict[int, tuple[weakref.ref[NDArray[np.int64]], tuple[int, ...], bytes]] = {}
-
-
-def _shorten(kept: OrderedDict[Any, Any]) -> None:
-    while len(kept) > _KEPT:
-        kept.popitem(last=False)
-
-
-_runners: weakref.WeakKeyDictionary[PagePool, _Runner] = weakref.WeakKeyDictionary()
-
-
-def _runner_of(pool: PagePool) -> _Runner:
-    runner = _runners.get(pool)
-    if runner is None:
-        runner = _runners[pool] = _Runner()
-        pool.keeps(runner)
-    return runner
-
-
-def _restart_runners() -> None:
-    """In a forked child: take the weights over, and leave the sessions alone."""
-    for pool, before in list(_runners.items()):
-        runner = _runners[pool] = before.heir()
-        pool.keeps(runner)
-
-
-os.register_at_fork(after_in_child=_restart_runners)  # after the pools, which forget their keepers

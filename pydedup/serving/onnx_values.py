@@ -25,6 +25,7 @@ __all__ = [
     "as_value",
     "check_outputs",
     "import_onnxruntime",
+    "inputs_and_outputs",
     "is_installed",
     "never_end",
     "new_session",
@@ -136,6 +137,12 @@ def new_session(model: bytes, constants: Mapping[str, Any]) -> Any:
     if constants:
         options.add_external_initializers(list(constants), list(constants.values()))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def inputs_and_outputs(session: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the inputs of a session by name, and the types of its outputs."""
+    inputs = {value.name: value for value in session.get_inputs()}
+    return inputs, {value.name: value.type for value in session.get_outputs()}
 
 
 def never_end(session: Any) -> None:

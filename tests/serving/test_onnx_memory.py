@@ -51,7 +51,7 @@ CHILD_OF_LARGE_CALLS = """
 import sys
 import numpy as np, onnx, onnxruntime
 import pydedup
-from pydedup.serving import onnx_session
+from pydedup.serving import onnx_kept
 from pydedup.testing.resident import ResidentMemory
 
 url, rows, models = sys.argv[1], *map(int, sys.argv[2:])
@@ -60,7 +60,7 @@ with pydedup.open(url) as store, ResidentMemory() as memory:
     for number in range(models):
         for _ in range(2):
             store.predict(str(number), x[:1])
-    assert len(onnx_session._runner_of(store._pool)._own) == models
+    assert len(onnx_kept.runner_of(store._pool)._own) == models
     before = memory.now()
     for number in range(models):
         store.predict(str(number), x)

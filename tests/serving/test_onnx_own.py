@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 import pydedup
-from pydedup.serving import onnx_own, onnx_session
+from pydedup.serving import onnx_kept, onnx_own
 from pydedup.testing.serving import until
 
 from .onnx_models import X, node, normal, onnx, run, save, stack, value
@@ -31,7 +31,7 @@ def drawn() -> dict[str, NDArray[np.float32]]:
 
 
 def own_sessions(store: pydedup.Store) -> Mapping[int, Any]:
-    return onnx_session._runner_of(store._pool)._own
+    return onnx_kept.runner_of(store._pool)._own
 
 
 def check(store: pydedup.Store, model: str, path: Path, **inputs: NDArray[Any]) -> None:
@@ -165,7 +165,7 @@ def test_they_make_room(tmp_path: Path) -> None:
         for one in paths:
             check(store, one.stem, one)
         assert own_sessions(store)
-        runner = onnx_session._runner_of(store._pool)
+        runner = onnx_kept.runner_of(store._pool)
         most = runner._most_own
         check(store, "large", path)
         while own_sessions(store):
@@ -227,7 +227,7 @@ def test_who_runs_while_it_is_given_up(store: pydedup.Store, tmp_path: Path) -> 
     path = stack(tmp_path, "m.onnx", drawn())
     store.add("m", path)
     check(store, "m", path)
-    runner = onnx_session._runner_of(store._pool)
+    runner = onnx_kept.runner_of(store._pool)
     with ThreadPoolExecutor(1) as threads:
         done = threads.submit(lambda: [check(store, "m", path) for _ in range(40)])
         for _ in range(200):

@@ -22,7 +22,7 @@ import pytest
 import pydedup
 from pydedup.errors import ArgumentError, BudgetError, NotFoundError, UnsupportedFormatError
 from pydedup.graph import Graph, Node
-from pydedup.serving import onnx_session
+from pydedup.serving import onnx_kept
 from pydedup.testing.program import run_here
 from pydedup.testing.serving import until
 
@@ -75,7 +75,7 @@ def test_sessions_and_equal_tensors_are_shared(store: pydedup.Store, tmp_path: P
         np.testing.assert_allclose(
             store.predict(f"m@{number}", X), run(path, x=X), rtol=1e-4, atol=1e-5
         )
-    runner = onnx_session._runner_of(store._pool)
+    runner = onnx_kept.runner_of(store._pool)
     assert len(runner._sessions) == 1
     assert len(runner._held) == 4  # w, bias, and two of v
 
@@ -396,7 +396,7 @@ def test_weights_make_room_for_pages(tmp_path: Path) -> None:
             )
         # Of a call that is under way, they are waited for, also while it loads others.
         store.predict("by-runtime", X)
-        runner = onnx_session._runner_of(store._pool)
+        runner = onnx_kept.runner_of(store._pool)
         with ThreadPoolExecutor(1) as threads, runner.calls.hold(1):
             used = list(runner._held.values())
             pending = threads.submit(store.predict, "variant", x)
@@ -425,7 +425,7 @@ def test_what_can_never_fit_is_in_nobodys_way(tmp_path: Path) -> None:
         store.add("0", paths[0])
         store.add("large", stack(tmp_path, "large.onnx", two))
         store.predict("0", X)
-        runner = onnx_session._runner_of(store._pool)
+        runner = onnx_kept.runner_of(store._pool)
         before = list(runner._held)
         message = "large@1 is run by ONNX Runtime, .* 4,608,256 bytes of .* has 3,670,016 bytes"
         with ThreadPoolExecutor(1) as threads, runner.calls.hold(1):
