@@ -24,7 +24,7 @@ from pydedup.opening import check_writable, connect_store, pool_of
 from pydedup.predicting import StorePredictions
 from pydedup.registry import place_of
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
-from pydedup.serving.tensor import TensorsOnDemand
+from pydedup.serving.tensor import ArtifactOnDemand, TensorsOnDemand
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, Progress, check_progress
 from pydedup.upkeep import StoreUpkeep
 from pydedup.words import Device, FileFormat, FloatDType, OpenMode, Replacement
@@ -32,7 +32,6 @@ from pydedup.words import Device, FileFormat, FloatDType, OpenMode, Replacement
 if TYPE_CHECKING:
     import torch
 
-    from pydedup.formats.base import Artifact
     from pydedup.quotas import Quotas
     from pydedup.report.compare import Diff, Explanation
     from pydedup.report.figures import ModelFigures, StoreStats
@@ -393,12 +392,10 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
             return as_dtype(array, dtype.numpy)
         return array
 
-    def _artifacts(self, model: StoredModel) -> list[Artifact]:
-        from pydedup.formats.base import Artifact
-
-        artifacts = [Artifact(*found) for found in model.artifacts() if found[0] != GRAPH_ARTIFACT]
+    def _artifacts(self, model: StoredModel) -> list[ArtifactOnDemand]:
+        names = model.artifact_names()
         model.check_live()  # or some of them were gone already
-        return artifacts
+        return [ArtifactOnDemand(name, model) for name in names if name != GRAPH_ARTIFACT]
 
 
 def _first_names(model: StoredModel) -> dict[str, str]:

@@ -336,15 +336,11 @@ class StoredModel:
             self.refresh()
             return matmul.read(self.block_map_at(ordinal), pool)
 
-    def artifacts(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield (name, media type, payload) of all that came with it; see `artifact`."""
-        for name, media_type in sorted(self._media_types().items()):
-            payload = self.artifact(name)
-            if payload is not None:
-                yield name, media_type, payload
-
     def artifacts_in_rows(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield the same as rows have it: of what is in blocks, the lengths of its chunks."""
+        """Yield (name, media type, payload) of all that came with it, as rows have them.
+
+        Of what is in blocks, that is the lengths of its chunks; see `artifact`.
+        """
         for name, media_type in sorted(self._media_types().items()):
             recorded, _ = self._artifact(name)
             if recorded is not None:

@@ -34,6 +34,7 @@ __all__ = [
     "WRITABLE",
     "Array",
     "Artifact",
+    "LazyArtifact",
     "LazyTensors",
     "ModelSource",
     "Outgoing",
@@ -89,6 +90,18 @@ class Artifact:
     payload: bytes
 
 
+class LazyArtifact(Protocol):
+    """What a writer takes for an artifact, whose payload may be loaded on demand."""
+
+    @property
+    def name(self) -> str:
+        """As it is of an `Artifact`."""
+
+    @property
+    def payload(self) -> bytes:
+        """As it is of an `Artifact`."""
+
+
 class LazyTensors(Protocol):
     """What a writer takes tensors from: any mapping whose look-up may load on demand."""
 
@@ -112,7 +125,7 @@ class Outgoing:
 
     tensors: LazyTensors
     entries: Sequence[TensorEntry]
-    artifacts: Sequence[Artifact] = ()
+    artifacts: Sequence[LazyArtifact] = ()
     graph: Graph | None = None
 
     def fetch(self, entry: TensorEntry) -> Array:
@@ -262,7 +275,7 @@ def name_problem(name: object) -> str | None:
     return None
 
 
-def find_artifact(artifacts: Iterable[Artifact], name: str) -> bytes | None:
+def find_artifact(artifacts: Iterable[LazyArtifact], name: str) -> bytes | None:
     """Return the payload of the artifact with that name, or ``None``."""
     for artifact in artifacts:
         if artifact.name == name:
@@ -270,7 +283,7 @@ def find_artifact(artifacts: Iterable[Artifact], name: str) -> bytes | None:
     return None
 
 
-def find_object(artifacts: Iterable[Artifact], name: str) -> dict[str, Any] | None:
+def find_object(artifacts: Iterable[LazyArtifact], name: str) -> dict[str, Any] | None:
     """Return the JSON object that a reader left as the artifact with that name, or ``None``.
 
     Raises CorruptStoreError where it is none any more.

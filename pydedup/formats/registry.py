@@ -37,7 +37,7 @@ from pydedup.formats._zip import ZipMembers
 from pydedup.formats.arrays import MappingSource
 from pydedup.formats.base import (
     WRITABLE,
-    Artifact,
+    LazyArtifact,
     LazyTensors,
     ModelSource,
     Outgoing,
@@ -203,7 +203,7 @@ def write_model(
     path: str | os.PathLike[str],
     tensors: LazyTensors,
     entries: Sequence[TensorEntry],
-    artifacts: Iterable[Artifact] = (),
+    artifacts: Iterable[LazyArtifact] = (),
     graph: Graph | None = None,
     *,
     format: str | None = None,
@@ -269,7 +269,7 @@ def _write_file(kind: str, scratch: Path, target: Path, outgoing: Outgoing) -> l
     return [] if kind in _WITH_TIES else copies(outgoing.entries)
 
 
-def _format_of(text: str, target: Path, artifacts: Sequence[Artifact]) -> str:
+def _format_of(text: str, target: Path, artifacts: Sequence[LazyArtifact]) -> str:
     suffix = target.suffix.lower()
     if text.endswith(os.sep) or target.is_dir() or not suffix:
         return "huggingface"

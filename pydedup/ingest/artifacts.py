@@ -20,7 +20,6 @@ from pydedup.catalog import chunk_lengths, laid_out
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
-from pydedup.layout import joined
 from pydedup.types import DType
 
 __all__ = ["LEAST_BYTES", "cut_at", "in_chunks", "match_artifacts"]
@@ -35,7 +34,6 @@ _WINDOW: Final = 8
 _ONE_OF_BITS: Final = 11
 #: An odd number, so that all bits of the window take part in the highest of the product.
 _FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)
-_BYTES_AT_ONCE: Final = 1 << 20
 
 
 class _Bytes:
@@ -76,25 +74,19 @@ def in_chunks(payload: bytes) -> tuple[MatrixView, list[int]]:
 
 def cut_at(content: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Return where chunks end, the last one with the content, uint8 (n,); int64, ascending."""
-    chosen = _chosen(content)
     ends, start = [], 0
     while len(content) - start > _LONGEST:
-        at = int(np.searchsorted(chosen, start + _SHORTEST))
-        longest = start + _LONGEST
-        start = min(int(chosen[at]), longest) if at < len(chosen) else longest
+        start += _length_of_chunk(content[start : start + _LONGEST])
         ends.append(start)
     return np.array([*ends, len(content)], np.int64)
 
 
-def _chosen(content: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return the places behind windows that choose these, ascending."""
-    found = []
-    for start in range(0, len(content) - _WINDOW + 1, _BYTES_AT_ONCE):
-        piece = content[start : start + _BYTES_AT_ONCE + _WINDOW - 1].astype(np.uint64)
-        count = len(piece) - _WINDOW + 1
-        words = np.zeros(count, np.uint64)
-        for byte in range(_WINDOW):
-            words |= piece[byte : byte + count] << np.uint64(8 * byte)
-        highest = (words * _FACTOR) >> np.uint64(64 - _ONE_OF_BITS)
-        found.append(np.flatnonzero(highest == 0) + start + _WINDOW)
-    return joined(found)
+def _length_of_chunk(content: NDArray[np.uint8]) -> int:
+    """Return how much of this is the next chunk: up to the first window that chooses its end."""
+    piece = content[_SHORTEST - _WINDOW :].astype(np.uint64)
+    count = len(piece) - _WINDOW + 1
+    words = np.zeros(count, np.uint64)
+    for byte in range(_WINDOW):
+        words |= piece[byte : byte + count] << np.uint64(8 * byte)
+    chosen = np.flatnonzero((words * _FACTOR) >> np.uint64(64 - _ONE_OF_BITS) == 0)
+    return _SHORTEST + int(chosen[0]) if len(chosen) else _LONGEST

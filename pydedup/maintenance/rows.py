@@ -84,8 +84,9 @@ def refuse_pages_in_use(adapter: Adapter, page_ids: Collection[int]) -> None:
 
 def lost_models(adapter: Adapter) -> set[int]:
     """Return the ids of models that are recorded as reading pages, and neither live nor staged."""
-    known = {row.id for row in adapter.models(state=None) if row.state in (LIVE, STAGING)}
-    return {model_id for model_id, _, _, _ in adapter.model_pages()} - known
+    with adapter.snapshot():  # else one that was added in between would have none
+        known = {row.id for row in adapter.models(state=None) if row.state in (LIVE, STAGING)}
+        return {model_id for model_id, _, _, _ in adapter.model_pages()} - known
 
 
 def wrong_reads(

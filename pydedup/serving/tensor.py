@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +25,7 @@ from pydedup.types import DType, Progress, TensorInfo
 from pydedup.words import Activation, BagMode
 
 __all__ = [
+    "ArtifactOnDemand",
     "StoredTensor",
     "TensorOf",
     "TensorsOnDemand",
@@ -383,3 +385,20 @@ class TensorsOnDemand:
         if self._progress is not None:
             self._progress("reading", self._done, self._total)
         return array
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactOnDemand:
+    """What came with a model beside its tensors, loaded when a writer asks for it."""
+
+    name: str
+    model: StoredModel
+
+    @property
+    def payload(self) -> bytes:
+        """What it is. Raises CorruptStoreError, and NotFoundError when the model was removed."""
+        payload = self.model.artifact(self.name)
+        if payload is None:
+            self.model.check_live()
+            raise CorruptStoreError(f"{self.model.address}: its {self.name!r} is lost")
+        return payload

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,24 @@ def test_sizes(size: int, tmp_path: Path) -> None:
         store.export("m", tmp_path / "out")
         assert (tmp_path / "out" / "w.json").read_bytes() == content
         assert store.verify().ok
+
+
+def test_an_export_takes_the_memory_of_one_file(tmp_path: Path) -> None:
+    """All of them were read beforehand, also where none is written."""
+    files = {f"f{n}": NOISE[n:] * 20 for n in range(12)}
+    together = sum(map(len, files.values()))
+    with pydedup.open(tmp_path / "store.db", memory="2MiB") as store:
+        store.add("m", folder(tmp_path / "one", 1, **files))
+        for target, most in (("m.safetensors", 0.2), ("out", 0.6)):
+            tracemalloc.start()
+            try:
+                store.export("m", tmp_path / target)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert peak < most * together
+    for name, content in files.items():
+        assert (tmp_path / "out" / f"{name}.json").read_bytes() == content
 
 
 def test_copies_and_backups_take_them_along(store_url: str, tmp_path: Path) -> None:

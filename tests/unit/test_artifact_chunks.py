@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -50,6 +51,19 @@ def test_chunks_end_where_the_rule_says(count: int, letters: int) -> None:
     lengths = np.diff(found, prepend=0)
     assert (lengths <= LONGEST).all()
     assert (lengths[:-1] >= SHORTEST).all()
+
+
+def test_zeros_take_no_memory() -> None:
+    """Each of their places may be where a chunk ends: 64 MiB took a GiB."""
+    zeros = np.zeros(20_000_000, np.uint8)
+    tracemalloc.start()
+    try:
+        count = len(cut_at(zeros))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == -(-len(zeros) // SHORTEST)
+    assert peak < len(zeros) // 10
 
 
 def test_places_are_kept_by_later_versions() -> None:
