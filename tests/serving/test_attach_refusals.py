@@ -27,9 +27,19 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 X = torch.randn(3, 80)
 
 
+BIAS = torch.randn(70)
+linear = nn.functional.linear
+
+
 def forward_mode(module: Any) -> Any:
     with torch.autograd.forward_ad.dual_level():
         return module(torch.autograd.forward_ad.make_dual(X, X))
+
+
+def bias_in_forward_mode(module: Any) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        bias = torch.autograd.forward_ad.make_dual(BIAS, BIAS)
+        return linear(X, module[0].weight, bias)
 
 
 IDS = torch.tensor([0, -1])
@@ -69,6 +79,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "view of a matrix": (lambda m: (m[0].weight.flatten().zero_(), m[0].weight + 1), "was changed"),
     "requires_grad_": (lambda m: m.requires_grad_(), "has no gradient"),
     "a dual number": (forward_mode, "has a tangent, and streamed weights give none"),
+    "a dual bias": (bias_in_forward_mode, "the bias of '0.weight' of m has a tangent"),
     "script": (torch.jit.script, "cannot be compiled by TorchScript"),
     "trace": (lambda m: torch.jit.trace(m, X), "cannot be traced, compiled or exported"),
     "make_fx": (lambda m: make_fx(m)(X), "cannot be traced, compiled or exported"),
@@ -83,6 +94,15 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "integers": (lambda m: m(X.long()), "is torch.int64; floats are needed"),
     "float64": (lambda m: m(X.double()), "is torch.float64, and the weight torch.float32"),
     "bf16": (lambda m: X.bfloat16() @ m[0].weight.T, "is torch.bfloat16, and the weight"),
+    "a bias in float64": (
+        lambda m: linear(X, m[0].weight, BIAS.double()),
+        "the bias of '0.weight' of m is torch.float64, and the weight torch.float32",
+    ),
+    "a bias of rows in float64": (
+        lambda m: linear(X, m[0].weight[:9], BIAS[:9].double()),
+        "the bias of '0.weight' of m is torch.float64",
+    ),
+    "a bias elsewhere": (lambda m: linear(X, m[0].weight, BIAS.to("meta")), "the bias is on meta"),
     "padding": (
         lambda m: bag(IDS[None].abs(), m[0].weight, padding_idx=70),
         "padding_idx 70 is none of the 70 rows",
@@ -110,8 +130,12 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "sparse": (lambda m: m(X.to_sparse()), "is no plain tensor in memory"),
     "vmap": (lambda m: torch.vmap(m)(X), "cannot be part of what torch.func transforms"),
     "jvp": (lambda m: torch.func.jvp(m, (X,), (X,)), "cannot be part of what torch.func"),
+    "vmap of a bias": (
+        lambda m: torch.vmap(lambda b: linear(X, m[0].weight, b))(BIAS[None]),
+        "bias of '0.weight' of m is no plain tensor",
+    ),
     "vmap of a part": (
-        lambda m: torch.vmap(lambda x: nn.functional.linear(x, m[0].weight))(X),
+        lambda m: torch.vmap(lambda x: linear(x, m[0].weight))(X),
         "is no plain tensor in memory",
     ),
 }
@@ -139,6 +163,21 @@ def test_gradients_are_refused(store: pydedup.Store) -> None:
         module(x)
     with torch.enable_grad():
         assert not module(X).requires_grad
+
+
+def test_gradients_of_a_bias_of_ones_own_are_refused(store: pydedup.Store) -> None:
+    """There were none, without a word: training such a bias changed nothing."""
+    convolution, x = nn.Conv1d(80, 5, 1).eval(), X[..., None]
+    for name, module, given in (("m", net(), X), ("c", nn.Sequential(convolution).eval(), x)):
+        store.add(name, module)
+        store.attach(module, name)
+        module[-1].bias = nn.Parameter(torch.zeros(5))
+        assert not module(given).requires_grad
+        with (
+            torch.enable_grad(),
+            pytest.raises(ArgumentError, match=r"the bias of .* requires a gr"),
+        ):
+            module(given)
 
 
 def test_running_statistics_are_not_updated(store: pydedup.Store) -> None:

@@ -34,44 +34,44 @@ _Tensor = torch.Tensor
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def as_input(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
+def as_input(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> torch.Tensor:
     """Return an input that is in memory and asks for no derivative, or raise ArgumentError."""
     if not x.is_cpu:
-        raise ArgumentError(f"{weight.label} is streamed on the CPU; the input is on {x.device}")
+        raise ArgumentError(f"{weight.label} is streamed on the CPU; the {what} is on {x.device}")
     if x.requires_grad:
         if torch.is_grad_enabled():
             raise ArgumentError(
-                f"the input of {weight.label} requires a gradient, and streamed weights have "
+                f"the {what} of {weight.label} requires a gradient, and streamed weights have "
                 "none; use torch.no_grad()"
             )
         x = x.detach()
     if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise ArgumentError(
-            f"the input of {weight.label} has a tangent, and streamed weights give none; call the "
+            f"the {what} of {weight.label} has a tangent, and streamed weights give none; call the "
             "module outside of torch.autograd.forward_ad.dual_level"
         )
     return x
 
 
 def as_floats(
-    x: torch.Tensor, weight: StoredParameter, *, keeps_bf16: bool = False
+    x: torch.Tensor, weight: StoredParameter, what: str = "input", *, keeps_bf16: bool = False
 ) -> NDArray[Any]:
     """Return an input as kernels take it, without a copy where it is float32 or float64.
 
     Products take bfloat16 as it is, which ``keeps_bf16`` asks for.
     """
-    x = as_input(x, weight)
+    x = as_input(x, weight, what)
     dtype = x.dtype
     if keeps_bf16 and dtype is torch.bfloat16:  # which numpy does not know
         return as_numpy(x.view(torch.int16), weight).view(DType.BF16.numpy)
     if dtype in _HALVES:
         x = x.float()
     elif dtype is not torch.float32 and dtype is not torch.float64:
-        raise ArgumentError(f"the input of {weight.label} is {dtype}; floats are needed")
-    return as_numpy(x, weight)
+        raise ArgumentError(f"the {what} of {weight.label} is {dtype}; floats are needed")
+    return as_numpy(x, weight, what)
 
 
-def _cast(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
+def _cast(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> torch.Tensor:
     """Return an input of a product as torch.autocast has it, which a module may enter itself."""
     if torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, *_HALVES):
         return x.to(torch.get_autocast_dtype("cpu"))
@@ -79,20 +79,20 @@ def _cast(x: torch.Tensor, weight: StoredParameter) -> torch.Tensor:
     if x.dtype != dtype and x.is_floating_point():
         # As torch does: else a float64 one would be answered with the digits of float32.
         raise ArgumentError(
-            f"the input of {weight.label} is {x.dtype}, and the weight {dtype}: convert the input, "
-            "or attach a module in its dtype"
+            f"the {what} of {weight.label} is {x.dtype}, and the weight {dtype}: convert the "
+            f"{what}, or attach a module in its dtype"
         )
     return x
 
 
-def as_numpy(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
+def as_numpy(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> NDArray[Any]:
     """Return an input as an array, or raise ArgumentError for what is no plain tensor."""
     try:
         return (x if x.is_contiguous() else x.contiguous()).numpy()  # torch's copies are counted
     except (RuntimeError, TypeError) as exc:
         raise ArgumentError(
-            f"the input of {weight.label} is no plain tensor in memory (sparse, nested, of vmap or "
-            f"of a tracer): {exc}"
+            f"the {what} of {weight.label} is no plain tensor in memory (sparse, nested, of vmap "
+            f"or of a tracer): {exc}"
         ) from exc
 
 
@@ -102,14 +102,13 @@ def as_result(y: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     return result if result.dtype is dtype else result.to(dtype)
 
 
-def _bias(bias: torch.Tensor | None) -> NDArray[Any] | None:
-    """Return a bias that is stored, or any other vector."""
+def _bias(bias: torch.Tensor | None, weight: StoredParameter) -> NDArray[Any] | None:
+    """Return a bias that is stored, or any other vector, which is an input as well."""
     if bias is None:
         return None
     if type(bias) is StoredParameter:  # of a vector, the whole: parts of one are loaded
         return bias.attachment.weights().bias(bias.number)
-    bias = bias.detach()
-    return bias.float().numpy() if bias.dtype in _HALVES else bias.numpy()
+    return as_floats(_cast(bias, weight, "bias"), weight, "bias")
 
 
 def _is_beside(bias: torch.Tensor, weight: StoredParameter) -> TypeGuard[StoredParameter]:
@@ -173,7 +172,7 @@ def _product(
         elif _is_beside(bias, weight) and _shape(bias) == (outer,):
             y = weights.matmul(weight.number, given, bias.number, transpose=transpose)
         else:
-            offset = _bias(bias)
+            offset = _bias(bias, weight)
             if offset is not None and offset.size == 1:  # torch adds it to every column
                 offset = offset.repeat(outer)
             y = stored.matmul(given, bias=offset, transpose=transpose)
@@ -182,7 +181,7 @@ def _product(
     outer, inner = rows[1] - rows[0], stored.shape[-1]
     if transpose:
         outer, inner = inner, outer
-    offset = _bias(bias)
+    offset = _bias(bias, weight)
     if given.shape[-1:] != (inner,) or (offset is not None and offset.size not in (1, outer)):
         return NotImplemented  # torch says what is wrong
     if transpose:
@@ -318,8 +317,8 @@ def _convolution(
     x = _cast(x, weight)
     given = as_floats(x, weight)
     if n_axes == 2:
-        return as_result(stored.conv2d(given, bias=_bias(bias), **options), x.dtype)
-    y = stored.conv2d(given[..., None, :], bias=_bias(bias), **options)
+        return as_result(stored.conv2d(given, bias=_bias(bias, weight), **options), x.dtype)
+    y = stored.conv2d(given[..., None, :], bias=_bias(bias, weight), **options)
     return as_result(y[..., 0, :], x.dtype)
 
 
