@@ -161,12 +161,12 @@ class _Copier:
         if not item.is_wanted:
             return _nothing_done(item)
         not_whole: set[int] = set()
-        keeps_bases = True
+        keeps_bases = takes_pages = True
         for _ in range(_ATTEMPTS):
             self._catch_up()
             epochs = self._epoch(), self._there.epoch
             try:
-                copied = self._attempt(item, not_whole, keeps_bases)
+                copied = self._attempt(item, not_whole, keeps_bases, takes_pages)
             except NotWholeError as error:
                 not_whole.update(error.page_ids)
                 continue
@@ -179,8 +179,13 @@ class _Copier:
                 # Nobody moved or removed pages meanwhile: a store is damaged.
                 if self._damaged is None:
                     raise type(error)(self._where(item, error) + SKIPPING) from error
+                if takes_pages and self._there.is_bare:
+                    takes_pages = False  # what is damaged may be of others on its pages
+                    continue
                 is_named = item.address in str(error)
-                self._damaged.append(f"{'' if is_named else f'{item.address}: '}{error}")
+                said = f"{'' if is_named else f'{item.address}: '}{error}"
+                if said not in self._damaged:  # of a page that several models read
+                    self._damaged.append(said)
                 item.status = "damaged"
                 copied = _nothing_done(item)
             except NotFoundError:
@@ -224,8 +229,10 @@ class _Copier:
         row = version_of(theirs, item.row.name, item.row.version)
         return row is not None and same_model(ours, item.row, theirs, row)
 
-    def _attempt(self, item: Item, not_whole: set[int], keeps_bases: bool) -> CopiedModel | None:
-        """Copy once; ``None`` when that must be done anew."""
+    def _attempt(
+        self, item: Item, not_whole: set[int], keeps_bases: bool, takes_pages: bool
+    ) -> CopiedModel | None:
+        """Copy once, whole pages if these may be taken; ``None`` when that must be done anew."""
         source, target = self._source, self._target
         epoch = self._there.epoch
         model = read_model(source.adapter, item.row)
@@ -234,7 +241,7 @@ class _Copier:
         self._progress.begin(sum(sizes.get(page_id, 0) for page_id in new))
         with Spool(_SPOOL_MEMORY_BYTES, elsewhere=source.pool) as spool:
             matcher = Matcher(target.adapter, target.pool, spool, keeps_bases=keeps_bases)
-            used = self._survey.used if self._there.is_bare else {}
+            used = self._survey.used if takes_pages and self._there.is_bare else {}
             scope = Scope(self._known, self._there.twins, used, not_whole)
             resolver = Resolver(
                 source, target, matcher, spool, model, scope, self._progress.advance

@@ -86,6 +86,29 @@ def test_all_but_a_damaged_model_is_taken(
         assert report.copied == 2
 
 
+def test_a_model_beside_deltas_on_a_damaged_page_is_taken(store_url: str, tmp_path: Path) -> None:
+    """It was called damaged: its page was to go whole, with blocks of others that are.
+
+    What was damaged was said once for each model that reads it.
+    """
+    near = {"w": MODELS["one"]["w"] * np.float32(1 + 1e-6)}
+    with pydedup.open(store_url) as store:
+        store.add("base", MODELS["one"])
+        reports = store.add_many({"small": MODELS["two"], "near": near})
+        assert [report.delta_blocks > 0 for report in reports] == [False, True]
+        assert store.stats().pages == 2
+    change(store_url, "UPDATE {pages} SET payload = substr(payload, 1, 9000) WHERE id = 1")
+    with pydedup.open(store_url) as store:
+        report = store.copy_to(tmp_path / "copy.db", skip_damaged=True)
+        (said,) = report.damaged
+        assert "read by base@1, near@1;" in said
+        assert [model.status for model in report.models] == ["damaged", "copied", "damaged"]
+    with pydedup.open(tmp_path / "copy.db") as store:
+        assert [info.name for info in store.models()] == ["small"]
+        assert np.array_equal(store.load("small")["w"], MODELS["two"]["w"])
+        assert store.verify().ok
+
+
 def test_damaged_quotas_are_not_carried(tmp_path: Path) -> None:
     """They were, into a backup in the place of a sound one: none was left to restore them from."""
     path, backup = tmp_path / "store.db", tmp_path / "backup.db"
