@@ -77,10 +77,7 @@ def make_own(
     # The runtime has what it was given until all is laid out.
     meanwhile = pool.reserve_free(nbytes)
     if reservation is None or meanwhile is None:
-        for taken in (reservation, meanwhile):
-            if taken is not None:
-                taken.release()
-        return None
+        return None  # what one of them got is given back as it goes
     try:
         runtime = new_session(with_constants(graph.model, values), values)
     except BaseException:

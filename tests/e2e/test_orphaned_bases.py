@@ -20,6 +20,7 @@ from pydedup.testing.program import run_here
 from pydedup.text import size
 from pydedup.types import DType
 
+from .damage import change
 from .relatives import Model, adapted, dense, same_bits
 
 BOUNDED = policies.Bounded(1e-4)
@@ -166,6 +167,20 @@ def test_a_base_that_a_model_has_stays(store: pydedup.Store) -> None:
     assert same_bits(store, "same", models["m@1"])
 
 
+def test_bases_of_others_are_no_hindrance(store: pydedup.Store) -> None:
+    models = add_nights(store, dense(6), 2)
+    other = {name: tensor[::-1] * np.float32(1.5) for name, tensor in dense(6).items()}
+    models |= {"n@1": other, "n@2": night(other, 9)}
+    for address in ("n@1", "n@2"):
+        report = store.add(address, models[address])
+    assert report.delta_blocks == report.blocks
+    store.remove("m@1")
+    del models["m@1"]
+    assert store.vacuum().reencoded_blocks == report.blocks  # those of m@2
+    assert all(same_bits(store, address, model) for address, model in models.items())
+    assert store.verify().errors == []
+
+
 def test_the_command_says_what_it_stored_anew(store: pydedup.Store, url: str) -> None:
     add_nights(store, dense(), 2)
     store.remove("m@1")
@@ -257,6 +272,20 @@ def test_a_store_is_not_read_whole_each_time_for_what_does_not_pay(
 
     monkeypatch.setattr(vacuum, "repack", refused)
     assert store.vacuum().rewritten_pages == 0
+
+
+@pytest.mark.parametrize(
+    "damage", ["UPDATE {pages} SET payload = zeroblob(length(payload))", "DELETE FROM {block_maps}"]
+)
+def test_where_something_is_damaged_deltas_stay(damage: str, url: str) -> None:
+    """Else all is laid out well, so there is nothing that a vacuum could not do."""
+    with pydedup.open(url) as store:
+        add_nights(store, dense(6), 2)
+        store.remove("m@1")
+    change(url, damage)
+    with pydedup.open(url) as store:
+        assert store.vacuum().reencoded_blocks == 0
+        assert not store.verify().ok
 
 
 @pytest.mark.parametrize("measure", ["marginal", "logical", None])

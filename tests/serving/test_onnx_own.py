@@ -17,7 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 import pydedup
-from pydedup.serving import onnx_kept, onnx_own
+from pydedup.errors import BudgetError
+from pydedup.serving import onnx_kept, onnx_own, onnx_session
 from pydedup.testing.serving import until
 
 from .onnx_models import X, node, normal, onnx, run, save, stack, value
@@ -72,6 +73,14 @@ def test_tables_are_shared(store: pydedup.Store, tmp_path: Path) -> None:
     assert [value.name for value in own.runtime.get_inputs()] == ["x", "table"]
     nbytes = 4 * (50 * 64 + 64 * 80)
     assert nbytes <= own.reservation.nbytes < nbytes + 2000  # and the graph
+
+
+def test_a_model_of_tables_alone_gets_none(store: pydedup.Store, tmp_path: Path) -> None:
+    nodes = [node("Gather", "table x", "rows", axis=0), node("Sin", "rows", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"table": normal(90, 64)}, [value("x", 7, ("n",))])
+    store.add("m", path)
+    check(store, "m", path, x=np.array([3, 89, 0]))
+    assert not own_sessions(store)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.int8, np.uint8])
@@ -138,9 +147,12 @@ def test_a_runtime_that_takes_no_constants(
     assert store.stats().pool["reserved_bytes"] == before
 
 
-def test_they_take_half_of_the_budget(tmp_path: Path) -> None:
+@pytest.mark.parametrize("differs", ["v", "bias"])
+def test_they_take_half_of_the_budget(tmp_path: Path, differs: str) -> None:
+    """Also where it is them that take the most, as of models with equal weights."""
     weights = {"w": normal(64, 2048), "v": normal(2048, 64), "bias": normal(64)}  # 1 MiB
-    paths = [stack(tmp_path, f"{i}.onnx", {**weights, "v": normal(2048, 64)}) for i in range(12)]
+    shape = weights[differs].shape
+    paths = [stack(tmp_path, f"{i}.onnx", {**weights, differs: normal(*shape)}) for i in range(12)]
     with pydedup.open(tmp_path / "small.db", memory="24MiB") as store:
         for path in paths:
             store.add(path.stem, path)
@@ -175,6 +187,65 @@ def test_they_make_room(tmp_path: Path) -> None:
         assert runner._most_own < most
         for one in [*paths, path]:
             check(store, one.stem, one)
+        assert not own_sessions(store)
+
+
+def test_one_is_made_where_there_is_room_twice(store: pydedup.Store, tmp_path: Path) -> None:
+    """The runtime has what it was given until all is laid out."""
+    path = stack(tmp_path, "m.onnx", drawn())
+    store.add("m", path)
+    store.predict("m", X)
+    nbytes = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+    stats = store.stats().pool
+    room = stats["budget_bytes"] - stats["bytes"]
+    with store._pool.reserve(room - nbytes * 3 // 2):
+        before = store.stats().pool["reserved_bytes"]
+        check(store, "m", path)
+        assert not own_sessions(store)
+        assert store.stats().pool["reserved_bytes"] == before
+
+
+def test_one_is_not_made_where_its_graph_has_no_room(
+    store: pydedup.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stack(tmp_path, "m.onnx", drawn())
+    store.add("m", path)
+    store.predict("m", X)
+
+    def refuse(*_: Any) -> None:
+        raise BudgetError("no room")
+
+    monkeypatch.setattr(onnx_session, "opened_graph", refuse)
+    check(store, "m", path)
+    assert not own_sessions(store)
+
+
+def test_who_was_asked_last_stays(store: pydedup.Store, tmp_path: Path) -> None:
+    paths = [stack(tmp_path, f"{i}.onnx", drawn()) for i in range(2)]
+    for path in paths:
+        store.add(path.stem, path)
+    check(store, "0", paths[0])
+    (first,) = own_sessions(store)
+    check(store, "1", paths[1])
+    check(store, "0", paths[0])
+    assert onnx_kept.runner_of(store._pool).give_up()
+    assert list(own_sessions(store)) == [first]
+
+
+def test_few_are_kept(
+    store: pydedup.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_kept, "_KEPT", 2)
+    paths = []
+    for width in (100, 200, 300):  # each has another graph
+        weights = {"w": normal(64, width), "v": normal(width, 8), "bias": normal(8)}
+        paths.append(stack(tmp_path, f"{width}.onnx", weights))
+        store.add(paths[-1].stem, paths[-1])
+    runner = onnx_kept.runner_of(store._pool)
+    for path in [*paths, *paths]:
+        check(store, path.stem, path)
+        for kept in (runner._models, runner._sessions, runner._own, runner._asked):
+            assert len(kept) <= 2  # type: ignore[arg-type]
 
 
 def test_an_alias_that_moves_and_a_vacuum(store: pydedup.Store, tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ import onnxruntime
 import pytest
 
 import pydedup
+from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError, NotFoundError, UnsupportedFormatError
 from pydedup.graph import Graph, Node
-from pydedup.serving import onnx_kept
+from pydedup.serving import onnx_kept, onnx_own
 from pydedup.testing.program import run_here
 from pydedup.testing.serving import until
 
@@ -373,6 +374,56 @@ def test_models_that_do_not_fit_at_once_wait_for_each_other(tmp_path: Path) -> N
 
         with ThreadPoolExecutor(3) as threads:
             list(threads.map(predict, range(3)))
+
+
+def test_a_call_waits_for_no_other(store: pydedup.Store, tmp_path: Path) -> None:
+    store.add(
+        "m", stack(tmp_path, "m.onnx", {"w": normal(64, 80), "v": normal(80, 9), "bias": X[0, :9]})
+    )
+    wanted = store.predict("m", X)
+    calls = onnx_kept.runner_of(store._pool).calls
+    with ThreadPoolExecutor(1) as threads, calls.hold(1):
+        np.testing.assert_array_equal(threads.submit(store.predict, "m", X).result(60), wanted)
+
+
+def test_a_graph_is_read_once(
+    store: pydedup.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add(
+        "m", stack(tmp_path, "m.onnx", {"w": normal(64, 80), "v": normal(80, 9), "bias": X[0, :9]})
+    )
+    read = []
+    artifact = StoredModel.artifact
+
+    def noting(model: StoredModel, name: str) -> bytes | None:
+        read.append(name)
+        return artifact(model, name)
+
+    monkeypatch.setattr(StoredModel, "artifact", noting)
+    monkeypatch.setattr(onnx_own, "with_constants", lambda *_: b"no model")
+    for _ in range(2):  # the second call tries a session of its own, of the graph read anew
+        store.predict("m", X)
+    assert read
+    del read[:]
+    for _ in range(3):
+        store.predict("m", X)
+    assert read == []
+
+
+def test_what_was_not_used_for_longest_makes_room(store: pydedup.Store, tmp_path: Path) -> None:
+    for number in range(2):
+        weights = {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)}
+        store.add(str(number), stack(tmp_path, "m.onnx", weights))
+    runner = onnx_kept.runner_of(store._pool)
+    store.predict("0", X)
+    first = list(runner._held)
+    for name in "10":
+        store.predict(name, X)
+    while runner._own:
+        assert runner.give_up()
+    for _ in first:
+        assert runner.give_up()
+    assert list(runner._held) == first
 
 
 def test_weights_make_room_for_pages(tmp_path: Path) -> None:
