@@ -19,7 +19,7 @@ from pydedup.blocks import MatrixView
 from pydedup.catalog import chunk_lengths, laid_out
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.match import Matcher
-from pydedup.ingest.staged import MatchedModel, MatchedTensor
+from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.types import DType
 
 __all__ = ["LEAST_BYTES", "cut_at", "in_chunks", "match_artifacts"]
@@ -52,7 +52,7 @@ class _Bytes:
 _POLICY: Final = _Bytes()
 
 
-def match_artifacts(matcher: Matcher, model: MatchedModel) -> None:
+def match_artifacts(matcher: Matcher, model: StagedModel) -> None:
     """Read the artifacts of a model, and find or keep the blocks of large ones."""
     for name, payload in model.note_artifacts():
         if len(payload) < LEAST_BYTES:

@@ -98,6 +98,14 @@ class StagedModel(abc.ABC):
         Of those in blocks, the payload is what lengths their chunks have.
         """
 
+    @abc.abstractmethod
+    def note_artifacts(self) -> Iterator[tuple[str, bytes]]:
+        """Yield (name, payload) of what belongs to it besides tensors and is in no blocks yet."""
+
+    @abc.abstractmethod
+    def keep_in_blocks(self, artifact: MatchedTensor, chunks: bytes) -> None:
+        """Note that an artifact is kept in blocks, and what is recorded of its chunks."""
+
     @property
     def replaces(self) -> int:
         """The id of the live model whose place it takes, 0 for none."""

@@ -25,6 +25,7 @@ from pydedup.errors import (
     DuplicateError,
     NotFoundError,
 )
+from pydedup.ingest.artifacts import match_artifacts
 from pydedup.ingest.match import Matcher
 from pydedup.ingest.pages import settled
 from pydedup.ingest.publish import publish_batch
@@ -32,7 +33,7 @@ from pydedup.ingest.quota import BasesRefusedError, check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.write import Stager
 from pydedup.jobs import Job
-from pydedup.layout import joined, split_places
+from pydedup.layout import NO_PLACE, joined, split_places
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.arrival import check_arrival
 from pydedup.moving.known import Known, Scope, Whereabouts
@@ -69,7 +70,8 @@ def copy_models(
 
     Memory: the two pools, some 200 bytes for each page of the source and 250 for each of the
     destination, 40 for each block that models share with later ones, and for each block of the
-    largest model 300 (whole pages) or 700; what an add takes of a tensor that is matched anew.
+    largest model 300 (whole pages) or 700; what an add takes of a tensor that is matched anew, or
+    of a large artifact that the source has in a row.
     """
     started = time.monotonic()
     _refuse_same_store(source.adapter, target.adapter)
@@ -247,9 +249,12 @@ class _Copier:
                 source, target, matcher, spool, model, scope, self._progress.advance
             )
             resolved = resolver.run()
-            spool.freeze()
             parts, count = matched_parts(model, resolved.references), len(model.stored.tensors)
             copy = MovedModel(item, model.stored, parts[:count], parts[count:])
+            before = spool.count
+            match_artifacts(matcher, copy)
+            resolved.places.append(np.full(spool.count - before, NO_PLACE))
+            spool.freeze()
             places = joined(resolved.places)
             stager = Stager(
                 matcher,

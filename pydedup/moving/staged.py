@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import STAGING, Adapter, ModelRow
-from pydedup.catalog import StoredModel, aliases_of, point_alias, version_of
+from pydedup.catalog import StoredModel, aliases_of, artifact_digests, point_alias, version_of
 from pydedup.errors import DuplicateError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
@@ -31,6 +31,8 @@ class MovedModel(StagedModel):
     tensors: list[MatchedTensor]
     artifacts_in_blocks: list[MatchedTensor]
     model_id: int = 0
+    #: Of artifacts that the source has in rows: what is recorded of their chunks.
+    _chunks: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -56,8 +58,25 @@ class MovedModel(StagedModel):
 
         Raises NotFoundError when it was removed: then some of that may be gone already.
         """
-        yield from self.source.artifacts_in_rows()
+        for name, media_type, recorded in self.source.artifacts_in_rows():
+            yield name, media_type, self._chunks.get(name, recorded)
         self.source.check_live()
+
+    def note_artifacts(self) -> Iterator[tuple[str, bytes]]:
+        """Yield (name, payload) of what the source has in rows, as older stores have all of it.
+
+        Not of what it has no hash of: of what is in blocks, that tells whether it is the same.
+        """
+        in_blocks = {part.entry.name for part in self.artifacts_in_blocks}
+        for name in sorted(artifact_digests(self.item.row).keys() - in_blocks):
+            payload = self.source.artifact(name)
+            if payload is not None:
+                yield name, payload
+
+    def keep_in_blocks(self, artifact: MatchedTensor, chunks: bytes) -> None:
+        """Note that an artifact is kept in blocks, and what is recorded of its chunks."""
+        self.artifacts_in_blocks.append(artifact)
+        self._chunks[artifact.entry.name] = chunks
 
     @property
     def replaces(self) -> int:

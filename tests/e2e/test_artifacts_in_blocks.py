@@ -163,21 +163,54 @@ def test_one_with_another_tokenizer_is_another_model(tmp_path: Path) -> None:
         assert b.artifacts("m")["tokenizer.json"] == TOKENIZER
 
 
-def test_one_of_an_older_store_is_the_same_model(tmp_path: Path) -> None:
+@pytest.fixture
+def older(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Adds keep all artifacts in rows, as they did; until `undo`."""
+    monkeypatch.setattr("pydedup.ingest.artifacts.LEAST_BYTES", 1 << 40)
+    return monkeypatch
+
+
+def test_one_of_an_older_store_is_the_same_model(older: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """There, all of them are in rows."""
     source = folder(tmp_path / "one", 1, tokenizer=TOKENIZER)
-    with pytest.MonkeyPatch.context() as older, pydedup.open(tmp_path / "a.db") as store:
-        older.setattr("pydedup.ingest.artifacts.LEAST_BYTES", 1 << 40)
+    with pydedup.open(tmp_path / "a.db") as store:
         report = store.add("m", source)
         assert report.stored_artifact_bytes == report.artifact_bytes
+    older.undo()
     with pydedup.open(tmp_path / "b.db") as b, pydedup.open(tmp_path / "a.db") as a:
         b.add("m", source)
         assert a.artifacts("m") == b.artifacts("m")
         for target, end in ((b, "a.db"), (a, "b.db")):
             assert target.restore(tmp_path / end).models[0].status == "there"
-        a.copy_to(tmp_path / "c.db")
-    with pydedup.open(tmp_path / "c.db") as store:
-        assert store.artifacts("m")["tokenizer.json"] == TOKENIZER
+
+
+def test_copies_of_older_stores_have_them_in_blocks(
+    older: pytest.MonkeyPatch, store_url: str, tmp_path: Path
+) -> None:
+    """They kept each of them whole, for ever."""
+    paths = [
+        folder(tmp_path / "one", 1, tokenizer=TOKENIZER, noise=NOISE),
+        folder(tmp_path / "two", 2, tokenizer=TOKENIZER),
+        folder(tmp_path / "three", 3, tokenizer=PADDED),
+    ]
+    with pydedup.open(tmp_path / "old.db") as old:
+        for number, path in enumerate(paths):
+            old.add(f"m{number}", path)
+        wanted = {info.name: old.artifacts(info.name) for info in old.models()}
+        older.undo()
+        assert [model.status for model in old.copy_to(store_url).models] == 3 * ["copied"]
+        old.backup(tmp_path / "backup.db")
+        assert {model.status for model in old.copy_to(store_url).models} == {"there"}
+    for url in (store_url, tmp_path / "backup.db"):
+        with pydedup.open(url) as store:
+            assert {info.name: store.artifacts(info.name) for info in store.models()} == wanted
+            assert store.verify().ok
+            artifacts = {item.tensor.name: item for item in store.explain("m0").artifacts}
+            assert artifacts.keys() == {"tokenizer.json", "noise.json"}
+            assert artifacts["tokenizer.json"].shared_with == ("m1@1", "m2@1")
+            assert store.stats().page_bytes < len(TOKENIZER) + 200_000
+            again = store.add("m0", paths[0])
+            assert (again.stored_bytes, again.stored_artifact_bytes < 2_000) == (0, True)
 
 
 @pytest.mark.parametrize("origin", ["store", "folder"])
