@@ -183,7 +183,8 @@ class FolderSource(ModelSource):
             stale = name.endswith(".index.json") and name not in indexes
             weights = PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES
             inside = is_inside(self._path / name, self._path)
-            if stale or weights or not inside or _size(self._path / name) > _MAX_ARTIFACT:
+            ours = name.startswith(DERIVED)  # a name of what is no file
+            if ours or stale or weights or not inside or _size(self._path / name) > _MAX_ARTIFACT:
                 left_out.append(name)
             else:
                 kept.append(name)

@@ -19,7 +19,8 @@ from pydedup.catalog import ModelDigest, tensors_digest
 from pydedup.certificates import ADDRESS, ARTIFACTS, METADATA, TENSORS, artifact_digest
 from pydedup.errors import DuplicateError, FormatError
 from pydedup.formats import ties
-from pydedup.formats.base import TensorEntry
+from pydedup.formats.base import Artifact, ModelSource, TensorEntry
+from pydedup.graph import Graph
 from pydedup.hashing import digest_bytes
 from pydedup.ingest.places import BlockReader
 from pydedup.ingest.plan import Request
@@ -27,7 +28,17 @@ from pydedup.ingest.spool import NO_BASE
 from pydedup.layout import joined
 from pydedup.types import GRAPH_ARTIFACT, TensorInfo
 
-__all__ = ["MatchedModel", "MatchedTensor", "StagedModel"]
+__all__ = ["MatchedModel", "MatchedTensor", "StagedModel", "artifacts_of"]
+
+
+def artifacts_of(source: ModelSource, graph: Graph | None) -> Iterator[Artifact]:
+    """Yield what belongs to a model besides tensors: of its source, its ties and its graph."""
+    yield from source.artifacts()
+    tied = ties.record(source.entries)
+    if tied is not None:
+        yield tied
+    if graph is not None:
+        yield Artifact(GRAPH_ARTIFACT, "application/json", graph.to_json().encode())
 
 
 @dataclass(slots=True)
@@ -201,10 +212,11 @@ class MatchedModel(StagedModel):
         Read anew, as they may be large. Raises FormatError for what is not what it was when it was
         matched.
         """
-        for name, media_type, payload in self._read_artifacts():
+        for artifact in artifacts_of(self.request.source, self.request.graph):
+            name, payload = artifact.name, artifact.payload
             if self._digests.get(name) != artifact_digest(payload):
                 raise FormatError(f"{name!r} changed while {self.address} was added; add it again")
-            yield name, media_type, self._chunks.get(name, payload)
+            yield name, artifact.media_type, self._chunks.get(name, payload)
 
     @property
     def artifact_bytes_in_rows(self) -> int:
@@ -213,7 +225,8 @@ class MatchedModel(StagedModel):
 
     def note_artifacts(self) -> Iterator[tuple[str, bytes]]:
         """Yield (name, payload) of what belongs to it besides tensors, and note what these are."""
-        for name, _, payload in self._read_artifacts():
+        for artifact in artifacts_of(self.request.source, self.request.graph):
+            name, payload = artifact.name, artifact.payload
             self._digests[name], self.artifact_sizes[name] = artifact_digest(payload), len(payload)
             yield name, payload
 
@@ -221,16 +234,6 @@ class MatchedModel(StagedModel):
         """Note that an artifact is kept in blocks, and what is recorded of its chunks."""
         self.artifacts_in_blocks.append(artifact)
         self._chunks[artifact.entry.name] = chunks
-
-    def _read_artifacts(self) -> Iterator[tuple[str, str, bytes]]:
-        for artifact in self.request.source.artifacts():
-            yield artifact.name, artifact.media_type, artifact.payload
-        tied = ties.record(self.request.source.entries)
-        if tied is not None:
-            yield tied.name, tied.media_type, tied.payload
-        if self.request.graph is not None:
-            payload = self.request.graph.to_json().encode()
-            yield GRAPH_ARTIFACT, "application/json", payload
 
     def _recorded_certificate(self) -> dict[str, Any]:
         """Return its certificate with what tells damage of its row, of artifacts and tensors."""

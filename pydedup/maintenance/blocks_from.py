@@ -17,7 +17,7 @@ import numpy as np
 
 from pydedup import codec
 from pydedup.adapter import Adapter, BlockRow
-from pydedup.adapter_options import page_copies
+from pydedup.adapter_options import only_sound_rows, page_copies
 from pydedup.blocks import MatrixView, row_axes
 from pydedup.catalog import recorded_pages
 from pydedup.errors import (
@@ -33,6 +33,7 @@ from pydedup.formats.registry import open_source
 from pydedup.hashing import digest_bytes, hash_keys, hash_view
 from pydedup.ingest.artifacts import LEAST_BYTES, in_chunks
 from pydedup.ingest.deltas import delta_limits
+from pydedup.ingest.staged import artifacts_of
 from pydedup.layout import are_deltas, block_at, split_place
 from pydedup.pool import PagePool
 from pydedup.types import DType
@@ -131,7 +132,7 @@ class StoreSource:
         tell: Callable[[], None],
     ) -> Iterator[EncodedBlock]:
         """Yield those that are there; see `BlockSource`. Damaged pages of it are passed over."""
-        asked = set(wanted)
+        asked, found = set(wanted), set[Wanted]()
         hashes = sorted({block.digest for block in asked})
         for start in range(0, len(hashes), _HASHES_AT_ONCE):
             rows = self._adapter.find_blocks(hashes[start : start + _HASHES_AT_ONCE])
@@ -139,7 +140,22 @@ class StoreSource:
                 tell()
                 block = self._read(row)
                 if block is not None and block.content in asked:
+                    found.add(block.content)
                     yield block
+        for payload in self._payloads_in_rows(asked - found):
+            tell()
+            yield from _chunks_matching(payload, asked)
+
+    def _payloads_in_rows(self, asked: Collection[Wanted]) -> Iterator[bytes]:
+        """Yield artifacts that may have these blocks: stores of before have them whole."""
+        if not any(block.dtype == DType.U8.code for block in asked):
+            return
+        with only_sound_rows(self._adapter):
+            for model in self._adapter.models():
+                for name, _ in self._adapter.artifacts(model.id):
+                    payload = self._adapter.artifact(model.id, name)
+                    if payload is not None:
+                        yield payload
 
     def _read(self, row: BlockRow) -> EncodedBlock | None:
         """Return a block by itself, and what it is here; None where that is damaged."""
@@ -193,10 +209,10 @@ class FileSource:
             for axes, shape in itertools.product({1, row_axes(array.shape)}, block_shapes):
                 tell()
                 yield from _matching(MatrixView.of(array, shape, axes), asked)
-        for artifact in self._source.artifacts() if DType.U8.code in dtypes else ():
-            tell()
-            if len(artifact.payload) >= LEAST_BYTES:
-                yield from _matching(in_chunks(artifact.payload)[0], asked)
+        if DType.U8.code in dtypes:
+            for artifact in artifacts_of(self._source, self._source.graph):
+                tell()
+                yield from _chunks_matching(artifact.payload, asked)
 
 
 @contextlib.contextmanager
@@ -237,6 +253,12 @@ def block_source(
         ) from exc
     with opened as model:
         yield FileSource(model)
+
+
+def _chunks_matching(payload: bytes, asked: Collection[Wanted]) -> Iterator[EncodedBlock]:
+    """Yield the blocks of an artifact that are wanted, encoded."""
+    if len(payload) >= LEAST_BYTES:
+        yield from _matching(in_chunks(payload)[0], asked)
 
 
 def _matching(view: MatrixView, asked: Collection[Wanted]) -> Iterator[EncodedBlock]:

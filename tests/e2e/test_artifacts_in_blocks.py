@@ -213,9 +213,28 @@ def test_copies_of_older_stores_have_them_in_blocks(
             assert (again.stored_bytes, again.stored_artifact_bytes < 2_000) == (0, True)
 
 
-@pytest.mark.parametrize("origin", ["store", "folder"])
-def test_a_damaged_page_is_repaired(origin: str, store_url: str, tmp_path: Path) -> None:
+LARGE_GRAPH = Graph(
+    ("x",),
+    ("y",),
+    (
+        Node("linear", ("x",), "h0", {"weight": "w"}),
+        *(Node("relu", (f"h{n}",), f"h{n + 1}") for n in range(300)),
+        Node("relu", ("h300",), "y"),
+    ),
+)
+
+
+@pytest.mark.parametrize("origin", ["store", "folder", "older store"])
+def test_a_damaged_page_is_repaired(
+    origin: str, older: pytest.MonkeyPatch, store_url: str, tmp_path: Path
+) -> None:
+    """From a store of before, that has files in rows; and graphs of a file, not files alone."""
     source = folder(tmp_path / "one", 1, tokenizer=TOKENIZER)
+    (source / "pydedup_graph.json").write_text(LARGE_GRAPH.to_json())
+    if origin == "older store":
+        with pydedup.open(tmp_path / origin) as store:
+            store.add("m", source)
+    older.undo()
     with pydedup.open(store_url) as store:
         store.add("m", source)
         store.copy_to(tmp_path / "store")
@@ -227,8 +246,9 @@ def test_a_damaged_page_is_repaired(origin: str, store_url: str, tmp_path: Path)
         assert not any("not what it was added with" in said for said in report.errors)
         with pytest.raises(pydedup.errors.CorruptStoreError, match="page 1"):
             store.artifacts("m")
-        assert store.verify(repair_from=source if origin == "folder" else tmp_path / "store").ok
+        assert store.verify(repair_from=source if origin == "folder" else tmp_path / origin).ok
         assert store.artifacts("m") == wanted
+        assert store.predict("m", np.ones((1, 64), np.float32)).shape == (1, 64)
 
 
 def test_blocks_that_a_vacuum_moved(tmp_path: Path) -> None:
@@ -247,19 +267,10 @@ def test_blocks_that_a_vacuum_moved(tmp_path: Path) -> None:
 
 def test_a_large_graph(tmp_path: Path) -> None:
     """Also where nothing but it is read, as by what plans a scoring."""
-    graph = Graph(
-        ("x",),
-        ("y",),
-        (
-            Node("linear", ("x",), "h0", {"weight": "w"}),
-            *(Node("relu", (f"h{n}",), f"h{n + 1}") for n in range(300)),
-            Node("relu", ("h300",), "y"),
-        ),
-    )
-    assert len(graph.to_json()) > 16_384
+    assert len(LARGE_GRAPH.to_json()) > 16_384
     x = np.ones((3, 64), np.float32)
     with pydedup.open(tmp_path / "store.db") as store:
-        store.add("m", weights(1), graph=graph)
+        store.add("m", weights(1), graph=LARGE_GRAPH)
         assert np.allclose(store.predict("m", x), np.maximum(x @ weights(1)["w"].T, 0), atol=1e-4)
         (row,) = store._adapter.models()
-        assert StoredModel(store._adapter, row).graph() == graph
+        assert StoredModel(store._adapter, row).graph() == LARGE_GRAPH

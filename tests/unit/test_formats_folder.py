@@ -213,6 +213,17 @@ def test_the_same_weights_in_other_formats_are_left_out(folder: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["pydedup:graph.json", "pydedup:folder-layout", "pydedup:x/y"])
+def test_files_with_names_of_what_is_no_file_are_left_out(folder: Path, name: str) -> None:
+    """One was taken for the model's graph, and verify called the model damaged."""
+    make_one(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"mine")
+    with open_source(folder) as source:
+        assert source.left_out == (name,)
+        assert b"mine" not in {artifact.payload for artifact in source.artifacts()}
+
+
 def test_large_files_of_other_kinds_are_left_out(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
