@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -295,12 +296,22 @@ def test_modules_are_told_apart_by_identity(store: pydedup.Store) -> None:
     assert torch.equal(store.detach(attached)(X), wanted)
 
 
-class Last(nn.Linear):
-    def __init_subclass__(cls) -> None:
-        raise TypeError("no more of them")
+class AtMostOne(type):
+    def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> Any:
+        if any(isinstance(base, AtMostOne) for base in bases):
+            raise bases[-1].error("no more of them")  # type: ignore[attr-defined]
+        return super().__new__(cls, name, bases, names)
 
 
-def test_a_class_that_cannot_be_replaced(store: pydedup.Store) -> None:
+class Last(nn.Linear, metaclass=AtMostOne):
+    error = TypeError
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_a_class_that_cannot_be_replaced(
+    store: pydedup.Store, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(Last, "error", error)
     module = nn.Sequential(nn.Linear(80, 70), Last(70, 5)).eval()
     wanted = module(X)
     store.add("m", module)
@@ -308,6 +319,69 @@ def test_a_class_that_cannot_be_replaced(store: pydedup.Store) -> None:
         store.attach(module, "m")
     assert [type(part) for part in module.modules()] == [nn.Sequential, nn.Linear, Last]
     assert torch.equal(module(X), wanted)
+
+
+def test_a_class_that_keeps_account_of_its_subclasses(store: pydedup.Store) -> None:
+    """It had the class of attached modules among them, by the name of what that stands in for."""
+    known: dict[str, type] = {}
+
+    class Kept(nn.Module):
+        def __init_subclass__(cls, *, size: int) -> None:
+            known[cls.__name__] = cls
+
+    class Own(Kept, size=5):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(80, 5)
+
+        def forward(self, x: Any) -> Any:
+            return self.layer(x)
+
+    module, wanted = Own().eval(), Own().eval()
+    store.add("m", wanted)
+    torch.testing.assert_close(store.attach(module, "m")(X), wanted(X))
+    assert known == {"Own": Own}
+    with pytest.raises(TypeError, match="size"):
+
+        class WithoutSize(type(module)):
+            pass
+
+    assert type(store.detach(module)) is Own
+
+
+class KeptTwice(nn.Module):
+    def __init__(self, keep: Any) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(80, 5), nn.BatchNorm1d(5)
+        self.kept = keep(self)
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        ("layer.weight", lambda m: [m.layer.weight]),
+        ("layer.bias", lambda m: {"weights": ({"bias": m.layer.bias},)}),
+        ("layer.weight", lambda m: functools.partial(nn.functional.linear, weight=m.layer.weight)),
+        ("norm.running_mean", lambda m: (1, "two", [m.norm.running_mean])),
+    ],
+)
+def test_a_tensor_that_is_kept_elsewhere_as_well_is_told(
+    store: pydedup.Store, name: str, keep: Any
+) -> None:
+    """It stayed what it was there, and such a module computed with that, without a word."""
+    module = nn.Sequential(KeptTwice(keep)).eval()
+    store.add("m", module)
+    with pytest.raises(ArgumentError, match=rf"keeps '0\.{name}' in '0\.kept' as well"):
+        store.attach(module, "m")
+    assert type(module) is nn.Sequential
+    wanted = module(X)
+    circle: list[Any] = [torch.zeros(3)]
+    circle.append(circle)
+    module[0].kept = circle
+    torch.testing.assert_close(store.attach(module, "m")(X), wanted)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")

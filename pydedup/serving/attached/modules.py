@@ -34,6 +34,12 @@ class _Attached(nn.Module):
 
     # Slices of nn.Sequential are new objects of its class, and have no attachment.
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        # Of a class that stands in for another one, the other's own shall know nothing: it may
+        # register subclasses by their names, or wrap what they have.
+        if cls.__bases__[0] is not _Attached:
+            super().__init_subclass__(**options)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _Attached not in type(self).__mro__:  # detached, and compiled by torch before that
             return self(*args, **kwargs)
@@ -148,7 +154,7 @@ def enclose(module: nn.Module, attachment: Attachment) -> None:
             if path in owners or inner._modules or inner is module:
                 inner.__class__ = _attached_class(type(inner))
                 inner.__dict__[_KEY] = attachment
-    except TypeError as exc:  # of a layout of its own, or without subclasses
+    except Exception as exc:  # of a layout of its own, or whatever its metaclass raises
         release(module)
         raise ArgumentError(f"a {type(inner).__name__} cannot be attached: {exc}") from exc
 

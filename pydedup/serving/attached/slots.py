@@ -8,8 +8,10 @@ whether a stored model fits (:mod:`pydedup.serving.attached.weights`).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+import functools
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ __all__ = ["Slot", "find_slots", "name_in_tree", "named_modules", "tensors"]
 
 #: Kinds of tensors that are known to be nothing but their elements.
 _PLAIN = (torch.Tensor, nn.Parameter)
+#: Where a module has what it registers, and what a recurrent one renews when a parameter is set.
+_PLACES, _RENEWED = ("_parameters", "_buffers", "_modules"), ("_flat_weights",)
 
 
 @dataclass(slots=True)
@@ -57,7 +61,8 @@ def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[S
     """Return what is to be taken from a store that has tensors of these names.
 
     Raises ArgumentError when the module has a tensor that cannot be replaced (quantised, not
-    initialised, on a device), or a buffer without elements that the store does not have.
+    initialised, on a device, in a list of its own as well), or a buffer without elements that the
+    store does not have.
     """
     names = _state_names(module)
     slots: dict[int, Slot] = {}
@@ -92,6 +97,7 @@ def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[S
             f"the store: {listed(empty)}; assign them before attaching, or build the module "
             "outside of torch.device('meta')"
         )
+    _refuse_others(module, slots)
     return list(slots.values())
 
 
@@ -154,6 +160,38 @@ def _check(tensor: torch.Tensor, name: str) -> None:
             f"{name!r} is on {tensor.device}; weights are streamed on the CPU: move the module "
             "there with .to('cpu'), or build it on the meta device"
         )
+
+
+def _refuse_others(module: nn.Module, slots: Mapping[int, Slot]) -> None:
+    """Raise ArgumentError where a module keeps a tensor in another place as well.
+
+    There it would stay what it is, and the module would compute with it.
+    """
+    for path, inner in named_modules(module):
+        for attribute, value in vars(inner).items():
+            if attribute in (*_PLACES, *(_RENEWED if isinstance(inner, nn.RNNBase) else ())):
+                continue
+            slot = next((slots[id(one)] for one in _inside(value, set()) if id(one) in slots), None)
+            if slot is not None:
+                full = f"{path}.{attribute}" if path else attribute
+                raise ArgumentError(
+                    f"{_kind(module)} keeps {slot.names[0]!r} in {full!r} as well, where it would "
+                    "stay what it is now: delete that attribute before attaching, or have the "
+                    "module use the parameter itself"
+                )
+
+
+def _inside(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value of builtin containers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, functools.partial):
+        yield from _inside(value.args, seen)
+        yield from _inside(value.keywords, seen)
+    elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+        seen.add(id(value))
+        for one in list(value.values() if isinstance(value, dict) else value):
+            yield from _inside(one, seen)
 
 
 def _kind(module: nn.Module) -> str:
