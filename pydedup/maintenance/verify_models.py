@@ -67,9 +67,10 @@ class ModelChecks:
         begun = len(report.errors)
         lost = self._artifacts_on_lost_pages(model)  # which the blocks tell
         for name in model.artifact_names():
+            if name in lost:
+                continue
             try:
-                if name not in lost:
-                    model.artifact(name)
+                model.artifact(name)
                 if name == GRAPH_ARTIFACT:
                     model.graph()
             except CorruptStoreError as exc:

@@ -10,6 +10,7 @@ import pytest
 import pydedup
 from pydedup import policies
 from pydedup.cli.app import main
+from pydedup.graph import Graph, Node
 from pydedup.testing.servers import PostgresServer
 from pydedup.testing.shards import MODELS, POLICY, ShardedPlace, fill, ids_on
 
@@ -70,6 +71,30 @@ def test_what_is_on_a_shard_that_is_down_is_unreachable(
         assert report.pages
     with pydedup.open(url, mode="r") as store:
         assert store.verify().ok
+
+
+@pytest.mark.usefixtures("known_places")
+def test_large_graphs_on_a_shard_that_is_down_are_unreachable(
+    place: ShardedPlace, shard_servers: list[PostgresServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an error, and nothing was said of all else."""
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
+    with pydedup.open(place.url(1)) as store:
+        for name, model in MODELS.items():  # a graph for each, as one is kept once
+            relus = [Node("relu", (f"{name}{n}",), f"{name}{n + 1}") for n in range(400)]
+            last = Node("linear", (f"{name}400",), "y", {"weight": "w"})
+            graph = Graph((f"{name}0",), ("y",), (*relus, last))
+            assert len(graph.to_json()) > 16_384
+            store.add(name, model, graph=graph)
+    down = shard_servers[place.fullest()]
+    down.kill()
+    try:
+        with pydedup.open(place.url(1), mode="r") as store:
+            report = store.verify()
+    finally:
+        down.start()
+    assert report.unreachable_pages
+    assert (report.errors, report.models, report.ok) == ([], len(MODELS), False)
 
 
 @pytest.mark.usefixtures("known_places")
