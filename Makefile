@@ -97,6 +97,15 @@ test-postgres:  ## the tests of PostgreSQL with servers of the versions 13 to 17
 	@scripts/setup.sh test
 	@scripts/postgres-versions.sh $(ARGS)
 
+.PHONY: test-mysql
+test-mysql:  ## the tests of MySQL with servers of the versions 8.0, 8.4 and the newest
+	@scripts/setup.sh test
+	@scripts/mysql-versions.sh $(ARGS)
+
+.PHONY: test-bare
+test-bare:  ## `make demo` and `make test` on a bare Debian of SUITE (trixie, forky, ...)
+	@scripts/bare.sh $(SUITE) $(ARGS)
+
 .PHONY: test-oldest
 test-oldest:  ## the tests with the oldest releases of all packages that pyproject.toml names
 	@scripts/setup.sh test

@@ -77,7 +77,8 @@ CREATOR: Final = "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELE
 #: Whether InnoDB was started to read and no more, as from a disk that is read-only.
 INNODB_READS: Final = "SELECT @@innodb_read_only"
 
-CREATE_LOCK: Final = "CONCAT('pydedup:', MD5(DATABASE()))"
+#: Names of locks have at most 64 characters. MySQL 9.6 and newer have no MD5.
+CREATE_LOCK: Final = "CONCAT('pydedup:', LEFT(SHA2(DATABASE(), 256), 32))"
 
 
 class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):

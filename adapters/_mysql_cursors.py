@@ -98,15 +98,34 @@ class PreparedConnection:
         try:
             cursor.execute(sql, tuple(map(sent, parameters)))
         except Exception as error:
-            self.broken = not _is_answer(getattr(error, "errno", None))
-            if not self.broken:
-                cursor.close()
+            self._failed(error, cursor)
             raise
         if prepared:
             self._kept[sql] = (sql, cursor)
         self._used = time.monotonic()
         self.broken = bool(cursor.description)  # until the result is read
         return cursor
+
+    def rows_of(self, cursor: Any) -> list[tuple[Any, ...]]:
+        """Read what a statement of :meth:`execute` gives."""
+        try:
+            rows: list[tuple[Any, ...]] = cursor.fetchall()
+        except Exception as error:  # MySQL refuses some tables once their rows are asked for
+            self._kept = OrderedDict(
+                (sql, kept) for sql, kept in self._kept.items() if kept[1] is not cursor
+            )
+            if getattr(self.raw, "_unread_result", False):  # the C extension goes on waiting for it
+                self.raw._unread_result = False
+            self._failed(error, cursor)
+            raise
+        self.broken = False
+        return rows
+
+    def _failed(self, error: Exception, cursor: Any) -> None:
+        """Know after an error whether the connection can be used; drop what was prepared."""
+        self.broken = not _is_answer(getattr(error, "errno", None))
+        if not self.broken:
+            cursor.close()
 
 
 class _Cursor:
@@ -120,9 +139,7 @@ class _Cursor:
         self._cursor = self._connection.execute(sql, parameters)
 
     def fetchall(self) -> list[tuple[Any, ...]]:
-        rows: list[tuple[Any, ...]] = self._cursor.fetchall()
-        self._connection.broken = False
-        return rows
+        return self._connection.rows_of(self._cursor)
 
     @property
     def description(self) -> Any:

@@ -161,6 +161,8 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         kind, advice = (DeniedError if reads else RefusedError), "grant it, or use another user"
     elif code == 1290 and "NO_ENGINE_SUBSTITUTION" in said:
         kind, advice = StoreError, "a store needs InnoDB; see enforce_storage_engine of the server"
+    elif code == 1015 and "errno: 165" in said:  # MySQL's InnoDB that only reads
+        kind, advice = ReadOnlyError, _WRITABLE
     elif code == 1226 and "max_user_connections" in said:  # else of so much in an hour
         kind, advice = CrowdedError, _MANY
     elif code == 2026 or (code in LOST and "[SSL: " in said):  # as the pure driver says it
@@ -170,6 +172,8 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         kind, advice = ConnectionLostError, _HOST
     elif code in _NO_ROOM and _NO_ROOM[code].search(said):
         kind, advice = StorageFullError, _FULL
+    elif "requires SSL" in said:  # the pure driver of MySQL's plugins, also of an unknown user
+        kind, advice = UnavailableError, f"{_LOGIN}; such a user is let in by TLS alone"
     elif code is None or code <= 0:
         # The driver itself: its connection is not there any more, or a value is none it knows.
         lost = type(error).__name__ in ("OperationalError", "InterfaceError")

@@ -21,7 +21,7 @@ find_python() {
         command -v "$PYTHON"
         return
     fi
-    for candidate in python3.11 python3.12 python3.13 python3; do
+    for candidate in python3.11 python3.12 python3.13 python3.14 python3; do
         if have "$candidate" && is_usable "$candidate"; then
             command -v "$candidate"
             return

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,16 +32,15 @@ import pytest
 from pydedup import registry
 from pydedup.testing._contract_base import with_option
 from pydedup.testing.disks import DiskRefusedError, SmallDisk
+from pydedup.testing.mysql_servers import MysqlServer, is_mysql, mysql_connection
 from pydedup.testing.pages import small_pages
 from pydedup.testing.servers import (
-    MariadbServer,
     PlpythonServer,
     PostgresServer,
     ServerMissingError,
     as_user,
     embedded_postgres_at,
     make_certificate,
-    mysql_connection,
     password_of,
     unused_name,
 )
@@ -185,24 +185,24 @@ def mysql_url(pytestconfig: pytest.Config, server_folder: Path) -> Iterator[str]
     # Tests write much and lose nothing when the machine stops.
     options = ("--innodb-flush-log-at-trx-commit=0", "--debug-no-sync")
     with or_skip("mysql"):
-        server = MariadbServer(server_folder / "mariadb", *options)
+        server = MysqlServer(server_folder / "mariadb", *options)
     yield server.url
     server.stop()
 
 
 @pytest.fixture(scope="session")
-def own_mysql(server_folder: Path) -> Iterator[MariadbServer]:
+def own_mysql(server_folder: Path) -> Iterator[MysqlServer]:
     """A MariaDB server to kill, start again and configure; it flushes nothing either."""
     with or_skip("mysql"):
-        server = MariadbServer(server_folder / "mariadb-own", "--debug-no-sync")
+        server = MysqlServer(server_folder / "mariadb-own", "--debug-no-sync")
     yield server
     server.stop()
 
 
 @pytest.fixture(params=["postgres", "mysql"])
-def own_server(request: pytest.FixtureRequest) -> PostgresServer | MariadbServer:
+def own_server(request: pytest.FixtureRequest) -> PostgresServer | MysqlServer:
     """One after the other, each server that may be killed: ``url``, ``kill()``, ``start()``."""
-    server: PostgresServer | MariadbServer = request.getfixturevalue(f"own_{request.param}")
+    server: PostgresServer | MysqlServer = request.getfixturevalue(f"own_{request.param}")
     return server
 
 
@@ -221,6 +221,20 @@ def new_disk() -> Iterator[Callable[[Path, int], SmallDisk]]:
 
 
 # ---- places for stores, and how to look at them ------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def of_mysql(mysql_url: str, mysql_run: Callable[..., list[tuple[Any, ...]]]) -> bool:
+    """Whether the server is of MySQL and not of MariaDB, as in ``make test-mysql``."""
+    ((version,),) = mysql_run(mysql_url, "SELECT VERSION()")
+    return "mariadb" not in version.lower()
+
+
+@pytest.fixture
+def of_mariadb(of_mysql: bool) -> None:
+    """Skip what MySQL has no like of."""
+    if of_mysql:
+        pytest.skip("MySQL has no like of this")
 
 
 @pytest.fixture(scope="session")
@@ -248,7 +262,10 @@ def mysql_run() -> Callable[..., list[tuple[Any, ...]]]:
 def mysql_programs(
     mysql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], None]:
-    """Run a line of a shell with programs of MariaDB's client, which find the server."""
+    """Run a line of a shell with programs of MariaDB's client, which find the server.
+
+    Or with those of MySQL, which have other names and are where its server's program is.
+    """
     parts = urlsplit(mysql_url)
     where = {"host": parts.hostname, "port": parts.port, "user": parts.username}
     where |= {"password": unquote(parts.password or ""), "socket": None}
@@ -258,7 +275,12 @@ def mysql_programs(
     (tmp_path / ".my.cnf").write_text("".join(["[client]\n", *lines]))
     monkeypatch.setenv("HOME", str(tmp_path))
 
+    if is_mysql():
+        monkeypatch.setenv("PATH", os.environ["PYDEDUP_TEST_MYSQL_PROGRAMS"], prepend=os.pathsep)
+
     def run(line: str) -> None:
+        if is_mysql():
+            line = re.sub("^mariadb", "mysql", line).replace("mysql-dump", "mysqldump")
         with or_skip("mysql"):
             if shutil.which(line.split()[0]) is None:
                 raise ServerMissingError(

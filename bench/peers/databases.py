@@ -38,7 +38,7 @@ import pydedup
 from pydedup import registry
 from pydedup.adapter import Adapter
 from pydedup.policies import Bounded, Exact, Lossless, Policy
-from pydedup.testing import servers
+from pydedup.testing import mysql_servers, servers
 
 Weights = dict[str, NDArray[np.float32]]
 Peers = Mapping[str, Callable[[], list[Any]]]
@@ -62,7 +62,7 @@ def places() -> Iterator[dict[str, Callable[[], str]]]:
         folder.chmod(0o755)
         postgres = servers.PostgresServer(folder / "postgres")
         stack.callback(postgres.stop)
-        mariadb = servers.MariadbServer(folder / "mariadb", "--innodb-buffer-pool-size=1G")
+        mariadb = mysql_servers.MysqlServer(folder / "mariadb", "--innodb-buffer-pool-size=1G")
         stack.callback(mariadb.stop)
         numbers = itertools.count()
         yield {
@@ -134,7 +134,7 @@ def postgres_peers(adapter: Adapter, ids: list[int], stack: contextlib.ExitStack
 
 
 def mysql_peers(adapter: Adapter, ids: list[int], stack: contextlib.ExitStack) -> Peers:
-    connection = stack.enter_context(servers.mysql_connection(adapter.url))
+    connection = stack.enter_context(mysql_servers.mysql_connection(adapter.url))
 
     def loop() -> list[bytes]:
         with connection.cursor() as cursor:
@@ -273,7 +273,7 @@ def raw_postgres(url: str, models: list[Weights]) -> float:
 
 
 def raw_mysql(url: str, models: list[Weights]) -> float:
-    with servers.mysql_connection(url) as connection:
+    with mysql_servers.mysql_connection(url) as connection:
         connection.autocommit = False
         with connection.cursor() as cursor:
             cursor.execute("CREATE TABLE raw (model INTEGER, name VARCHAR(99), data LONGBLOB)")

@@ -1,16 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file that a model names may be read or written: it must not lead out of its folder.
+"""Whether a path is there, and whether one that a model names may be read or written.
 
-A folder from a stranger could link a tokenizer file to a private one, and the store would hand
-its content out. The cache of the Hugging Face hub links files of ``snapshots/<revision>`` to
-``blobs`` beside it, so for such a folder the whole repository counts.
+Such a one must not lead out of the model's folder: one from a stranger could link a tokenizer file
+to a private one, and the store would hand its content out. The cache of the Hugging Face hub links
+files of ``snapshots/<revision>`` to ``blobs`` beside it, so for such a folder the whole repository
+counts.
 """
 
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-__all__ = ["is_inside", "stays_inside"]
+__all__ = ["exists", "is_inside", "stays_inside"]
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is something at a path; raise OSError where that cannot be told.
+
+    `Path.exists` takes the latter for an absence since Python 3.14.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def is_inside(path: Path, folder: Path) -> bool:

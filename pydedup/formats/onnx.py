@@ -30,7 +30,7 @@ from pydedup.formats._onnx_tensors import (
     stored_as,
     typed_values,
 )
-from pydedup.formats._paths import is_inside, stays_inside
+from pydedup.formats._paths import exists, is_inside, stays_inside
 from pydedup.formats._protobuf import walk
 from pydedup.formats.base import (
     DERIVED,
@@ -156,7 +156,7 @@ class OnnxSource(ModelSource):
         if location not in self._external:
             target = self._path.parent / location
             try:
-                inside, exists = is_inside(target, self._path.parent), target.exists()
+                inside, there = is_inside(target, self._path.parent), exists(target)
             except (OSError, ValueError) as exc:  # a name too long, a zero byte
                 reason = getattr(exc, "strerror", None) or exc
                 raise FormatError(
@@ -167,7 +167,7 @@ class OnnxSource(ModelSource):
                     f"{where}: external file {location!r} leads outside of the model's folder; "
                     "copy the folder with its links resolved (cp -rL)"
                 )
-            if not exists:
+            if not there:
                 raise FormatError(f"{where} needs the file {target}, which does not exist")
             self._external[location] = RawFile(target)
         if offset + length > self._external[location].size:

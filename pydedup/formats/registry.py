@@ -33,6 +33,7 @@ from pydedup.formats import (
     wordvec,
 )
 from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw, refuse_foreign
+from pydedup.formats._paths import exists
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.arrays import MappingSource
 from pydedup.formats.base import (
@@ -171,7 +172,7 @@ def detect(path: Path) -> str:
         As `open_source`.
     """
     try:
-        if not path.exists():
+        if not exists(path):
             raise NotFoundError(f"{path} does not exist")
         if path.is_dir():
             return "huggingface"

@@ -61,6 +61,8 @@ _threads = threading.Lock()
 _MOST_NOISE, _MOST_OF_SAMPLE, _AS_WELL = 16, 4, 2
 # Of all squares of a sample: of rows of noise alone about a quarter is left.
 _MOST_REST = 0.15
+# Rows that are made orthonormal at a time, as of more there is a copy.
+_ROWS_OF_QR = 4096
 # Rows or columns of a sample that differ, at least.
 _LEAST_SAMPLE = 2
 
@@ -331,12 +333,31 @@ def _decomposed(
     matrix: Difference, width: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the first singular vectors and values, so many."""
-    basis = np.linalg.qr(matrix.times(_drawn(matrix.apart.shape[1], width)))[0]
+    basis = _orthonormal(matrix.times(_drawn(matrix.apart.shape[1], width)))
     for _ in range(2):
-        basis = np.linalg.qr(matrix.transposed_times(basis))[0]
-        basis = np.linalg.qr(matrix.times(basis))[0]
+        basis = _orthonormal(matrix.transposed_times(basis))
+        basis = _orthonormal(matrix.times(basis))
     inner, values, right = np.linalg.svd(matrix.transposed_times(basis).T, full_matrices=False)
     return basis @ inner, values, right
+
+
+def _orthonormal(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Make columns orthonormal, in place: the first factor of QR.
+
+    By some rows at a time, as LAPACK has several copies of what it is given (TSQR: Demmel et al.,
+    *Communication-optimal parallel and sequential QR and LU factorizations*, 2012, section 2).
+    """
+    strips = [columns[start : start + _ROWS_OF_QR] for start in range(0, len(columns), _ROWS_OF_QR)]
+    inner = []
+    for strip in strips:
+        basis, rest = np.linalg.qr(strip)
+        strip[:, : basis.shape[1]] = basis
+        inner.append(rest)
+    joint, at = np.linalg.qr(np.concatenate(inner))[0], 0
+    for strip, rest in zip(strips, inner, strict=True):
+        strip[:] = strip[:, : len(rest)] @ joint[at : at + len(rest)]
+        at += len(rest)
+    return columns
 
 
 def _drawn(rows: int, cols: int) -> NDArray[np.float64]:
@@ -345,10 +366,13 @@ def _drawn(rows: int, cols: int) -> NDArray[np.float64]:
     Not by `numpy.random`: to load it takes 8 MB, and its numbers change between releases.
     """
     z = np.arange(1, rows * cols + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return np.asarray((z >> np.uint64(11)) * 2.0**-52 - 1, np.float64).reshape(rows, cols)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
+    z >>= np.uint64(11)
+    drawn = np.asarray(z * 2.0**-52, np.float64)
+    drawn -= 1
+    return drawn.reshape(rows, cols)
 
 
 def _refined(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -30,6 +31,9 @@ _POLICY = ("name", "compresses", "uses_deltas", "max_rel_error", "parameters")
 
 #: Names of which certificates are told to say more than all policies' do.
 _OURS = {"bounded": Bounded, "accuracy": Accuracy}
+#: How deep JSON may be: Python before 3.14 reads less than a thousand.
+_DEEPEST = 500
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]')
 
 
 @dataclass(slots=True)
@@ -123,14 +127,7 @@ class Request:
 
     def metadata_json(self) -> str:
         """Return the metadata as canonical JSON."""
-        try:
-            text = json.dumps(
-                dict(self.metadata), sort_keys=True, ensure_ascii=False, allow_nan=False
-            )
-            text.encode()  # not of half a character
-            return text
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise ArgumentError(f"metadata of {self.address} is not JSON: {exc}") from exc
+        return _as_json(f"metadata of {self.address} is", self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +216,19 @@ def _check_policy(policy: Policy) -> None:
             f"parameters() of {policy!r} must be a mapping without the names that certificates "
             f"have anyway ({', '.join(MEASURED)}), not {parameters!r:.100}"
         )
+    _as_json(f"parameters() of {policy!r} are", parameters)
+
+
+def _as_json(what: str, value: Mapping[str, Any]) -> str:
+    """Return canonical JSON; raise ArgumentError for what is none that each Python reads."""
     try:
-        json.dumps(dict(parameters), allow_nan=False)
-    except (TypeError, ValueError) as exc:
-        raise ArgumentError(f"parameters() of {policy!r} are not JSON: {exc}") from exc
+        text = json.dumps(dict(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text.encode()  # not of half a character
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ArgumentError(f"{what} not JSON: {exc}") from exc
+    opened = itertools.accumulate(
+        1 if mark in "[{" else -1 for mark in _BRACKETS.findall(text) if len(mark) == 1
+    )
+    if max(opened, default=0) > _DEEPEST:
+        raise ArgumentError(f"{what} not JSON that each Python reads: more than {_DEEPEST} deep")
+    return text

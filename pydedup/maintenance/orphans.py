@@ -120,7 +120,7 @@ def _pays(
             lengths, _, _ = stored_anew(pool, deltas[chosen], orphans[some][of], starts[of])
     except CorruptStoreError:
         return False  # verify tells what is damaged
-    before = before + np.bincount(of, codec.page_cost(own))
+    before += np.bincount(of, codec.page_cost(own)).astype(np.int64)
     after = np.bincount(of, codec.page_cost(lengths))
     return bool(np.minimum(after, before).sum() <= (1 - _LEAST_OF_BLOCKS) * before.sum())
 

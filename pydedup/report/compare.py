@@ -240,7 +240,8 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
     with np.errstate(invalid="ignore", over="ignore"):
         for piece in pieces:
             value = whole_a[piece].astype(np.float64)
-            delta = whole_b[piece].astype(np.float64) - value
+            delta = whole_b[piece].astype(np.float64)
+            delta -= value
             largest = np.maximum(largest, np.max(np.abs(delta)))  # NaN stays NaN
             value /= scale
             delta /= scale

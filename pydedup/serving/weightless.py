@@ -121,7 +121,7 @@ def _concat(node: Node, *parts: _Array) -> _Array:
 
 def _mean(node: Node, x: _Array) -> _Array:
     axes = _axes(node, x)
-    total = real(x).sum(axis=axes, keepdims=bool(node.attr("keepdims")))
+    total = _reduced(node, real(x).sum(axis=axes, keepdims=True), axes)
     # Of nothing that is NaN, as torch has it; numpy's own mean warns the user of that.
     count = math.prod(x.shape[axis] for axis in axes)
     return np.asarray(total / total.dtype.type(count))  # numpy before 2 widens by an int
@@ -131,7 +131,12 @@ def _max(node: Node, x: _Array) -> _Array:
     axes = _axes(node, x)
     if not all(x.shape[axis] for axis in axes):
         raise ArgumentError(f"there is no maximum over axis {axes} of shape {x.shape}: it is empty")
-    return np.asarray(real(x).max(axis=axes, keepdims=bool(node.attr("keepdims"))))
+    return _reduced(node, real(x).max(axis=axes, keepdims=True), axes)
+
+
+def _reduced(node: Node, kept: _Array, axes: tuple[int, ...]) -> _Array:
+    """Return what is left over axes, which have one element each, without them if it says so."""
+    return kept if node.attr("keepdims") else np.asarray(kept.squeeze(axis=axes))
 
 
 def _axes(node: Node, x: _Array) -> tuple[int, ...]:

@@ -8,7 +8,8 @@
 - :mod:`pydedup.testing.crash`: ends a process in a chosen phase of what it does to a store.
 - :mod:`pydedup.testing.program`: the program, in a process or in that of the tests.
 - :mod:`pydedup.testing.proxy`: cuts connections to a server in the middle of an answer.
-- :mod:`pydedup.testing.servers`: private PostgreSQL and MariaDB servers.
+- :mod:`pydedup.testing.servers`: private PostgreSQL servers.
+- :mod:`pydedup.testing.mysql_servers`: those of MariaDB, or MySQL.
 - :mod:`pydedup.testing.pages`: smaller pages, so that little data spans several.
 - :mod:`pydedup.testing.memory_pages`: matrices on pages in memory, without a database.
 - :mod:`pydedup.testing.graphs`: graphs computed in numpy, by the definitions.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private PostgreSQL and MariaDB servers, and poolers, for tests and benchmarks.
+"""Private PostgreSQL servers, and poolers, for tests and benchmarks; what all servers need.
 
 Each listens on a Unix socket in a folder of its own and on a port of this machine that was free,
 and never touches one that runs already. The folder should be short, since a socket's path has at
@@ -21,14 +21,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from pydedup.testing._contract_base import with_option
 
 __all__ = [
-    "MariadbServer",
+    "START_SECONDS",
     "PgbouncerPooler",
     "PlpythonServer",
     "PostgresServer",
@@ -36,7 +36,6 @@ __all__ = [
     "as_user",
     "embedded_postgres_at",
     "make_certificate",
-    "mysql_connection",
     "password_of",
     "unused_name",
     "unused_port",
@@ -183,91 +182,6 @@ def embedded_postgres_at(data: Path) -> Any:
     return get_server(data, cleanup_mode="stop")
 
 
-class MariadbServer:
-    """A private server whose files are in a folder."""
-
-    def __init__(self, data: Path, *options: str) -> None:
-        search = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
-        server = shutil.which("mariadbd", path=search)
-        install = shutil.which("mariadb-install-db", path=search)
-        if server is None or install is None:
-            raise ServerMissingError(
-                "mariadbd is not installed (apt-get install mariadb-server-core)"
-            )
-        self._socket, self._log = data.with_suffix(".sock"), data.with_suffix(".log")
-        self.port = unused_port()
-        self.folder = data
-        self.certificate, key = make_certificate(data.with_suffix(".tls"))
-        self.url = f"mysql://root@localhost/pydedup?unix_socket={quote(str(self._socket), safe='')}"
-        user = ["--user=root"] if os.geteuid() == 0 else []
-        # --no-defaults: what the machine's own server is configured to do must not matter.
-        common = ["--no-defaults", *user, f"--datadir={data}"]
-        # One that starts deletes the temporary tables that it finds, of whichever server.
-        temporary = data.with_suffix(".tmp")
-        temporary.mkdir()
-        common.append(f"--tmpdir={temporary}")
-        setup = [install, *common, "--skip-test-db", "--auth-root-authentication-method=normal"]
-        setup.append("--debug-no-sync")  # what is lost when the machine stops now is made again
-        subprocess.run(setup, check=True, capture_output=True)
-        self._command = [server, *common, f"--socket={self._socket}", f"--port={self.port}"]
-        self._command += ["--bind-address=127.0.0.1", f"--ssl-cert={self.certificate}"]
-        self._command += [f"--ssl-key={key}", f"--log-error={self._log}"]
-        self._command += ["--max-allowed-packet=1G", "--skip-name-resolve"]
-        self._command += ["--innodb-data-file-path=ibdata1:12M:autoextend:max:48M"]
-        self._command += ["--innodb-buffer-pool-size=128M", *options]
-        self.start()
-
-    def start(self, *options: str) -> None:
-        """Start it, with more options for this time, and wait until it answers."""
-        command, quiet = [*self._command, *options], subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
-        try:
-            _create_database(self._process, self._socket, self._log)
-        except BaseException:
-            self.stop()
-            raise
-
-    def kill(self) -> None:
-        """End it at once, as a failing machine does."""
-        self._process.kill()
-        self._process.wait(START_SECONDS)
-
-    def stop(self) -> None:
-        """End it in order."""
-        self._process.terminate()
-        self._process.wait(START_SECONDS)
-
-    def new_place(self) -> str:
-        """Return the URL of an empty place for a store."""
-        name = unused_name()
-        with mysql_connection(self.url) as connection, connection.cursor() as cursor:
-            cursor.execute(f"CREATE DATABASE {name}")
-        return urlsplit(self.url)._replace(path=f"/{name}").geturl()
-
-
-def _create_database(process: subprocess.Popen[bytes], path: Path, log: Path) -> None:
-    """Wait until the server answers, then make the database that tests use."""
-    import mysql.connector
-
-    url = f"mysql://root@localhost?unix_socket={quote(str(path), safe='')}"
-    end = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            connection = mysql_connection(url)
-            break
-        except mysql.connector.Error as error:
-            if process.poll() is not None or time.monotonic() > end:
-                tail = log.read_text(errors="replace")[-2000:] if log.exists() else "no log"
-                raise RuntimeError(
-                    f"mariadbd does not answer ({error}); its log ends with:\n{tail}"
-                ) from error
-            time.sleep(0.1)
-    with connection as opened, opened.cursor() as cursor:
-        cursor.execute(
-            "CREATE DATABASE IF NOT EXISTS pydedup CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-        )
-
-
 def as_user(url: str, name: str) -> str:
     """Return a URL of PostgreSQL or MySQL for another user, who has the same password."""
     parts = urlsplit(url)
@@ -308,27 +222,6 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     files = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
     return certificate, key
-
-
-def mysql_connection(url: str) -> contextlib.closing[Any]:
-    """Open a connection that the adapter knows nothing of, as a context manager that closes it."""
-    import mysql.connector
-
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
-    where: dict[str, Any] = {"host": parts.hostname, "port": parts.port or 3306}
-    if "unix_socket" in options:
-        where = {"unix_socket": options["unix_socket"]}
-    connection = mysql.connector.connect(
-        user=parts.username,
-        password=password_of(url),
-        database=parts.path.lstrip("/") or None,
-        charset="utf8mb4",
-        collation="utf8mb4_bin",
-        autocommit=True,
-        **where,
-    )
-    return contextlib.closing(connection)
 
 
 class PlpythonServer:

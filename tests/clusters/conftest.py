@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from pydedup.testing.servers import MariadbServer, mysql_connection, unused_port
+from pydedup.testing.mysql_servers import MysqlServer, mysql_connection
+from pydedup.testing.servers import unused_port
 
 GALERA = Path("/usr/lib/galera/libgalera_smm.so")
 SPIDER = Path("/usr/lib/mysql/plugin/ha_spider.so")
@@ -124,7 +125,7 @@ def galera(server_folder: Path) -> Iterator[tuple[GaleraNode, GaleraNode]]:
 
 
 @pytest.fixture
-def spider(server_folder: Path, run: Callable[..., Any]) -> Iterator[list[MariadbServer]]:
+def spider(server_folder: Path, run: Callable[..., Any]) -> Iterator[list[MysqlServer]]:
     """A server with the engine Spider, and two that are to have parts of a table."""
     need("spider", SPIDER, Path("/usr/sbin/mariadbd"))
     servers = []
@@ -132,7 +133,7 @@ def spider(server_folder: Path, run: Callable[..., Any]) -> Iterator[list[Mariad
         for number in range(3):
             options = ("--plugin-load-add=ha_spider", "--spider-remote-sql-log-off=0")
             servers.append(
-                MariadbServer(server_folder / f"spider-{number}", *(options if not number else ()))
+                MysqlServer(server_folder / f"spider-{number}", *(options if not number else ()))
             )
         yield servers
     finally:

@@ -9,12 +9,12 @@ import numpy as np
 
 import pydedup
 from pydedup import policies
-from pydedup.testing.servers import MariadbServer
+from pydedup.testing.mysql_servers import MysqlServer
 
 POLICY = policies.Exact()
 
 
-def spread(run: Any, servers: list[MariadbServer]) -> str:
+def spread(run: Any, servers: list[MysqlServer]) -> str:
     """Make an empty store on the first server whose pages are on the others; return its URL."""
     home, *others = servers
     pydedup.open(home.url).close()
@@ -41,7 +41,7 @@ def spread(run: Any, servers: list[MariadbServer]) -> str:
     return home.url
 
 
-def test_a_store_over_spider(spider: list[MariadbServer], run: Any) -> None:
+def test_a_store_over_spider(spider: list[MysqlServer], run: Any) -> None:
     url = spread(run, spider)
     weights = np.random.default_rng(1).standard_normal((1024, 2000)).astype(np.float32)
     changed = weights.copy()

@@ -25,7 +25,8 @@ from pydedup.blocks import BlockMap
 from pydedup.certificates import describe
 from pydedup.errors import ArgumentError, CorruptStoreError, NotFoundError
 from pydedup.graph import Graph, Node
-from pydedup.testing.servers import MariadbServer, PostgresServer
+from pydedup.testing.mysql_servers import MysqlServer
+from pydedup.testing.servers import PostgresServer
 
 from .damage import forget_maps
 
@@ -56,7 +57,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
             lambda: postgres._control("stop", "-m", "fast"),
             postgres.start,
         )
-    mysql: MariadbServer = request.getfixturevalue("own_mysql")
+    request.getfixturevalue("of_mariadb")  # MySQL ends itself at such a page
+    mysql: MysqlServer = request.getfixturevalue("own_mysql")
     url = mysql.new_place()
     name = url.partition("?")[0].rpartition("/")[2]
     return Place(url, lambda: (mysql.folder / name).glob("*.ibd"), mysql.stop, mysql.start)

@@ -148,7 +148,7 @@ def _layout(**part: object) -> str:
         ),
         (_layout(files=[{"name": "a", "metadata": [1], "also": []}]), CorruptStoreError, "text"),
         ('{"parts": 1}', CorruptStoreError, "not iterable"),
-        ("[" * 100_000, CorruptStoreError, "recursion"),
+        ("[" * 100_000, CorruptStoreError, "recursion|Stack overflow"),
     ],
 )
 def test_a_layout_of_a_folder_reads_and_writes_nothing_outside(

@@ -159,7 +159,9 @@ def postgres_roles(postgres_url: str, postgres_schema: str) -> Iterator[Urls]:
 
 
 @pytest.fixture
-def mysql_roles(mysql_database: str, mysql_run: Callable[..., object]) -> Iterator[Urls]:
+def mysql_roles(
+    mysql_database: str, mysql_run: Callable[..., object], of_mysql: bool
+) -> Iterator[Urls]:
     parts = urlsplit(mysql_database)
     name = parts.path.strip("/")
     script = (DOCS / "roles" / "mysql.sql").read_text().replace("pydedup", name)
@@ -170,7 +172,7 @@ def mysql_roles(mysql_database: str, mysql_run: Callable[..., object]) -> Iterat
             mysql_database,
             f"CREATE USER {name}_{role[0]}x IDENTIFIED BY 'pw'",
             f"GRANT {name}_{role} TO {name}_{role[0]}x",
-            f"SET DEFAULT ROLE {name}_{role} FOR {name}_{role[0]}x",
+            f"SET DEFAULT ROLE {name}_{role} {'TO' if of_mysql else 'FOR'} {name}_{role[0]}x",
         )
     host = parts.netloc.rpartition("@")[2]
     yield {role: parts._replace(netloc=f"{name}_{role[0]}x:pw@{host}").geturl() for role in ROLES}

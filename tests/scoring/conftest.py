@@ -16,7 +16,8 @@ import pytest
 
 import pydedup
 from pydedup.graph import Graph, Node
-from pydedup.testing.servers import mysql_connection, unused_name
+from pydedup.testing.mysql_servers import mysql_connection
+from pydedup.testing.servers import unused_name
 
 FEATURES = 3
 

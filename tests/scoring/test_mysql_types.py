@@ -17,8 +17,9 @@ from pydedup import registry
 from pydedup.adapter_options import RangeAdapter
 from pydedup.errors import ArgumentError
 from pydedup.testing._contract_base import with_option
+from pydedup.testing.mysql_servers import mysql_connection
 from pydedup.testing.rows_contract import read_ranges
-from pydedup.testing.servers import mysql_connection, unused_name
+from pydedup.testing.servers import unused_name
 
 from .conftest import linear
 
@@ -174,7 +175,7 @@ def test_a_text_that_begins_with_a_number_is_not_the_number(
 @pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
 def test_a_time_is_written_as_it_is(mysql_database: str, cursor: Any, pure: bool) -> None:
     """Those of more than a day, negative ones and parts of seconds, too."""
-    texts = ["08:00:00", "-01:00:00", "838:59:59", "-838:59:59.5", "00:00:00.000001", "-25:30:01"]
+    texts = ["08:00:00", "-01:00:00", "838:59:59", "-838:59:58.5", "00:00:00.000001", "-25:30:01"]
     cursor.execute("CREATE TABLE shifts (k TIME(6) PRIMARY KEY, n INTEGER DEFAULT 1)")
     cursor.execute("CREATE TABLE done (id TIME(6) PRIMARY KEY, prediction DOUBLE)")
     cursor.executemany("INSERT INTO shifts (k) VALUES (%s)", [[text] for text in texts])
@@ -261,7 +262,7 @@ def test_a_query_that_locks_is_no_fault_of_the_server(mysql_database: str) -> No
     rows = registry.connect_rows(mysql_database)
     try:
         with (
-            pytest.raises(ArgumentError, match=r"the query failed: .* READ ONLY transaction$"),
+            pytest.raises(ArgumentError, match=r"the query failed: .* READ ONLY transaction\.?$"),
             rows.read_rows("SELECT id, f FROM t FOR UPDATE", 1),
         ):
             pass

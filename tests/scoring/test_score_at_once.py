@@ -17,7 +17,7 @@ from pydedup import registry
 from pydedup.errors import ArgumentError, ConflictError
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
-from pydedup.testing.servers import mysql_connection
+from pydedup.testing.mysql_servers import mysql_connection
 
 from .conftest import Tables, add, assert_right, features, predictions, query_of
 

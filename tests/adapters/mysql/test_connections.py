@@ -297,7 +297,7 @@ def test_what_the_server_refused_costs_neither_the_connection_nor_a_statement(
     assert left < 20
 
 
-def test_an_equal_statement_is_not_prepared_again(adapter: Adapter) -> None:
+def test_an_equal_statement_is_not_prepared_again(adapter: Adapter, of_mysql: bool) -> None:
     """Statements are put together for each call, so they are equal and not the same object."""
     pages = add_pages(adapter, 20)
 
@@ -311,7 +311,9 @@ def test_an_equal_statement_is_not_prepared_again(adapter: Adapter) -> None:
     first = prepared()
     for _ in range(5):
         assert len(adapter.page_rows(ids=pages)) == 20
-    assert prepared() == first == before + 1
+    assert prepared() == first
+    # MySQL prepares once more by itself when it has seen of which types parameters are.
+    assert first == before + 1 or (of_mysql and first == before + 2)
 
 
 @pytest.mark.parametrize("pure", [False, True])
@@ -320,10 +322,9 @@ def test_within_a_transaction_nothing_is_sent_but_its_statements(url: str, pure:
     adapter = open_store(with_option(url, "use_pure=true") if pure else url)
 
     def received() -> int:
-        sql = "SELECT CAST(SUM(variable_value) AS INT) FROM information_schema.session_status "
+        sql = "SHOW SESSION STATUS "
         sql += "WHERE variable_name IN ('QUESTIONS', 'COM_ADMIN_COMMANDS')"
-        ((count,),) = adapter._query(sql)  # type: ignore[attr-defined]
-        return int(count)
+        return sum(int(count) for _, count in adapter._query(sql))  # type: ignore[attr-defined]
 
     with adapter.transaction():
         before = received()

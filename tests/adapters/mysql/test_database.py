@@ -34,7 +34,8 @@ from pydedup.testing._contract_base import (
     open_store,
     with_option,
 )
-from pydedup.testing.servers import as_user, mysql_connection, password_of, unused_name
+from pydedup.testing.mysql_servers import mysql_connection
+from pydedup.testing.servers import as_user, password_of, unused_name
 
 MIB = 1 << 20
 Run = Callable[..., list[tuple[Any, ...]]]
@@ -100,7 +101,8 @@ def test_a_reader_is_told_a_size_that_is_not_stale(
     estimate = "SELECT data_length FROM information_schema.tables WHERE table_name LIKE '%pages' "
     estimate += "AND table_schema = DATABASE() ORDER BY data_length DESC LIMIT 1"
     assert run(url, estimate)[0][0] < MIB
-    others = "SELECT CAST(SUM(data_length + index_length) AS INT) FROM information_schema.tables "
+    others = "SELECT CAST(SUM(data_length + index_length) AS SIGNED) "
+    others += "FROM information_schema.tables "
     others += "WHERE table_schema = DATABASE() AND table_name <> 'pydedup_pages'"
     least = 8 * MIB + run(url, others)[0][0]
     assert adapter.size_is_exact()
@@ -159,8 +161,10 @@ def test_the_server_refuses_what_a_reader_would_change(adapter: Adapter, url: st
 
 @pytest.mark.parametrize("setting", ["read_only", "tx_read_only"])
 def test_a_server_that_is_read_only(
-    adapter: Adapter, url: str, user: Any, run: Run, setting: str
+    adapter: Adapter, url: str, user: Any, run: Run, setting: str, of_mysql: bool
 ) -> None:
+    if of_mysql and setting == "tx_read_only":
+        setting = "transaction_read_only"
     user.grant("ALL")
     writer = registry.connect(user.url, mode="a")
     run(url, f"SET GLOBAL {setting} = 1")

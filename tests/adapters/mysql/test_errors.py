@@ -41,7 +41,7 @@ from pydedup.errors import (
     UnavailableError,
 )
 from pydedup.testing._contract_base import with_option
-from pydedup.testing.servers import mysql_connection
+from pydedup.testing.mysql_servers import mysql_connection
 
 both_drivers = pytest.mark.parametrize("pure", [True, False] if HAVE_CEXT else [True])
 PASSWORD = "s3cret%40%2F%3A%26%3F%23%25"
@@ -306,6 +306,7 @@ def test_what_to_do_about_a_server_that_cannot_have_a_store(
     assert isinstance(caught.value, ReadOnlyError) == ("primary" in advice)
 
 
+@pytest.mark.usefixtures("of_mariadb")
 def test_a_server_that_makes_tables_of_another_engine_is_refused(url: str, run: Any) -> None:
     run(url, "SET GLOBAL enforce_storage_engine = Aria")
     try:
@@ -349,6 +350,7 @@ def test_a_deadlock_is_a_conflict(adapter: Adapter) -> None:
     assert meta["a"] == meta["b"] != ""
 
 
+@pytest.mark.usefixtures("of_mariadb")
 def test_a_serialisation_failure_is_a_conflict(adapter: Adapter, url: str, run: Any) -> None:
     """Of the server's own making, at a level and with a setting where it has them."""
     statements = adapter._sql  # type: ignore[attr-defined]
@@ -373,7 +375,9 @@ def test_a_serialisation_failure_is_a_conflict(adapter: Adapter, url: str, run: 
         assert adapter.bump_epoch(5)
 
 
+@pytest.mark.usefixtures("of_mariadb")
 def test_a_statement_timeout_says_so(adapter: Adapter, url: str, user: Any, run: Any) -> None:
+    """MySQL has one of reads alone, none of ours waits in."""
     user.grant("ALL")
     run(url, f"ALTER USER {user.name} WITH MAX_STATEMENT_TIME 0.2")
     hasty = registry.connect(user.url, mode="a")

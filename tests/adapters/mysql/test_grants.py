@@ -49,7 +49,9 @@ def test_who_may_create_a_store_is_not_told_to_ask(
     assert ("may not create one" in hint(user)) == (not may)
 
 
-def test_a_role_that_is_not_the_default_one_allows_nothing(url: str, user: Any, run: Run) -> None:
+def test_a_role_that_is_not_the_default_one_allows_nothing(
+    url: str, user: Any, run: Run, of_mysql: bool
+) -> None:
     role = f"{user.name}_role"
     user.grant("SELECT")
     run(
@@ -57,7 +59,7 @@ def test_a_role_that_is_not_the_default_one_allows_nothing(url: str, user: Any, 
     )
     try:
         assert f"user {user.name}@% may not create one" in hint(user)
-        run(url, f"SET DEFAULT ROLE {role} FOR {user.name}")
+        run(url, f"SET DEFAULT ROLE {role} {'TO' if of_mysql else 'FOR'} {user.name}")
         assert "may not create one" not in hint(user)
     finally:
         run(url, f"DROP ROLE {role}")

@@ -10,11 +10,12 @@ import pytest
 
 import pydedup
 from pydedup.errors import MissingStoreError, ReadOnlyError, StoreError
-from pydedup.testing.servers import MariadbServer, as_user
+from pydedup.testing.mysql_servers import MysqlServer
+from pydedup.testing.servers import as_user
 
 
 @pytest.fixture
-def restarted(own_mysql: MariadbServer) -> Iterator[Callable[..., None]]:
+def restarted(own_mysql: MysqlServer) -> Iterator[Callable[..., None]]:
     """Start the server anew with more options, which it has until the end of the test."""
 
     def restart(*options: str) -> None:
@@ -26,7 +27,7 @@ def restarted(own_mysql: MariadbServer) -> Iterator[Callable[..., None]]:
 
 
 def test_a_server_whose_engine_only_reads_is_served_from_and_left_alone(
-    own_mysql: MariadbServer, restarted: Callable[..., None]
+    own_mysql: MysqlServer, restarted: Callable[..., None]
 ) -> None:
     """It crashed when it was asked for sizes, and took indexes for corrupt once they were checked.
 
@@ -66,7 +67,7 @@ def test_a_server_whose_engine_only_reads_is_served_from_and_left_alone(
 
 
 def test_a_server_whose_engine_becomes_one_that_only_reads(
-    own_mysql: MariadbServer, restarted: Callable[..., None]
+    own_mysql: MysqlServer, restarted: Callable[..., None]
 ) -> None:
     url = own_mysql.new_place()
     weights = np.arange(70_000, dtype=np.float32)
@@ -84,8 +85,9 @@ def test_a_server_whose_engine_becomes_one_that_only_reads(
         np.testing.assert_array_equal(store.load("n")["w"], -weights)
 
 
+@pytest.mark.usefixtures("of_mariadb")  # MySQL keeps how it was from its first start on
 def test_names_that_a_server_makes_lower_case(
-    own_mysql: MariadbServer, restarted: Callable[..., None], mysql_run: Callable[..., object]
+    own_mysql: MysqlServer, restarted: Callable[..., None], mysql_run: Callable[..., object]
 ) -> None:
     """Who might create a store was told that he might not: grants have the server's spelling."""
     restarted("--lower-case-table-names=1")
@@ -126,8 +128,9 @@ def test_a_store_opened_on_a_replica_is_written_when_that_is_the_primary(
         mysql_run(mysql_database, "SET GLOBAL read_only = OFF")
 
 
+@pytest.mark.usefixtures("of_mariadb")  # MySQL takes no other version
 def test_servers_that_are_too_old_are_refused(
-    own_mysql: MariadbServer, restarted: Callable[..., None]
+    own_mysql: MysqlServer, restarted: Callable[..., None]
 ) -> None:
     url = own_mysql.new_place()
     for version in ("10.10.7-MariaDB", "5.7.44-log"):

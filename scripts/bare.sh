@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# bare.sh SUITE [TARGET...]: the README's commands on a bare Debian (bookworm, trixie, forky, ...).
+#
+# debootstrap makes that Debian in build/bare/SUITE, with git, make and its own Python alone; the commit
+# that is checked out here is cloned into it, and each TARGET of the Makefile (demo and test) is run there
+# as root. It takes root and the right to mount. Processes and mounts end with the script, the folder
+# stays, and is used again; `make clean` removes it.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+SUITE=${1:-}
+[ -n "$SUITE" ] || die "name a suite of Debian, e.g. scripts/bare.sh trixie"
+shift
+[ $# -gt 0 ] || set -- demo test
+may_mount || die "a bare Debian takes root and the right to mount (the capability SYS_ADMIN)"
+MIRROR=${MIRROR:-http://deb.debian.org/debian}
+BARE=$ROOT/build/bare/$SUITE
+HOME_THERE=/root
+
+apt_install debootstrap
+if [ ! -e "$BARE/.made" ]; then
+    rm -rf --one-file-system "$BARE"
+    mkdir -p "$BARE"
+    step "a bare Debian $SUITE" bare-debian env "PATH=$PATH:/usr/sbin:/sbin" debootstrap --variant=minbase \
+        --include=python3,git,make,ca-certificates "$SUITE" "$BARE" "$MIRROR"
+    touch "$BARE/.made"
+fi
+# The network is ours, and so are those who vouch for it.
+cp -L /etc/resolv.conf /etc/hosts "$BARE/etc/"
+cp -L /etc/ssl/certs/ca-certificates.crt "$BARE/etc/ssl/certs/"
+rm -rf "$BARE$HOME_THERE/pydedup.git"
+git clone -q --bare "$ROOT" "$BARE$HOME_THERE/pydedup.git"
+COMMIT=$(git -C "$ROOT" rev-parse HEAD)
+
+# In a PID namespace, so that no server outlives this; /dev and /proc are mounted for it alone.
+for target in "$@"; do
+    started=$SECONDS status=0
+    say "" "make $target on Debian $SUITE, commit ${COMMIT:0:8}"
+    unshare --mount --pid --fork --kill-child bash -c '
+        mount --rbind /dev "$0/dev" && mount -t proc proc "$0/proc" && exec chroot "$0" "${@:1}"' "$BARE" \
+        env -i HOME=$HOME_THERE LANG=C.UTF-8 TERM="${TERM:-dumb}" \
+        PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+        PIP_CERT=/etc/ssl/certs/ca-certificates.crt SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
+        REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt PIP_DEFAULT_TIMEOUT="${PIP_DEFAULT_TIMEOUT:-60}" \
+        bash -euc '
+            cd
+            [ -e pydedup ] || git clone -q pydedup.git pydedup
+            cd pydedup
+            git fetch -q origin "$1" && git checkout -q --detach "$1"
+            exec make "$2"' bash "$COMMIT" "$target" || status=$?
+    say "make $target on Debian $SUITE: exit $status after $((SECONDS - started)) s"
+    [ "$status" -eq 0 ] || exit "$status"
+done
