@@ -31,6 +31,7 @@ def publish_batch(
     lay_out: Callable[[], list[NDArray[np.int64]]],
     epoch: int,
     check: Callable[[list[NDArray[np.int64]]], None] | None = None,
+    said: str = "this add",
 ) -> list[NDArray[np.int64]] | None:
     """Stage and publish a batch, whose quotas were checked at ``epoch``; ``None``: match it anew.
 
@@ -45,6 +46,8 @@ def publish_batch(
         That of the store when matching began.
     check
         Called with that when it is staged; what it raises ends the work.
+    said
+        What this is called where quotas do not allow it.
 
     Returns
     -------
@@ -62,7 +65,7 @@ def publish_batch(
             return None
         if spool.lists:
             # Only now is it known what these blocks take.
-            check_quotas(matcher, models, epoch)
+            check_quotas(matcher, models, epoch, said)
         while not stager.publish(epoch):
             epoch = adapter.epoch()
             if _lost_pages(matcher, models):
@@ -70,7 +73,7 @@ def publish_batch(
                 return None
             changed = _match_again(matcher, models)
             changed |= _renumber(stager)
-            check_quotas(matcher, models, epoch)
+            check_quotas(matcher, models, epoch, said)
             if changed:
                 stager.discard()
                 if spool.lists:

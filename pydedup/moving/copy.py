@@ -279,11 +279,12 @@ class _Copier:
             def check(layout: list[NDArray[np.int64]]) -> None:
                 check_arrival(target, stager, spool, layout, self._progress.checked)
 
+            said = f"a copy of {item.address}"
             if not spool.lists:
                 if spool.factored.any():
                     plan()  # what blocks take is known then
-                check_quotas(matcher, [copy], epoch, f"a copy of {item.address}")
-            layout = publish_batch(stager, lay_out, epoch, check)
+                check_quotas(matcher, [copy], epoch, said)
+            layout = publish_batch(stager, lay_out, epoch, check, said)
             if layout is None:
                 return None
             self._progress.end()

@@ -74,6 +74,16 @@ def test_a_copy_beside_others_is_refused_before_what_is_known_then(
         assert source.copy_to(url).copied == 2
 
 
+def test_a_copy_of_whole_pages_is_called_one(backup: Path, new_store: New) -> None:
+    """What these take is known once they are there: then it was called an add."""
+    url = new_store("sqlite")
+    with pydedup.open(url) as store, pydedup.open(f"sqlite:///{backup}", mode="r") as source:
+        store.quotas.set("tenant", "acme", "500KiB")
+        assert [model.whole_pages for model in source.copy_to(url, ["a"]).models] == [2]
+        with pytest.raises(QuotaError, match="with a copy of b@1, tenant=acme would take"):
+            source.copy_to(url, ["b"])
+
+
 @pytest.mark.parametrize("measure", ["logical", "marginal"])
 def test_what_a_copy_replaces_is_not_counted(
     backup: Path, new_store: New, measure: Measure
