@@ -127,7 +127,7 @@ def diff(
 
     A tensor is same (the same bits), changed, reshaped (another shape or dtype), added (only in
     SECOND) or removed (only in FIRST). Relative L2 is the length of the difference over the length
-    of FIRST's tensor.
+    of FIRST's tensor. What differs beside the weights, such as a tokenizer, is named.
     """
     with options.read_store(url, memory) as store, Watch("comparing", quiet=quiet) as watch:
         found = store.diff(first, second, progress=watch)
@@ -150,6 +150,9 @@ def _print_diff(found: Diff, show_all: bool) -> None:
         f"{found.first} and {found.second}: {verdict} ({summary or 'no tensors'})",
         "green" if found.same else "yellow",
     )
+    beside = [f"{one.name} ({one.status})" for one in found.artifacts if one.status != "same"]
+    if beside:
+        output.print_note(f"they differ beside the weights: {text.listed(beside)}", "yellow")
 
 
 def _part(part: int, whole: int) -> str:
@@ -208,4 +211,5 @@ def _diff_document(found: Diff) -> dict[str, Any]:
         "second": found.second,
         "same": found.same,
         "tensors": [dataclasses.asdict(tensor) for tensor in found.tensors],
+        "artifacts": [dataclasses.asdict(artifact) for artifact in found.artifacts],
     }

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pydedup import matmul
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import telling_rows
-from pydedup.catalog import Catalog, ModelsAhead, ParsedMaps, StoredModel
+from pydedup.catalog import Catalog, ModelsAhead, ParsedMaps, StoredModel, artifact_digests
+from pydedup.certificates import artifact_digest
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_costs, block_places, joined, map_places, used_places
 from pydedup.pool import PagePool
@@ -20,6 +21,7 @@ from pydedup.sets import distinct, is_among
 from pydedup.types import Progress, TensorInfo
 
 __all__ = [
+    "ArtifactDiff",
     "Diff",
     "Explanation",
     "SharedWith",
@@ -100,12 +102,24 @@ class TensorDiff:
 
 
 @dataclass(frozen=True, slots=True)
+class ArtifactDiff:
+    """What is beside the weights of two models under one name: a tokenizer, a graph.
+
+    ``status`` is ``same``, ``changed``, ``added`` or ``removed``, as of a `TensorDiff`.
+    """
+
+    name: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
 class Diff:
-    """Two models, tensor by tensor."""
+    """Two models, tensor by tensor, and what is beside these."""
 
     first: str
     second: str
     tensors: tuple[TensorDiff, ...]
+    artifacts: tuple[ArtifactDiff, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -208,8 +222,29 @@ def diff_models(
                 diffs.append(TensorDiff(info.name, "removed"))
             if progress is not None:
                 progress("comparing", number + 1, len(a.tensors))
+        artifacts = _diff_artifacts(_artifacts_of(a), _artifacts_of(b))
     diffs.extend(TensorDiff(i.name, "added") for i in b.tensors if i.name not in names_a)
-    return Diff(a.address, b.address, tuple(diffs))
+    return Diff(a.address, b.address, tuple(diffs), artifacts)
+
+
+def _artifacts_of(model: StoredModel) -> dict[str, object]:
+    """Return the digests of what is beside a model's weights, as recorded where they are."""
+    found: dict[str, object] = dict(artifact_digests(model.row))
+    for name in model.artifact_names():
+        if name not in found:  # of an older pydedup
+            found[name] = artifact_digest(model.artifact(name) or b"")
+    return found
+
+
+def _diff_artifacts(a: dict[str, object], b: dict[str, object]) -> tuple[ArtifactDiff, ...]:
+    diffs = []
+    for name in sorted(a.keys() | b.keys()):
+        if name in a and name in b:
+            status = "same" if a[name] == b[name] else "changed"
+        else:
+            status = "removed" if name in a else "added"
+        diffs.append(ArtifactDiff(name, status))
+    return tuple(diffs)
 
 
 def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInfo) -> TensorDiff:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import pydedup
 from pydedup import policies
 from pydedup.catalog import StoredModel
+from pydedup.cli.app import main
 from pydedup.graph import Graph, Node
 
 from .damage import change
@@ -95,6 +96,31 @@ def test_policies_do_not_change_files(policy: Any, tmp_path: Path) -> None:
             assert store.artifacts(name)["tokenizer.json"] == TOKENIZER
             assert store.artifacts(name)["noise.json"] == NOISE
         assert store.verify().ok
+
+
+def test_a_difference_beside_the_weights_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two versions with other tokenizers nothing was said but that they have the same bits."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with pydedup.open(url) as store:
+        store.add("m", folder(tmp_path / "one", 1, tokenizer=TOKENIZER, old=b"1"))
+        store.add("m", folder(tmp_path / "two", 1, tokenizer=PADDED, new=b"2"))
+        found = store.diff("m@1", "m@2")
+    assert found.same  # of the tensors
+    assert {item.name: item.status for item in found.artifacts} == {
+        "config.json": "same",
+        "new.json": "added",
+        "old.json": "removed",
+        "pydedup:folder-layout": "same",
+        "tokenizer.json": "changed",
+    }
+    assert main(["diff", url, "m@1", "m@2", "-q"]) == 0
+    assert capsys.readouterr().out == (
+        "m@1 and m@2: the same bits (1 same)\n"
+        "they differ beside the weights: new.json (added), old.json (removed), tokenizer.json "
+        "(changed)\n"
+    )
 
 
 @pytest.mark.parametrize("size", [0, 16_383, 16_384, 32_768, 32_769, 700_000])
