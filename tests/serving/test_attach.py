@@ -191,6 +191,19 @@ def test_a_prefix_that_is_all_that_differs_is_told(store: pydedup.Store) -> None
     store.attach(net(), "wrapped", prefix="_orig_mod.module.")
 
 
+def test_a_module_with_adapters_that_the_model_has_not(store: pydedup.Store) -> None:
+    """As peft puts them around a layer: a list of names does not say what to do."""
+    plain = net()
+    layer = nn.ModuleDict({"base_layer": plain[0], "lora_A": nn.Linear(80, 4, bias=False)})
+    adapted = nn.Sequential(layer, plain[2]).eval()
+    store.add("m", {name.replace("2.", "1."): part for name, part in plain.state_dict().items()})
+    with pytest.raises(ArgumentError, match=r"adapters of peft.*store\.add\(name, module\)"):
+        store.attach(adapted, "m")
+    report = store.add("adapted", adapted)
+    assert report.shared_blocks == report.blocks - 1
+    store.attach(adapted, "adapted")
+
+
 def test_a_module_without_weights(store: pydedup.Store) -> None:
     """As a part may be of one that is attached piece by piece."""
     store.add("m", net())

@@ -253,21 +253,23 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
     if problems:
         below = {name.removeprefix(prefix) for name in stored if name.startswith(prefix)}
         hint = _prefix_hint([slot.names[0] for slot in slots], below, prefix)
-        hint = hint or _experts_hint(missing, unexpected)
+        hint = hint or _form_hint(missing, unexpected)
         raise ArgumentError(f"{model.address} does not fit {kind}: {'; '.join(problems)}{hint}")
     return chosen
 
 
-def _experts_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """Return what to do where files have a tensor for each expert, and the module one for all."""
-    if not any(_EXPERT.search(name) for name in unexpected):
+def _form_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Return what to do where a module has another form than the model that was added."""
+    if any(map(_EXPERT.search, unexpected)) and any(map(_EXPERTS.search, missing)):
+        what = (
+            "the module has the experts of a layer in one tensor, and the file that was added has "
+            "each by itself"
+        )
+    elif any(".base_layer." in name for name in missing):
+        what = "the module has adapters of peft, and the model that was added has none"
+    else:
         return ""
-    if not any(_EXPERTS.search(name) for name in missing):
-        return ""
-    return (
-        "; the module has the experts of a layer in one tensor, and the file that was added has "
-        "each by itself: add the module, store.add(name, module), which shares its blocks with that"
-    )
+    return f"; {what}: add the module, store.add(name, module), which shares its blocks with that"
 
 
 def _prefix_hint(wanted: Sequence[str], stored: set[str], prefix: str) -> str:
