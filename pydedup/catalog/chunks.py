@@ -29,7 +29,7 @@ def laid_out(content: NDArray[np.uint8], lengths: Sequence[int], width: int) -> 
 
 def chunk_lengths(lengths: Sequence[int]) -> bytes:
     """Return the lengths of chunks as they are recorded."""
-    return json.dumps(list(lengths)).encode()
+    return json.dumps(lengths).encode()
 
 
 def joined_chunks(recorded: bytes, matrix: NDArray[Any]) -> bytes | None:

@@ -85,6 +85,8 @@ def test_what_is_kept_takes_what_it_would_alone(store_url: str, tmp_path: Path, 
             dry.reencoded_saves_bytes, rel=0.05
         )
         alone = page_bytes_of(f"sqlite:///{tmp_path}/alone.db", models)
+        deltas = [sum(t.delta_blocks for t in store.explain(one).tensors) for one in models]
+        assert deltas == [96] * (kept - 1) + [0]  # the newest is the base of the others
         assert alone <= 1.02 * store.stats().page_bytes <= 1.04 * alone < with_bases
         report = store.verify()
         assert (report.errors, report.notes) == ([], [])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pydedup.catalog import chunk_lengths, joined_chunks, laid_out
-from pydedup.ingest.artifacts import cut_at
+from pydedup.ingest.artifacts import cut_at, in_chunks
 
 SHORTEST, LONGEST = 28 * 1024, 32 * 1024
 
@@ -64,6 +64,23 @@ def test_zeros_take_no_memory() -> None:
         tracemalloc.stop()
     assert count == -(-len(zeros) // SHORTEST)
     assert peak < len(zeros) // 10
+
+
+@pytest.mark.parametrize("end", [SHORTEST, LONGEST - 1])
+def test_the_first_and_the_last_place_where_a_chunk_may_end(end: int) -> None:
+    text = bytearray(b"\1" * (LONGEST + 9))
+    text[end - 8 : end] = bytes(8)
+    assert cuts(bytes(text)) == [end, len(text)] == cuts_one_by_one(bytes(text))
+
+
+@pytest.mark.parametrize(("count", "shape"), [(20_000, (1, 20_000)), (100_000, (4, LONGEST))])
+def test_rows_are_as_long_as_a_chunk_may_be(count: int, shape: tuple[int, int]) -> None:
+    text = content(count)
+    view, lengths = in_chunks(text)
+    assert (view.grid.rows, view.grid.cols) == shape
+    assert view.grid.block_shape == (1, shape[1])
+    assert sum(lengths) == count
+    assert joined_chunks(chunk_lengths(lengths), view.data) == text
 
 
 def test_places_are_kept_by_later_versions() -> None:

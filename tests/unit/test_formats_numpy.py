@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import zipfile
@@ -15,6 +16,7 @@ import pytest
 
 from pydedup.errors import FormatError, UnsupportedFormatError
 from pydedup.formats import _files
+from pydedup.formats._zip import ZipMembers
 from pydedup.formats.registry import open_source, write_model
 
 from .formats_files import is_mapped
@@ -272,3 +274,52 @@ def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.npz").write_bytes(raw)
     with pytest.raises(FormatError, match="has no name"):
         open_source(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize(
+    ("at", "changed", "said"),
+    [
+        (0, b"PJ", r"the header of member 'b\.npy' is damaged"),
+        (28, b"\xff\xff", r"is truncated: member 'b\.npy' is not all there"),
+    ],
+)
+def test_a_damaged_header_of_a_member_is_told(
+    at: int, changed: bytes, said: str, tmp_path: Path
+) -> None:
+    """Where a library reads the archive as well, it may be the first to see that."""
+    path = tmp_path / "m.npz"
+    np.savez(path, a=np.ones(2), b=np.ones(3))
+    raw = bytearray(path.read_bytes())
+    at += raw.rindex(b"PK\x03\x04")
+    raw[at : at + 2] = changed
+    path.write_bytes(raw)
+    members = ZipMembers(path)
+    with contextlib.closing(members), pytest.raises(FormatError, match=said):
+        members.offset("b.npy")
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (8, 1, r"member 'a\.npy' is encrypted; unpack it first"),
+        (10, 14, r"member 'a\.npy' is compressed by method 14; write the file with deflate"),
+    ],
+)
+def test_what_is_in_an_archive_otherwise_is_refused(
+    at: int, value: int, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.npz"
+    np.savez(path, a=np.ones(2))
+    raw = bytearray(path.read_bytes())
+    raw[raw.rindex(b"PK\x01\x02") + at] = value
+    path.write_bytes(raw)
+    with pytest.raises(UnsupportedFormatError, match=said):
+        open_source(path)
+
+
+def test_an_empty_directory_in_an_archive_is_no_member(tmp_path: Path) -> None:
+    np.savez(tmp_path / "m.npz", a=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "m.npz", "a") as archive:
+        archive.mkdir("folder")
+    with open_source(tmp_path / "m.npz") as source:
+        assert [entry.name for entry in source.entries] == ["a"]

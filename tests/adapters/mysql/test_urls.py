@@ -68,3 +68,14 @@ def test_a_schema_is_the_database_as_it_is_written() -> None:
 def test_what_names_no_database(url: str, schema: str | None) -> None:
     with pytest.raises(ArgumentError, match="names no database; write mysql://user:password@"):
         locate(url, schema)
+
+
+def test_tls_that_is_asked_for_and_forbidden() -> None:
+    there = __file__
+    with pytest.raises(ArgumentError, match="ssl_key asks for TLS, and ssl_disabled=true"):
+        locate(f"mysql://h/db?ssl_disabled=true&ssl_key={there}")
+    options = locate("mysql://h/db?ssl_disabled=true&ssl_verify_cert=false").options
+    assert options == WAIT | {"host": "h", "database": "db"} | {
+        "ssl_disabled": True,
+        "ssl_verify_cert": False,
+    }

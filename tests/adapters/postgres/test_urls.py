@@ -26,6 +26,7 @@ SECRET = "tops3cret"
         f"postgresql://u:x?{SECRET}=@localhost/db",
         f"postgresql://u:%zz{SECRET}@localhost/db",
         f"postgresql://u@localhost:{SECRET}/db",
+        f"postgresql://u@localhost,other:{SECRET}/db",
         f"postgresql://u:{SECRET}@localhost/db?passwort={SECRET}",
         f"postgresql://localhost/db?password=a&{SECRET}=b",
         f"postgresql://?host=/nowhere&password={SECRET}@{'x' * 64}",
@@ -58,6 +59,20 @@ def test_what_says_where_a_store_is_is_shown() -> None:
     assert SECRET not in repr(place)
 
 
+def test_what_libpq_is_given() -> None:
+    """What is named is taken, also percent-encoded; what is not is settled for it."""
+    known = known_options()
+    given = "connect_timeout=7&%73slmode=require&ssl=true"
+    place = locate(f"postgresql://h/db?{given}&schema=a%5Fb&timeout=2%2E5", "a_b", known)
+    assert (place.schema, place.timeout) == ("a_b", 2.5)
+    assert place.conninfo.startswith(f"postgresql://h/db?{given}&")
+    assert "connect_timeout=10" not in place.conninfo
+    place = locate("postgresql://h/db", None, known)
+    assert (place.schema, place.timeout) == ("pydedup", None)
+    assert "connect_timeout=10" in place.conninfo
+    assert locate("postgresql://h/db", None, ()).conninfo == "postgresql://h/db?"
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
@@ -87,7 +102,21 @@ def test_a_password_that_looks_like_an_option_is_not_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a b", 'a"b', "a'b", "1a", "pg_mine", "information_schema", "x" * 64, "ä", "a%s"]
+    "name",
+    [
+        "",
+        "a b",
+        'a"b',
+        "a'b",
+        "1a",
+        "Pg_mine",
+        "Information_schema",
+        "pg_mine",
+        "information_schema",
+        "x" * 64,
+        "ä",
+        "a%s",
+    ],
 )
 def test_schemas_that_cannot_be(postgres_url: str, name: str) -> None:
     with pytest.raises(ArgumentError, match="cannot hold a store"):
