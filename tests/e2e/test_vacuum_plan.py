@@ -110,6 +110,24 @@ def test_what_a_removed_model_leaves_on_a_page_of_others_is_freed(
     assert store.vacuum(dry_run=True).repacked_pages == 0
 
 
+def test_pages_of_which_little_is_unused_stay(store: pydedup.Store) -> None:
+    rng = np.random.default_rng(0)
+    first = rng.random((1984, 512), np.float32)  # four pages of blocks of 64 rows
+    second = {"a": first[:448], "b": first[512:960], "c": first[1024:]}
+    store.add("first", {"w": first}, policy=policies.Exact())
+    full = live_pages(store)
+    assert store.add("second", second, policy=policies.Exact()).stored_bytes == 0
+    halves = {name: {"w": rng.random((240, 512), np.float32)} for name in "ab"}
+    store.add_many(halves, policy=policies.Exact())
+    for name in ("first", "b"):
+        store.remove(name)
+    assert store.vacuum().rewritten_pages == 1  # that of "a"
+    assert full < live_pages(store)
+    for name, tensor in second.items():
+        np.testing.assert_array_equal(store.load("second")[name], tensor)
+    assert store.verify().ok
+
+
 def test_what_is_left_beside_blocks_that_others_share_is_freed(store: pydedup.Store) -> None:
     """What two models use of a page counted twice, so that vacuum left half of it unused."""
     rng = np.random.default_rng(0)
