@@ -16,7 +16,7 @@ import pytest
 import pydedup
 from pydedup import policies
 from pydedup.adapter import LIVE, STAGING
-from pydedup.errors import ReadOnlyError
+from pydedup.errors import CorruptStoreError, ReadOnlyError
 from pydedup.maintenance import repack as repack_module
 from pydedup.maintenance.repack import plan_repack
 from pydedup.maintenance.vacuum import VacuumReport
@@ -126,6 +126,22 @@ def test_pages_of_which_little_is_unused_stay(store: pydedup.Store) -> None:
     for name, tensor in second.items():
         np.testing.assert_array_equal(store.load("second")[name], tensor)
     assert store.verify().ok
+
+
+def test_deltas_on_what_is_no_base_stay_as_they_are(store: pydedup.Store, url: str) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 0.02, (512, 384)).astype(np.float32)
+    models = {"base": base, "tuned": base + rng.normal(0, 2e-5, base.shape).astype(np.float32)}
+    store.add_many({name: {"w": rng.random((300, 500), np.float32)} for name in "ab"})
+    for name, tensor in models.items():
+        report = store.add(name, {"w": tensor})
+    assert report.delta_blocks == report.blocks
+    store.remove("b")  # half of a page, for which there is a new layout
+    change(url, "UPDATE {distinct_blocks} SET base_id = ? WHERE base_id IS NOT NULL", 1 << 40)
+    with pytest.raises(CorruptStoreError, match="is a delta on one that no block map names"):
+        store.vacuum()
+    for name, tensor in models.items():
+        np.testing.assert_array_equal(store.load(name)["w"], tensor)
 
 
 def test_what_is_left_beside_blocks_that_others_share_is_freed(store: pydedup.Store) -> None:
