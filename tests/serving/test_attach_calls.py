@@ -51,6 +51,8 @@ linear, bag = nn.functional.linear, nn.functional.embedding_bag
         lambda x, w: linear(x, torch.chunk(input=w, chunks=2)[1]),
         lambda x, w: linear(x, w.contiguous(memory_format=torch.contiguous_format)),
         lambda x, w: linear(x.type_as(other=w), w),
+        lambda x, w: linear(x.type(torch.float32), w.type(torch.float32)),
+        lambda x, w: linear(x.type(w.type()), w.type(dtype=w.type())),
         lambda x, w: linear(x, w, torch.ones(1)),
         lambda x, w: linear(x[0], w, torch.ones(())),
         lambda x, w: linear(x, w[3:9], torch.ones(1)),

@@ -135,6 +135,8 @@ def _converts(method: Callable[..., Any]) -> None:
             return method(self, *like, **kwargs)
         empty = _empty_like(self)
         made = method(empty, *like, **kwargs)
+        if isinstance(made, str):  # `type()`
+            return made
         if made.device != empty.device or made.dtype != empty.dtype:
             return NotImplemented
         return self
@@ -147,7 +149,7 @@ def _empty_like(value: Any) -> Any:
 
 
 for _method in (
-    *(_Tensor.to, _Tensor.type_as, _Tensor.cpu),
+    *(_Tensor.to, _Tensor.type, _Tensor.type_as, _Tensor.cpu),
     *(_Tensor.float, _Tensor.double, _Tensor.half, _Tensor.bfloat16),
 ):
     _converts(_method)
