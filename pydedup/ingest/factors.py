@@ -3,19 +3,14 @@
 
 An adapter that was merged into a model moves each weight matrix by a product B A of low rank (Hu et
 al., *LoRA*, ICLR 2022); what is left of the difference is how the sums were rounded. The factors
-are found by a randomised singular value decomposition (Halko, Martinsson and Tropp, *Finding
-structure with randomness*, SIAM Review 2011, algorithms 4.4 and 5.1), refined by weighted least
-squares, and written as integers, as coarse as what is left allows.
+are found by a singular value decomposition, refined by weighted least squares, and written as
+integers, as coarse as what is left allows.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import os
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.arguments import as_dtype
+from pydedup.ingest.decomposition import decomposed, one_thread
 
 __all__ = [
     "MAX_RANK",
@@ -53,16 +49,12 @@ _WIDE = np.dtype(np.float64)
 _FINEST, _COARSEST = 1 / 256, 1 / 8
 # Of the size of a matrix: what is less is what its differences were rounded to.
 _OF_F32 = 2.0**-25
-# Of setting how many threads numpy uses, which is said for all of a process.
-_threads = threading.Lock()
 # Squares that are left, of those of one rounding: one version after another was rounded; those of a
 # sample, whose noise is cut in half (about 0.3 for each rounding, and 8 and more where bf16 weights
 # were all trained by 1 %); and those of a factor of columns that fits other rows as well.
 _MOST_NOISE, _MOST_OF_SAMPLE, _AS_WELL = 16, 4, 2
 # Of all squares of a sample: of rows of noise alone about a quarter is left.
 _MOST_REST = 0.15
-# Rows that are made orthonormal at a time, as of more there is a copy.
-_ROWS_OF_QR = 4096
 # Rows or columns of a sample that differ, at least.
 _LEAST_SAMPLE = 2
 
@@ -178,7 +170,7 @@ def seems_low_rank(sample: Difference, error: float, *, twice: bool = False) -> 
     if len(one) < _LEAST_SAMPLE:
         return False
     try:
-        with _one_thread():
+        with one_thread():
             squares = np.linalg.eigvalsh(one @ one.T)
     except np.linalg.LinAlgError:  # it did not converge
         return False
@@ -199,7 +191,7 @@ def find_factors(difference: Difference, error: float) -> Factors | None:
         How far, as a root mean square, the product may be off besides what was rounded.
     """
     try:
-        with _one_thread():
+        with one_thread():
             return _find(difference, error)
     except np.linalg.LinAlgError:  # it did not converge, or equations say nothing
         return None
@@ -215,7 +207,7 @@ def _find(difference: Difference, error: float) -> Factors | None:
     error = max(error, (total / count) ** 0.5 * _OF_F32)
     noise = max(coarse / 12**0.5, error)
     for width in _SKETCHES:
-        left, values, right = _decomposed(difference, min(width, rows, cols))
+        left, values, right = decomposed(difference, cols, min(width, rows, cols))
         least = _ABOVE_NOISE * _noise_of(difference, total, values, noise)
         rank = int((values > least * (rows**0.5 + cols**0.5)).sum())
         if rank < min(width - 3, MAX_RANK + 1):
@@ -257,7 +249,7 @@ def refit(difference: Difference, factors: Factors, error: float) -> Factors | N
     So a page has that once for more rows. ``error`` is as `find_factors` takes it.
     """
     try:
-        with _one_thread():
+        with one_thread():
             return _refit(difference, factors, error)
     except np.linalg.LinAlgError:
         return None
@@ -300,79 +292,6 @@ def _squares(values: NDArray[np.float64]) -> float:
     """Return the sum of squares; of no use are the threads that a product of vectors has."""
     with np.errstate(all="ignore"):  # of NaN and infinities; whoever asks looks for these
         return float(np.square(values).sum())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let numpy multiply matrices on this thread alone.
-
-    So the result does not depend on the number of cores; and where others want these too, threads
-    that wait for each other take ten times as long.
-    """
-    with _threads, _libraries().limit(limits=1, user_api="blas"):
-        yield
-
-
-@functools.cache
-def _libraries() -> Any:
-    """Return what sets the threads of the libraries that are loaded; to find these takes 1 ms."""
-    import threadpoolctl  # type: ignore[import-untyped]  # not before it is wanted
-
-    return threadpoolctl.ThreadpoolController()
-
-
-def _restart_in_child() -> None:
-    global _threads
-    _threads = threading.Lock()  # whoever had it is not there
-
-
-os.register_at_fork(after_in_child=_restart_in_child)
-
-
-def _decomposed(
-    matrix: Difference, width: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the first singular vectors and values, so many."""
-    basis = _orthonormal(matrix.times(_drawn(matrix.apart.shape[1], width)))
-    for _ in range(2):
-        basis = _orthonormal(matrix.transposed_times(basis))
-        basis = _orthonormal(matrix.times(basis))
-    inner, values, right = np.linalg.svd(matrix.transposed_times(basis).T, full_matrices=False)
-    return basis @ inner, values, right
-
-
-def _orthonormal(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Make columns orthonormal, in place: the first factor of QR.
-
-    By some rows at a time, as LAPACK has several copies of what it is given (TSQR: Demmel et al.,
-    *Communication-optimal parallel and sequential QR and LU factorizations*, 2012, section 2).
-    """
-    strips = [columns[start : start + _ROWS_OF_QR] for start in range(0, len(columns), _ROWS_OF_QR)]
-    inner = []
-    for strip in strips:
-        basis, rest = np.linalg.qr(strip)
-        strip[:, : basis.shape[1]] = basis
-        inner.append(rest)
-    joint, at = np.linalg.qr(np.concatenate(inner))[0], 0
-    for strip, rest in zip(strips, inner, strict=True):
-        strip[:] = strip[:, : len(rest)] @ joint[at : at + len(rest)]
-        at += len(rest)
-    return columns
-
-
-def _drawn(rows: int, cols: int) -> NDArray[np.float64]:
-    """Return numbers from -1 to 1 as if drawn at random, the same ones each time (SplitMix64).
-
-    Not by `numpy.random`: to load it takes 8 MB, and its numbers change between releases.
-    """
-    z = np.arange(1, rows * cols + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        z ^= z >> np.uint64(shift)
-        z *= np.uint64(factor)
-    z >>= np.uint64(11)
-    drawn = np.asarray(z * 2.0**-52, np.float64)
-    drawn -= 1
-    return drawn.reshape(rows, cols)
 
 
 def _refined(

@@ -181,12 +181,12 @@ def test_errors_queue_and_those_who_leave() -> None:
 
 
 def test_who_is_done_does_not_wait_for_the_rest_of_the_batch() -> None:
-    go_on = threading.Event()
+    gathered, go_on = threading.Event(), threading.Event()
 
     def slow_first(requests: Sequence[int]) -> Iterator[tuple[int, int | Exception]]:
         for number in reversed(range(len(requests))):
-            if requests[number] == 1:
-                go_on.wait(60)
+            if requests[number] < 2:
+                (gathered, go_on)[requests[number]].wait(60)
             yield number, requests[number] * 10
 
     async def main() -> None:
@@ -194,6 +194,8 @@ def test_who_is_done_does_not_wait_for_the_rest_of_the_batch() -> None:
         first = asyncio.create_task(one.submit(0, 1))
         await asyncio.sleep(0)  # it runs alone, and the others gather
         slow, fast = (asyncio.create_task(one.submit(n, 1)) for n in (1, 2))
+        await asyncio.sleep(0)
+        gathered.set()
         assert await first == 0
         assert await asyncio.wait_for(fast, 30) == 20
         assert not slow.done()

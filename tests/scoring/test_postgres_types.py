@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from urllib.parse import quote
@@ -54,6 +55,13 @@ KEYS = {
     "types_of.code": ("'ab'", "'a'"),
     "types_of.pair": ("ROW(1, 'a \"b,')", "ROW(-2, NULL)"),
 }
+
+#: What is said of an array that is nested 2,000 deep: Python reads one since 3.14.
+TOO_DEEP = (
+    "x is nested 2000 deep; 31 is the most"
+    if sys.version_info >= (3, 14)
+    else "x is a text that is no JSON array of numbers"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -295,7 +303,7 @@ def test_times_of_two_zones_are_two_keys(postgres_url: str) -> None:
         ("Infinity", "numeric", "x is inf"),
         ("9" * 5000, "numeric", "x is inf"),
         (f"[{'9' * 5000}]", "jsonb", "x is a text that is no JSON array of numbers"),
-        ("[" * 2000 + "1" + "]" * 2000, "jsonb", "x is a text that is no JSON array of numbers"),
+        ("[" * 2000 + "1" + "]" * 2000, "jsonb", TOO_DEEP),
         ("[" * 70 + "1" + "]" * 70, "text", "x is nested 70 deep; 31 is the most"),
     ],
 )

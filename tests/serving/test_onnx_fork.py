@@ -43,9 +43,9 @@ def test_a_child_ends(tmp_path: Path, how: str) -> None:
         store.add("m", stack(tmp_path, "m.onnx", weights))
         url = store.url
     environment = {name: v for name, v in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, url, how], capture_output=True, text=True, env=environment
-    )
+    quiet = "ignore:This process:DeprecationWarning"  # of who forks beside threads, as ours does
+    command = [sys.executable, "-W", quiet, "-c", CHILD, url, how]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 

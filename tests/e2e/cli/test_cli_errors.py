@@ -445,7 +445,10 @@ def test_where_there_are_no_more_threads(kept: str, monkeypatch: pytest.MonkeyPa
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading, "_start_new_thread", refuse)
+    name = "_start_joinable_thread"  # since Python 3.13
+    if not hasattr(threading, name):
+        name = "_start_new_thread"
+    monkeypatch.setattr(threading, name, refuse)
     assert "`ulimit -u`" in fail("verify", kept, status=4)
 
 
