@@ -103,7 +103,7 @@ test-mysql:  ## the tests of MySQL with servers of the versions 8.0, 8.4 and the
 	@scripts/mysql-versions.sh $(ARGS)
 
 .PHONY: test-bare
-test-bare:  ## `make demo` and `make test` on a bare Debian of SUITE (trixie, forky, ...)
+test-bare:  ## `make demo` and `make test` on a bare Debian or Ubuntu of SUITE (trixie, noble, ...)
 	@scripts/bare.sh $(SUITE) $(ARGS)
 
 .PHONY: test-oldest

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# bare.sh SUITE [TARGET...]: the README's commands on a bare Debian (bookworm, trixie, forky, ...).
+# bare.sh SUITE [TARGET...]: the README's commands on a bare Debian or Ubuntu (trixie, forky, noble, ...).
 #
-# debootstrap makes that Debian in build/bare/SUITE, with git, make and its own Python alone; the commit
+# debootstrap makes that system in build/bare/SUITE, with git, make and its own Python alone; the commit
 # that is checked out here is cloned into it, and each TARGET of the Makefile (demo and test) is run there
 # as root. It takes root and the right to mount. Processes and mounts end with the script, the folder
 # stays, and is used again; `make clean` removes it.
@@ -10,20 +10,29 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 SUITE=${1:-}
-[ -n "$SUITE" ] || die "name a suite of Debian, e.g. scripts/bare.sh trixie"
+[ -n "$SUITE" ] || die "name a suite of Debian or Ubuntu, e.g. scripts/bare.sh trixie"
 shift
 [ $# -gt 0 ] || set -- demo test
-may_mount || die "a bare Debian takes root and the right to mount (the capability SYS_ADMIN)"
-MIRROR=${MIRROR:-http://deb.debian.org/debian}
+may_mount || die "a bare system takes root and the right to mount (the capability SYS_ADMIN)"
 BARE=$ROOT/build/bare/$SUITE
 HOME_THERE=/root
 
-apt_install debootstrap
+needed=()
+have curl || needed+=(curl)
+PATH=$PATH:/usr/sbin have debootstrap || needed+=(debootstrap ubuntu-archive-keyring)
+apt_install "${needed[@]}"
 if [ ! -e "$BARE/.made" ]; then
     rm -rf --one-file-system "$BARE"
     mkdir -p "$BARE"
-    step "a bare Debian $SUITE" bare-debian env "PATH=$PATH:/usr/sbin:/sbin" debootstrap --variant=minbase \
-        --include=python3,git,make,ca-certificates "$SUITE" "$BARE" "$MIRROR"
+    origin=(http://deb.debian.org/debian)
+    if ! curl -fsI "${origin[0]}/dists/$SUITE/Release" >"$LOGS/bare-release.log"; then
+        # One script of debootstrap is for all of Ubuntu's releases, those that it does not know too.
+        origin=(http://archive.ubuntu.com/ubuntu /usr/share/debootstrap/scripts/gutsy)
+    fi
+    of_ubuntu=()
+    [ "${#origin[@]}" -eq 1 ] || of_ubuntu=(--components=main,universe --keyring=/usr/share/keyrings/ubuntu-archive-keyring.gpg)
+    step "a bare $SUITE" bare-system env "PATH=$PATH:/usr/sbin:/sbin" debootstrap --variant=minbase \
+        --include=python3,git,make,ca-certificates "${of_ubuntu[@]}" "$SUITE" "$BARE" "${origin[@]}"
     touch "$BARE/.made"
 fi
 # The network is ours, and so are those who vouch for it.
@@ -36,7 +45,7 @@ COMMIT=$(git -C "$ROOT" rev-parse HEAD)
 # In a PID namespace, so that no server outlives this; /dev and /proc are mounted for it alone.
 for target in "$@"; do
     started=$SECONDS status=0
-    say "" "make $target on Debian $SUITE, commit ${COMMIT:0:8}"
+    say "" "make $target on $SUITE, commit ${COMMIT:0:8}"
     unshare --mount --pid --fork --kill-child bash -c '
         mount --rbind /dev "$0/dev" && mount -t proc proc "$0/proc" && exec chroot "$0" "${@:1}"' "$BARE" \
         env -i HOME=$HOME_THERE LANG=C.UTF-8 TERM="${TERM:-dumb}" \
@@ -49,6 +58,6 @@ for target in "$@"; do
             cd pydedup
             git fetch -q origin "$1" && git checkout -q --detach "$1"
             exec make "$2"' bash "$COMMIT" "$target" || status=$?
-    say "make $target on Debian $SUITE: exit $status after $((SECONDS - started)) s"
+    say "make $target on $SUITE: exit $status after $((SECONDS - started)) s"
     [ "$status" -eq 0 ] || exit "$status"
 done

@@ -84,6 +84,9 @@ digest_of() {
 # may_mount: whether we are root and have the capability SYS_ADMIN, which containers withhold.
 may_mount() { [ "$(id -u)" -eq 0 ] && [ $((16#$(awk '/^CapEff:/ { print $2 }' /proc/self/status) >> 21 & 1)) -eq 1 ]; }
 
+# chromium_is_snap: whether Chromium comes as a snap here, which wants a running snapd: on Ubuntu.
+chromium_is_snap() { grep -qs '^ID=ubuntu' /etc/os-release; }
+
 # plpython_version: the PostgreSQL that this Debian has PL/Python for, nothing where that is not known.
 plpython_version() {
     case $(. /etc/os-release 2>/dev/null; echo "${ID:-} ${VERSION_ID:-}") in

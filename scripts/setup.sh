@@ -71,7 +71,7 @@ if [ "$EXTRA" = test ] && ! has_mariadb; then packages+=(mariadb-server-core mar
 # Tests run the commands of docs/moving.md. The package has programs alone, too.
 if [ "$EXTRA" = test ] && ! have mariadb-dump; then packages+=(mariadb-client); fi
 # Of `pydedup report` the tests look at what a browser makes.
-if [ "$EXTRA" = test ] && ! have chromium; then packages+=(chromium); fi
+if [ "$EXTRA" = test ] && ! have chromium && ! chromium_is_snap; then packages+=(chromium); fi
 if [ "$EXTRA" = test ] && ! have openssl; then packages+=(openssl); fi  # for servers with TLS
 # PL/Python, where it is of the Python that pydedup is built for; else `make test-plpython` is for it.
 if [ "$EXTRA" = test ] && plpython_is_of "$PY_MINOR" && ! has_plpython; then

@@ -18,7 +18,8 @@ set -uo pipefail
 export PATH="$PATH:/usr/sbin"
 # A test that lacks its database server, its browser, or a disk to fill fails here, instead of being
 # skipped without notice.
-backends=sqlite,postgres,mysql,chromium
+backends=sqlite,postgres,mysql
+if have chromium || ! chromium_is_snap; then backends+=,chromium; fi
 if may_mount; then backends+=,disk; fi
 if plpython_is_of "$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"; then
     backends+=,plpython
