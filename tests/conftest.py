@@ -280,7 +280,8 @@ def mysql_programs(
 
     def run(line: str) -> None:
         if is_mysql():
-            line = re.sub("^mariadb", "mysql", line).replace("mysql-dump", "mysqldump")
+            line = line.replace("mariadb-dump", "mysqldump --set-gtid-purged=OFF")
+            line = re.sub("^mariadb", "mysql", line)
         with or_skip("mysql"):
             if shutil.which(line.split()[0]) is None:
                 raise ServerMissingError(

@@ -248,7 +248,7 @@ def test_a_creation_that_is_cut_short_anywhere_is_begun_again(
 def test_who_creates_waits_for_another_and_makes_nothing_beside_it(url: str, run: Run) -> None:
     """Who did would drop the other's tables, taking them for those of a creation cut short."""
     with mysql_connection(url) as other, other.cursor() as cursor:
-        cursor.execute("SELECT GET_LOCK(CONCAT('pydedup:', MD5(DATABASE())), 0)")
+        cursor.execute("SELECT GET_LOCK(CONCAT('pydedup:', LEFT(SHA2(DATABASE(), 256), 32)), 0)")
         assert cursor.fetchall() == [(1,)]
         with pytest.raises(ConflictError, match="somebody else has been creating"):
             pydedup.open(with_option(url, "timeout=1"))
