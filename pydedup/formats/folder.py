@@ -157,7 +157,7 @@ class FolderSource(ModelSource):
             name = entry.name.removeprefix(folder)
             of_folder[folder].add((name, entry.dtype, entry.shape))
         kinds = list(of_folder.values())
-        checkpoints = [name for name in skipped if name.startswith("checkpoint-")]
+        checkpoints = [name for name in _folders(skipped) if name.startswith("checkpoint-")]
         if checkpoints or any(kind in kinds[:i] for i, kind in enumerate(kinds)):
             found = [*(f"{folder}/" for folder in folders), *checkpoints]
             raise FormatError(
@@ -202,7 +202,10 @@ class FolderSource(ModelSource):
 
 
 def _list_files(path: Path) -> tuple[list[str], list[str]]:
-    """Return all files by path inside the folder, and the folders that were skipped."""
+    """Return all files by path inside the folder, and what was skipped: folders end in ``/``.
+
+    Others are no files: links to what is not there, pipes.
+    """
     names: list[str] = []
     skipped: list[str] = []
 
@@ -216,7 +219,9 @@ def _list_files(path: Path) -> tuple[list[str], list[str]]:
                 folders.remove(name)
                 if not name.startswith((".", "__")):
                     skipped.append(f"{(relative / name).as_posix()}/")
-        names += [(relative / name).as_posix() for name in files if Path(folder, name).is_file()]
+        for name in files:
+            found = names if Path(folder, name).is_file() else skipped
+            found.append((relative / name).as_posix())
     for name in names:
         try:
             name.encode("utf-8")
@@ -303,10 +308,15 @@ def _hint(names: Sequence[str], skipped: Sequence[str]) -> str:
     others = [name for name in names if PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES]
     if others:
         return f" of its own; give the path of a file, such as {others[0]!r}"
-    if skipped:  # what transformers' Trainer writes; the last of them, as numbers go
-        newest = max(skipped, key=lambda name: (len(name), name))
+    if folders := _folders(skipped):
+        # What transformers' Trainer writes; the last of them, as numbers go.
+        newest = max(folders, key=lambda name: (len(name), name))
         return f" of its own; give the path of a folder in it, such as {newest!r}"
     return ": no .safetensors and no pytorch_model.bin"
+
+
+def _folders(skipped: Sequence[str]) -> list[str]:
+    return [name for name in skipped if name.endswith("/")]
 
 
 def _read_file(path: Path) -> bytes:

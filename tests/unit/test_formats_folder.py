@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -370,6 +371,17 @@ def test_names_that_two_folders_could_claim_are_refused(folder: Path) -> None:
     save_safe(folder / "unet" / "model.safetensors", state(1, "y"))
     with pytest.raises(FormatError, match="named like one of folder 'unet'"):
         open_source(folder)
+
+
+def test_what_is_no_file_is_told(folder: Path) -> None:
+    """A tokenizer whose link leads nowhere was not stored, without a word."""
+    (folder / "tokenizer.json").symlink_to("../blobs/gone")
+    with pytest.raises(FormatError, match="no model weights: no"):
+        open_source(folder)
+    make_one(folder)
+    os.mkfifo(folder / "pipe")
+    with open_source(folder) as source:
+        assert source.left_out == ("pipe", "tokenizer.json")
 
 
 def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path: Path) -> None:
