@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import pydedup
+from pydedup import config
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
+from pydedup.serving import onnx_kept
 
 from .onnx_models import X, node, normal, onnx, run, save, value
 
@@ -69,3 +72,66 @@ def test_values_that_no_memory_holds(store: pydedup.Store, tmp_path: Path) -> No
     with pytest.raises(BudgetError, match=r"ONNX Runtime cannot run m@1: .*allocate memory"):
         store.predict("m", np.array([2**46]))
     assert store.predict("m", np.array([3])).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "taken"),
+    [
+        (1, np.array([0, 3, -5]), np.float32),
+        (1, np.array([True, False]), np.float32),
+        (16, np.array([0.5, -2], np.float32), np.float32),
+        (16, np.array([0.5, -2], ml_dtypes.bfloat16), np.float32),
+        (9, np.array([True, False]), np.bool_),
+        (3, np.array([-128, 127]), np.int8),
+        (2, np.array([0, 255], np.uint64), np.uint8),
+    ],
+)
+def test_inputs_of_another_type(
+    store: pydedup.Store, tmp_path: Path, kind: int, given: Any, taken: Any
+) -> None:
+    nodes = [node("Cast", "x", "a", to=1), node("Sin", "a", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(2)}, [value("x", kind, ("n",))])
+    store.add("m", path)
+    expected = np.sin(given.astype(taken).astype(np.float32))
+    np.testing.assert_allclose(store.predict("m", given), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (7, np.array([1.5]), "int64, not float64"),
+        (7, np.array([True]), "int64, not bool"),
+        (9, np.array([1]), "bool, not int64"),
+    ],
+)
+def test_inputs_that_would_become_others(
+    store: pydedup.Store, tmp_path: Path, kind: int, given: Any, said: str
+) -> None:
+    nodes = [node("Cast", "x", "a", to=1), node("Sin", "a", "y")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(2)}, [value("x", kind, ("n",))])
+    store.add("m", path)
+    with pytest.raises(ArgumentError, match=f"input 'x' must be {said}"):
+        store.predict("m", given)
+
+
+def test_threads_are_as_many_as_asked_for(
+    store: pydedup.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [node("MatMul", "x w", "a"), node("Sin", "a", "y")]
+    store.add("m", save(tmp_path / "m.onnx", nodes, {"w": normal(64, 80)}))
+    monkeypatch.setenv("PYDEDUP_THREADS", "1")
+    monkeypatch.setattr(config, "threads", lambda: 1)  # which reads that once in a process
+    store.predict("m", X)
+    (session,) = onnx_kept.runner_of(store._pool)._sessions.values()
+    assert session.runtime.get_session_options().intra_op_num_threads == 1
+
+
+def test_what_goes_wrong_is_raised_and_not_printed(
+    store: pydedup.Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [node("MatMul", "x w", "a"), node("Sin", "a", "y")]
+    anything = [value("x", 1, ("b", "n"))]  # the operation finds out
+    store.add("m", save(tmp_path / "m.onnx", nodes, {"w": normal(64, 80)}, anything))
+    with pytest.raises(ArgumentError, match="ONNX Runtime cannot run m@1"):
+        store.predict("m", X[:, :5])
+    assert capfd.readouterr() == ("", "")
