@@ -56,7 +56,8 @@ for target in "$@"; do
             cd
             [ -e pydedup ] || git clone -q pydedup.git pydedup
             cd pydedup
-            git fetch -q origin "$1" && git checkout -q --detach "$1"
+            git fetch -q ../pydedup.git "$1"
+            git checkout -q --detach FETCH_HEAD
             exec make "$2"' bash "$COMMIT" "$target" || status=$?
     say "make $target on $SUITE: exit $status after $((SECONDS - started)) s"
     [ "$status" -eq 0 ] || exit "$status"
