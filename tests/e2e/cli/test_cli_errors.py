@@ -442,7 +442,7 @@ def test_a_traceback_when_it_is_asked_for(kept: str) -> None:
 def test_where_there_are_no_more_threads(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was reported as a fault of pydedup."""
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **options: object) -> None:
         raise RuntimeError("can't start new thread")
 
     name = "_start_joinable_thread"  # since Python 3.13
