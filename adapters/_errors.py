@@ -40,12 +40,15 @@ class CrowdedError(ConnectionLostError):
 
 
 def without_frames(error: _E) -> _E:
-    """Return what a driver raised as it connected, without frames: their variables hold passwords.
+    """Return an error, and what led to it, without frames, whose variables it would keep.
 
-    So no traceback that shows variables, as those of rich and pytest do, shows one.
+    Of what a driver raised as it connected these hold passwords, which tracebacks that show
+    variables, as those of rich and pytest do, would show. Of an error that is kept, frames of who
+    called have pages in use.
     """
-    led_to: BaseException | None = error
-    while led_to is not None:
-        led_to.__traceback__ = None
-        led_to = led_to.__cause__
+    ahead: list[BaseException] = [error]
+    while ahead:
+        one = ahead.pop()
+        one.__traceback__ = None
+        ahead += [led_to for led_to in (one.__cause__, one.__context__) if led_to is not None]
     return error

@@ -159,7 +159,7 @@ def meaning(error: Exception, place: Place, *, connected: bool = True) -> Pydedu
         refused = _COMMANDS.search(said)
         reads = refused is not None and "SELECT" in refused.group()
         kind, advice = (DeniedError if reads else RefusedError), "grant it, or use another user"
-    elif code == 1290 and "NO_ENGINE_SUBSTITUTION" in said:
+    elif code == 1286 or (code == 1290 and "NO_ENGINE_SUBSTITUTION" in said):
         kind, advice = StoreError, "a store needs InnoDB; see enforce_storage_engine of the server"
     elif code == 1015 and "errno: 165" in said:  # MySQL's InnoDB that only reads
         kind, advice = ReadOnlyError, _WRITABLE

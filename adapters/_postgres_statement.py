@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 import psycopg
 from psycopg import pq
 
+from ._errors import without_frames
 from ._sessions import Connection, Session
 from ._values import Row
 
@@ -114,7 +115,7 @@ class Statement:
 
     def _fail(self, error: Exception) -> None:
         # Whatever it says afterwards is lost: the connection is of no use any more.
-        self.error, self.done = self.error or error, True
+        self.error, self.done = self.error or without_frames(error), True
         if self._connection.pgconn.status != pq.ConnStatus.OK or self._copying:
             self._connection.close()
 

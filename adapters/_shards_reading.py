@@ -17,7 +17,7 @@ from pydedup.errors import PydedupError, StoreError, UnavailableError
 
 from . import _again
 from ._dbapi import PAYLOADS_PER_READ
-from ._errors import ConnectionLostError
+from ._errors import ConnectionLostError, without_frames
 from ._postgres_copy import PostgresCopy
 from ._postgres_statement import Statement, run_together
 from ._sessions import READ, Session
@@ -172,7 +172,7 @@ class ShardedReads(PostgresCopy):
         in_use = shard_id in (self._mine.touched or ())
         if not self._by_id[shard_id].lost(error) or in_use:
             raise error
-        problems[shard_id] = error
+        problems[shard_id] = without_frames(error)
 
     def _raise_for(self, missing: set[int], problems: Mapping[str, PydedupError]) -> None:
         """Raise when one of the pages may be where nobody answered."""

@@ -31,7 +31,7 @@ _POLICY = ("name", "compresses", "uses_deltas", "max_rel_error", "parameters")
 
 #: Names of which certificates are told to say more than all policies' do.
 _OURS = {"bounded": Bounded, "accuracy": Accuracy}
-#: How deep JSON may be: Python before 3.14 reads less than a thousand.
+#: How deep JSON may be: Python 3.11 reads less than a thousand.
 _DEEPEST = 500
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]')
 

@@ -490,7 +490,7 @@ def nested(value: Any, deep: int) -> Any:
 def test_metadata_that_cannot_be_kept_is_refused(
     store: pydedup.Store, value: Any, deep: int
 ) -> None:
-    """Python 3.14 writes JSON that others do not read."""
+    """Newer Pythons write JSON that 3.11 does not read."""
     if deep == 500:
         store.add("m@0", {"w": weights()}, metadata={"a": nested(value, deep - 1)})
         assert store.info("m@0").info.metadata == {"a": nested(value, deep - 1)}

@@ -56,10 +56,10 @@ KEYS = {
     "types_of.pair": ("ROW(1, 'a \"b,')", "ROW(-2, NULL)"),
 }
 
-#: What is said of an array that is nested 2,000 deep: Python reads one since 3.14.
+#: What is said of an array that is nested 2,000 deep: Python reads one since 3.12.
 TOO_DEEP = (
     "x is nested 2000 deep; 31 is the most"
-    if sys.version_info >= (3, 14)
+    if sys.version_info >= (3, 12)
     else "x is a text that is no JSON array of numbers"
 )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -71,6 +72,29 @@ def test_what_is_on_a_shard_that_is_down_is_unreachable(
         assert report.pages
     with pydedup.open(url, mode="r") as store:
         assert store.verify().ok
+
+
+@pytest.mark.usefixtures("known_places")
+def test_a_shard_that_is_lost_keeps_no_pages_in_use(
+    place: ShardedPlace, shard_servers: list[PostgresServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were read as it failed were in use until Python collected garbage."""
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
+    url = place.url(replicas=2)
+    fill(url)
+    down = shard_servers[place.fullest()]
+    with pydedup.open(url, mode="r", memory="8MiB") as store:
+        down.kill()
+        gc.collect()
+        gc.disable()
+        try:
+            for name, weights in MODELS.items():
+                loaded = store.load(name)
+                assert all((loaded[key] == weights[key]).all() for key in weights)
+            assert store._pool.stats()["pinned_bytes"] == 0
+        finally:
+            gc.enable()
+            down.start()
 
 
 @pytest.mark.usefixtures("known_places")
