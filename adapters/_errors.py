@@ -46,9 +46,12 @@ def without_frames(error: _E) -> _E:
     variables, as those of rich and pytest do, would show. Of an error that is kept, frames of who
     called have pages in use.
     """
-    ahead: list[BaseException] = [error]
+    ahead: list[BaseException | None] = [error]
+    seen = set[int]()  # a cause is most often the context as well
     while ahead:
         one = ahead.pop()
-        one.__traceback__ = None
-        ahead += [led_to for led_to in (one.__cause__, one.__context__) if led_to is not None]
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            ahead += [one.__cause__, one.__context__]
     return error

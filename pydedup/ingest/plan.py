@@ -127,7 +127,16 @@ class Request:
 
     def metadata_json(self) -> str:
         """Return the metadata as canonical JSON."""
-        return _as_json(f"metadata of {self.address} is", self.metadata)
+        said = f"metadata of {self.address} is not JSON"
+        try:
+            text = json.dumps(
+                dict(self.metadata), sort_keys=True, ensure_ascii=False, allow_nan=False
+            )
+            text.encode()  # not of half a character
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise ArgumentError(f"{said}: {exc}") from exc
+        _refuse_deep(said, text)
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,19 +225,18 @@ def _check_policy(policy: Policy) -> None:
             f"parameters() of {policy!r} must be a mapping without the names that certificates "
             f"have anyway ({', '.join(MEASURED)}), not {parameters!r:.100}"
         )
-    _as_json(f"parameters() of {policy!r} are", parameters)
-
-
-def _as_json(what: str, value: Mapping[str, Any]) -> str:
-    """Return canonical JSON; raise ArgumentError for what is none that each Python reads."""
+    said = f"parameters() of {policy!r} are not JSON"
     try:
-        text = json.dumps(dict(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
-        text.encode()  # not of half a character
+        text = json.dumps(dict(parameters), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as exc:
-        raise ArgumentError(f"{what} not JSON: {exc}") from exc
+        raise ArgumentError(f"{said}: {exc}") from exc
+    _refuse_deep(said, text)
+
+
+def _refuse_deep(said: str, text: str) -> None:
+    """Raise ArgumentError for JSON that not each Python reads."""
     opened = itertools.accumulate(
         1 if mark in "[{" else -1 for mark in _BRACKETS.findall(text) if len(mark) == 1
     )
     if max(opened, default=0) > _DEEPEST:
-        raise ArgumentError(f"{what} not JSON that each Python reads: more than {_DEEPEST} deep")
-    return text
+        raise ArgumentError(f"{said} that each Python reads: it is more than {_DEEPEST} deep")

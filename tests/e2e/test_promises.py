@@ -349,9 +349,16 @@ def test_a_policy_of_the_users_own_may_be_lossy(store: pydedup.Store) -> None:
     assert same(store.load("m@2"), {"w": moved(base)})
 
 
-def test_parameters_that_are_not_json_are_refused(store: pydedup.Store) -> None:
+def nested(value: Any, deep: int) -> Any:
+    for _ in range(deep):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("level", [np.float32(1), nested(0, 600), nested(0, 5000)])
+def test_parameters_that_are_not_json_are_refused(store: pydedup.Store, level: Any) -> None:
     with pytest.raises(ArgumentError, match=r"parameters\(\) of .* are not JSON"):
-        store.add("m", {"w": weights()}, policy=Mine(level=np.float32(1)))
+        store.add("m", {"w": weights()}, policy=Mine(level=level))
     assert store.models() == []
 
 
@@ -478,12 +485,6 @@ def test_a_version_that_was_asked_for_is_not_passed_over(tmp_path: Path) -> None
         with Store(adapter, 1 << 26) as store, pytest.raises(DuplicateError, match="add another"):
             store.add("m@1", {"w": weights() * 2})
         assert same(others.load("m"), {"w": weights()})
-
-
-def nested(value: Any, deep: int) -> Any:
-    for _ in range(deep):
-        value = [value]
-    return value
 
 
 @pytest.mark.parametrize(("value", "deep"), [("\ud800", 0), ([[]], 5000), ('[{"[\\', 500)])

@@ -22,6 +22,7 @@ from pydedup.adapters._errors import (
     CrowdedError,
     DeniedError,
     KeyTakenError,
+    without_frames,
 )
 from pydedup.adapters._postgres_errors import MissingDatabaseError
 from pydedup.adapters._postgres_said import said
@@ -346,3 +347,18 @@ def test_sequences_that_were_left_behind(url: str, schema: str, sql: Any) -> Non
         assert [model.name for model in store.models()] == ["m"]
         store.add("n", {"w": -weights})
         assert store.verify().errors == []
+
+
+def test_errors_that_led_to_each_other_are_looked_at_once() -> None:
+    """Each is a cause and a context, and to follow both took for ever after some dozens."""
+    error = ValueError("first")
+    for number in range(100):
+        try:
+            raise ValueError(number) from error
+        except ValueError as raised:
+            raised.__context__ = error
+            error = raised
+    led_to: BaseException | None = without_frames(error)
+    while led_to is not None:
+        assert led_to.__traceback__ is None
+        led_to = led_to.__cause__
