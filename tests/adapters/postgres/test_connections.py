@@ -88,6 +88,28 @@ def test_who_fell_silent_is_asked_again(adapter: Any, monkeypatch: pytest.Monkey
     assert len(failures) == 5
 
 
+def test_nobody_pauses_for_long(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses double, for so long as reading would not go on soon after the server is back."""
+    now, pauses = [0.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr("pydedup.adapters._again.time", clock)
+
+    def read() -> str:
+        if now[0] > 9:
+            return "there"
+        raise ConnectionLostError("no answer")
+
+    assert adapter._again(read) == "there"
+    assert pauses == sorted(pauses)
+    assert pauses[0] < 0.1
+    assert pauses[-1] <= 1
+
+
 @pytest.fixture
 def url(postgres_url: str, schema: str) -> str:
     """The schema is the application's name too, by which connections are cut."""
