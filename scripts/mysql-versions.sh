@@ -17,7 +17,7 @@ RELEASES=(
     "8.4 $UBUNTU ubuntu mysql-server-core,mysql-client-core resolute resolute-updates"
     "newest $DEBIAN debian mysql-server-core,mysql-client-core sid"
 )
-TESTS=(tests/adapters tests/crash tests/scoring tests/moving tests/e2e)
+TESTS=(tests/adapters tests/crash tests/scoring tests/moving tests/golden tests/e2e)
 
 [ "$(uname -m)" = x86_64 ] || die "no programs of MySQL are known for $(uname -m)"
 [ -e /usr/share/keyrings/ubuntu-archive-keyring.gpg ] || apt_install ubuntu-archive-keyring

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes store_v1.postgres.sql.gz and store_v1.mysql.sql.gz: the golden store, as servers dump it.
+"""Writes store_v1.{postgres,mysql,mysql8}.sql.gz: the golden store, as servers dump it.
 
     python tests/golden/make_server_golden.py postgresql://postgres@/db?host=/socket/folder
+    python tests/golden/make_server_golden.py mariadb://root@localhost/empty?unix_socket=/path
     python tests/golden/make_server_golden.py mysql://root@localhost/empty?unix_socket=/path
 
-Wants the programs pg_dump (as new as the server, on the PATH) and mariadb-dump. Run only
-for a NEW schema version: old files stay.
+Wants, on the PATH, pg_dump (as new as the server), mariadb-dump (for ``mysql``, which MySQL
+refuses), or mysqldump (for ``mysql8``; of MySQL 8.0, the oldest that is taken, which
+``make test-mysql`` unpacks into build/mysql/8.0/run). Run only for a NEW schema version: old files
+stay.
 """
 
 from __future__ import annotations
@@ -31,26 +34,31 @@ def dump_postgres(url: str) -> str:
     return "".join(line for line in text.splitlines(True) if not line.startswith(skipped))
 
 
-def dump_mysql(url: str) -> str:
+def dump_mysql(url: str, *program: str) -> str:
     """Return what restores the tables and views, as statements that any client can run."""
     parts = urlsplit(url)
     where = f"--socket={parse_qs(parts.query)['unix_socket'][0]}"
-    command = ["mariadb-dump", "--no-defaults", where, f"--user={parts.username}", "--hex-blob"]
+    command = [program[0], "--no-defaults", where, f"--user={parts.username}", "--hex-blob"]
     command += ["--skip-comments", "--skip-add-locks", "--default-character-set=utf8mb4"]
-    command += [parts.path.lstrip("/")]
+    command += [*program[1:], parts.path.lstrip("/")]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:
     """Fill an empty place, dump it and write the file, unless there is one."""
     url = sys.argv[1]
-    is_postgres = url.startswith("postgres")
-    kind = "postgres" if is_postgres else "mysql"
+    scheme = url.partition(":")[0]
+    kind = {"postgresql": "postgres", "mariadb": "mysql", "mysql": "mysql8"}[scheme]
     target = Path(__file__).with_name(f"store_v1.{kind}.sql.gz")
     if target.exists():
         sys.exit(f"{target} exists; golden files are never rewritten")
-    fill(f"{url}&schema={SCHEMA}" if is_postgres else url)
-    text = dump_postgres(url) if is_postgres else dump_mysql(url)
+    fill(f"{url}&schema={SCHEMA}" if kind == "postgres" else url)
+    if kind == "postgres":
+        text = dump_postgres(url)
+    elif kind == "mysql":
+        text = dump_mysql(url, "mariadb-dump")
+    else:
+        text = dump_mysql(url, "mysqldump", "--set-gtid-purged=OFF")
     target.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
