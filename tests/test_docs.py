@@ -6,6 +6,7 @@ run by some test, those that need no server by this one, and tests that are name
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import json
 import re
@@ -37,6 +38,7 @@ COLUMNS = {"SQLite": ("postgres", "mysql"), "PostgreSQL": ("mysql",), "MariaDB":
 RUN_BY = {
     ("README.md", "python"): "tests/test_readme.py",
     ("docs/attach.md", "python"): "tests/test_docs.py",
+    ("docs/howto.md", "python"): "tests/test_docs.py",
     ("docs/http.md", "python"): "tests/test_docs.py",
     ("docs/moving.md", "python"): "tests/test_docs.py",
     ("docs/report.md", "python"): "tests/test_docs.py",
@@ -221,6 +223,24 @@ def test_what_http_says(store: pydedup.Store) -> None:
         names = run(code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
         assert names["y"].tolist() == [[321]]
         names["client"].close()
+
+
+def test_what_howto_says_of_fastapi(store: pydedup.Store) -> None:
+    fastapi = pytest.importorskip("fastapi")
+    store.close()
+    (code,) = code_of("docs/howto.md")
+    names = run(code)
+    app, predict = names["app"], names["predict"]
+    assert app.url_path_for("predict", name="churn") == "/predict/churn"
+
+    async def ask() -> None:
+        async with app.router.lifespan_context(app):
+            assert predict("churn@prod", [[1, 2, 3]]) == [[321]]
+            with pytest.raises(fastapi.HTTPException) as caught:
+                predict("nobody", [[1, 2, 3]])
+            assert caught.value.status_code == 404
+
+    asyncio.run(ask())
 
 
 def test_what_moving_says(store: pydedup.Store) -> None:
