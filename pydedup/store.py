@@ -90,12 +90,11 @@ def open(
 class Store(StoreAdds, StorePredictions, StoreUpkeep):
     """One pydedup store, as `pydedup.open` returns it.
 
-    Safe between threads; usable after a fork (of a process of which no thread is just at its first
-    use of something here: that imports, and Python lets a child wait for it for ever); a context
-    manager. Models are addressed as ``name`` (its newest version), ``name@version`` or
-    ``name@alias``. Sizes are in bytes, spans of time in seconds, points in time in seconds since
-    1970. Whatever method talks to the database may also raise StoreError or one of its kinds
-    (`pydedup.errors`).
+    A context manager, safe between threads. It may be used after a fork, unless another thread was
+    just at its first use of a method: that imports modules, and a child waits for them for ever.
+    Models are addressed as ``name`` (its newest version), ``name@version`` or ``name@alias``. Sizes
+    are in bytes, spans of time in seconds, points in time in seconds since 1970. Whatever method
+    talks to the database may also raise StoreError or one of its kinds (`pydedup.errors`).
     """
 
     def __init__(
