@@ -271,7 +271,7 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
     if model.aliases:
         fields.insert(0, ("aliases", ", ".join(model.aliases)))
     if figures.artifacts:
-        fields.append(("artifacts", ", ".join(figures.artifacts)))
+        fields.append(("artifacts", text.listed(figures.artifacts)))
     fields += [(f"metadata {key}", _shown(value)) for key, value in model.metadata.items()]
     return fields
 

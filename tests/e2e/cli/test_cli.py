@@ -253,6 +253,20 @@ def test_info(family: str) -> None:
     assert "metadata task" in succeed("info", family, "base@1")
 
 
+def test_info_of_a_model_with_many_files_names_some(tmp_path: Path) -> None:
+    folder, url = tmp_path / "model", str(tmp_path / "models.db")
+    folder.mkdir()
+    save_file({"w": np.ones((4, 4), np.float32)}, folder / "model.safetensors")
+    for number in range(30):
+        (folder / f"merges.{number:02}.txt").write_text(f"{number}")
+    succeed("add", url, "m", str(folder))
+    found = document("info", url, "m")["artifacts"]
+    assert len(found) >= 30
+    shown = succeed("info", url, "m")
+    assert f" and {len(found) - 5} more" in " ".join(shown.split())
+    assert shown.count("merges.") == 5
+
+
 def test_stats(family: str) -> None:
     found = document("stats", family)
     assert (found["models"], found["versions"], found["tensors"]) == (2, 3, 10)
