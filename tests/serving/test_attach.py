@@ -53,6 +53,29 @@ def test_tied_weights(store: pydedup.Store, left_out: str | None) -> None:
     assert torch.equal(module(ids), wanted)
 
 
+def test_a_tie_that_the_module_lost_is_told(store: pydedup.Store) -> None:
+    """As within `accelerate.init_empty_weights`, of what files have one name for."""
+    module = Tied().eval()
+    store.add("m", {"embed.weight": module.embed.weight})
+    module.head.weight = nn.Parameter(module.embed.weight.detach().clone())
+    with pytest.raises(ArgumentError, match=r"missing.*: head\.weight; .*tie them in the module"):
+        store.attach(module, "m")
+    module.head.weight = module.embed.weight
+    store.attach(module, "m")
+
+
+def test_what_no_tie_explains_says_nothing_of_ties(store: pydedup.Store) -> None:
+    store.add("m", {"embed.weight": torch.ones(90, 71)})
+    with pytest.raises(ArgumentError) as caught:
+        store.attach(Tied().eval(), "m")
+    assert "tie them" not in str(caught.value)
+    store.add("n", {"0.weight": torch.ones(2, 3)})
+    with pytest.raises(ArgumentError) as caught:
+        store.attach(nn.Sequential(nn.Linear(3, 2)).eval(), "n")
+    assert "missing in the store: 0.bias" in str(caught.value)
+    assert "tie them" not in str(caught.value)
+
+
 def test_tensors_that_are_tied_in_the_module_alone(store: pydedup.Store) -> None:
     module = Tied().eval()
     state = dict(module.state_dict())

@@ -223,6 +223,8 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
     """Return the stored name of each slot. Raises ArgumentError that lists all that differs."""
     stored = {info.name: info for info in model.tensors}
     chosen, missing, differ = [], [], []
+    there: set[tuple[int, ...]] = set()
+    absent: set[tuple[int, ...]] = set()
     known: set[str] = set()
     for slot in slots:
         names = [prefix + name for name in slot.names]
@@ -230,8 +232,10 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
         present = [name for name in names if name in stored]
         if not present:
             missing.append(" = ".join(names))
+            absent.add(slot.shape)
             continue
         chosen.append(present[0])
+        there.add(slot.shape)
         for name in present:
             info = stored[name]
             if info.shape != slot.shape:
@@ -254,6 +258,11 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
         below = {name.removeprefix(prefix) for name in stored if name.startswith(prefix)}
         hint = _prefix_hint([slot.names[0] for slot in slots], below, prefix)
         hint = hint or _form_hint(missing, unexpected)
+        if not hint and not unexpected and not differ and absent <= there:
+            hint = (
+                "; where the model has one tensor for two names, tie them in the module first "
+                "(in transformers module.tie_weights())"
+            )
         raise ArgumentError(f"{model.address} does not fit {kind}: {'; '.join(problems)}{hint}")
     return chosen
 
