@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from pydedup import matmul
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import telling_rows
+from pydedup.blocks import BlockMap
 from pydedup.catalog import Catalog, ModelsAhead, ParsedMaps, StoredModel, artifact_digests
 from pydedup.certificates import artifact_digest
 from pydedup.errors import CorruptStoreError
@@ -31,8 +33,10 @@ __all__ = [
     "explain_model",
 ]
 
-#: How many numbers of two tensors are compared at a time, as f64.
-_PIECE = 2**18
+# Bytes of two tensors that are read at a time, about, and numbers of these that are compared at a
+# time, as f64: they stay in the cache.
+_PART_BYTES = 4 * 1024 * 1024
+_PIECE = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +211,7 @@ def diff_models(
     *,
     progress: Progress | None,
 ) -> Diff:
-    """Compare two models tensor by tensor. Memory: two tensors. Raises NotFoundError."""
+    """Compare two models tensor by tensor, by parts of some MiB. Raises NotFoundError."""
     with adapter.snapshot():
         # Block maps of this snapshot, not cached ones: a vacuum may have moved blocks since.
         a = StoredModel(adapter, catalog.resolve(first))
@@ -254,40 +258,87 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
     map_a, map_b = a.block_map(info.name), b.block_map(info.name)
     blocks, changed = map_a.grid.count, 0
     if map_a.grid == map_b.grid:
-        apart = block_places(map_a.page_ids, map_a.slots) != block_places(
-            map_b.page_ids, map_b.slots
-        )
+        apart = _places(map_a) != _places(map_b)
         if not apart.any():
             return TensorDiff(info.name, "same", blocks)
         changed = int(apart.sum())
-    whole_a, whole_b = matmul.read(map_a, pool).reshape(-1), matmul.read(map_b, pool).reshape(-1)
-    pieces = [slice(at, at + _PIECE) for at in range(0, whole_a.size, _PIECE)]
-    if all(
-        np.array_equal(whole_a[piece].view(np.uint8), whole_b[piece].view(np.uint8))
-        for piece in pieces
-    ):
+    largest, same = np.float64(0), True
+    length, distance = _Length(), _Length()
+    buffers = np.empty((2, _PIECE))
+    with np.errstate(invalid="ignore", over="ignore"):  # signalling NaNs, and what is infinite
+        for part_a, part_b in _parts(map_a, map_b):
+            one = two = matmul.read(part_a, pool).reshape(-1)
+            if part_a.grid != part_b.grid or not np.array_equal(_places(part_a), _places(part_b)):
+                two = matmul.read(part_b, pool).reshape(-1)
+            for at in range(0, one.size, _PIECE):
+                piece_a, piece_b = one[at : at + _PIECE], two[at : at + _PIECE]
+                value, delta = buffers[:, : len(piece_a)]
+                value[:] = piece_a
+                if not np.array_equal(piece_a.view(np.uint8), piece_b.view(np.uint8)):
+                    same = False
+                    delta[:] = piece_b
+                    delta -= value
+                    largest = np.maximum(largest, distance.add(delta))  # NaN stays NaN
+                length.add(value)
+    if same:
         return TensorDiff(info.name, "same", blocks)
-    largest = squares = squares_apart = np.float64(0)
-    with np.errstate(invalid="ignore"):  # signalling NaNs
-        peak = max(float(np.max(np.abs(whole_a[piece].astype(np.float64)))) for piece in pieces)
-    # A power of two, so that squares of what is tiny or huge in f64 stay in the range.
-    scale = math.ldexp(0.5, math.frexp(peak)[1]) if 0 < peak < math.inf else 1.0
-    with np.errstate(invalid="ignore", over="ignore"):
-        for piece in pieces:
-            value = whole_a[piece].astype(np.float64)
-            delta = whole_b[piece].astype(np.float64)
-            delta -= value
-            largest = np.maximum(largest, np.max(np.abs(delta)))  # NaN stays NaN
-            value /= scale
-            delta /= scale
-            squares += np.dot(value, value)
-            squares_apart += np.dot(delta, delta)
-        norm, distance = float(np.sqrt(squares)), float(np.sqrt(squares_apart))
-    return TensorDiff(
-        info.name,
-        "changed",
-        blocks,
-        changed or blocks,
-        float(largest),
-        distance / norm if norm else float("inf"),
-    )
+    away = distance.over(length)
+    return TensorDiff(info.name, "changed", blocks, changed or blocks, float(largest), away)
+
+
+class _Length:
+    """The L2 norm of numbers that come in pieces.
+
+    Its squares are scaled by a power of two: those of what is tiny or huge in f64 leave its range.
+    """
+
+    def __init__(self) -> None:
+        self._scale = 0.0
+        self._squares = 0.0
+
+    def add(self, values: NDArray[np.float64]) -> float:
+        """Take further numbers, which are overwritten, and return the largest magnitude of them."""
+        peak = max(float(values.max()), -float(values.min()))
+        if 0 < peak < math.inf and math.isfinite(self._squares):
+            scale = math.ldexp(0.5, math.frexp(peak)[1])
+            if scale > self._scale:
+                self._squares *= (self._scale / scale) ** 2
+                self._scale = scale
+        self._scale = self._scale or 1.0
+        values /= self._scale
+        self._squares += float(np.square(values, out=values).sum())
+        return peak
+
+    def over(self, other: _Length) -> float:
+        """Return this as a multiple of another; infinity where that is 0."""
+        if other._squares == 0:
+            return math.inf
+        return self._scale / other._scale * math.sqrt(self._squares / other._squares)
+
+
+def _places(block_map: BlockMap) -> NDArray[np.int64]:
+    return block_places(block_map.page_ids, block_map.slots)
+
+
+def _parts(a: BlockMap, b: BlockMap) -> Iterator[tuple[BlockMap, BlockMap]]:
+    """Yield the same parts of two tensors, of few bytes where blocks of both end alike."""
+    grids = a.grid, b.grid
+    rows, cols = a.grid.rows, a.grid.cols
+    if (rows, cols) != (b.grid.rows, b.grid.cols):  # stacks, of which one was cut as a matrix
+        yield a, b
+        return
+    height = math.lcm(*(grid.block_rows for grid in grids))
+    width = math.lcm(*(grid.block_cols for grid in grids))
+    least = height * a.dtype.itemsize
+    width *= min(max(_PART_BYTES // (least * width), 1), max(-(-cols // width), 1))
+    height *= max(_PART_BYTES // (least * width), 1)
+    for top in range(0, rows, height):
+        for left in range(0, cols, width):
+            down, across = slice(top, min(top + height, rows)), slice(left, min(left + width, cols))
+            yield _within(a, down, across), _within(b, down, across)
+
+
+def _within(block_map: BlockMap, rows: slice, cols: slice) -> BlockMap:
+    height, width = block_map.grid.block_shape
+    down = slice(rows.start // height, -(-rows.stop // height))
+    return block_map.within(down, slice(cols.start // width, -(-cols.stop // width)))

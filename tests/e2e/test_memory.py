@@ -111,8 +111,8 @@ def test_what_workers_do_ahead_is_bounded(tmp_path: Path) -> None:
         assert peak < 256 << 20 < model_bytes
 
 
-def test_a_difference_takes_two_tensors(tmp_path: Path) -> None:
-    before = np.random.default_rng(0).standard_normal(2**22 + 7, np.float32)
+def test_a_difference_takes_parts_of_two_tensors(tmp_path: Path) -> None:
+    before = np.random.default_rng(0).standard_normal(2**23 + 7, np.float32)
     after = before.copy()
     after[[0, -1]] += np.float32([3.0, -4.0])
     with pydedup.open(f"sqlite:///{tmp_path / 'store.db'}") as store:
@@ -125,7 +125,7 @@ def test_a_difference_takes_two_tensors(tmp_path: Path) -> None:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    assert peak < 2.5 * before.nbytes
+    assert peak < 0.75 * before.nbytes
     apart = after.astype(np.float64) - before
     assert found.status == "changed"
     assert found.max_abs == np.abs(apart).max()

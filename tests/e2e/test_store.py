@@ -466,3 +466,48 @@ def test_diff_of_numbers_whose_squares_leave_the_range(store: pydedup.Store, sca
     (tensor,) = store.diff("a", "b").tensors
     assert tensor.max_abs == pytest.approx(scale, rel=1e-3)
     assert tensor.relative_l2 == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3000, 1500), (1, 2**22), (2**22,), (40, 300, 300), (7, 0)])
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i8", "u1"])
+def test_diff_of_tensors_that_are_cut_otherwise(
+    store: pydedup.Store, shape: tuple[int, ...], dtype: str
+) -> None:
+    """Block by block they have nothing in common, whatever parts of them are compared at a time."""
+    rng = np.random.default_rng(0)
+    one = rng.integers(0, 100, shape).astype(dtype)
+    two = one.copy()
+    store.add("a", {"w": one})
+    store.add("b", {"w": one}, block_shape=(24, 100))
+    assert store.diff("a", "b").same
+    if not one.size:
+        return
+    places = rng.choice(one.size, 5, replace=False)
+    two.reshape(-1)[places] += np.arange(1, 6).astype(dtype)
+    store.add("c", {"w": two}, block_shape=(24, 100))
+    (found,) = store.diff("a", "c").tensors
+    assert (found.status, found.max_abs) == ("changed", 5.0)
+    length = np.linalg.norm(one.astype(np.float64).reshape(-1))
+    assert found.relative_l2 == pytest.approx(np.sqrt(55) / length)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "max_abs", "relative"),
+    [
+        ([0, 1], [np.inf, 1], np.inf, np.inf),
+        ([np.inf, 1], [np.inf, 2], np.nan, np.nan),
+        ([np.inf, 1], [5, 1], np.inf, np.nan),
+        ([np.nan, 1], [np.nan, 2], np.nan, np.nan),
+        ([0, 0], [0, 1e-200], 1e-200, np.inf),
+        ([0, 1e-200], [0, 3e200], 3e200, np.inf),
+        ([0.0, 1.0], [-0.0, 1.0], 0.0, 0.0),
+    ],
+)
+def test_diff_of_what_has_no_distance(
+    store: pydedup.Store, before: list[float], after: list[float], max_abs: float, relative: float
+) -> None:
+    store.add("a", {"w": np.array(before, np.float64)})
+    store.add("b", {"w": np.array(after, np.float64)})
+    (found,) = store.diff("a", "b").tensors
+    assert found.status == "changed"
+    assert [found.max_abs, found.relative_l2] == pytest.approx([max_abs, relative], nan_ok=True)
