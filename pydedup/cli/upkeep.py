@@ -101,11 +101,14 @@ def _print_verify(report: VerifyReport, source: str, seconds: float) -> None:
         ]
     )
     if report.errors and not source:
-        output.print_note(
+        # What a repair has no use for, such as a lost alias, is not to be tried with one.
+        rows = report.unrecorded_blocks or report.surplus_blocks or report.wrong_readers
+        repaired = (
             "pages are restored by `pydedup verify --repair-from` another store, a backup or a "
-            "model's file; docs/faults.md says what to do about all else",
-            "dim",
+            "model's file; docs/faults.md says what to do about all else"
         )
+        told = repaired if report.damaged_pages or rows else "docs/faults.md says what to do"
+        output.print_note(told, "dim")
     verdict, style = "sound", "green"
     if not report.ok:
         verdict, style = "NOT ALL CHECKED", "bold yellow"

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,22 @@ def test_damage_is_repaired(
     with pydedup.open(store_url, mode="r") as store:
         for name, path in models.items():
             assert store.load(name)["w"].tobytes() == np.load(path)["w"].tobytes()
+
+
+def test_what_no_repair_mends_is_not_told_to_be_repaired(tmp_path: Path) -> None:
+    """``--repair-from`` was told of a lost alias, too, which it does nothing about."""
+    url = f"sqlite:///{tmp_path}/s.db"
+    with pydedup.open(url) as store:
+        store.add("m", {"w": np.ones((9, 9))})
+        store.alias("m", "prod", "1")
+    with closing(sqlite3.connect(tmp_path / "s.db")) as connection, connection:
+        connection.execute("DELETE FROM pydedup_aliases")
+    told = run("verify", url)
+    assert told.returncode == 1
+    found, how, verdict = told.stdout.splitlines()
+    assert "m@prod" in found
+    assert how == "docs/faults.md says what to do"
+    assert verdict.startswith("DAMAGED: 1 model, ")
 
 
 def test_of_many_models_that_miss_blocks_some_are_named(
