@@ -33,6 +33,17 @@ def added_beside(
     return store.add("m", model, policy=policy)
 
 
+def weights() -> NDArray[np.float32]:
+    """Return a drawn matrix."""
+    return np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
+
+
+def moved(array: NDArray[np.float32], by: float = 0.01) -> NDArray[np.float32]:
+    """Return a matrix of which every weight moved a little, as a fine-tune does."""
+    noise = np.random.default_rng(1).standard_normal(array.shape)
+    return (array + by * noise).astype(np.float32)
+
+
 def dense(tensors: int = 2, dtype: DType = DType.F32) -> Model:
     """Return weights of a drawn model."""
     rng = np.random.default_rng(31)
