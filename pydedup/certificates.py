@@ -116,9 +116,10 @@ def _describe(certificate: Mapping[str, Any]) -> list[str]:
         return ["the same bits"]
     largest = largest_error(certificate)
     if certificate.get("policy") == "bounded":
+        promised = f"{certificate['max_rel_error']:g}"
         return [
-            f"each block within {certificate['max_rel_error']:g} of its norm of the source; "
-            f"none is farther away than {text.at_most(largest)}"
+            f"each block differs from the source by at most {promised} of its norm; "
+            f"measured: by at most {text.at_most(largest)}"
         ]
     return [f"not the same bits: no block is farther away than {text.at_most(largest)} of its norm"]
 

@@ -110,7 +110,10 @@ def test_the_error_of_a_policy_may_be_a_number_of_numpy(store: pydedup.Store) ->
     [
         ({"policy": "exact", "max_rel_error": 0.0}, "the same bits"),
         ({"policy": "lossless", "max_rel_error": 0.0}, "the same bits"),
-        ({"policy": "bounded", "max_rel_error": 0.01, "largest_block_error": 0.002}, "within 0.01"),
+        (
+            {"policy": "bounded", "max_rel_error": 0.01, "largest_block_error": 0.002},
+            "at most 0.01 of its norm; measured: by at most 0.002",
+        ),
         ({"policy": "mine", "largest_block_error": 0.002}, "not the same bits"),
         # What none is beyond is rounded up.
         (
