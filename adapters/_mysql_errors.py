@@ -60,7 +60,7 @@ _ALONE: Final = (
     "this node of a Galera cluster takes no part in it: it is not with the majority, or still "
     "catching up; try again, ask another node, or let an administrator look at wsrep_cluster_status"
 )
-_LOGIN_CODES: Final = (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061, 3118)
+_LOGIN_CODES: Final = (1045, 1251, 1524, 1698, 1820, 1862, 2059, 2061)
 _LOGIN: Final = (
     "check the user and the password (of the URL, its option_file or MYSQL_PWD), and what the user "
     "may do"
@@ -79,7 +79,17 @@ _SLOW: Final = (
     "user, or try again"
 )
 _MANY: Final = "raise max_connections of the server, or that of this user, or use fewer clients"
-_BLOCKED: Final = "let an administrator run FLUSH HOSTS on the server"
+_HOURLY: Final = (
+    "wait for the hour to pass, or let an administrator raise this limit of the user: ALTER USER "
+    "... WITH"
+)
+_LOCKED: Final = "let an administrator unlock this user: ALTER USER ... ACCOUNT UNLOCK"
+_BLOCKED: Final = (
+    "let an administrator run FLUSH HOSTS on the server, and where MySQL has it no more (8.4): "
+    "TRUNCATE TABLE performance_schema.host_cache"
+)
+_OFFLINE: Final = "wait, or let an administrator run SET GLOBAL offline_mode = OFF on the server"
+_MEMORY: Final = "raise connection_memory_limit or global_connection_memory_limit of the server"
 _HOST: Final = "check the host in the URL, and that its name is known here"
 _DOWN: Final = "check that the server runs and can be reached, and try again"
 _FULL: Final = "free some space on the server; what was complete is there, and nothing of the rest"
@@ -90,7 +100,7 @@ _TABLE: Final = "a table of the store is missing or another; restore a backup"
 #: The connection is gone, or could not be made.
 LOST: Final = frozenset(
     {1040, 1042, 1053, 1077, 1079, 1129, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1927}
-    | {2002, 2003, 2005, 2006, 2012, 2013, 2014, 2027, 2048, 2055, 3169, 4031}
+    | {2002, 2003, 2005, 2006, 2012, 2013, 2014, 2027, 2048, 2055, 3032, 3169, 4031, 4082, 4083}
 )
 
 #: Errors of servers: https://mariadb.com/kb/en/mariadb-error-codes/; of clients: 2000 to 2999.
@@ -98,7 +108,7 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     **dict.fromkeys(LOST, (ConnectionLostError, _DOWN)),
     **dict.fromkeys((1040, 1203), (CrowdedError, _MANY)),
     1047: (UnavailableError, _ALONE),
-    1226: (UnavailableError, _MANY),
+    1226: (UnavailableError, _HOURLY),
     1129: (ConnectionLostError, _BLOCKED),
     2005: (ConnectionLostError, _HOST),
     **dict.fromkeys((1205, 3572), (ConflictError, _WAIT)),
@@ -106,7 +116,11 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     1317: (UnavailableError, "it was stopped; try again"),
     **dict.fromkeys((1969, 3024), (UnavailableError, _SLOW)),
     **dict.fromkeys(_LOGIN_CODES, (UnavailableError, _LOGIN)),
-    **dict.fromkeys((1130, 4151), (UnavailableError, "let this user connect from this host")),
+    1130: (UnavailableError, "let this user connect from this host"),
+    **dict.fromkeys((3118, 3955, 4151), (UnavailableError, _LOCKED)),
+    4150: (UnavailableError, "let an administrator run FLUSH PRIVILEGES on the server"),
+    3032: (ConnectionLostError, _OFFLINE),
+    **dict.fromkeys((4082, 4083), (UnavailableError, _MEMORY)),
     3159: (UnavailableError, _TLS),
     **dict.fromkeys((1036, 1290, 1792, 1836, 3100), (ReadOnlyError, _WRITABLE)),
     **dict.fromkeys((1021, 1114), (StorageFullError, _FULL)),
