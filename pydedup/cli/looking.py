@@ -256,7 +256,7 @@ def _figure_fields(figures: ModelFigures) -> list[tuple[str, str]]:
             "its blocks take",
             used_field(figures.used_bytes, logical, has_files=figures.has_artifacts_in_blocks),
         ),
-        ("on pages of its own", text.size(figures.exclusive_bytes)),
+        ("of it on own pages", text.size(figures.exclusive_bytes)),
         (
             "read amplification",
             f"{text.ratio(figures.read_amplification)} ({text.count(figures.pages)} read / "
