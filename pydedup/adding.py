@@ -74,7 +74,8 @@ class StoreAdds:
         metadata
             Kept with the model; must be representable as JSON.
         block_shape
-            (rows, cols) of blocks; by default near-square blocks of at most 16 KiB.
+            (rows, cols) of blocks, each of a page (1 MiB) at most; by default near-square blocks of
+            at most 16 KiB.
         dry_run
             Report what would be stored, and write nothing.
         progress

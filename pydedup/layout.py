@@ -20,6 +20,7 @@ from pydedup.sets import distinct, is_among
 from pydedup.types import DType
 
 __all__ = [
+    "MOST_BLOCK_BYTES",
     "NO_PLACE",
     "PAGE_BYTES",
     "PAGE_CAPACITY",
@@ -53,6 +54,9 @@ __all__ = [
 PAGE_BYTES = 1024 * 1024
 #: Bytes of blocks and slots that a page holds: less its header, and what aligns the first block.
 PAGE_CAPACITY = PAGE_BYTES - codec.PAGE_HEADER_BYTES - codec.BLOCK_ALIGNMENT
+#: Bytes of the largest block that a page holds raw.
+MOST_BLOCK_BYTES = PAGE_CAPACITY - codec.SLOT_BYTES
+MOST_BLOCK_BYTES -= MOST_BLOCK_BYTES % codec.BLOCK_ALIGNMENT
 #: Instead of a place: a block that is no delta has no base, or nobody knows where it is.
 NO_PLACE = -1
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -106,7 +107,11 @@ class _FileToRead(click.Path):
 
 
 def load_function(place: str) -> Callable[..., Any]:
-    """Return the function that MODULE:FUNCTION names; modules of the current folder come first."""
+    """Return the function that MODULE:FUNCTION names; modules of the current folder come first.
+
+    Where it calls ``sys.exit``, that is an error of its own: the command would end in silence, and
+    with its status.
+    """
     module, colon, name = place.partition(":")
     if not colon or not module or not name:
         raise _bad_function(f"{place!r} is not MODULE:FUNCTION, such as metrics:accuracy")
@@ -115,14 +120,22 @@ def load_function(place: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise _bad_function(f"cannot import {module!r}: {error}") from None
-    except Exception as error:  # a user's code raises what it likes
+    except (Exception, SystemExit) as error:  # a user's code raises what it likes
         said = f"{type(error).__name__}: {error}"
         raise _bad_function(f"importing {module!r} failed: {said}") from error
     finally:
         sys.path.pop(0)
     if not callable(found):
         raise _bad_function(f"{module!r} has no function {name!r}")
-    return found  # type: ignore[no-any-return]
+    return functools.partial(_without_exit, found)
+
+
+def _without_exit(function: Callable[..., Any], *given: Any) -> Any:
+    """Call a user's function; raises RuntimeError where it would end the program."""
+    try:
+        return function(*given)
+    except SystemExit as error:
+        raise RuntimeError(f"it called sys.exit({error.code!r})") from error
 
 
 def _bad_function(what: str) -> click.BadParameter:

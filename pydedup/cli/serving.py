@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,18 +173,24 @@ def serve(
         tls_key=tls_key,
         **limits,
     )
+    token = _in_shell(chosen, token_file)
     if on is None:
-        _serve_here(url, memory, replacement, chosen, record)
+        _serve_here(url, memory, replacement, chosen, record, token)
     else:
         pool = {"memory": memory, "replacement": replacement}
-        _serve_on(on, url, chosen, replicas, threads=threads, **pool, **limits)
+        _serve_on(on, url, chosen, replicas, token, threads=threads, **pool, **limits)
     return Exit.OK
 
 
 def _serve_here(
-    url: str, memory: str, replacement: Replacement, chosen: ServeOptions, record: Path | None
+    url: str,
+    memory: str,
+    replacement: Replacement,
+    chosen: ServeOptions,
+    record: Path | None,
+    token: str,
 ) -> None:
-    """Serve in this process; ends it where a request may never end."""
+    """Serve in this process; ends it where a request may never end. ``token`` is for `curl`."""
     from pydedup.http.served import NO_GRAPH, ServedStore
     from pydedup.http.server import serve as run
 
@@ -196,7 +203,7 @@ def _serve_here(
         why = next((f"{one.name}@{one.version}: {one.hindrance}" for one in others), "")
 
         def started(address: str) -> None:
-            _say_hello(address, store.url, names, why, secured=chosen.token is not None)
+            _say_hello(address, store.url, names, why, token=token)
 
         _warn_if_open(chosen.host, chosen.token)
         if record is not None:
@@ -225,9 +232,9 @@ def _check_record(path: Path) -> None:
 
 
 def _serve_on(
-    on: str, url: str, chosen: ServeOptions, replicas: str | None, **options: Any
+    on: str, url: str, chosen: ServeOptions, replicas: str | None, token: str, **options: Any
 ) -> None:
-    """Serve on a cluster; ``options`` are those of each replica."""
+    """Serve on a cluster; ``options`` are those of each replica, ``token`` is for `curl`."""
     from pydedup.ray.serving.running import parse_replicas, run
 
     http: dict[str, object] = {"host": chosen.host, "port": chosen.port}
@@ -236,7 +243,7 @@ def _serve_on(
 
     def started(address: str, names: list[str]) -> None:
         place = f"{redact(url)} on Ray"
-        _say_hello(address, place, names, secured=chosen.token is not None)
+        _say_hello(address, place, names, token=token)
         # Where Ray Serve ran before, it listens where it was told to then.
         _warn_if_open(urlsplit(address).hostname or chosen.host, chosen.token)
 
@@ -260,7 +267,14 @@ def _warn_if_open(host: str, token: bytes | None) -> None:
         warn(f"anybody who can reach {host} may use this server; {TOKEN_VARIABLE} sets a token")
 
 
-def _say_hello(address: str, store: str, names: list[str], why: str = "", *, secured: bool) -> None:
+def _in_shell(chosen: ServeOptions, token_file: Path | None) -> str:
+    """Return how a shell says the token without showing it; empty where none is needed."""
+    if chosen.token is None:
+        return ""
+    return f"${TOKEN_VARIABLE}" if token_file is None else f"$(cat {shlex.quote(str(token_file))})"
+
+
+def _say_hello(address: str, store: str, names: list[str], why: str = "", *, token: str) -> None:
     """Say what is served, and where; ``why`` is for when nothing is, though layers are known."""
     count = len(set(names))
     models = text.plural(count, "model")
@@ -268,10 +282,10 @@ def _say_hello(address: str, store: str, names: list[str], why: str = "", *, sec
         models += f" in {text.plural(len(names), 'version')}"
     output.print_line(f"pydedup serves {models} of {store}")
     output.print_line(f"on {address}, by the Open Inference Protocol v2; Ctrl-C stops it. Try:")
-    token = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if secured else ""
+    bearer = f' -H "Authorization: Bearer {token}"' if token else ""
     path = f"/v2/models/{quote(names[0], safe='')}" if names else "/v2"
     insecure = " -k" if address.startswith("https") else ""
-    output.print_line(f"  curl{insecure}{token} {address}{path}")
+    output.print_line(f"  curl{insecure}{bearer} {address}{path}")
     if not names:
         output.print_line(
             f"No model there can predict; {output.printable(why)}"

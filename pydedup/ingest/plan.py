@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from pydedup.accuracy import number
 from pydedup.adapter import Adapter
-from pydedup.blocks import MatrixView
+from pydedup.arguments import as_block_shape
+from pydedup.blocks import MatrixView, matrix_shape
 from pydedup.catalog import taken_versions
 from pydedup.certificates import MEASURED
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
 from pydedup.formats.base import ModelSource, TensorEntry
 from pydedup.graph import Graph
+from pydedup.layout import MOST_BLOCK_BYTES
 from pydedup.names import check_name, parse_address
 from pydedup.policies import Accuracy, Bounded, Policy
 
@@ -75,6 +77,8 @@ class Request:
         # Tied tensors have the same blocks, so that all are cut as the one that the graph names.
         tied = {entry.key for entry in self.source.entries if entry.name in kernels}
         self.row_axes = {entry.name: 1 for entry in self.source.entries if entry.key in tied}
+        if self.block_shape is not None:
+            self._check_blocks(*as_block_shape(self.block_shape))
 
     def view_of(self, tensor: str, array: NDArray[np.generic]) -> MatrixView:
         """Return the matrix view of one of its tensors, as it is cut."""
@@ -124,6 +128,18 @@ class Request:
             else:
                 first[entry.key] = entry
                 yield entry, None
+
+    def _check_blocks(self, height: int, width: int) -> None:
+        """Refuse blocks that no page holds as they are, which budgets of memory rest on."""
+        for entry in self.source.entries:
+            rows, cols = matrix_shape(entry.shape, self.row_axes.get(entry.name))
+            nbytes = min(rows, height) * min(cols, width) * entry.dtype.itemsize
+            if nbytes > MOST_BLOCK_BYTES:
+                raise ArgumentError(
+                    f"block_shape ({height}, {width}) is too large for {entry.name!r} of shape "
+                    f"{entry.shape}: a block takes {nbytes:,} bytes, and a page holds "
+                    f"{MOST_BLOCK_BYTES:,}; give fewer rows or columns"
+                )
 
     def metadata_json(self) -> str:
         """Return the metadata as canonical JSON."""

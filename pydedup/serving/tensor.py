@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import conv, joint, lookup, matmul
-from pydedup.blocks import BlockMap
+from pydedup.blocks import BlockMap, matrix_shape
 from pydedup.catalog import StoredModel
 from pydedup.conv import Padding, Pair
 from pydedup.errors import ArgumentError, CorruptStoreError
@@ -276,7 +276,13 @@ class StoredTensor:
         return array.reshape(self.shape)
 
     def columns(self, first: int, stop: int) -> NDArray[Any]:
-        """Return columns of the matrix view, reading only their blocks, bit for bit."""
+        """Return columns of the matrix view, reading only their blocks, bit for bit.
+
+        Raises ArgumentError unless 0 <= first <= stop <= how many there are.
+        """
+        cols = matrix_shape(self.shape, self.row_axes)[1]
+        if not 0 <= first <= stop <= cols:
+            raise ArgumentError(f"{self.name!r} has {cols} columns; {first} to {stop} are none")
 
         def read(block_map: BlockMap) -> NDArray[Any]:
             grid = block_map.grid

@@ -33,6 +33,7 @@ from pydedup.errors import (
     StorageFullError,
     StoreError,
 )
+from pydedup.policies import Accuracy, Exact
 from pydedup.testing.disks import SmallDisk
 
 MODEL = {"w": np.arange(6000.0, dtype=np.float32).reshape(60, 100)}
@@ -130,6 +131,20 @@ def test_sources_that_are_not_there_or_nothing(store: pydedup.Store, tmp_path: P
         store.add("bad", {"w": np.zeros(3, complex)})
     with pytest.raises(PydedupError, match="'w'"):
         store.add("bad", {"w": np.array([{}, []], object)})
+
+
+def test_blocks_that_no_page_holds(store: pydedup.Store) -> None:
+    """They were refused behind the search and ``evaluate``, as `sizes` of the packer.
+
+    Those that zeros make small were stored, and took all of their size beside the budget when read.
+    """
+    noise = np.random.default_rng(2).standard_normal((600, 512)).astype(np.float32)
+    never = Accuracy(lambda _weights: pytest.fail("evaluated"), 0.1)
+    for array, shape in ((noise, (512, 512)), (np.zeros_like(noise), (1 << 62, 1 << 62))):
+        with pytest.raises(ArgumentError, match=r"block_shape .* is too large for 'w' of shape"):
+            store.add("m", {"small": MODEL["w"], "w": array}, policy=never, block_shape=shape)
+    fits = {"w": noise[:, :511]}
+    assert store.add("m", fits, policy=Exact(), block_shape=(512, 512), dry_run=True).pages == 2
 
 
 def _word_vectors(path: Path, numbers: np.ndarray[Any, Any]) -> None:

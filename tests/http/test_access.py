@@ -21,12 +21,15 @@ GOOD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1
 
 @pytest.mark.parametrize("place", ["file", "environment"])
 def test_token(start: Start, store_url: str, tmp_path: Path, place: str) -> None:
-    (tmp_path / "token").write_text("s3cret-token\n")
+    token = tmp_path / "a token"
+    token.write_text("s3cret-token\n")
     server = (
-        start(store_url, "--access-log", "--token-file", tmp_path / "token")
+        start(store_url, "--access-log", "--token-file", token)
         if place == "file"
         else start(store_url, "--access-log", env={"PYDEDUP_TOKEN": "s3cret-token"})
     )
+    said = f"$(cat '{token}')" if place == "file" else "$PYDEDUP_TOKEN"
+    assert f'curl -H "Authorization: Bearer {said}" {server.url}/' in server.hello[2]
     assert server.ask("GET", "/v2/health/live").status == 200
     assert server.ask("GET", "/v2/health/ready").status == 200
     wrong = ["", "Bearer", "Bearer ", "Bearer s3cret", "Bearer s3cret-token2", "Basic s3cret-token"]

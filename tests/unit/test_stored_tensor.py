@@ -43,6 +43,17 @@ def test_a_tensor_comes_back_bit_for_bit(shape: tuple[int, ...]) -> None:
         assert back.tobytes() == array.tobytes()
 
 
+def test_columns_are_those_that_there_are() -> None:
+    """Others were told as damage of the store, or were fewer than asked for."""
+    w = RNG.standard_normal((6, 20)).astype(np.float32)
+    tensor = stored(w)
+    assert np.array_equal(tensor.columns(3, 17), w[:, 3:17])
+    assert tensor.columns(20, 20).shape == (6, 0)
+    for first, stop in ((-5, 3), (5, 3), (15, 21)):
+        with pytest.raises(ArgumentError, match=f"'t' has 20 columns; {first} to {stop} are none"):
+            tensor.columns(first, stop)
+
+
 def test_tensors_of_more_axes_are_matrices_by_their_first() -> None:
     w = RNG.standard_normal((6, 2, 3)).astype(np.float32)
     tensor = stored(w)

@@ -27,6 +27,9 @@ def accuracy(weights):
 def broken(weights):
     raise KeyError("no such column")
 
+def ends(weights):
+    raise SystemExit(0)
+
 not_a_function = 3
 """
 
@@ -41,6 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     inputs = np.random.default_rng(9).standard_normal((600, 128)).astype(np.float32)
     np.save(tmp_path / "labels.npy", np.argmax(inputs @ near.T, 1))
     (tmp_path / "metrics.py").write_text(METRICS)
+    (tmp_path / "script.py").write_text("raise SystemExit(0)")
     monkeypatch.chdir(tmp_path)
     assert run("add", "m.db", "base", "base.safetensors").returncode == 0
     return tmp_path
@@ -108,6 +112,7 @@ def test_accuracy_and_its_certificate(folder: Path) -> None:
     done = run("verify", "m.db", "--evaluate", "near", "metrics:broken")
     assert done.returncode == 2
     assert "near@1: evaluate raised " in done.stderr  # of several models, which one
+    assert run("verify", "m.db", "--evaluate", "near", "metrics:ends").returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -124,6 +129,9 @@ def test_accuracy_and_its_certificate(folder: Path) -> None:
         ("--policy accuracy --max-drop 0.1 --evaluate metrics:f", "no function 'f'"),
         ("--policy accuracy --max-drop 0.1 --evaluate metrics:not_a_function", "no function"),
         ("--policy accuracy --max-drop 0.1 --evaluate metrics:broken", "no such column"),
+        # These ended the program, in silence and with their status.
+        ("--policy accuracy --max-drop 0.1 --evaluate metrics:ends", "it called sys.exit(0)"),
+        ("--policy accuracy --max-drop 0.1 --evaluate script:f", "'script' failed: SystemExit"),
         ("--policy accuracy --max-drop -1 --evaluate metrics:accuracy", "max_drop"),
         (
             "--policy accuracy --max-drop 0.001 --confidence 0.95 --evaluate metrics:accuracy",
