@@ -77,6 +77,9 @@ CREATOR: Final = "CREATE, CREATE VIEW, DROP, INDEX, SELECT, INSERT, UPDATE, DELE
 #: Whether InnoDB was started to read and no more, as from a disk that is read-only.
 INNODB_READS: Final = "SELECT @@innodb_read_only"
 
+#: How CHECK TABLE ends where it did not come to look; of what is damaged it says Corrupt.
+_NOT_CHECKED: Final = ": Operation failed"
+
 #: Names of locks have at most 64 characters. MySQL 9.6 and newer have no MD5.
 CREATE_LOCK: Final = "CONCAT('pydedup:', LEFT(SHA2(DATABASE(), 256), 32))"
 
@@ -316,7 +319,7 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         """
         if self._query(INNODB_READS)[0][0]:
             return []
-        found = self._checked(TABLES)
+        found, readable = self._checked(TABLES), set()
         # A lock that was waited for in vain is told like damage, in words; here it is an error.
         for table in found:
             try:
@@ -325,7 +328,14 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
                 raise
             except StoreError:
                 continue
+            readable.add(table)
         again = self._checked(list(found)) if found else {}
+        for table, complaints in again.items():
+            if table in readable and complaints[-1].endswith(_NOT_CHECKED):
+                raise ConflictError(
+                    f"{self._url}: {complaints[0]}; it could not be checked, as while a backup of "
+                    "the server is made (LOCK INSTANCE FOR BACKUP); try again when that is over"
+                )
         return [complaint for complaints in again.values() for complaint in complaints]
 
     def _checked(self, tables: Iterable[str]) -> dict[str, list[str]]:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import MissingStoreError, ReadOnlyError, StoreError
+from pydedup.errors import ConflictError, MissingStoreError, ReadOnlyError, StoreError
+from pydedup.testing._contract_base import with_option
 from pydedup.testing.mysql_servers import MysqlServer
 from pydedup.testing.servers import as_user
 
@@ -139,3 +141,19 @@ def test_servers_that_are_too_old_are_refused(
             pydedup.open(url)
     restarted("--version=10.11.2-MARIADB")
     pydedup.open(url).close()
+
+
+def test_a_backup_of_the_server_is_not_taken_for_damage(
+    url: str, mysql_connect: Callable[[str], Any], of_mysql: bool
+) -> None:
+    """It keeps tables from being checked, and from nothing else."""
+    if not of_mysql:
+        pytest.skip("backups of MariaDB keep nobody from checking")
+    with pydedup.open(with_option(url, "timeout=1")) as store:
+        store.add("m", {"w": np.ones(3, np.float32)})
+        with mysql_connect(url) as other, other.cursor() as cursor:
+            cursor.execute("LOCK INSTANCE FOR BACKUP")
+            with pytest.raises(ConflictError, match=r"LOCK INSTANCE FOR BACKUP.*try again"):
+                store.verify()
+            store.add("n", {"w": np.ones(4, np.float32)})
+        assert store.verify().errors == []
