@@ -201,7 +201,7 @@ def test_the_certificate_names_the_bound_and_the_rows() -> None:
     assert certificate["rows"] == {"all": 4000, "steering": 800, "judging": 3200}
     assert certificate["replaced"] > 0
     assert certificate["metric_drop"] < certificate["bound"] <= 0.03
-    assert "with confidence 0.95" in "\n".join(describe(certificate))
+    assert "with confidence 0.95, of scores from 0 to 1 (" in "\n".join(describe(certificate))
 
 
 def test_batches_that_are_judged_stay_small() -> None:

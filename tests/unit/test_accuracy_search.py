@@ -358,6 +358,17 @@ def test_the_certificate_is_json_and_reads_well() -> None:
     assert "search bisect by magnitude" in text
 
 
+def test_the_certificate_in_words_has_the_parameters() -> None:
+    """Which the promise rests on; only its document had them all."""
+    model = Model([0.004] * 6)
+    given = model.choose(0.01, search="step", every=5, max_rel_error=0.2, max_evaluations=7, seed=3)
+    assert any(
+        line.startswith("search step by magnitude, every 5 blocks, replacements within 0.2, ")
+        and "of at most 7 evaluations, seed 3; " in line
+        for line in describe(given.certificate)
+    )
+
+
 def test_the_largest_error_is_that_of_the_worst_replaced_block() -> None:
     weights = {"w": np.array([[3, 4], [0, 0], [6, 8]], ml_dtypes.bfloat16)}
     contents = [[3.0, 5.0], [0.0, 0.0], [60.0, 8.0]]
