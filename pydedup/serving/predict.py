@@ -128,9 +128,9 @@ def no_graph(model: StoredModel, needed: str = "") -> NotFoundError:
     """Return the error of a model that has no graph, or raise that it was removed."""
     model.check_live()
     return NotFoundError(
-        f"{model.address} has no graph to predict with{needed}; add it from an ONNX or Keras file "
-        "or a torch.nn.Sequential, describe its layers by add(graph=...), or give store.attach() a "
-        "torch module of its architecture"
+        f"{model.address} has no graph to predict with{needed}; add it from an ONNX file, or from "
+        "Keras or a torch.nn.Sequential of layers that pydedup knows, describe its layers by "
+        "add(graph=...), or give store.attach() a torch module of its architecture"
     )
 
 

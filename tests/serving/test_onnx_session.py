@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 import pydedup
 from pydedup.errors import ArgumentError, NotFoundError, UnsupportedFormatError
@@ -287,6 +288,16 @@ def test_info_says_who_runs_it(store: pydedup.Store, tmp_path: Path) -> None:
 def test_a_model_without_a_graph(store: pydedup.Store) -> None:
     store.add("m", {"w": normal(64, 80)})
     with pytest.raises(NotFoundError, match=r"has no graph to predict with.*store\.attach\(\)"):
+        store.predict("m", X)
+
+
+def test_a_torch_module_with_a_layer_that_is_not_known(store: pydedup.Store) -> None:
+    """Who had added an nn.Sequential was told to add one."""
+    store.add("m", torch.nn.Sequential(torch.nn.Conv1d(64, 8, 1), torch.nn.ReLU()))
+    said = (
+        r"from an ONNX file, or from Keras or a torch\.nn\.Sequential of layers that pydedup knows"
+    )
+    with pytest.raises(NotFoundError, match=said):
         store.predict("m", X)
 
 

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pydedup.formats.infer_torch import infer_from_torch
+from pydedup.formats.infer_torch import _DESCRIBE, infer_from_torch
 from pydedup.testing.graphs import compute
 
 
@@ -179,3 +181,10 @@ def _with_patched_layer() -> nn.Module:
 )
 def test_uncertain_torch_modules_have_no_graph(make: Callable[[], object]) -> None:
     assert infer_from_torch(make()) is None
+
+
+def test_the_guide_lists_the_layers_that_are_known() -> None:
+    guide = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    (listed,) = re.findall(r"knows the layers (.*?) and the dropouts", guide, re.DOTALL)
+    known = {name.rpartition(".")[2] for name in _DESCRIBE}
+    assert set(re.findall(r"`([A-Z]\w+)`", listed)) == known
