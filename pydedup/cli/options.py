@@ -119,7 +119,9 @@ def load_function(place: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        raise _bad_function(f"cannot import {module!r}: {error}") from None
+        file = f"; a file is named without .py, as {module[:-3]}:{name}"
+        hint = file if module.endswith(".py") else ""
+        raise _bad_function(f"cannot import {module!r}: {error}{hint}") from None
     except (Exception, SystemExit) as error:  # a user's code raises what it likes
         said = f"{type(error).__name__}: {error}"
         raise _bad_function(f"importing {module!r} failed: {said}") from error

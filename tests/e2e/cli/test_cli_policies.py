@@ -126,6 +126,7 @@ def test_accuracy_and_its_certificate(folder: Path) -> None:
         ("--policy exact --max-drop 0.1", "goes with --policy accuracy"),
         ("--policy accuracy --max-drop 0.1 --evaluate metrics", "MODULE:FUNCTION"),
         ("--policy accuracy --max-drop 0.1 --evaluate nowhere:f", "nowhere"),
+        ("--policy accuracy --max-drop 0.1 --evaluate metrics.py:f", "without .py, as metrics:f"),
         ("--policy accuracy --max-drop 0.1 --evaluate metrics:f", "no function 'f'"),
         ("--policy accuracy --max-drop 0.1 --evaluate metrics:not_a_function", "no function"),
         ("--policy accuracy --max-drop 0.1 --evaluate metrics:broken", "no such column"),
