@@ -346,3 +346,21 @@ def test_a_delta_that_is_not_what_is_recorded_stays(
     monkeypatch.setattr(orphans, "hash_keys", lambda digests: [b""] * len(digests))
     assert store.vacuum().reencoded_blocks == 0
     assert same_bits(store, "m@2", models["m@2"])
+
+
+def test_pages_that_are_mostly_in_use_are_not_written_anew_for_it(tmp_path: Path) -> None:
+    """There the base would take as much as before, for nobody."""
+    rng = np.random.default_rng(0)
+    names = rng.permutation([f"frozen{i}" for i in range(200)] + [f"tuned{i}" for i in range(10)])
+    first = {name: rng.standard_normal((64, 64), np.float32) for name in names.tolist()}
+    tuned = {name: tensor for name, tensor in first.items() if name.startswith("tuned")}
+    second = first | night(tuned, 1)
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("first", first)
+        assert store.add("second", second).delta_blocks == len(tuned)
+        store.remove("first")
+        before = set(store._adapter.page_ids("live"))
+        store.vacuum()
+        assert len(before.intersection(store._adapter.page_ids("live"))) >= len(before) - 2
+        assert same_bits(store, "second", second)
+        assert store.verify().ok
