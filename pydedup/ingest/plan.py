@@ -35,7 +35,7 @@ _POLICY = ("name", "compresses", "uses_deltas", "max_rel_error", "parameters")
 _OURS = {"bounded": Bounded, "accuracy": Accuracy}
 #: How deep JSON may be: Python 3.11 reads less than a thousand.
 _DEEPEST = 500
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]')
+_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[][{}]')
 
 
 @dataclass(slots=True)
