@@ -9,6 +9,7 @@ import pytest
 
 from pydedup.adapters._mysql_url import CONNECT_SECONDS, locate
 from pydedup.errors import ArgumentError
+from pydedup.testing._contract_base import open_store, with_option
 
 WAIT = {"connection_timeout": CONNECT_SECONDS}
 
@@ -79,3 +80,12 @@ def test_tls_that_is_asked_for_and_forbidden() -> None:
         "ssl_disabled": True,
         "ssl_verify_cert": False,
     }
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [("7.2", 8), ("0", 1)])
+def test_the_timeout_is_that_of_every_lock(url: str, asked: str, seconds: int) -> None:
+    """In whole seconds, of which the server wants one at least."""
+    adapter: Any = open_store(with_option(url, f"timeout={asked}"))
+    waits = "SELECT @@innodb_lock_wait_timeout, @@lock_wait_timeout"
+    assert adapter._query(waits) == [(seconds, seconds)]
+    adapter.close()
