@@ -37,7 +37,7 @@ with pydedup.open(sys.argv[1]) as store:
 
 # What an add needed is not all given back by the C library, so that it has its own process.
 SERVE = """
-import gc, json, sys
+import ctypes, gc, json, sys
 import pydedup
 from pydedup.testing.resident import ResidentMemory
 
@@ -64,6 +64,7 @@ with torch.no_grad(), pydedup.open(sys.argv[1], memory="16MiB") as store:
         with torch.device("meta"):
             others.append(net())
         store.attach(others[-1], "m")(ids)
+    ctypes.CDLL(None).malloc_trim(0)  # an old one keeps aligned memory
     found["four"] = rss()
     store.detach(module)
     found["detached"] = rss()
