@@ -58,13 +58,14 @@ with torch.no_grad(), pydedup.open(sys.argv[1], memory="16MiB") as store:
     wanted = module(ids)[0]
     store.attach(module, "m")
     got = module(ids)[0]
+    ctypes.CDLL(None).malloc_trim(0)  # an old one keeps aligned memory
     found["attached"] = rss()
     others = []
     for _ in range(3):
         with torch.device("meta"):
             others.append(net())
         store.attach(others[-1], "m")(ids)
-    ctypes.CDLL(None).malloc_trim(0)  # an old one keeps aligned memory
+    ctypes.CDLL(None).malloc_trim(0)
     found["four"] = rss()
     store.detach(module)
     found["detached"] = rss()
