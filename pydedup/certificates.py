@@ -127,13 +127,13 @@ def _describe(certificate: Mapping[str, Any]) -> list[str]:
 def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
     """Return a certificate of the policy `Accuracy`."""
     confidence, rows = certificate["confidence"], certificate["rows"]
-    every = certificate["every"]
+    # Early certificates do not name score_range and max_rel_error.
+    every, most = certificate["every"], certificate.get("max_rel_error")
     lines = [
         f"metric {certificate['metric_before']:.6g} before, {certificate['metric_after']:.6g} "
         f"after: a drop of {certificate['metric_drop']:.3g}, allowed {certificate['max_drop']:g}"
     ]
     if confidence is not None:
-        # Before it was a parameter that certificates name, it was there all the same.
         span = certificate.get("score_range")
         of_scores = "" if span is None else f", of scores from {span[0]:g} to {span[1]:g}"
         lines.append(
@@ -153,8 +153,8 @@ def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"search {certificate['search']} by {certificate['order']}, "
         + ("" if every is None else f"every {text.plural(every, 'block')}, ")
-        + f"replacements within {certificate['max_rel_error']:g}, "
-        f"{certificate['evaluations']:,} of at most {certificate['max_evaluations']:,} "
+        + ("" if most is None else f"replacements within {most:g}, ")
+        + f"{certificate['evaluations']:,} of at most {certificate['max_evaluations']:,} "
         f"evaluations, seed {certificate['seed']}; ended since {certificate['ended']}"
     )
     if certificate["finetuned"]:

@@ -369,6 +369,15 @@ def test_the_certificate_in_words_has_the_parameters() -> None:
     )
 
 
+def test_an_early_certificate_is_read() -> None:
+    """It does not name all parameters."""
+    whole = Model([0.004] * 6).choose(0.01).certificate
+    early = {key: whole[key] for key in whole.keys() - {"max_rel_error", "score_range"}}
+    before, after = ("\n".join(describe(one)) for one in (whole, early))
+    assert "replacements within 0.25, " in before
+    assert after == before.replace("replacements within 0.25, ", "")
+
+
 def test_the_largest_error_is_that_of_the_worst_replaced_block() -> None:
     weights = {"w": np.array([[3, 4], [0, 0], [6, 8]], ml_dtypes.bfloat16)}
     contents = [[3.0, 5.0], [0.0, 0.0], [60.0, 8.0]]
