@@ -16,7 +16,8 @@ import pydedup
 from pydedup import policies
 from pydedup.errors import ConflictError
 
-from .test_promises import good, moved, same, weights
+from .relatives import moved, same_bits, weights
+from .test_promises import good
 
 
 def test_an_evaluate_that_loads_into_the_model_that_is_added(store: pydedup.Store) -> None:
@@ -37,7 +38,7 @@ def test_an_evaluate_that_loads_into_the_model_that_is_added(store: pydedup.Stor
     assert report.certificate["replaced"] > 0
     assert report.certificate["largest_block_error"] >= 0.9 * error > 0
     store.add("m", {"weight": original}, policy=policies.Exact())
-    assert same(store.load("m@2"), {"weight": original})
+    assert same_bits(store, "m@2", {"weight": original})
     assert store.verify().errors == []
 
 
@@ -174,7 +175,7 @@ def test_whatever_training_changed_is_stored(store: pydedup.Store, dtype: Any) -
     assert store.info("m").certificate["tensor_errors"] == {"n": 1.0}
     assert not store.load("m")["n"].any()
     store.add("m", source, policy=policies.Bounded(0.9))
-    assert same(store.load("m"), source)
+    assert same_bits(store, "m", source)
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
