@@ -25,7 +25,7 @@ from pydedup.ingest.workers import Task, Workers
 from pydedup.layout import PAGE_CAPACITY, copy_page, shape_codes
 from pydedup.pool import PagePool
 
-__all__ = ["NO_BASE", "Spool"]
+__all__ = ["NO_BASE", "Spool", "with_room"]
 
 #: Instead of a reference to a base, for a block that is no delta.
 NO_BASE = int(np.iinfo(np.int64).min)
@@ -344,7 +344,7 @@ class _OpenPage:
 
 
 class _Column(Generic[_Item]):
-    """A growing array, with room for a quarter more than it has, so that few appends move it."""
+    """A growing array."""
 
     def __init__(self, empty: NDArray[_Item]) -> None:
         self._room = empty
@@ -352,12 +352,21 @@ class _Column(Generic[_Item]):
 
     def append(self, part: NDArray[_Item]) -> None:
         before, count = self._count, self._count + len(part)
-        if count > len(self._room):
-            room = np.empty((count + count // 4, *self._room.shape[1:]), self._room.dtype)
-            room[:before] = self._room[:before]
-            self._room = room
+        self._room = with_room(self._room, count)
         self._room[before:count] = part
         self._count = count
 
     def values(self) -> NDArray[_Item]:
         return self._room[: self._count]
+
+
+def with_room(column: NDArray[_Item], count: int) -> NDArray[_Item]:
+    """Return an array that begins as this one does and has at least so many entries.
+
+    It doubles, so that what is appended bit by bit is seldom moved.
+    """
+    if len(column) >= count:
+        return column
+    wider = np.empty((max(count, 2 * len(column)), *column.shape[1:]), column.dtype)
+    wider[: len(column)] = column
+    return wider

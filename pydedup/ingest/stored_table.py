@@ -7,7 +7,6 @@ An update of a large model refers to hundreds of thousands of them, so all is in
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,14 +15,12 @@ from pydedup import codec
 from pydedup.adapter import BlockRow
 from pydedup.blocks import SLOT_BITS
 from pydedup.errors import CorruptStoreError
-from pydedup.ingest.spool import NO_BASE
+from pydedup.ingest.spool import NO_BASE, with_room
 from pydedup.layout import block_places, by_page, shape_codes, slot_entries, split_places
 from pydedup.sets import distinct, is_among
 from pydedup.types import LARGEST_ID, DType
 
 __all__ = ["StoredTable"]
-
-T = TypeVar("T", bound=np.generic)
 
 _NONE = -1
 _LEAST_ROOM = 64
@@ -129,7 +126,7 @@ class StoredTable:
             return start
         wider = max(_LEAST_ROOM, 1 << (needed - 1).bit_length())
         end = self._used + wider
-        self._number_at = _with_room(self._number_at, end)
+        self._number_at = with_room(self._number_at, end)
         self._number_at[self._used : end] = _NONE
         self._number_at[self._used : self._used + length] = self._number_at[start : start + length]
         start, self._used = self._used, end
@@ -139,12 +136,12 @@ class StoredTable:
     def _append(self, places: NDArray[np.int64], costs: NDArray[np.int64]) -> NDArray[np.int64]:
         """Add blocks, and return their numbers."""
         start, end = self._count, self._count + len(places)
-        self._places = _with_room(self._places, end)
-        self._costs = _with_room(self._costs, end)
-        self._sums = _with_room(self._sums, end)
-        self._bases = _with_room(self._bases, end)
-        self._dtypes = _with_room(self._dtypes, end)
-        self._shapes = _with_room(self._shapes, end)
+        self._places = with_room(self._places, end)
+        self._costs = with_room(self._costs, end)
+        self._sums = with_room(self._sums, end)
+        self._bases = with_room(self._bases, end)
+        self._dtypes = with_room(self._dtypes, end)
+        self._shapes = with_room(self._shapes, end)
         new = slice(start, end)
         self._places[new], self._costs[new] = places, costs
         self._bases[new], self._sums[new] = NO_BASE, 0
@@ -265,12 +262,3 @@ class StoredTable:
                 self.set_costs(unknown[there], costs[slots[there]])
         left: NDArray[np.int64] = unknown[self.costs_of(unknown) == 0]
         return left
-
-
-def _with_room(column: NDArray[T], count: int) -> NDArray[T]:
-    """Return an array that begins as this one does and has at least so many entries."""
-    if len(column) >= count:
-        return column
-    wider = np.empty(max(count, 2 * len(column)), column.dtype)
-    wider[: len(column)] = column
-    return wider

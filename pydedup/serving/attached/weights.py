@@ -223,8 +223,6 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
     """Return the stored name of each slot. Raises ArgumentError that lists all that differs."""
     stored = {info.name: info for info in model.tensors}
     chosen, missing, differ = [], [], []
-    there: set[tuple[int, ...]] = set()
-    absent: set[tuple[int, ...]] = set()
     known: set[str] = set()
     for slot in slots:
         names = [prefix + name for name in slot.names]
@@ -232,10 +230,8 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
         present = [name for name in names if name in stored]
         if not present:
             missing.append(" = ".join(names))
-            absent.add(slot.shape)
             continue
         chosen.append(present[0])
-        there.add(slot.shape)
         for name in present:
             info = stored[name]
             if info.shape != slot.shape:
@@ -258,11 +254,8 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
         below = {name.removeprefix(prefix) for name in stored if name.startswith(prefix)}
         hint = _prefix_hint([slot.names[0] for slot in slots], below, prefix)
         hint = hint or _form_hint(missing, unexpected)
-        if not hint and not unexpected and not differ and absent <= there:
-            hint = (
-                "; where the model has one tensor for two names, tie them in the module first "
-                "(in transformers module.tie_weights())"
-            )
+        if not unexpected and not differ:
+            hint = hint or _tie_hint(slots, below)
         raise ArgumentError(f"{model.address} does not fit {kind}: {'; '.join(problems)}{hint}")
     return chosen
 
@@ -279,6 +272,17 @@ def _form_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     else:
         return ""
     return f"; {what}: add the module, store.add(name, module), which shares its blocks with that"
+
+
+def _tie_hint(slots: Sequence[Slot], stored: set[str]) -> str:
+    """Return what to do where each tensor that is missing may be tied to one that is there."""
+    missing = {slot.shape for slot in slots if stored.isdisjoint(slot.names)}
+    if not missing <= {slot.shape for slot in slots if not stored.isdisjoint(slot.names)}:
+        return ""
+    return (
+        "; where the model has one tensor for two names, tie them in the module first "
+        "(in transformers module.tie_weights())"
+    )
 
 
 def _prefix_hint(wanted: Sequence[str], stored: set[str], prefix: str) -> str:
