@@ -304,24 +304,11 @@ class RowTable:
     def bag(
         self,
         pool: BufferPool,
-        ids: NDArray[np.int64],
-        edges: NDArray[np.int64],
-        weights: NDArray[Any] | None,
+        bags: Bags,
         mode: str,
         out: NDArray[Any],
         threads: int = 0,
     ) -> NDArray[np.int64] | None: ...
-    def bag_from(
-        self,
-        page_ids: NDArray[np.int64],
-        pages: Sequence[Page],
-        ids: NDArray[np.int64],
-        edges: NDArray[np.int64],
-        weights: NDArray[Any] | None,
-        mode: str,
-        out: NDArray[Any],
-        threads: int = 0,
-    ) -> None: ...
     def take_blocks(
         self,
         numbers: NDArray[np.int64],
@@ -340,12 +327,18 @@ class RowTable:
         page_index: NDArray[np.uint32],
         slots: NDArray[np.uint32],
         bases: Bases | None,
-        ids: NDArray[np.int64],
-        edges: NDArray[np.int64],
-        weights: NDArray[Any] | None,
+        bags: Bags,
         mode: str,
         out: NDArray[Any],
         threads: int = 0,
+    ) -> None: ...
+
+class Bags:
+    def __init__(
+        self,
+        ids: NDArray[np.int64],
+        edges: NDArray[np.int64],
+        weights: NDArray[np.float64] | None = None,
     ) -> None: ...
 
 # ---- conv ----

@@ -71,8 +71,8 @@ def take(
         for blocks in _blocks_of_rows(block_map, pool, flat):
             table.take_blocks(*blocks, flat, out, threads)
     elif missing is not None:
-        for page_ids, pages in _windows(pool, missing):
-            table.take_from(page_ids, pages, flat, out, threads)
+        for rows, pages, _ in pool.windows(missing):
+            table.take_from(missing[rows], pages, flat, out, threads)
     return out.reshape(-1).view(block_map.dtype.numpy).reshape(*wanted.shape, each * cols)
 
 
@@ -103,9 +103,9 @@ def bag(
     Returns
     -------
     numpy.ndarray
-        Shape (n_bags, cols) in ``compute_dtype``; zero for an empty bag. Summed in an order that
-        depends on the layout of the pages and on whether all of them are in memory, so that the
-        last bits of a first call may differ from later ones; not on the number of threads.
+        Shape (n_bags, cols) in ``compute_dtype``; zero for an empty bag. Rows are added up by
+        ascending ids, one by one: the same bits with any number of threads, any budget, any order
+        of ids and however the matrix is stored.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def bag(
     dtype = compute_dtype(block_map.dtype)
     factors = None
     if weights is not None:
-        factors = real_array(weights, dtype, "weights")
+        factors = real_array(weights, dtype, "weights").astype(np.float64, copy=False)
         if mode != "sum":
             raise ArgumentError(f"weights go with mode 'sum' only, not {mode!r}")
         if factors.shape != wanted.shape:
@@ -131,6 +131,7 @@ def bag(
             )
         factors = factors.reshape(-1)
     flat = wanted.reshape(-1)
+    bags = _core.Bags(flat, edges, factors)
     counts = np.diff(edges)
     out = room_for((len(counts), block_map.grid.cols), dtype)
     out.fill(0)
@@ -138,13 +139,10 @@ def bag(
         out[counts > 0] = -np.inf
     table = _row_table(block_map)
     how = "max" if mode == "max" else "sum"
-    missing = table.bag(pool.native, flat, edges, factors, how, out, threads)
-    if missing is not None and block_map.bases is not None:
+    missing = table.bag(pool.native, bags, how, out, threads)
+    if missing is not None:
         for blocks in _blocks_of_rows(block_map, pool, flat):
-            table.bag_blocks(*blocks, flat, edges, factors, how, out, threads)
-    elif missing is not None:
-        for page_ids, pages in _windows(pool, missing):
-            table.bag_from(page_ids, pages, flat, edges, factors, how, out, threads)
+            table.bag_blocks(*blocks, bags, how, out, threads)
     if mode == "mean":
         out /= np.maximum(counts, 1)[:, None]
     return out
@@ -238,14 +236,6 @@ def _row_table(block_map: BlockMap) -> _core.RowTable:
     return table
 
 
-def _windows(
-    pool: PagePool, page_ids: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], list[Page]]]:
-    """Yield these pages, given in ascending order, as many together as the budget lets in."""
-    for rows, pages, _ in pool.windows(page_ids):
-        yield page_ids[rows], pages
-
-
 _Blocks: TypeAlias = tuple[
     NDArray[np.int64], list[Page], NDArray[np.uint32], NDArray[np.uint32], "_core.Bases | None"
 ]
@@ -254,9 +244,10 @@ _Blocks: TypeAlias = tuple[
 def _blocks_of_rows(
     block_map: BlockMap, pool: PagePool, ids: NDArray[np.int64]
 ) -> Iterator[_Blocks]:
-    """Yield the blocks with a piece of these rows, each once: the first arguments of take_blocks.
+    """Yield the blocks with a piece of these rows, ascending: the first arguments of take_blocks.
 
-    A delta needs two pages at a time, so it is blocks that are walked over here, not pages.
+    Sums need that order, and a delta needs two pages at a time, so it is blocks that are walked
+    over here, not pages.
     """
     grid = block_map.grid
     rows = distinct(ids // grid.block_rows)
@@ -265,7 +256,5 @@ def _blocks_of_rows(
     bases = block_map.bases
     if bases is not None:
         bases = bases[0][numbers], bases[1][numbers]
-    for part, pages, page_index, here in pool.windows_with_bases(
-        block_map.page_ids[numbers], bases
-    ):
+    for part, pages, page_index, here in pool.stream(block_map.page_ids[numbers], bases):
         yield numbers[part], pages, page_index, slots[part], codec.bases_for_core(here)

@@ -2,7 +2,10 @@
 // Rows and bags of a table on two pages, and convolutions.
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <random>
+#include <utility>
+#include <vector>
 
 #include "pydedup/conv.hpp"
 #include "pydedup/row_table.hpp"
@@ -71,10 +74,11 @@ Workload gather(const std::string& name) {
 Workload bag(const std::string& name, Dtype dtype, BagMode mode, bool weighted) {
     return {name, [=] {
                 const auto table = make_table(dtype);
-                const Buffer factors = weights(table->ids.size(), Dtype::f32);
                 return [=] {
-                    table->rows->bag(table->page_ids, table->pages, table->ids, table->edges,
-                                     weighted ? factors->data() : nullptr, mode, table->out->data(),
+                    std::optional<std::vector<double>> factors;
+                    if (weighted) factors.emplace(table->ids.size(), 0.5);
+                    Bags bags(table->ids, table->edges, std::move(factors));
+                    table->rows->bag(table->page_ids, table->pages, bags, mode, table->out->data(),
                                      1);
                 };
             }};

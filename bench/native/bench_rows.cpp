@@ -94,8 +94,9 @@ Workload rows(const std::string& name, const std::string& what, Dtype dtype, boo
             [table, edges, bags, threads] {
                 const std::vector<std::int64_t>& ids = table->ids[table->set++ % kSets];
                 if (bags) {
-                    table->rows->bag(table->page_ids, table->pages, ids, edges, nullptr,
-                                     BagMode::sum, table->out.data(), threads);
+                    Bags these(ids, edges);
+                    table->rows->bag(table->page_ids, table->pages, these, BagMode::sum,
+                                     table->out.data(), threads);
                 } else {
                     table->rows->take(table->page_ids, table->pages, ids, table->out.data(),
                                       threads);

@@ -16,14 +16,6 @@
 namespace pydedup {
 namespace {
 
-// The bags of one call.
-struct Bags {
-    std::vector<std::int64_t> ids, edges;
-    const std::byte* weights;
-    BagMode mode;
-    std::byte* out;
-};
-
 std::unique_ptr<RowTable> make_table(std::size_t rows, std::size_t cols, std::size_t block_rows,
                                      std::size_t block_cols, int dtype,
                                      const Array<std::int64_t>& page_ids,
@@ -53,37 +45,34 @@ std::byte* rows_out(const RowTable& table, Array<std::uint8_t>& out, std::size_t
     return reinterpret_cast<std::byte*>(out.mutable_data());  // throws when read-only
 }
 
-Bags bags_of(const RowTable& table, const Array<std::int64_t>& ids,
-             const Array<std::int64_t>& edges, const py::object& weights, const std::string& mode,
-             const py::array& out) {
+std::unique_ptr<Bags> make_bags(const Array<std::int64_t>& ids, const Array<std::int64_t>& edges,
+                                const std::optional<Array<double>>& weights) {
+    std::optional<std::vector<double>> factors;
+    if (weights) factors = as_copy(*weights, "weights");
+    return std::make_unique<Bags>(as_copy(ids, "ids"), as_copy(edges, "edges"), std::move(factors));
+}
+
+BagMode as_mode(const std::string& mode) {
     if (mode != "sum" && mode != "max") {
         throw Error(ErrorCode::invalid_argument, "unknown bag mode '" + mode + "'");
     }
-    const Dtype compute = compute_dtype(table.dtype());
-    Bags bags{as_copy(ids, "ids"), as_copy(edges, "edges"), nullptr,
-              mode == "sum" ? BagMode::sum : BagMode::max, nullptr};
-    if (bags.edges.empty()) throw Error(ErrorCode::invalid_argument, "edges must not be empty");
-    if (!weights.is_none()) {
-        if (bags.mode != BagMode::sum) {
-            throw Error(ErrorCode::invalid_argument, "weights are for mode 'sum'");
-        }
-        bags.weights = data_of(weights, compute, bags.ids.size(), false, "weights");
-    }
-    bags.out = data_of(
-        out, compute, count_elements(bags.edges.size() - 1, table.grid().cols, "out"), true, "out");
-    return bags;
+    return mode == "sum" ? BagMode::sum : BagMode::max;
 }
 
-// Calls use(page ids, pages, what is decoded) with all pages of these rows out of the pool and
-// returns None; or returns the ids of the pages, when not all of them are in the pool.
-template <class Use>
-py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const std::int64_t> ids,
-                     const Use& use) {
+std::byte* sums_out(const RowTable& table, const Bags& bags, const py::array& out) {
+    return data_of(out, compute_dtype(table.dtype()),
+                   count_elements(bags.count(), table.grid().cols, "out"), true, "out");
+}
+
+// Calls use(page ids, pages, what is decoded) with the pages that pages_of() names out of the pool
+// and returns None; or returns their ids, when not all of them are in the pool.
+template <class PagesOf, class Use>
+py::object with_pool(BufferPool& pool, const PagesOf& pages_of, const Use& use) {
     std::vector<std::int64_t> wanted;
     bool done = false;
     {
         const WithoutGil no_gil;
-        wanted = table.pages_of(ids);
+        wanted = pages_of();
         if (const BufferPool::Pins pins = pool.pin_all(wanted)) {
             use(std::span<const std::int64_t>(wanted), std::span<const Page* const>(pins->pages),
                 std::span<DecodedBlocks* const>(pins->decoded));
@@ -94,23 +83,15 @@ py::object with_pool(const RowTable& table, BufferPool& pool, std::span<const st
     return as_array(std::move(wanted));
 }
 
-// Calls use(page ids, pages) with pages at hand.
-template <class Use>
-void with_pages(const Array<std::int64_t>& page_ids, const py::sequence& pages, const Use& use) {
-    const std::vector<std::int64_t> numbers = as_copy(page_ids, "page_ids");
-    const PageList held = as_pages(pages);
-    const std::vector<const Page*> plain = pointers(held);
-    const WithoutGil no_gil;
-    use(std::span<const std::int64_t>(numbers), std::span<const Page* const>(plain));
-}
-
 py::object take(const RowTable& table, BufferPool& pool, const Array<std::int64_t>& ids,
                 Array<std::uint8_t> out, unsigned threads) {
     const std::vector<std::int64_t> wanted = as_copy(ids, "ids");
     std::byte* const to = rows_out(table, out, wanted.size());
-    return with_pool(table, pool, wanted, [&](auto page_ids, auto pages, auto decoded) {
-        table.take(page_ids, pages, wanted, to, threads, decoded);
-    });
+    return with_pool(
+        pool, [&] { return table.pages_of(wanted); },
+        [&](auto page_ids, auto pages, auto decoded) {
+            table.take(page_ids, pages, wanted, to, threads, decoded);
+        });
 }
 
 void take_from(const RowTable& table, const Array<std::int64_t>& page_ids,
@@ -118,8 +99,12 @@ void take_from(const RowTable& table, const Array<std::int64_t>& page_ids,
                unsigned threads) {
     const std::vector<std::int64_t> wanted = as_copy(ids, "ids");
     std::byte* const to = rows_out(table, out, wanted.size());
-    with_pages(page_ids, pages,
-               [&](auto numbers, auto held) { table.take(numbers, held, wanted, to, threads); });
+    const std::vector<std::int64_t> numbers = as_copy(page_ids, "page_ids");
+    const PageList held = as_pages(pages);
+    const std::vector<const Page*> plain = pointers(held);
+    const WithoutGil no_gil;
+    table.take(std::span<const std::int64_t>(numbers), std::span<const Page* const>(plain), wanted,
+               to, threads);
 }
 
 void take_blocks(const RowTable& table, const Array<std::int64_t>& numbers,
@@ -134,38 +119,31 @@ void take_blocks(const RowTable& table, const Array<std::int64_t>& numbers,
     table.take(blocks, held.blocks(), wanted, to, threads);
 }
 
-py::object bag(const RowTable& table, BufferPool& pool, const Array<std::int64_t>& ids,
-               const Array<std::int64_t>& edges, const py::object& weights, const std::string& mode,
+py::object bag(const RowTable& table, BufferPool& pool, Bags& bags, const std::string& mode,
                const py::array& out, unsigned threads) {
-    const Bags bags = bags_of(table, ids, edges, weights, mode, out);
-    return with_pool(table, pool, bags.ids, [&](auto page_ids, auto pages, auto decoded) {
-        table.bag(page_ids, pages, bags.ids, bags.edges, bags.weights, bags.mode, bags.out, threads,
-                  decoded);
-    });
-}
-
-void bag_from(const RowTable& table, const Array<std::int64_t>& page_ids, const py::sequence& pages,
-              const Array<std::int64_t>& ids, const Array<std::int64_t>& edges,
-              const py::object& weights, const std::string& mode, const py::array& out,
-              unsigned threads) {
-    const Bags bags = bags_of(table, ids, edges, weights, mode, out);
-    with_pages(page_ids, pages, [&](auto numbers, auto held) {
-        table.bag(numbers, held, bags.ids, bags.edges, bags.weights, bags.mode, bags.out, threads);
-    });
+    const BagMode how = as_mode(mode);
+    std::byte* const to = sums_out(table, bags, out);
+    return with_pool(
+        pool,
+        [&] {
+            const auto in_use = bags.lock();
+            return table.pages_of(bags.ids());
+        },
+        [&](auto page_ids, auto pages, auto decoded) {
+            table.bag(page_ids, pages, bags, how, to, threads, decoded);
+        });
 }
 
 void bag_blocks(const RowTable& table, const Array<std::int64_t>& numbers,
                 const py::sequence& pages, const Array<std::uint32_t>& page_index,
-                const Array<std::uint32_t>& slots, const py::object& bases,
-                const Array<std::int64_t>& ids, const Array<std::int64_t>& edges,
-                const py::object& weights, const std::string& mode, const py::array& out,
-                unsigned threads) {
-    const Bags bags = bags_of(table, ids, edges, weights, mode, out);
+                const Array<std::uint32_t>& slots, const py::object& bases, Bags& bags,
+                const std::string& mode, const py::array& out, unsigned threads) {
+    const BagMode how = as_mode(mode);
+    std::byte* const to = sums_out(table, bags, out);
     const std::vector<std::int64_t> blocks = as_copy(numbers, "numbers");
     const HeldBlocks held = hold_blocks(pages, page_index, slots, bases, threads);
     const WithoutGil no_gil;
-    table.bag(blocks, held.blocks(), bags.ids, bags.edges, bags.weights, bags.mode, bags.out,
-              threads);
+    table.bag(blocks, held.blocks(), bags, how, to, threads);
 }
 
 }  // namespace
@@ -180,19 +158,17 @@ void bind_rows(py::module_& m) {
              py::arg("threads") = 0)
         .def("take_from", &take_from, py::arg("page_ids").noconvert(), py::arg("pages"),
              py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("threads") = 0)
-        .def("bag", &bag, py::arg("pool"), py::arg("ids").noconvert(), py::arg("edges").noconvert(),
-             py::arg("weights"), py::arg("mode"), py::arg("out").noconvert(),
-             py::arg("threads") = 0)
-        .def("bag_from", &bag_from, py::arg("page_ids").noconvert(), py::arg("pages"),
-             py::arg("ids").noconvert(), py::arg("edges").noconvert(), py::arg("weights"),
-             py::arg("mode"), py::arg("out").noconvert(), py::arg("threads") = 0)
+        .def("bag", &bag, py::arg("pool"), py::arg("bags"), py::arg("mode"),
+             py::arg("out").noconvert(), py::arg("threads") = 0)
         .def("take_blocks", &take_blocks, py::arg("numbers").noconvert(), py::arg("pages"),
              py::arg("page_index").noconvert(), py::arg("slots").noconvert(), py::arg("bases"),
              py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("threads") = 0)
         .def("bag_blocks", &bag_blocks, py::arg("numbers").noconvert(), py::arg("pages"),
              py::arg("page_index").noconvert(), py::arg("slots").noconvert(), py::arg("bases"),
-             py::arg("ids").noconvert(), py::arg("edges").noconvert(), py::arg("weights"),
-             py::arg("mode"), py::arg("out").noconvert(), py::arg("threads") = 0);
+             py::arg("bags"), py::arg("mode"), py::arg("out").noconvert(), py::arg("threads") = 0);
+    py::class_<Bags>(m, "Bags").def(py::init(&make_bags), py::arg("ids").noconvert(),
+                                    py::arg("edges").noconvert(),
+                                    py::arg("weights").noconvert() = py::none());
 }
 
 }  // namespace pydedup

@@ -244,7 +244,8 @@ TEST(rows_come_from_both_pages_or_from_blocks) {
             views.push_back(family.views[i]);
         }
         table->take(numbers, views, ids, bytes_of(out), 2);
-        table->bag(numbers, views, ids, edges, nullptr, BagMode::max, bytes_of(tops), 2);
+        Bags bags(ids, edges);
+        table->bag(numbers, views, bags, BagMode::max, bytes_of(tops), 2);
     }
     CHECK(same_bits(out, rows_of(family, ids)));
     std::vector<float> want(3 * 54, -1e30F);

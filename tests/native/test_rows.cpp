@@ -93,7 +93,8 @@ TEST(rows_and_bags_come_from_the_pages_at_hand) {
     auto w = normal<float>(grid.rows * grid.cols);
     for (float& value : w) value = std::round(value * 4);  // small blocks that can be encoded
     const auto ids = random_ids(700, grid.rows);
-    const auto weights = normal<float>(ids.size());
+    std::vector<double> weights;
+    for (const float value : normal<float>(ids.size())) weights.push_back(value);
     std::vector<std::int64_t> edges{0, 0};  // begins with an empty bag
     while (edges.back() + 9 < 700) edges.push_back(edges.back() + 9);
     edges.push_back(700);
@@ -109,16 +110,15 @@ TEST(rows_and_bags_come_from_the_pages_at_hand) {
                 std::vector<float> scaled(n_bags * grid.cols, 0.0F);
                 std::vector<float> tops(n_bags * grid.cols, -INFINITY);
                 const auto bytes = [](auto& v) { return reinterpret_cast<std::byte*>(v.data()); };
+                Bags plain(ids, edges), weighted(ids, edges, weights);
                 // Two pages, then the others: each call fills in the pieces that it has.
                 for (const auto& [at, n] : {std::pair{std::size_t{0}, std::size_t{2}}, {2, 3}}) {
                     const auto some = std::span(stored.page_ids).subspan(at, n);
                     const auto held = std::span<const Page* const>(pages).subspan(at, n);
                     table->take(some, held, ids, bytes(out), threads);
-                    table->bag(some, held, ids, edges, nullptr, BagMode::sum, bytes(sums), threads);
-                    table->bag(some, held, ids, edges,
-                               reinterpret_cast<const std::byte*>(weights.data()), BagMode::sum,
-                               bytes(scaled), threads);
-                    table->bag(some, held, ids, edges, nullptr, BagMode::max, bytes(tops), threads);
+                    table->bag(some, held, plain, BagMode::sum, bytes(sums), threads);
+                    table->bag(some, held, weighted, BagMode::sum, bytes(scaled), threads);
+                    table->bag(some, held, plain, BagMode::max, bytes(tops), threads);
                 }
                 // Blocks at hand, of which every other one may have to be decoded.
                 std::vector<float> of_blocks(n_bags * grid.cols, 0.0F);
@@ -132,9 +132,18 @@ TEST(rows_and_bags_come_from_the_pages_at_hand) {
                 for (const auto& [at, n] :
                      {std::pair{std::size_t{0}, std::size_t{9}}, {9, grid.count() - 9}}) {
                     table->bag(std::span(numbers).subspan(at, n),
-                               std::span<const BlockView>(views).subspan(at, n), ids, edges,
-                               nullptr, BagMode::sum, bytes(of_blocks), threads);
+                               std::span<const BlockView>(views).subspan(at, n), plain,
+                               BagMode::sum, bytes(of_blocks), threads);
                 }
+                // In any order of the ids, and all pages at once: the same bits.
+                auto other_ids = ids;
+                for (std::size_t b = 0; b < n_bags; ++b) {
+                    std::reverse(other_ids.begin() + edges[b], other_ids.begin() + edges[b + 1]);
+                }
+                std::vector<float> at_once(n_bags * grid.cols, 0.0F);
+                Bags others(other_ids, edges);
+                table->bag(stored.page_ids, pages, others, BagMode::sum, bytes(at_once), threads);
+                CHECK(at_once == of_blocks);
                 bool rows_hold = true;
                 std::vector<double> want(sums.size(), 0.0), want_scaled(sums.size(), 0.0);
                 std::vector<float> want_tops(tops.size(), -INFINITY);
@@ -145,7 +154,7 @@ TEST(rows_and_bags_come_from_the_pages_at_hand) {
                         const float value = w[static_cast<std::size_t>(ids[i]) * grid.cols + c];
                         rows_hold = rows_hold && out[i * grid.cols + c] == value;
                         want[bag * grid.cols + c] += value;
-                        want_scaled[bag * grid.cols + c] += double{value} * weights[i];
+                        want_scaled[bag * grid.cols + c] += value * weights[i];
                         float& top = want_tops[bag * grid.cols + c];
                         top = std::max(top, value);
                     }
@@ -160,6 +169,40 @@ TEST(rows_and_bags_come_from_the_pages_at_hand) {
                 }
                 CHECK(sums_hold);
             }
+        }
+    }
+}
+
+TEST(bags_are_sorted_by_ids_and_weights_stay_with_theirs) {
+    for (const std::size_t count : {0, 1, 2, 23, 24, 300}) {
+        for (const std::int64_t most : {std::int64_t{3}, std::int64_t{200}, std::int64_t{1} << 40,
+                                        std::numeric_limits<std::int64_t>::max()}) {
+            std::uniform_int_distribution<std::int64_t> number(0, most);
+            std::vector<std::int64_t> ids{most, 0};  // a bag before
+            std::vector<double> weights{0.5, 0.25};
+            std::vector<Bags::Weighted> want;
+            for (std::size_t i = 0; i < count; ++i) {
+                ids.push_back(number(rng()));
+                weights.push_back(static_cast<double>(i));
+                want.push_back({ids.back(), weights.back()});
+            }
+            std::stable_sort(want.begin(), want.end(),
+                             [](const auto& a, const auto& b) { return a.id < b.id; });
+            const std::vector<std::int64_t> edges{0, 2, static_cast<std::int64_t>(count) + 2};
+            Bags plain(ids, edges), weighted(ids, edges, weights);
+            Bags::Scratch scratch;
+            for (int round = 0; round < 2; ++round) {
+                const Bags::Bag one = plain.sorted(1, scratch);
+                const Bags::Bag other = weighted.sorted(1, scratch);
+                bool holds = one.ids.size() == count && other.ids.size() == count;
+                for (std::size_t i = 0; holds && i < count; ++i) {
+                    holds = one.ids[i] == want[i].id && other.ids[i] == want[i].id &&
+                            other.weights[i] == want[i].weight;
+                }
+                CHECK(holds && one.weights == nullptr);
+            }
+            const Bags::Bag before = weighted.sorted(0, scratch);
+            CHECK(before.ids[0] == 0 && before.weights[0] == 0.25 && before.weights[1] == 0.5);
         }
     }
 }
@@ -214,8 +257,15 @@ TEST(what_does_not_fit_is_refused) {
     CHECK_THROWS(wrong, table->take(std::span(stored.page_ids).first(1), pages, good, to));
     for (const std::vector<std::int64_t>& edges : std::vector<std::vector<std::int64_t>>{
              {}, {0}, {0, 1}, {1, 2}, {0, 2, 1, 2}, {0, 3}, {0, -1, 2}}) {
-        CHECK_THROWS(wrong,
-                     table->bag(stored.page_ids, pages, good, edges, nullptr, BagMode::sum, to));
+        CHECK_THROWS(wrong, Bags(good, edges));
+    }
+    CHECK_THROWS(wrong, Bags(good, {0, 2}, std::vector<double>{1.0}));
+    CHECK_THROWS(wrong, Bags(good, {0, 2}, std::vector<double>{}));
+    Bags scaled(good, {0, 2}, std::vector<double>{1.0, 2.0});
+    CHECK_THROWS(wrong, table->bag(stored.page_ids, pages, scaled, BagMode::max, to));
+    for (const auto& ids : {above, below}) {
+        Bags outside(ids, {0, 1});
+        CHECK_THROWS(wrong, table->bag(stored.page_ids, pages, outside, BagMode::sum, to));
     }
     CHECK_THROWS(wrong,
                  RowTable(grid, Dtype::f32, std::span(stored.page_of).first(3), stored.slots));

@@ -82,15 +82,21 @@ def huge_product(rows: int, cols: int, *, transpose: bool = False) -> _core.Matm
 def huge_table(rows: int, cols: int) -> None:
     places = np.zeros(rows, np.int64)
     of = _core.RowTable(rows, cols, 1, cols, F32, places, places.astype(np.uint32))
-    of.bag_from(i64(), [], i64(), np.zeros(17, np.int64), None, "sum", floats(0))
+    none = i64().astype(np.uint32)
+    bags = _core.Bags(i64(), np.zeros(17, np.int64))
+    of.bag_blocks(i64(), [], none, none, None, bags, "sum", floats(0))
 
 
 def take(out: np.ndarray[Any, Any]) -> None:
     table().take_from(i64(0), [PAGE], i64(5, 0), out)
 
 
-def bag(edges: np.ndarray[Any, Any], out: np.ndarray[Any, Any], weights: Any = None) -> None:
-    table().bag_from(i64(0), [PAGE], i64(5, 0), edges, weights, "sum", out)
+def bag(
+    edges: np.ndarray[Any, Any], out: np.ndarray[Any, Any], weights: Any = None, mode: str = "sum"
+) -> None:
+    of, numbers = table(), np.arange(6)
+    bags = _core.Bags(i64(5, 0), edges, weights)
+    of.bag_blocks(numbers, [PAGE], NONE, ALL, None, bags, mode, out)
 
 
 def magnitudes(blocks: np.ndarray[Any, Any], *, whole: bool = False) -> np.ndarray[Any, Any]:
@@ -137,7 +143,7 @@ def test_what_fits_is_taken() -> None:
     take(out)
     assert (out.view(np.float32) == 1).all()
     sums = np.zeros((1, 4), np.float32)
-    bag(i64(0, 2), sums, floats(2))
+    bag(i64(0, 2), sums, np.ones(2))
     assert (sums == 2).all()
     assert (magnitudes(floats(3, 2, 2)) == 1).all()
     assert (magnitudes(floats(4, 6), whole=True) == 1).all()
@@ -181,9 +187,15 @@ _REFUSED: list[tuple[str, Callable[[], object]]] = [
     ),
     ("out must be uint8", lambda: take(np.zeros((1, 16), np.uint8))),
     ("out must be uint8", lambda: take(np.zeros((2, 15), np.uint8))),
-    ("edges must not be empty", lambda: bag(i64(), floats(0, 4))),
+    ("edges of bags must ascend from 0 to the 2 ids", lambda: bag(i64(), floats(0, 4))),
+    ("edges of bags must ascend from 0 to the 2 ids", lambda: bag(i64(0, 3), floats(1, 4))),
+    ("edges of bags must ascend from 0 to the 2 ids", lambda: bag(i64(0, 2, 1), floats(2, 4))),
+    ("edges of bags must ascend from 0 to the 2 ids", lambda: bag(i64(1, 2), floats(1, 4))),
+    ("unknown bag mode 'mean'", lambda: bag(i64(0, 2), floats(1, 4), mode="mean")),
+    ("weights are for sums", lambda: bag(i64(0, 2), floats(1, 4), np.ones(2), mode="max")),
     ("out must be .* of 4 elements", lambda: bag(i64(0, 2), floats(1, 3))),
-    ("weights must be .* of 2 elements", lambda: bag(i64(0, 2), floats(1, 4), floats(1))),
+    ("1 weights were given for 2 ids", lambda: bag(i64(0, 2), floats(1, 4), np.ones(1))),
+    ("0 weights were given for 2 ids", lambda: bag(i64(0, 2), floats(1, 4), np.ones(0))),
     ("outside of the arena", lambda: page_of(offsets=np.arange(6) * 16 + 1)),
     ("outside of the arena", lambda: page_of(offsets=np.arange(6) * 16 - 1)),
     ("outside of the arena", lambda: page_of(arena=floats(23).view(np.uint8))),

@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "pydedup/bags.hpp"
 #include "pydedup/page_format.hpp"
 #include "pydedup/types.hpp"
 
@@ -57,20 +58,18 @@ class RowTable {
     void take(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
               std::span<const std::int64_t> ids, std::byte* out, unsigned threads = 0) const;
 
-    /// Rows ids[edges[b]] to ids[edges[b + 1] - 1] are bag b. Adds them to row b of `out`, each
-    /// times its weight unless `weights` is nullptr (one per id; for BagMode::sum only), or raises
-    /// the row to their maxima (a NaN wins). `out` and weights are in compute_dtype(dtype()). One
-    /// thread adds up a bag: raw blocks in the order of ids, then encoded ones. Throws
-    /// Error{invalid_argument} when edges do not ascend from 0 to ids.size().
-    void bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
-             std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
-             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads = 0,
+    /// Adds the rows of bag b to row b of `out`, times their weights if there are any, or raises
+    /// that row to their maxima (a NaN wins). `out` and what weights are rounded to is
+    /// compute_dtype(dtype()). One thread adds up a bag. Throws Error{invalid_argument} for weights
+    /// with another mode than sum.
+    void bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages, Bags& bags,
+             BagMode mode, std::byte* out, unsigned threads = 0,
              std::span<DecodedBlocks* const> decoded = {}) const;
 
-    /// The same with blocks, as take() has them.
-    void bag(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
-             std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
-             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads = 0) const;
+    /// The same with blocks, as take() has them. The order in which rows are added up is that of
+    /// Bags if the blocks of a call have larger numbers than those of the calls before.
+    void bag(std::span<const std::int64_t> numbers, std::span<const BlockView> views, Bags& bags,
+             BagMode mode, std::byte* out, unsigned threads = 0) const;
 
   private:
     class Impl;

@@ -197,25 +197,15 @@ void RowPlaces::learn(std::size_t number, const Page& page) const {
     known.serial.store(page.serial(), std::memory_order_release);
 }
 
-std::vector<std::uint8_t> RowPlaces::rows_wanted(std::span<const std::int64_t> ids) const {
+std::vector<std::size_t> RowPlaces::blocks_at_hand(const Call& call,
+                                                   std::span<const std::int64_t> ids) const {
     std::vector<std::uint8_t> wanted(row_pages_.size(), 0);
-    for (const std::int64_t id : ids) {
-        wanted[block_row(static_cast<std::size_t>(id))] = 1;
-    }
-    return wanted;
-}
-
-std::vector<std::size_t> RowPlaces::blocks_to_decode(const Call& call,
-                                                     std::span<const std::int64_t> ids) const {
-    const std::vector<std::uint8_t> wanted = rows_wanted(ids);
+    for (const std::int64_t id : ids) wanted[block_row(static_cast<std::size_t>(id))] = 1;
     std::vector<std::size_t> blocks;
-    const Plain plain{*this, call};
     for (std::size_t row = 0; row < wanted.size(); ++row) {
         if (wanted[row] == 0) continue;
         for (std::size_t b = row * grid_cols_; b < (row + 1) * grid_cols_; ++b) {
-            if (call.pages[places_[b].page] != nullptr && plain.block(b) == nullptr) {
-                blocks.push_back(b);
-            }
+            if (call.pages[places_[b].page] != nullptr) blocks.push_back(b);
         }
     }
     return blocks;

@@ -7,6 +7,7 @@
 // anew its checksum says that it is the same as before.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -57,10 +58,11 @@ class RowPlaces {
                                   std::span<const BlockView> views,
                                   std::span<DecodedBlocks* const> decoded) const;
 
-    /// Blocks where they lie on their pages.
+    /// Blocks where they lie on their pages, of rows from the first one to before the end.
     struct Plain {
         const RowPlaces& table;
         const Call& call;
+        std::size_t first_row, end_row;
         [[nodiscard]] const std::byte* block(std::size_t b) const noexcept {
             // Of a page that this call does not have, another one may just learn the units.
             const Place& place = table.places_[b];
@@ -69,10 +71,14 @@ class RowPlaces {
             return page + std::size_t{place.unit} * kBlockAlignment;
         }
     };
-    /// Blocks that were decoded.
-    struct Decoded {
+    /// Some blocks, from the first one on, wherever they are.
+    struct Some {
         const std::vector<const std::byte*>& at;
-        [[nodiscard]] const std::byte* block(std::size_t b) const noexcept { return at[b]; }
+        std::size_t first;
+        std::size_t first_row, end_row;
+        [[nodiscard]] const std::byte* block(std::size_t b) const noexcept {
+            return b - first < at.size() ? at[b - first] : nullptr;  // what is before first, wraps
+        }
     };
 
     /// The row of blocks that has this row. A division takes longer than all else that is done to
@@ -81,12 +87,14 @@ class RowPlaces {
         return block_rows_log2_ >= 0 ? id >> block_rows_log2_ : id / grid_.block_rows;
     }
 
-    /// Per row of blocks: whether one of these rows is in it.
-    [[nodiscard]] std::vector<std::uint8_t> rows_wanted(std::span<const std::int64_t> ids) const;
+    /// The first row in a row of blocks, or behind all of them.
+    [[nodiscard]] std::size_t first_row_in(std::size_t block_row) const noexcept {
+        return std::min(block_row * grid_.block_rows, grid_.rows);
+    }
 
-    /// Of the blocks with a piece of these rows, those that have to be decoded and are here.
-    [[nodiscard]] std::vector<std::size_t> blocks_to_decode(
-        const Call& call, std::span<const std::int64_t> ids) const;
+    /// Of the blocks with a piece of these rows, those that are here, ascending.
+    [[nodiscard]] std::vector<std::size_t> blocks_at_hand(const Call& call,
+                                                          std::span<const std::int64_t> ids) const;
 
     /// A block that is here, to be decoded unless that was done and kept; `base` is filled in for a
     /// delta, and is to outlive it.

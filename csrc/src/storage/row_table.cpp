@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "base/parallel.hpp"
 #include "gemm/weights.hpp"
@@ -58,14 +59,17 @@ class RowTable::Impl : public detail::RowPlaces {
     }
 
     template <class Here>
-    void bag(std::span<const std::int64_t> names, std::span<const Here> here,
-             std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
-             const std::byte* weights, BagMode mode, std::byte* out, unsigned threads,
+    void bag(std::span<const std::int64_t> names, std::span<const Here> here, Bags& bags,
+             BagMode mode, std::byte* out, unsigned threads,
              std::span<DecodedBlocks* const> decoded) const {
+        if (bags.is_weighted() && mode != BagMode::sum) {
+            throw Error(ErrorCode::invalid_argument, "weights are for sums");
+        }
+        const auto in_use = bags.lock();
+        const std::span<const std::int64_t> ids = bags.ids();
         check_ids(ids);
-        check_edges(edges, ids.size());
         const auto call = begin(names, here, decoded);
-        const std::size_t n_bags = edges.size() - 1;
+        const std::size_t n_bags = bags.count();
         const unsigned workers = threads_for(ids.size() * grid_.cols * item_, threads);
         // As many bags as hold about kRowsPerPiece rows.
         const std::size_t rows = std::max<std::size_t>(ids.size(), 1);
@@ -73,107 +77,102 @@ class RowTable::Impl : public detail::RowPlaces {
         each_part(call, ids, threads, [&](const auto& pieces) {
             parallel_for(n_bags, grain, workers, [&](std::size_t first, std::size_t last) {
                 if (compute_dtype(dtype_) == Dtype::f64) {
-                    reduce<double>(pieces, ids, edges, weights, mode, out, first, last);
+                    reduce<double>(pieces, bags, mode, out, first, last);
                 } else {
-                    reduce<float>(pieces, ids, edges, weights, mode, out, first, last);
+                    reduce<float>(pieces, bags, mode, out, first, last);
                 }
             });
         });
     }
 
   private:
-    static void check_edges(std::span<const std::int64_t> edges, std::size_t n_ids) {
-        bool good = !edges.empty() && edges.front() == 0 &&
-                    edges.back() == static_cast<std::int64_t>(n_ids);
-        for (std::size_t i = 1; good && i < edges.size(); ++i) good = edges[i - 1] <= edges[i];
-        if (!good) {
-            throw Error(ErrorCode::invalid_argument, "edges of bags must ascend from 0 to the " +
-                                                         std::to_string(n_ids) + " ids");
-        }
-    }
-
-    // Calls body(pieces) for the blocks that need no decoding, then for those that do, kTileBytes
-    // of them at a time.
+    // Calls body(pieces) for all blocks at once where none needs decoding, or for some after
+    // others, as each_tile() does.
     template <class Body>
     void each_part(const Call& call, std::span<const std::int64_t> ids, unsigned threads,
                    const Body& body) const {
         if (grid_cols_ == 0 || ids.empty()) return;
-        body(Plain{*this, call});
-        if (call.all_plain) return;
-        const std::vector<std::size_t> blocks = blocks_to_decode(call, ids);
-        std::vector<const std::byte*> decoded(grid_.count(), nullptr);
-        each_decoded(blocks, threads, decoded, body,
-                     [&](std::size_t i, std::byte* to, std::size_t stride) {
-                         BlockView base{};
-                         const BlockView view = block(call, blocks[i], base);
-                         if (detail::is_in_place(view)) return view.data;  // kept decoded
-                         decode_block(view, to, stride);
-                         return static_cast<const std::byte*>(to);
-                     });
+        const Plain plain{*this, call, 0, grid_.rows};
+        if (call.all_plain) return body(plain);
+        const std::vector<std::size_t> blocks = blocks_at_hand(call, ids);
+        each_tile(
+            blocks, threads, body, [&](std::size_t i) { return plain.block(blocks[i]); },
+            [&](std::size_t i, std::byte* to, std::size_t stride) {
+                BlockView base{};
+                const BlockView view = block(call, blocks[i], base);
+                if (detail::is_in_place(view)) return view.data;  // kept decoded
+                decode_block(view, to, stride);
+                return static_cast<const std::byte*>(to);
+            });
     }
 
-    // The same for blocks at hand, where all are used together: those that need no decoding lie
-    // beside those that were decoded.
     template <class Body>
     void each_part(const BlockCall& call, std::span<const std::int64_t> ids, unsigned threads,
                    const Body& body) const {
         if (grid_cols_ == 0 || ids.empty()) return;
-        const std::vector<std::uint8_t> wanted = rows_wanted(ids);
-        std::vector<const std::byte*> at(grid_.count(), nullptr);
-        std::vector<std::size_t> blocks;
-        std::vector<std::size_t> views;
-        bool any = false;
+        std::vector<std::pair<std::size_t, const BlockView*>> views;
+        views.reserve(call.numbers.size());
         for (std::size_t i = 0; i < call.numbers.size(); ++i) {
-            const auto b = static_cast<std::size_t>(call.numbers[i]);
-            if (wanted[b / grid_cols_] == 0) continue;
-            if (detail::is_in_place(call.views[i])) {
-                at[b] = call.views[i].data;
-                any = true;
-            } else {
-                blocks.push_back(b);
-                views.push_back(i);
-            }
+            views.emplace_back(static_cast<std::size_t>(call.numbers[i]), &call.views[i]);
         }
-        if (any) body(Decoded{at});
-        std::fill(at.begin(), at.end(), nullptr);
-        each_decoded(blocks, threads, at, body,
-                     [&](std::size_t i, std::byte* to, std::size_t stride) {
-                         decode_block(call.views[views[i]], to, stride);
-                         return static_cast<const std::byte*>(to);
-                     });
+        std::sort(views.begin(), views.end());
+        std::vector<std::size_t> blocks;
+        blocks.reserve(views.size());
+        for (const auto& [b, view] : views) blocks.push_back(b);
+        each_tile(
+            blocks, threads, body,
+            [&](std::size_t i) {
+                const BlockView& view = *views[i].second;
+                return detail::is_in_place(view) ? view.data : nullptr;
+            },
+            [&](std::size_t i, std::byte* to, std::size_t stride) {
+                decode_block(*views[i].second, to, stride);
+                return static_cast<const std::byte*>(to);
+            });
     }
 
-    // Decodes blocks, kTileBytes of them at a time, and calls body(pieces) with them: decode(i, to,
-    // stride) returns where block i is then. `at` has a place for every block, nullptr before and
-    // after. The tiles are the same whatever is kept, so sums are too.
-    template <class Body, class Decode>
-    void each_decoded(const std::vector<std::size_t>& blocks, unsigned threads,
-                      std::vector<const std::byte*>& at, const Body& body,
-                      const Decode& decode) const {
+    // Calls body(pieces) with blocks, whose numbers ascend, until all had their turn: with so many
+    // after one another that those to decode take kTileBytes at most. in_place(i) is where block i
+    // lies, or nullptr: then decode(i, to, stride) returns where it is afterwards.
+    template <class Body, class InPlace, class Decode>
+    void each_tile(const std::vector<std::size_t>& blocks, unsigned threads, const Body& body,
+                   const InPlace& in_place, const Decode& decode) const {
+        struct Encoded {
+            std::size_t block, offset;
+        };
         detail::Scratch<std::byte> scratch;
-        std::vector<std::size_t> offsets;
+        std::vector<const std::byte*> at;
+        std::vector<Encoded> encoded;
         for (std::size_t begin = 0; begin < blocks.size();) {
-            offsets.clear();
+            const std::size_t first_block = blocks[begin];
+            at.clear();
+            encoded.clear();
             std::size_t bytes = 0;
             std::size_t end = begin;
             for (; end < blocks.size(); ++end) {
+                at.resize(blocks[end] - first_block + 1, nullptr);
+                at.back() = in_place(end);
+                if (at.back() != nullptr) continue;
                 const BlockRect rect = block_rect(grid_, blocks[end]);
                 const std::size_t room = (rect.rows * rect.cols * item_ + 63) / 64 * 64;
-                if (end != begin && bytes + room > kTileBytes) break;
-                offsets.push_back(bytes);
+                if (!encoded.empty() && bytes + room > kTileBytes) break;
+                encoded.push_back({end, bytes});
                 bytes += room;
             }
             std::byte* const tile = scratch.at_least(bytes);
-            parallel_for(end - begin, 4, threads_for(bytes, threads),
+            parallel_for(encoded.size(), 4, threads_for(bytes, threads),
                          [&](std::size_t first, std::size_t last) {
                              for (std::size_t i = first; i < last; ++i) {
-                                 const std::size_t b = blocks[begin + i];
-                                 at[b] = decode(begin + i, tile + offsets[i],
-                                                block_rect(grid_, b).cols * item_);
+                                 const auto [block, offset] = encoded[i];
+                                 const std::size_t b = blocks[block];
+                                 at[b - first_block] = decode(block, tile + offset,
+                                                              block_rect(grid_, b).cols * item_);
                              }
                          });
-            body(Decoded{at});
-            for (; begin < end; ++begin) at[blocks[begin]] = nullptr;
+            at.resize(blocks[end - 1] - first_block + 1);
+            body(Some{at, first_block, first_row_in(first_block / grid_cols_),
+                      first_row_in(blocks[end - 1] / grid_cols_ + 1)});
+            begin = end;
         }
     }
 
@@ -219,16 +218,21 @@ class RowTable::Impl : public detail::RowPlaces {
     }
 
     template <class T, class Pieces>
-    void reduce(const Pieces& pieces, std::span<const std::int64_t> ids,
-                std::span<const std::int64_t> edges, const std::byte* weights, BagMode mode,
-                std::byte* out, std::size_t first, std::size_t last) const {
-        const auto* const scales = reinterpret_cast<const T*>(weights);
+    void reduce(const Pieces& pieces, Bags& bags, BagMode mode, std::byte* out, std::size_t first,
+                std::size_t last) const {
+        Bags::Scratch sorting;
         detail::Together<T> together;
         detail::Scratch<T> scratch;
         for (std::size_t b = first; b < last; ++b) {
             T* const to = reinterpret_cast<T*>(out) + b * grid_.cols;
-            const auto end = static_cast<std::size_t>(edges[b + 1]);
-            for (auto begin = static_cast<std::size_t>(edges[b]); begin < end;) {
+            const auto [ids, weights] = bags.sorted(b, sorting);
+            const auto place_of = [ids = ids](std::size_t row) {
+                return static_cast<std::size_t>(
+                    std::lower_bound(ids.begin(), ids.end(), static_cast<std::int64_t>(row)) -
+                    ids.begin());
+            };
+            const std::size_t end = place_of(pieces.end_row);
+            for (std::size_t begin = place_of(pieces.first_row); begin < end;) {
                 const std::size_t stop = std::min(end, begin + detail::kRowsTogether);
                 std::size_t col0 = 0;
                 for (std::size_t c = 0; c < grid_cols_; ++c, col0 += grid_.block_cols) {
@@ -241,10 +245,12 @@ class RowTable::Impl : public detail::RowPlaces {
                         if (block == nullptr) continue;
                         together.rows[together.count] =
                             block + (id - row * grid_.block_rows) * cols * item_;
-                        if (scales != nullptr) together.scales[together.count] = scales[i];
+                        if (weights != nullptr) {
+                            together.scales[together.count] = static_cast<T>(weights[i]);
+                        }
                         ++together.count;
                     }
-                    reduce_together(together, dtype_, scales != nullptr, cols, mode, to + col0,
+                    reduce_together(together, dtype_, weights != nullptr, cols, mode, to + col0,
                                     scratch);
                 }
                 begin = stop;
@@ -281,16 +287,14 @@ void RowTable::take(std::span<const std::int64_t> numbers, std::span<const Block
 }
 
 void RowTable::bag(std::span<const std::int64_t> page_ids, std::span<const Page* const> pages,
-                   std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
-                   const std::byte* weights, BagMode mode, std::byte* out, unsigned threads,
+                   Bags& bags, BagMode mode, std::byte* out, unsigned threads,
                    std::span<DecodedBlocks* const> decoded) const {
-    impl_->bag(page_ids, pages, ids, edges, weights, mode, out, threads, decoded);
+    impl_->bag(page_ids, pages, bags, mode, out, threads, decoded);
 }
 
 void RowTable::bag(std::span<const std::int64_t> numbers, std::span<const BlockView> views,
-                   std::span<const std::int64_t> ids, std::span<const std::int64_t> edges,
-                   const std::byte* weights, BagMode mode, std::byte* out, unsigned threads) const {
-    impl_->bag(numbers, views, ids, edges, weights, mode, out, threads, {});
+                   Bags& bags, BagMode mode, std::byte* out, unsigned threads) const {
+    impl_->bag(numbers, views, bags, mode, out, threads, {});
 }
 
 }  // namespace pydedup
