@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from ._base import DbApiBase
-from ._errors import CancelledError, ConnectionLostError
+from ._errors import CancelledError, ConnectionLostError, CrowdedError
 
 __all__ = ["AGAIN_SECONDS", "ReadsAgain"]
 
@@ -19,6 +20,9 @@ R = TypeVar("R")
 AGAIN_SECONDS: Final = 10.0
 FIRST_PAUSE_SECONDS: Final = 0.05
 LONGEST_PAUSE_SECONDS: Final = 1.0
+#: Whoever asks so soon after a server was waited for in vain does not wait again: an operation
+#: tidies up behind its failure, or goes on with another part, and is to end within one wait.
+IN_VAIN_SECONDS: Final = 1.0
 
 
 class ReadsAgain(DbApiBase):
@@ -26,6 +30,9 @@ class ReadsAgain(DbApiBase):
 
     Such as of a standby that replays what a vacuum deleted. What begins waits for the server, too.
     """
+
+    #: When it was last waited for in vain.
+    _gave_up_at = -math.inf
 
     def _again(self, read: Callable[[], R]) -> R:
         """Return what ``read`` returns; it may fail for a while, but in a transaction."""
@@ -35,10 +42,16 @@ class ReadsAgain(DbApiBase):
         while True:
             try:
                 return read()
-            except (ConnectionLostError, CancelledError):
+            except (ConnectionLostError, CancelledError) as error:
                 now = time.monotonic()
+                # Where connections are few, one comes free sooner or later.
+                is_away = not isinstance(error, CancelledError | CrowdedError)
+                if is_away and not end and now - self._gave_up_at < IN_VAIN_SECONDS:
+                    raise
                 end = end or now + AGAIN_SECONDS  # a host that fell silent took long to fail
                 if now + pause > end:
+                    if is_away:
+                        self._gave_up_at = now
                     raise
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -130,8 +130,9 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
             yield from self._recorded("pages", sql, piece, ["id", "checksum", "payload"])
 
     def _connected(self) -> None:
-        # A connection that was used lately is not asked whether it still stands.
-        DbApiBase._query(self, "SELECT 1")
+        # A connection that was used lately is not asked whether it still stands. Once: whoever
+        # calls this tries again.
+        DbApiBase._ask(self, "SELECT 1", (), fetch_all)
 
     def _sized(self, payload: bytes, what: str) -> bytes:
         limit = self.capabilities.max_payload_bytes

@@ -90,6 +90,18 @@ _BLOCKED: Final = (
 )
 _OFFLINE: Final = "wait, or let an administrator run SET GLOBAL offline_mode = OFF on the server"
 _MEMORY: Final = "raise connection_memory_limit or global_connection_memory_limit of the server"
+_THREADS: Final = (
+    "the server's system gives it no more threads or memory: raise its limits (ulimit -u, TasksMax "
+    "of its service), or use fewer clients"
+)
+_SHORT: Final = (
+    "the server has no memory left: let it have more, or lower what it takes (its "
+    "innodb_buffer_pool_size, the number of its connections), and try again"
+)
+_LOCKS: Final = (
+    "there is no room for the locks of all that write: raise innodb_buffer_pool_size of the "
+    "server, or try again when fewer do"
+)
 _HOST: Final = "check the host in the URL, and that its name is known here"
 _DOWN: Final = "check that the server runs and can be reached, and try again"
 _FULL: Final = "free some space on the server; what was complete is there, and nothing of the rest"
@@ -121,6 +133,10 @@ _MEANINGS: Final[dict[int, tuple[type[PydedupError], str]]] = {
     4150: (UnavailableError, "let an administrator run FLUSH PRIVILEGES on the server"),
     3032: (ConnectionLostError, _OFFLINE),
     **dict.fromkeys((4082, 4083), (UnavailableError, _MEMORY)),
+    1135: (CrowdedError, _THREADS),
+    **dict.fromkeys((1037, 1041), (UnavailableError, _SHORT)),
+    1038: (UnavailableError, "raise sort_buffer_size of the server"),
+    1206: (UnavailableError, _LOCKS),
     3159: (UnavailableError, _TLS),
     **dict.fromkeys((1036, 1290, 1792, 1836, 3100), (ReadOnlyError, _WRITABLE)),
     **dict.fromkeys((1021, 1114), (StorageFullError, _FULL)),

@@ -250,3 +250,39 @@ def test_a_server_that_stays_away(own_server: Any, monkeypatch: pytest.MonkeyPat
         own_server.start()
     assert adapter.epoch() == 0
     adapter.close()
+
+
+def test_an_operation_waits_once_for_a_server_that_stays_away(
+    own_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What began on MySQL waited three times, and a vacuum as it tidied up and went on."""
+    now = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
+    )
+    old, new = network(1), network(1)
+    new["0.weight"][::2] = 0  # half of each page is nobody's once the old one is removed
+    with pydedup.open(own_server.new_place()) as store:
+        for address, model in {"m@old": old, "m@new": new}.items():
+            store.add(address, model, policy=policies.Exact(), block_shape=(1, 512))
+        store.remove("m@old")
+        monkeypatch.setattr("pydedup.adapters._again.time", clock)
+        gone = []
+
+        def kill(*_: object) -> None:
+            if not gone:
+                own_server.kill()
+                gone.append(True)
+
+        uses = [lambda: store.vacuum(progress=kill), store.stats, lambda: store.remove("m@new")]
+        try:
+            for use in uses:
+                now[0] += 60
+                begun = now[0]
+                with pytest.raises(UnavailableError, match="check that the server runs"):
+                    use()
+                assert gone
+                assert 5 < now[0] - begun <= 10
+        finally:
+            own_server.start()
+        assert same(store.load("m@new"), new)

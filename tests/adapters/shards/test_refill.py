@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 import pydedup
@@ -118,6 +119,27 @@ def test_memory_is_bounded(place: ShardedPlace, monkeypatch: pytest.MonkeyPatch)
         assert store.refill().ok
     assert 4 << 20 < max(sizes) <= 2 * (3 << 20)
     is_sound(url)
+
+
+def test_of_two_that_put_the_same_copies_back_one_waits(place: ShardedPlace, store: Any) -> None:
+    """In the order that they were asked for, each could wait for the other."""
+    shard, first, second = store._shards[0], 10**6, 10**6 + 1
+    waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid IS NOT NULL"
+    taken = "INSERT INTO {}.page_payloads VALUES (%s, 'x')"
+    with psycopg.connect(place.servers[0]) as other:
+        other.execute(taken.format(place.schema), [first])
+        putting = threading.Thread(
+            target=shard.put_payloads, args=({second: b"second", first: b"first"},)
+        )
+        putting.start()
+        while place.rows(0, waits) == [(0,)]:
+            assert putting.is_alive()
+            time.sleep(0.01)
+        other.execute("SET lock_timeout = '100ms'")
+        other.execute(taken.format(place.schema), [second])
+        other.rollback()
+        putting.join(60)
+    assert shard.present_payloads([first, second]) == {first, second}
 
 
 def test_where_there_are_no_copies_there_is_nothing_to_refill(
