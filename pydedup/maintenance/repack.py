@@ -173,11 +173,10 @@ def _gain(places: Places, layout: Layout, stays: NDArray[np.bool_], pages_now: i
 
 def repack(
     adapter: Adapter, catalog: Catalog, pool: PagePool, *, progress: Progress | None = None
-) -> Repacked:
+) -> Repacked | None:
     """Write a better layout if there is one.
 
-    Gives way (and has done nothing) when another writer publishes meanwhile: the next vacuum tries
-    again.
+    Gives way when another writer publishes meanwhile: it has done nothing then, and returns None.
     """
     plan = plan_repack(adapter, pool, live_pages=len(adapter.page_ids(LIVE)))
     if plan is None:
@@ -204,7 +203,7 @@ def repack(
         job.discard(new_ids)
         if adapter.epoch() == plan.epoch:
             raise
-        return Repacked()
+        return None
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):
@@ -213,7 +212,7 @@ def repack(
         raise
     if old_pages is None:
         job.discard(new_ids)
-        return Repacked()
+        return None
     catalog.refresh()
     anew_blocks, anew_saves = int(places.anew.sum()), places.anew_saves
     return Repacked(old_pages, len(new_ids), plan.page_bytes, anew_blocks, anew_saves)

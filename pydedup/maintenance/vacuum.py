@@ -43,6 +43,8 @@ __all__ = [
 #: Pages read by a model over the fewest that could hold its blocks: repack above this.
 TARGET_AMPLIFICATION = 1.1
 _ROWS_PER_TRANSACTION = 64
+# Times that a new layout is made, of which each is for nothing when others publish meanwhile.
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,10 @@ class VacuumReport:
     new and have ``repacked_bytes``; all others stay as they are. After a dry run
     ``stored_bytes_after`` is an estimate: what the database needs beside pages is not foreseen.
     Where ``stored_bytes_exact`` is false, both ``stored_bytes_*`` are the least that the store may
-    occupy. ``not_repacked`` says why pages stayed where they are, when a part of the database that
-    a new layout needs was away. ``reencoded_blocks`` are deltas on blocks of removed models that
-    were stored without these, which takes ``reencoded_saves_bytes`` less.
+    occupy. ``not_repacked`` says why pages stayed where they are though a new layout may pay: a
+    part of the database that it needs was away, or others published all the time.
+    ``reencoded_blocks`` are deltas on blocks of removed models that were stored without these,
+    which takes ``reencoded_saves_bytes`` less.
     """
 
     abandoned_adds: int
@@ -140,8 +143,14 @@ def vacuum_store(
     abandoned = _collect_and_retire(adapter, lease_seconds)
     repacked, not_repacked, damage = Repacked(), None, None
     try:
-        if _wants_repack(adapter, pool, adapter.page_rows(state=LIVE)):
-            repacked = repack(adapter, catalog, pool, progress=progress)
+        made = _repack_in_peace(adapter, catalog, pool, progress)
+        if made is None:
+            not_repacked = (
+                f"others changed the store during each of {_ATTEMPTS} attempts; vacuum when "
+                "less is added and removed"
+            )
+        else:
+            repacked = made
     except (UnavailableError, ReadOnlyError) as error:
         # Of one of several servers, with pages. If it is the only one, what follows says so.
         not_repacked = str(error)
@@ -177,6 +186,19 @@ def vacuum_store(
         reencoded_blocks=repacked.anew_blocks,
         reencoded_saves_bytes=repacked.anew_saves,
     )
+
+
+def _repack_in_peace(
+    adapter: Adapter, catalog: Catalog, pool: PagePool, progress: Progress | None
+) -> Repacked | None:
+    """Repack if it may pay, again when somebody else published meanwhile; None if always."""
+    for _ in range(_ATTEMPTS):
+        if not _wants_repack(adapter, pool, adapter.page_rows(state=LIVE)):
+            return Repacked()
+        made = repack(adapter, catalog, pool, progress=progress)
+        if made is not None:
+            return made
+    return None
 
 
 def plan_vacuum(
