@@ -15,9 +15,11 @@ Which weights were in which file is an artifact, too, so that the same files can
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -41,6 +43,9 @@ GRAPH_FILE = "pydedup_graph.json"
 
 _MAX_ARTIFACT = 64 << 20
 _LARGEST_READ = 256 << 20
+#: Files and folders after which a walk ends: one that has no weights by then is no model's, but a
+#: home folder or a whole disk by mistake, which would take minutes.
+_MOST_NAMES = 10_000
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _WEIGHT_SUFFIXES = {
     *(SAFE_SUFFIX, *_TORCH_SUFFIXES, ".ckpt", ".gguf", ".h5", ".keras", ".mlmodel", ".msgpack"),
@@ -212,15 +217,25 @@ def _list_files(path: Path) -> tuple[list[str], list[str]]:
     def fail(exc: OSError) -> None:
         raise FormatError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
 
+    seen = 0
     for folder, folders, files in os.walk(path, onerror=fail):
         relative = Path(folder).relative_to(path)
+        seen += len(folders) + len(files)
+        if seen > _MOST_NAMES and not _begins_a_model(files if folder == str(path) else names):
+            raise FormatError(
+                f"{path} holds no model weights of its own, and too many files for a folder of a "
+                f"model (over {_MOST_NAMES:,}); give the path of a file, or of a model's folder"
+            )
         for name in list(folders):
-            if _SKIPPED_FOLDERS.fullmatch(name) or Path(folder, name).is_symlink():
+            # Not `Path.is_symlink`, which raises where entries of a folder may only be listed: the
+            # walk says that of them.
+            linked = os.path.islink(Path(folder, name))  # noqa: PTH114
+            if linked or _SKIPPED_FOLDERS.fullmatch(name):
                 folders.remove(name)
                 if not name.startswith((".", "__")):
                     skipped.append(f"{(relative / name).as_posix()}/")
         for name in files:
-            found = names if Path(folder, name).is_file() else skipped
+            found = names if _is_file(Path(folder, name)) else skipped
             found.append((relative / name).as_posix())
     for name in names:
         try:
@@ -228,6 +243,24 @@ def _list_files(path: Path) -> tuple[list[str], list[str]]:
         except UnicodeEncodeError as exc:
             raise FormatError(f"{path} holds a file whose name {name!r} is no valid text") from exc
     return sorted(names), sorted(skipped)
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a path is a file; raise FormatError where that cannot be told."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise FormatError(f"{path} cannot be read: {exc.strerror}") from exc
+
+
+def _begins_a_model(names: Sequence[str]) -> bool:
+    """Return whether files are weights at the top of a folder, or say what its folders hold."""
+    return any(
+        name in _MANIFESTS or ("/" not in name and name.endswith((SAFE_SUFFIX, *_TORCH_SUFFIXES)))
+        for name in names
+    )
 
 
 def _parts(path: Path, names: Sequence[str]) -> Iterator[_Part]:
