@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -109,6 +110,11 @@ def meaning(error: Exception, path: str) -> PydedupError:
             f"{path}: {error}; a file of this process may have no more than {limit} bytes: raise "
             "`ulimit -f`"
         )
+    elif code & 0xFF == 14 and _has_no_files_left():
+        return UnavailableError(
+            f"{path}: {error}; this process has as many files open as it may: close some (stores, "
+            "threads that read from one), or raise `ulimit -n`"
+        )
     if code == 19 | 12 << 8 and f"column {PREFIX}" in str(error):
         code = 11  # CONSTRAINT_DATATYPE of a table of ours: the row that is changed was damaged
     temporary = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"
@@ -127,6 +133,14 @@ def meaning(error: Exception, path: str) -> PydedupError:
             "writable for this one, or, where no program uses the store and it is empty, delete it"
         )
     return kind(f"{path}: {error}" + (f"; {advice}" if advice else f" (code {code})"))
+
+
+def _has_no_files_left() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 def _left_by_others(path: str) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""uvicorn's HTTP/1.1 with limits that it lacks: on headers, and on how slowly they come.
+"""uvicorn's HTTP/1.1 with limits that it lacks: on headers, how slowly they come, and connections.
 
 Answers come in the order of the requests, also where one of several sent at once is no HTTP.
 
@@ -10,6 +10,7 @@ httptools would leave out the body of such a request.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import httptools
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 __all__ = ["LimitedProtocol"]
 
+_LOG = logging.getLogger("pydedup.http")
 #: Bytes of the line of a request and its headers together.
 _LARGEST_HEAD = 64 * 1024
 #: How long a client that was refused may go on sending before the connection ends.
@@ -31,6 +33,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     #: Seconds from the first byte of a request (or the connection) to the end of its headers.
     head_seconds = 15.0
+    #: Connections at a time. More would take the files that the store is read with.
+    most_connections = 1 << 40
+    #: Whether the log has it that there were more; of the class, so that it is said once.
+    _told_of_many = False
 
     #: Bytes since the last that were of a body: of a head, of trailers, or between chunks.
     _head_bytes = 0
@@ -47,6 +53,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Begin a connection."""
         super().connection_made(transport)
         self._await_head()
+        if len(self.connections) > self.most_connections:
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End a connection."""
@@ -138,6 +146,28 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer bytes that are no HTTP."""
         self._refuse(400, msg)
 
+    def _make_room(self) -> None:
+        """Close a connection without a request for this one, or refuse this one."""
+        for other in self.connections:
+            is_idle = getattr(other, "timeout_keep_alive_task", None) is not None
+            if is_idle and not other.transport.is_closing():
+                other.transport.close()
+                return
+        most = self.most_connections
+        if not self._told_of_many:
+            type(self)._told_of_many = True
+            _LOG.warning(
+                "%d connections at a time are all that the limit of open files allows, others are "
+                "refused: raise `ulimit -n`, or LimitNOFILE of the service",
+                most,
+            )
+        self._refusal = b""
+        self._stop_timer()
+        busy = f"{most} connections are open; try again soon"
+        # Without waiting until all that was sent is read, which would take a file meanwhile.
+        self.transport.write(_error(503, busy, b"retry-after: 1\r\n"))
+        self.transport.close()
+
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.head_seconds, self._too_slow)
 
@@ -159,13 +189,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or self._refusal is not None:
             return
         self._stop_timer()
-        body = orjson.dumps({"error": message})
-        head: list[Any] = [
-            STATUS_LINE[status],
-            b"content-type: application/json\r\nconnection: close\r\n",
-            b"content-length: %d\r\n\r\n" % len(body),
-        ]
-        self._refusal = b"".join(head) + body
+        self._refusal = _error(status, message)
         # Before the first request there is no cycle.
         is_done = getattr(self.cycle, "response_complete", True)
         if not self._in_head and self.pipeline:
@@ -186,3 +210,15 @@ class LimitedProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+
+
+def _error(status: int, message: str, header: bytes = b"") -> bytes:
+    """Return the last answer of a connection."""
+    body = orjson.dumps({"error": message})
+    head: list[Any] = [
+        STATUS_LINE[status],
+        b"content-type: application/json\r\nconnection: close\r\n",
+        header,
+        b"content-length: %d\r\n\r\n" % len(body),
+    ]
+    return b"".join(head) + body

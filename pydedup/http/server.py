@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -35,6 +36,8 @@ __all__ = ["SWITCH_SECONDS", "listen", "serve", "stopping_signals", "url_of"]
 SWITCH_SECONDS = 0.0005
 _IDLE_SECONDS = 75
 _BACKLOG = 1024
+#: Files of a connection to a store in SQLite: the database, its log, what readers share.
+_FILES_OF_A_READER = 3
 
 
 def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], None]) -> int:
@@ -63,7 +66,8 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
     app = App(store, options, Gate(options.token), log)
     _quiet_loggers()
     seconds = min(LimitedProtocol.head_seconds, options.timeout)
-    protocol = type("Protocol", (LimitedProtocol,), {"head_seconds": seconds})
+    limits = {"head_seconds": seconds, "most_connections": _most_connections(options.threads)}
+    protocol = type("Protocol", (LimitedProtocol,), limits)
     config = uvicorn.Config(
         app,
         http=protocol,
@@ -174,6 +178,22 @@ def listen(host: str, port: int) -> socket.socket:
 def url_of(host: str, port: int, *, secured: bool) -> str:
     """Return the URL of a server."""
     return f"http{'s' if secured else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _most_connections(threads: int) -> int:
+    """Raise the limit of open files as far as it goes, and return how many are for connections.
+
+    Kept for the process are those of the store's readers (docs/http.md: five, and three a thread),
+    and as many for all else; of a very low limit half.
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        limit = most
+    if limit == resource.RLIM_INFINITY:
+        return LimitedProtocol.most_connections
+    kept = 2 * _FILES_OF_A_READER * (5 + 3 * threads)
+    return max(limit - kept, limit // 2)
 
 
 def _tls(options: ServeOptions) -> dict[str, Any]:

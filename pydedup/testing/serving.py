@@ -131,12 +131,21 @@ def until(holds: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def serving(
-    url: str, *options: object, env: Mapping[str, str] | None = None, status: int = 0
+    url: str,
+    *options: object,
+    env: Mapping[str, str] | None = None,
+    status: int = 0,
+    open_files: int | None = None,
 ) -> Iterator[Server]:
-    """Serve a store on a free port until the block ends; it must stop with ``status``."""
+    """Serve a store on a free port until the block ends; it must stop with ``status``.
+
+    ``open_files`` is a limit for the process.
+    """
+    limited = [] if open_files is None else ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh"]
+    command = [sys.executable, "-P", "-m", "pydedup", "serve", url, "--port", "0"]
     clean = {key: value for key, value in os.environ.items() if key != "PYDEDUP_TOKEN"}
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pydedup", "serve", url, "--port", "0", *map(str, options)],
+        [*limited, *command, *map(str, options)],
         env={**clean, **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

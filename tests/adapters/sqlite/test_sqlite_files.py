@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import shutil
 import sqlite3
 import threading
@@ -323,3 +324,18 @@ def test_a_disk_that_is_full_already(disk: SmallDisk) -> None:
     adapter = open_store(disk.folder / "models.db")
     assert adapter.epoch() == 0
     adapter.close()
+
+
+# ---- open files ---------------------------------------------------------------------------------
+
+
+def test_a_process_without_files_left_is_told_so(path: Path) -> None:
+    """It was told to check that the file exists, and that it may read it."""
+    open_store(path).close()
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (limit, most))
+        lowest = stack.enter_context(open(os.devnull))  # noqa: PTH123
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, most))
+        with pytest.raises(UnavailableError, match="as many files open as it may"):
+            registry.connect(f"sqlite:///{path}", mode="r").epoch()

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More connections than a server may have open files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from http.client import HTTPConnection
+
+from pydedup.testing.serving import Server, Start
+
+BODY = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
+OPEN_FILES, CONNECTIONS = 64, 32
+
+
+def asking(server: Server, stack: contextlib.ExitStack) -> socket.socket:
+    """A connection on which half a request has come."""
+    connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60))
+    head = f"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {SIZE}\r\n\r\n"
+    connection.sendall(head.encode() + TEXT[:5])
+    return connection
+
+
+TEXT = json.dumps(BODY).encode()
+SIZE = len(TEXT)
+
+
+def test_connections_leave_files_to_the_store(start: Start, store_url: str) -> None:
+    """Each took one until none was left; then no model could be read, and nothing said why."""
+    server = start(store_url, "--timeout", 600, open_files=OPEN_FILES)
+    with contextlib.ExitStack() as stack:
+        busy = [asking(server, stack) for _ in range(CONNECTIONS)]
+        for _ in range(CONNECTIONS):
+            with socket.create_connection(("127.0.0.1", server.port), 60) as another:
+                answer = b"".join(iter(lambda: another.recv(65536), b""))
+                assert answer.startswith(b"HTTP/1.1 503 ")
+                assert b"retry-after: 1\r\n" in answer
+                assert answer.endswith(b'{"error":"32 connections are open; try again soon"}')
+        for connection in busy:
+            connection.sendall(TEXT[5:])
+            assert connection.recv(12) == b"HTTP/1.1 200"
+    server.stop()
+    assert "".join(server.errors).count("raise `ulimit -n`") == 1
+
+
+def test_connections_without_a_request_make_room(start: Start, store_url: str) -> None:
+    server = start(store_url, open_files=OPEN_FILES)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3 * CONNECTIONS):
+            connection: HTTPConnection = stack.enter_context(contextlib.closing(server.connect()))
+            assert server.infer("dense", BODY, connection=connection).status == 200
+    server.stop()
+    assert server.errors == []
