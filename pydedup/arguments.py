@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, BudgetError
 
 __all__ = [
     "as_array",
@@ -24,6 +24,7 @@ __all__ = [
     "as_dtype",
     "as_integers",
     "check_array",
+    "no_memory",
 ]
 
 _Integer = TypeVar("_Integer", bound=np.integer[Any])
@@ -53,6 +54,14 @@ def as_dtype(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """
     with np.errstate(all="ignore"):
         return array.astype(dtype, order="C", copy=False)
+
+
+def no_memory(what: str, shape: Sequence[int], dtype: np.dtype[Any]) -> BudgetError:
+    """Return the error for an array that there is no memory for, in other words than numpy's.
+
+    A view of one element may claim more than there ever will be; a copy of it has to have it.
+    """
+    return BudgetError(f"no memory for {what}: {dtype} of shape {tuple(shape)}")
 
 
 def as_block_shape(shape: object, *, most: int = 2**63 - 1) -> tuple[int, int]:
@@ -102,6 +111,8 @@ def as_integers(name: str, values: ArrayLike, dtype: type[_Integer]) -> NDArray[
     ------
     ArgumentError
         When they are not integers in one dimension that fit the dtype, or some are masked.
+    BudgetError
+        When there is no memory for a copy.
     """
     array = as_array(values, name)
     if array.ndim != 1:
@@ -117,4 +128,7 @@ def as_integers(name: str, values: ArrayLike, dtype: type[_Integer]) -> NDArray[
             raise ArgumentError(
                 f"{name} must hold integers of {dtype.__name__}, not of {least} to {most}"
             )
-    return np.require(array, dtype, ["C", "A"])
+    try:
+        return np.require(array, dtype, ["C", "A"])
+    except MemoryError as exc:
+        raise no_memory(f"a copy of {name}", array.shape, np.dtype(dtype)) from exc

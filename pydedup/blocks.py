@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.arguments import as_block_shape
+from pydedup.arguments import as_block_shape, no_memory
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.sets import distinct
 from pydedup.types import LARGEST_ID, DType
@@ -204,7 +204,10 @@ class MatrixView:
             if block_shape is None
             else as_block_shape(block_shape)
         )
-        native = np.ascontiguousarray(array, dtype=dtype.numpy).reshape(rows, cols)
+        try:
+            native = np.ascontiguousarray(array, dtype=dtype.numpy).reshape(rows, cols)
+        except MemoryError as exc:
+            raise no_memory("a copy of the matrix", array.shape, dtype.numpy) from exc
         if native.size == 0:
             data = np.empty((rows, cols * dtype.itemsize), np.uint8)
         else:

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.arguments import as_array, as_count
+from pydedup.arguments import as_array, as_count, no_memory
 from pydedup.blocks import BlockMap
-from pydedup.errors import ArgumentError, BudgetError
+from pydedup.errors import ArgumentError
 from pydedup.matmul import Shape, compute_dtype, real_array, room_for, shape_of
 from pydedup.pool import Page, PagePool
 from pydedup.sets import distinct
@@ -163,7 +163,7 @@ def _ids(ids: ArrayLike) -> NDArray[np.int64]:
     try:
         ready: NDArray[np.int64] = np.require(given, np.int64, ["C", "A"])
     except MemoryError as exc:
-        raise BudgetError(f"no memory for a copy of ids: {exc}") from exc
+        raise no_memory("a copy of ids", given.shape, np.dtype(np.int64)) from exc
     return ready
 
 
@@ -193,7 +193,10 @@ def _bag_edges(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.
         if len(ids):
             raise ArgumentError(f"offsets name no bag for {len(ids)} ids")
         return np.zeros(1, np.int64)
-    edges = np.append(starts.astype(np.int64), len(ids))
+    try:
+        edges = np.append(starts.astype(np.int64), len(ids))
+    except MemoryError as exc:
+        raise no_memory("a copy of offsets", starts.shape, np.dtype(np.int64)) from exc
     if edges[0] != 0 or np.diff(edges).min() < 0:
         raise ArgumentError(f"offsets must begin with 0, ascend and stay within the {len(ids)} ids")
     return edges

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup import _core, codec
-from pydedup.arguments import as_array, as_count, as_dtype
+from pydedup.arguments import as_array, as_count, as_dtype, no_memory
 from pydedup.blocks import BlockMap, MatrixView
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.pool import PagePool
@@ -309,7 +309,7 @@ def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[An
         try:
             return np.require(given, requirements=["C", "A"])
         except MemoryError as exc:
-            raise BudgetError(f"no memory for a copy of {name}: {exc}") from exc
+            raise no_memory(f"a copy of {name}", given.shape, dtype) from exc
     if given.dtype.kind not in "biuf":
         try:
             DType.of(given.dtype)  # bf16 and f8 have kinds of their own
@@ -318,7 +318,7 @@ def real_array(values: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[An
     try:
         return as_dtype(given, dtype)
     except MemoryError as exc:
-        raise BudgetError(f"no memory for a copy of {name} as {dtype}: {exc}") from exc
+        raise no_memory(f"a copy of {name}", given.shape, dtype) from exc
 
 
 def widened(array: NDArray[Any]) -> NDArray[Any]:
@@ -351,4 +351,4 @@ def room_for(
     except ValueError as exc:  # more than an array can be
         raise ArgumentError(f"{what} is too large: {exc}") from exc
     except MemoryError as exc:
-        raise BudgetError(f"no memory for {what}: {exc}") from exc
+        raise no_memory(what, shape, np.dtype(dtype)) from exc

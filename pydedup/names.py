@@ -80,6 +80,8 @@ def check_path(path: object, what: str, *, or_url: bool = False) -> str:
         is_path = False
     if not is_path:
         raise ArgumentError(f"{what} must be the path of a file, not {path!r:.100}")
+    if not text:  # to `Path`, that is the folder where the process runs
+        raise ArgumentError(f"{what} is empty; give the path of a file")
     if "://" in text and not or_url:
         raise ArgumentError(
             f"{what} must be the path of a file, not a URL (copy takes models to another store)"

@@ -18,6 +18,7 @@ __all__ = [
     "is_cut",
     "it_has",
     "listed",
+    "models",
     "moment",
     "percent",
     "plural",
@@ -127,6 +128,12 @@ def count(number: int) -> str:
 def plural(number: int, noun: str) -> str:
     """Return e.g. ``1 page`` or ``12,345 pages``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def models(names: int, versions: int) -> str:
+    """Return e.g. ``3 models in 5 versions``; the latter only where they are more."""
+    what = plural(names, "model")
+    return what if names == versions else f"{what} in {plural(versions, 'version')}"
 
 
 def percent(share: float) -> str:

@@ -36,7 +36,7 @@ _NEIGHBOUR_COLUMNS = (
     Column("Shares with", number=False, name=True, style="cyan"),
     Column("Blocks"),
     Column("Size"),
-    Column("Of this model", rank=1),
+    Column("Of its bytes", rank=1),
 )
 
 _DIFF_COLUMNS = (

@@ -211,9 +211,7 @@ def _model_row(size: ModelSize) -> list[str]:
 
 
 def _summary(figures: StoreStats) -> str:
-    what = text.plural(figures.models, "model")
-    if figures.models != figures.versions:
-        what = f"{what} in {text.plural(figures.versions, 'version')}"
+    what = text.models(figures.models, figures.versions)
     share = text.percent(figures.saved_share)
     most = "" if figures.stored_bytes_exact else "at most "
     saved = f", {most}{share} saved" if figures.saved_share > 0 else ""

@@ -276,10 +276,7 @@ def _in_shell(chosen: ServeOptions, token_file: Path | None) -> str:
 
 def _say_hello(address: str, store: str, names: list[str], why: str = "", *, token: str) -> None:
     """Say what is served, and where; ``why`` is for when nothing is, though layers are known."""
-    count = len(set(names))
-    models = text.plural(count, "model")
-    if len(names) != count:
-        models += f" in {text.plural(len(names), 'version')}"
+    models = text.models(len(set(names)), len(names))
     output.print_line(f"pydedup serves {models} of {store}")
     output.print_line(f"on {address}, by the Open Inference Protocol v2; Ctrl-C stops it. Try:")
     bearer = f' -H "Authorization: Bearer {token}"' if token else ""

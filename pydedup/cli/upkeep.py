@@ -95,7 +95,7 @@ def _print_verify(report: VerifyReport, source: str, seconds: float) -> None:
         output.print_note(f"and {len(report.notes) - _SHOWN_NOTES} more notes (see --json)", "dim")
     checked = ", ".join(
         [
-            text.plural(report.models, "model"),
+            text.models(report.names, report.models),
             f"{text.plural(report.pages, 'page')} ({text.size(report.page_bytes)})",
             text.plural(report.blocks, "block"),
         ]

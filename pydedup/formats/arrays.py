@@ -61,9 +61,8 @@ class MappingSource(ModelSource):
 def _as_array(name: str, value: Any) -> Array:
     array = as_array(value, f"tensor {name!r}")
     if array.dtype.hasobject:
-        raise ArgumentError(
-            f"tensor {name!r} is of type {type(value).__name__}, which is no array of numbers"
-        )
+        kind = "dtype object" if isinstance(value, np.ndarray) else f"type {type(value).__name__}"
+        raise ArgumentError(f"tensor {name!r} is of {kind}, which is no array of numbers")
     return array
 
 

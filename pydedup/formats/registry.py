@@ -132,6 +132,8 @@ def open_source(
         When a format that cannot be read in parts does not fit into memory.
     """
     if isinstance(source, str | os.PathLike):
+        if not os.fspath(source):  # to `Path`, that is the folder where the process runs
+            raise ArgumentError("the path of the model is empty")
         path = Path(source)
         try:
             opened = _READERS[detect(path)](path)

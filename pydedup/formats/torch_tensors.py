@@ -90,7 +90,13 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     if tensor.numel() == 0:
         return np.empty(tuple(tensor.shape), dtype)
     # Of a single element torch calls any strides contiguous, and then refuses to view it as bytes.
-    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    try:
+        whole = tensor.detach().cpu().contiguous()
+    except RuntimeError as exc:
+        if "can't allocate memory" in str(exc):  # for torch that is no MemoryError
+            raise MemoryError(str(exc)) from exc
+        raise
+    flat = whole.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     array: Array = flat.numpy().view(dtype).reshape(tuple(tensor.shape))
     return array
 

@@ -24,6 +24,7 @@ MAX_ERRORS = 100
 class VerifyReport:
     """What a verification looked at and what it found.
 
+    ``models`` counts each version of a model, ``names`` the models themselves.
     ``errors`` are damage, ``broken_promises`` metrics below what a certificate says; ``notes`` are
     harmless: leftovers that a vacuum removes, blocks that are stored twice, metrics as certified.
     ``damaged_pages`` has the pages that cannot be read, or do not hold what was recorded, each
@@ -39,6 +40,7 @@ class VerifyReport:
     blocks: int = 0
     models: int = 0
     page_bytes: int = 0
+    names: int = 0
     errors: list[str] = field(default_factory=list)
     damaged_pages: dict[int, list[str]] = field(default_factory=dict)
     unreachable: list[str] = field(default_factory=list)

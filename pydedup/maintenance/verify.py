@@ -56,6 +56,7 @@ def _verified(
         pages.run(progress)
         models = ModelChecks(adapter, pages.contents, report)
         rows = adapter.models()
+        report.names = len({row.name for row in rows})
         for number, row in enumerate(rows):
             models.check(row)
             report.models += 1

@@ -169,7 +169,7 @@ def _heat(report: StoreReport) -> dict[str, Any] | None:
         means,
         says,
         diagonal=[len(group) > 1 for group in groups],
-        title="How much of each model's blocks other models use",
+        title="How many of each model's blocks other models use",
         summary=f"{len(labels)} rows and columns. " + _summary_of(means, labels),
     )
     left_out = len(report.models) - len(names)
@@ -181,14 +181,15 @@ def _heat_words(
 ) -> str:
     """Say what the heat map shows; ``left_out`` models were not compared."""
     words = (
-        "A row says how much of that model's blocks the model of each column uses too: "
-        "100 is all of them. Models that have much in common are side by side."
+        "A row says how many of that model's blocks, in percent, the model of each column uses "
+        "too; `pydedup explain` also says how many bytes these are. Models that have much in "
+        "common are side by side."
     )
     if n_families < n_models:
         words = (
             f"The {n_models:,} models in {n_families:,} families of what has most in common. A "
-            "row says how much of a model's blocks a model of the column's family uses too, on "
-            "average; where a family meets itself, among its own models."
+            "row says how many of a model's blocks, in percent, a model of the column's family "
+            "uses too, on average; where a family meets itself, among its own models."
         )
     if len(shown) < n_families:
         members = text.plural(sum(map(len, shown)), "model")

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from pydedup import conv, joint, lookup, matmul
 from pydedup.blocks import BlockMap, matrix_shape
@@ -274,6 +274,16 @@ class StoredTensor:
             lambda block_map: matmul.read(block_map, self._pool, is_mapped=is_mapped)
         )
         return array.reshape(self.shape)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return `numpy`, for numpy's functions: to them it was one object of no known kind.
+
+        Raises ArgumentError where there must be no copy: it is read from its pages each time.
+        """
+        if copy is False:
+            raise ArgumentError(f"{self!r} is read anew by each call; that is always a copy")
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def columns(self, first: int, stop: int) -> NDArray[Any]:
         """Return columns of the matrix view, reading only their blocks, bit for bit.

@@ -209,7 +209,7 @@ class L2LSH:
         ArgumentError
             When shapes or dtypes do not fit, or an id is negative, taken or given twice.
         """
-        self._check(blocks, "blocks")
+        self._check_blocks(blocks)
         self._index.add(
             blocks, as_integers("ids", ids, np.int64), False, as_count("threads", threads)
         )
@@ -290,7 +290,7 @@ class L2LSH:
         ArgumentError
             When shapes or dtypes do not fit, also those of what `fetch` gives.
         """
-        self._check(blocks, "blocks")
+        self._check_blocks(blocks)
         return self._query(blocks, k, fetch, False, threads)
 
     def query_matrix(
@@ -305,7 +305,7 @@ class L2LSH:
 
         Those of a block that is zero or not finite are the least int32.
         """
-        self._check(blocks, "blocks")
+        self._check_blocks(blocks)
         return self._index.hashes(blocks, False, as_count("threads", threads))
 
     def _query(
@@ -372,6 +372,16 @@ class L2LSH:
         if blocks.dtype != self._dtype.numpy:
             raise ArgumentError(
                 f"{name} has dtype {blocks.dtype}, but the index is of {self._dtype.label}"
+            )
+
+    def _check_blocks(self, blocks: NDArray[Any]) -> None:
+        self._check(blocks, "blocks")
+        rows, cols = self._shape
+        if blocks.shape[1:] not in (self._shape, (rows * cols,)):
+            one = "; one block is blocks[None]" if blocks.shape == self._shape else ""
+            raise ArgumentError(
+                f"blocks has the shape {blocks.shape}; n blocks of this index have (n, {rows}, "
+                f"{cols}) or (n, {rows * cols}){one}"
             )
 
 

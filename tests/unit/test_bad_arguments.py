@@ -13,7 +13,7 @@ import pytest
 
 from pydedup import codec, conv, lookup, matmul, packing
 from pydedup.blocks import MatrixView
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, BudgetError
 from pydedup.hashing import hash_blocks
 from pydedup.similarity import L2LSH, distances, magnitude
 from pydedup.testing.memory_pages import MemoryPages
@@ -153,3 +153,39 @@ def test_small_numbers_are_told_as_they_are(call: Any, says: str) -> None:
     """They were 0.000000 and -0.000000, of which the second may pass for not negative."""
     with pytest.raises(ArgumentError, match=says):
         call()
+
+
+def test_what_claims_more_than_there_is_memory_for() -> None:
+    """A view of one element may; of a copy of it, numpy's own error was shown."""
+    index = L2LSH((1, 4), np.float32)
+    ids, row = np.broadcast_to(np.int64(0), (1 << 50,)), np.ones((1, 4), np.float32)
+    wide = np.broadcast_to(np.float32(1), (1 << 50, 4))
+    pages = MemoryPages()
+    block_map, pool = pages.add(np.ones((6, 4), np.float32), (2, 2), per_page=2), pages.pool()
+    large = r"int64 of shape \(1125899906842624,\)"
+    for call, says in (
+        (lambda: index.add(row, ids), f"a copy of ids: {large}"),
+        (lambda: index.remove(ids), f"a copy of ids: {large}"),
+        (lambda: hash_blocks(wide, (2, 2)), "a copy of the matrix: float32 of shape"),
+        (lambda: lookup.take(block_map, pool, ids), f"a copy of ids: {large}"),
+        (lambda: lookup.bag(block_map, pool, [0], ids, "sum"), f"a copy of offsets: {large}"),
+        (lambda: matmul.matmul(block_map, pool, wide), "a copy of x: float32 of shape"),
+    ):
+        with pytest.raises(BudgetError, match=f"^no memory for {says}"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5), (3, 7), (2, 4), (8,), (), (1, 3, 2, 4)])
+def test_blocks_of_another_shape_are_told_theirs(shape: tuple[int, ...]) -> None:
+    """It was said which shape they must have, and not which they had."""
+    index, blocks = L2LSH((2, 4), np.float32), np.ones(shape, np.float32)
+    for call in (
+        lambda: index.add(blocks, [1]),
+        lambda: index.query(blocks),
+        lambda: index.hashes(blocks),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            call()
+        said = f"blocks has the shape {shape}; n blocks of this index have (n, 2, 4) or (n, 8)"
+        assert str(caught.value).startswith(said)
+        assert str(caught.value).endswith("blocks[None]") == (shape == (2, 4))

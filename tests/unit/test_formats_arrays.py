@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydedup.errors import ArgumentError, UnsupportedFormatError
+from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
 from pydedup.formats.registry import open_source
 from pydedup.types import DType
 
@@ -100,7 +100,7 @@ class Broken:
         (np.ma.masked_array([1.0, 2.0], [True, False]), "masked elements"),
         ("text", "cannot be stored"),
         ({"x": 1}, "dict, which is no array"),
-        (np.array([object()]), "no array of numbers"),
+        (np.array([object()]), "of dtype object, which is no array of numbers"),
         (np.ones(2, np.complex64), "complex64 cannot be stored"),
         (np.array(["2020-01-01"], "M8[D]"), "cannot be stored"),
         (np.zeros(2, "V2"), "cannot be stored"),
@@ -140,3 +140,17 @@ def test_tensors_that_numpy_lacks_are_refused_by_name() -> None:
         UnsupportedFormatError, match=r"'w' has dtype torch\.complex64.* one of: f64,"
     ):
         open_source({"w": torch.ones(2, dtype=torch.complex64)})
+
+
+@pytest.mark.parametrize(
+    "large",
+    [np.broadcast_to(np.float32(1), (1 << 45,)), torch.ones(1).expand(1 << 45)],
+    ids=["numpy", "torch"],
+)
+def test_what_claims_more_than_there_is_memory_for_is_named(large: Any) -> None:
+    """torch's own RuntimeError was shown, which names no tensor."""
+    with (
+        open_source({"w": large}) as source,
+        pytest.raises(BudgetError, match="no memory for the 140737488355328 bytes of tensor 'w'"),
+    ):
+        source.read("w")

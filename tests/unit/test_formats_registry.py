@@ -161,6 +161,14 @@ def test_missing_files_are_not_found(kind: str, tmp_path: Path) -> None:
         open_source(tmp_path / f"file{NATURAL[kind]}")
 
 
+def test_an_empty_path_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was that where the process ran: what an unset variable gives stored all files of it."""
+    np.savez(tmp_path / "unrelated.npz", w=np.zeros(4, np.float32))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match="path of the model is empty"):
+        open_source("")
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_rubbish_is_refused_in_the_name_of_its_format(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"file{NATURAL[kind]}"

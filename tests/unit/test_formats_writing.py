@@ -119,6 +119,8 @@ def test_unknown_formats_are_refused(tmp_path: Path) -> None:
         _give(tmp_path / "m", format="gguf")
     with pytest.raises(ArgumentError, match="is a folder"):
         _give(tmp_path, format="npz")
+    with pytest.raises(ArgumentError, match="path is empty"):
+        write_model("", {"w": TABLE}, [TensorEntry("w", DType.F32, (2, 3), 1)])
     with pytest.raises(ArgumentError, match="does not exist"):
         _give(tmp_path / "no" / "m.npz")
     with pytest.raises(ArgumentError, match="does not exist"):

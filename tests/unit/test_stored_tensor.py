@@ -43,6 +43,17 @@ def test_a_tensor_comes_back_bit_for_bit(shape: tuple[int, ...]) -> None:
         assert back.tobytes() == array.tobytes()
 
 
+def test_numpy_takes_a_tensor_for_its_values() -> None:
+    """Without a word, it took one for an array of one object."""
+    array = RNG.standard_normal((5, 6)).astype(np.float16)
+    tensor: Any = stored(array)
+    assert np.array_equal(np.asarray(tensor), array)
+    assert np.asarray(tensor, np.float32).dtype == np.float32
+    assert np.array_equal(tensor @ np.eye(6), array)
+    with pytest.raises(ArgumentError, match="always a copy"):
+        np.array(tensor, copy=False)
+
+
 def test_columns_are_those_that_there_are() -> None:
     """Others were told as damage of the store, or were fewer than asked for."""
     w = RNG.standard_normal((6, 20)).astype(np.float32)

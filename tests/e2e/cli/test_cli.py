@@ -230,6 +230,7 @@ def test_ls(family: str) -> None:
     assert lines[0].split()[0] == "Model"
     assert "prod" in lines[2]
     assert lines[4].startswith("2 models in 3 versions: ")
+    assert succeed("verify", family).startswith("sound: 2 models in 3 versions, ")
     for name, listed in (
         ("net", ["net@1"]),
         ("base", ["base@1", "base@2"]),
