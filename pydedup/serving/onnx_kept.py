@@ -10,7 +10,6 @@ much inside of their models, where weights of 4 bits are. Deliberately not here:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -49,6 +48,11 @@ __all__ = ["Held", "Runner", "Session", "content_key", "opened_graph", "runner_o
 _KEPT = 64
 #: Sessions that have weights inside take this part of the budget at most.
 _OWN_PART = 2
+#: Calls of a model until such a session, for which there was no room, is tried again; each time
+#: that is for nothing, four times as many.
+_CALLS_UNTIL_AGAIN = 64
+#: Calls in vain, without others in need of room, after which that part of the budget grows again.
+_CALLS_OF_CALM = 256
 #: Sessions make room for others when they take this; smaller ones are no help to speak of.
 _LARGE_BYTES = 1 << 20
 #: Calls that may be under way at once: more than there are threads.
@@ -62,6 +66,17 @@ class Held:
     value: Any
     array: NDArray[Any]
     reservation: Reservation
+
+
+@dataclass(slots=True)
+class _Turn:
+    """When a session with the weights of a model is tried next: after so many more calls of it."""
+
+    calls: float = 1  # of its first call nobody knows whether there will be others
+    again: float = _CALLS_UNTIL_AGAIN
+
+    def wait(self) -> None:
+        self.calls, self.again = self.again, self.again * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +107,11 @@ class Runner:
         self._models: OrderedDict[int, tuple[OpenedGraph, bytes]] = OrderedDict()
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
         self._held: OrderedDict[bytes, Held] = OrderedDict()
-        #: By model; those that were asked, True where they get none of their own; the most bytes.
+        #: By model; of those that were asked, when they may get one; the most bytes.
         self._own: OrderedDict[int, Own[Held]] = OrderedDict()
-        self._asked: OrderedDict[int, bool] = OrderedDict()
+        self._turns: OrderedDict[int, _Turn] = OrderedDict()
         self._most_own: int | None = None
+        self._calm = 0  # calls since others needed room
 
     def heir(self) -> Runner:
         """Return what a forked child has of this: the weights, which are in its memory, too.
@@ -135,23 +151,19 @@ class Runner:
     ) -> Own[Held] | None:
         """Make such a session, unless this is the first call of the model, or there is no room.
 
-        Where it is to no avail, that is not tried again. ``shared`` is the one that runs it now,
-        ``opened`` returns its graph anew.
+        Without room it is tried again many calls later, and never when the runtime takes no
+        constants. ``shared`` is the one that runs it now, ``opened`` returns its graph anew.
         """
         number = model.row.id
-        with self._lock:
-            is_first, has_none = number not in self._asked, self._asked.get(number, False)
-            self._asked[number] = has_none
-            _shorten(self._asked)
-            if self._most_own is None:
-                self._most_own = pool.memory_bytes // _OWN_PART
-            left = self._most_own - sum(own.reservation.nbytes for own in self._own.values())
-        if is_first or has_none:
-            return None
         inside = {name: one for name, one in held.items() if name not in tables}
         nbytes = shared.reservation.nbytes + sum(one.array.nbytes for one in inside.values())
-        if nbytes > left or not inside:
-            return None
+        with self._lock:
+            turn = self._turns.setdefault(number, _Turn())
+            _shorten(self._turns)
+            turn.calls -= 1
+            if turn.calls >= 0 or not inside or nbytes > self._left_for_own(pool):
+                return None
+            turn.wait()  # also for others that call it now
         values = {name: one.value for name, one in inside.items()}
         try:
             graph = opened()  # it may wait for others, who may want to load something
@@ -161,16 +173,26 @@ class Runner:
             known = self.own(number)
             if known is not None:  # another thread was faster
                 return known
-            own = None
-            with contextlib.suppress(Exception):  # of many classes; it runs as it did
+            try:
                 own = make_own(graph, held, values, nbytes, new_session, pool)
-            with self._lock:
-                if own is None:
-                    self._asked[number] = True
-                else:
+            except Exception:  # of many classes; it runs as it did
+                turn.calls, own = math.inf, None
+            if own is not None:
+                with self._lock:
+                    self._turns[number] = _Turn()
                     self._own[number] = own
                     _shorten(self._own)
             return own
+
+    def _left_for_own(self, pool: PagePool) -> int:
+        """Return how many bytes such a session may have; with the lock."""
+        whole = pool.memory_bytes // _OWN_PART
+        self._calm += 1
+        if self._most_own is None:
+            self._most_own = whole
+        elif self._most_own < whole and self._calm >= _CALLS_OF_CALM:
+            self._most_own, self._calm = min(max(2 * self._most_own, _LARGE_BYTES), whole), 0
+        return self._most_own - sum(own.reservation.nbytes for own in self._own.values())
 
     def graph(
         self,
@@ -246,7 +268,7 @@ class Runner:
             if self._own:
                 forgotten = self._own.popitem(last=False)
                 # Others need the room: it is not to go back and forth.
-                self._most_own = (self._most_own or 0) // 2
+                self._most_own, self._calm = (self._most_own or 0) // 2, 0
             elif self._held:
                 forgotten = self._held.popitem(last=False)
             else:

@@ -205,6 +205,46 @@ def test_one_is_made_where_there_is_room_twice(store: pydedup.Store, tmp_path: P
         assert store.stats().pool["reserved_bytes"] == before
 
 
+def test_one_is_made_once_there_is_room(store: pydedup.Store, tmp_path: Path) -> None:
+    """Many calls later, so that what is for nothing is rare; what runs it is right until then."""
+    path = stack(tmp_path, "m.onnx", drawn())
+    store.add("m", path)
+    store.predict("m", X)
+    nbytes = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+    stats = store.stats().pool
+    with store._pool.reserve(stats["budget_bytes"] - stats["bytes"] - nbytes * 3 // 2):
+        check(store, "m", path)
+        assert not own_sessions(store)
+    made = 0
+    while not own_sessions(store):
+        check(store, "m", path)
+        made += 1
+        assert made < 100
+    assert made > 1
+    check(store, "m", path)
+
+
+def test_they_have_their_part_of_the_budget_again_after_some_calm(tmp_path: Path) -> None:
+    paths = [stack(tmp_path, f"{i}.onnx", drawn()) for i in range(3)]  # 728 KB each
+    with pydedup.open(tmp_path / "small.db", memory="12MiB") as store:
+        for path in paths:
+            store.add(path.stem, path)
+            check(store, path.stem, path)
+        runner = onnx_kept.runner_of(store._pool)
+        for _ in paths:
+            assert runner.give_up()  # as where others need the room
+        assert runner._most_own is not None
+        assert runner._most_own < 1 << 20
+        for _ in range(600):
+            for path in paths:
+                store.predict(path.stem, X)
+            if len(own_sessions(store)) == len(paths):
+                break
+        assert len(own_sessions(store)) == len(paths)
+        for path in paths:
+            check(store, path.stem, path)
+
+
 def test_one_is_not_made_where_its_graph_has_no_room(
     store: pydedup.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +284,7 @@ def test_few_are_kept(
     runner = onnx_kept.runner_of(store._pool)
     for path in [*paths, *paths]:
         check(store, path.stem, path)
-        for kept in (runner._models, runner._sessions, runner._own, runner._asked):
+        for kept in (runner._models, runner._sessions, runner._own, runner._turns):
             assert len(kept) <= 2  # type: ignore[arg-type]
 
 
