@@ -43,6 +43,7 @@ __all__ = [
     "map_places",
     "page_bytes",
     "pages_read",
+    "places_of",
     "shape_codes",
     "slot_entries",
     "split_place",
@@ -240,7 +241,7 @@ def by_page(page_ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64
 
 def map_places(block_map: BlockMap) -> NDArray[np.int64]:
     """Return the places that reading a tensor takes: of its blocks, then of the deltas' bases."""
-    places = block_places(block_map.page_ids, block_map.slots)
+    places = places_of(block_map)
     if block_map.bases is None:
         return places
     page_ids, slots = block_map.bases
@@ -251,6 +252,13 @@ def map_places(block_map: BlockMap) -> NDArray[np.int64]:
 def used_places(maps: Iterable[BlockMap]) -> NDArray[np.int64]:
     """Return the places of blocks and bases that these maps name, ascending and distinct."""
     return distinct(joined(map(map_places, maps)))
+
+
+def places_of(
+    block_map: BlockMap, numbers: NDArray[Any] | slice = slice(None)
+) -> NDArray[np.int64]:
+    """Return the place of each block, or of some by their numbers or a mask."""
+    return block_places(block_map.page_ids[numbers], block_map.slots[numbers])
 
 
 def base_places(

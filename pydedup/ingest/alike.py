@@ -23,7 +23,7 @@ from pydedup.ingest.plan import Request
 from pydedup.ingest.spool import NO_BASE
 from pydedup.ingest.stored_models import Kind, StoredModels, kind_of
 from pydedup.ingest.stored_table import StoredTable
-from pydedup.layout import NO_PLACE, base_places, block_places, joined, shape_codes
+from pydedup.layout import NO_PLACE, base_places, joined, places_of, shape_codes
 from pydedup.types import TensorInfo
 
 __all__ = ["Alike", "ByShape", "Find", "matched_blocks", "stored_blocks"]
@@ -213,7 +213,7 @@ def stored_blocks(
         block_map = model.block_map(name)
     except CorruptStoreError:
         return np.full(len(numbers), NO_BASE, np.int64)
-    places = block_places(block_map.page_ids[numbers], block_map.slots[numbers])
+    places = places_of(block_map, numbers)
     bases = base_places(block_map, numbers)
     is_delta = bases != NO_PLACE
     shapes = shape_codes(*block_map.grid.shapes(numbers))

@@ -29,9 +29,9 @@ from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import (
     NO_PLACE,
     base_places,
-    block_places,
     by_page,
     joined,
+    places_of,
     split_places,
     used_places,
 )
@@ -125,7 +125,7 @@ class Previous:
         the blocks.
         """
         maps, refer = self._maps, self._stored.references_at
-        places = [block_places(block_map.page_ids, block_map.slots) for block_map in maps]
+        places = [places_of(block_map) for block_map in maps]
         every, bases = refer(joined(places)), joined(map(base_places, maps))
         deltas = np.flatnonzero(bases != NO_PLACE)
         self._stored.set_bases(every[deltas], refer(bases[deltas]))
@@ -183,7 +183,7 @@ class Previous:
         places, costs = [], []
         for info, block_map in zip(self._model.in_blocks, self._maps, strict=True):
             heights, widths = block_map.grid.shapes(np.arange(block_map.grid.count))
-            places.append(block_places(block_map.page_ids, block_map.slots))
+            places.append(places_of(block_map))
             costs.append(codec.page_cost(heights * widths * info.dtype.itemsize))
         used = used_places(self._maps)
         raw = np.full(len(used), _UNKNOWN)

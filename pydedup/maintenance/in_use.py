@@ -22,6 +22,7 @@ from pydedup.layout import (
     block_forms,
     block_places,
     joined,
+    places_of,
     split_places,
     used_places,
 )
@@ -99,7 +100,7 @@ class Places:
 
 def own_places(model: StoredModel) -> NDArray[np.int64]:
     """Return the places of a model's blocks, without those of bases; with repeats."""
-    return joined(block_places(m.page_ids, m.slots) for m in model.block_maps())
+    return joined(places_of(m) for m in model.block_maps())
 
 
 def places_in_use(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel]) -> Places:

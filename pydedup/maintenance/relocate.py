@@ -22,6 +22,7 @@ from pydedup.layout import (
     block_places,
     map_at,
     pages_read,
+    places_of,
     split_place,
     split_places,
     used_places,
@@ -165,7 +166,7 @@ def relocate(
 
 def _moved(block_map: BlockMap, table: _Table) -> BlockMap:
     """Return a block map that names new places; the same one when it names no other."""
-    places = block_places(block_map.page_ids, block_map.slots)
+    places = places_of(block_map)
     bases = base_places(block_map)
     moved, entries = table.find(places)
     base_moved, base_entries = table.find(bases)

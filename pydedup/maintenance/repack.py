@@ -31,7 +31,6 @@ from pydedup.layout import (
     PAGE_CAPACITY,
     base_places,
     block_place,
-    block_places,
     even_shares,
     filled_capacity,
     fitting,
@@ -40,6 +39,7 @@ from pydedup.layout import (
     map_at,
     page_bytes,
     pages_read,
+    places_of,
     split_place,
 )
 from pydedup.maintenance.anew import page_image
@@ -317,7 +317,7 @@ def _move(
 ) -> _Move:
     maps, used = {}, []
     for ordinal, old in enumerate(model.block_maps()):
-        own, bases = places.numbers(block_places(old.page_ids, old.slots)), base_places(old)
+        own, bases = places.numbers(places_of(old)), base_places(old)
         bases[bases != NO_PLACE] = places.numbers(bases[bases != NO_PLACE])
         anew = places.anew[own]
         bases[anew] = places.bases[own[anew]]

@@ -27,8 +27,8 @@ from pydedup.layout import (
     block_at,
     block_costs,
     block_place,
-    block_places,
     by_page,
+    places_of,
     split_places,
     used_places,
 )
@@ -251,7 +251,7 @@ def _bases_on(adapter: Adapter, page_ids: Collection[int]) -> dict[int, int]:
             model = stored_model(adapter, row)
             for block_map in () if model is None else model.block_maps():
                 here = is_among(block_map.page_ids, pages)
-                own = block_places(block_map.page_ids[here], block_map.slots[here])
+                own = places_of(block_map, here)
                 bases.update(zip(own.tolist(), base_places(block_map)[here].tolist(), strict=True))
     return bases
 

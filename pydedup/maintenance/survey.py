@@ -14,7 +14,7 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import BlockMap
 from pydedup.catalog import SourceHashes, StoredModel
 from pydedup.errors import CorruptStoreError
-from pydedup.layout import base_places, block_place, block_places, split_places
+from pydedup.layout import base_places, block_place, places_of, split_places
 from pydedup.sets import distinct, is_among, without
 
 __all__ = ["Lost", "Survey", "sound_models", "stored_model", "survey"]
@@ -153,9 +153,7 @@ def _note_blocks(
         return others
     info = model.in_blocks[ordinal]
     found.block_shapes.add(info.block_shape)
-    for place, number, rows, cols in _distinct(
-        block_places(block_map.page_ids[hits], block_map.slots[hits]), hits, block_map
-    ):
+    for place, number, rows, cols in _distinct(places_of(block_map, hits), hits, block_map):
         block = found.lost.setdefault(place, Lost(rows, cols))
         block.rows, block.cols, block.may_be_transposed = rows, cols, False
         block.dtypes = (info.dtype.code,)
@@ -181,7 +179,7 @@ def _note_bases(
         return
     info = model.in_blocks[ordinal]
     found.block_shapes |= {info.block_shape, info.block_shape[::-1]}
-    own = block_places(block_map.page_ids[hits], block_map.slots[hits])
+    own = places_of(block_map, hits)
     for place, number, rows, cols in _distinct(own, hits, block_map):
         base = int(bases[number])
         delta = Lost(rows, cols, (info.dtype.code,))

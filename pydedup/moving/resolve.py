@@ -27,7 +27,7 @@ from pydedup.ingest.low_rank import Looks
 from pydedup.ingest.match import Hints, Matcher
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.transposed import Transposed
-from pydedup.layout import NO_PLACE, block_places, by_page, joined, split_places
+from pydedup.layout import NO_PLACE, block_places, by_page, joined, places_of, split_places
 from pydedup.moving.known import Scope, Whereabouts
 from pydedup.moving.pieces import Piece, stored_pieces
 from pydedup.moving.source import End, SourceModel, recorded
@@ -295,7 +295,7 @@ class Resolver:
         model, looks = self._model, Looks()
         transposed = Transposed(self._matcher, model.stored.row, Lossless())
         for info, block_map in zip(model.stored.in_blocks, model.maps, strict=True):
-            own = block_places(block_map.page_ids, block_map.slots)
+            own = places_of(block_map)
             at = np.searchsorted(model.places, own)
             if (self._out.references[at] == NO_BASE).any():
                 self._match_tensor_anew(info, block_map, at, looks, transposed)

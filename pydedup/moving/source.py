@@ -23,6 +23,7 @@ from pydedup.layout import (
     base_places,
     block_places,
     joined,
+    places_of,
     split_places,
     used_places,
 )
@@ -112,7 +113,7 @@ def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
     for block_map in maps:
         needed = base_places(block_map)
         is_delta = needed != NO_PLACE
-        own = block_places(block_map.page_ids[is_delta], block_map.slots[is_delta])
+        own = places_of(block_map, is_delta)
         bases[np.searchsorted(places, own)] = needed[is_delta]
     return SourceModel(model, maps, digests, places, bases)
 

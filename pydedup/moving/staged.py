@@ -14,7 +14,7 @@ from pydedup.catalog import StoredModel, aliases_of, artifact_digests, point_ali
 from pydedup.errors import DuplicateError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.staged import MatchedTensor, StagedModel
-from pydedup.layout import block_places
+from pydedup.layout import places_of
 from pydedup.maintenance.versions import delete_models
 from pydedup.moving.plan import Item
 from pydedup.moving.source import SourceModel
@@ -109,7 +109,7 @@ def matched_parts(model: SourceModel, references: NDArray[np.int64]) -> list[Mat
     for info, block_map, digests in zip(
         model.stored.in_blocks, model.maps, model.digests, strict=True
     ):
-        at = np.searchsorted(model.places, block_places(block_map.page_ids, block_map.slots))
+        at = np.searchsorted(model.places, places_of(block_map))
         entry = TensorEntry(info.name, info.dtype, info.shape, info.name)
         tensors.append(MatchedTensor(entry, block_map.grid, references[at], digests))
     return tensors

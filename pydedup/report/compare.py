@@ -17,7 +17,7 @@ from pydedup.blocks import BlockMap
 from pydedup.catalog import Catalog, ModelsAhead, ParsedMaps, StoredModel, artifact_digests
 from pydedup.certificates import artifact_digest
 from pydedup.errors import CorruptStoreError
-from pydedup.layout import block_costs, block_places, joined, map_places, used_places
+from pydedup.layout import block_costs, joined, map_places, places_of, used_places
 from pydedup.pool import PagePool
 from pydedup.sets import distinct, is_among
 from pydedup.types import Progress, TensorInfo
@@ -258,7 +258,7 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
     map_a, map_b = a.block_map(info.name), b.block_map(info.name)
     blocks, changed = map_a.grid.count, 0
     if map_a.grid == map_b.grid:
-        apart = _places(map_a) != _places(map_b)
+        apart = places_of(map_a) != places_of(map_b)
         if not apart.any():
             return TensorDiff(info.name, "same", blocks)
         changed = int(apart.sum())
@@ -268,7 +268,9 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
     with np.errstate(invalid="ignore", over="ignore"):  # signalling NaNs, and what is infinite
         for part_a, part_b in _parts(map_a, map_b):
             one = two = matmul.read(part_a, pool).reshape(-1)
-            if part_a.grid != part_b.grid or not np.array_equal(_places(part_a), _places(part_b)):
+            if part_a.grid != part_b.grid or not np.array_equal(
+                places_of(part_a), places_of(part_b)
+            ):
                 two = matmul.read(part_b, pool).reshape(-1)
             for at in range(0, one.size, _PIECE):
                 piece_a, piece_b = one[at : at + _PIECE], two[at : at + _PIECE]
@@ -314,10 +316,6 @@ class _Length:
         if other._squares == 0:
             return math.inf
         return self._scale / other._scale * math.sqrt(self._squares / other._squares)
-
-
-def _places(block_map: BlockMap) -> NDArray[np.int64]:
-    return block_places(block_map.page_ids, block_map.slots)
 
 
 def _parts(a: BlockMap, b: BlockMap) -> Iterator[tuple[BlockMap, BlockMap]]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.blocks import BlockMap
-from pydedup.layout import base_places, block_places
+from pydedup.layout import base_places, places_of
 from pydedup.report.families import Common
 from pydedup.types import TensorInfo
 
@@ -80,7 +80,7 @@ def blocks_of(
     """Return the blocks of a model's tensors, in order."""
     found = []
     for info, block_map in zip(tensors, maps, strict=True):
-        others = common.others(block_places(block_map.page_ids, block_map.slots))
+        others = common.others(places_of(block_map))
         kinds = np.zeros(len(others), np.uint8)
         for step, kind in zip(_STEPS, (Kind.ONE, Kind.FEW, Kind.SOME, Kind.MANY), strict=True):
             kinds[others >= step] = kind
