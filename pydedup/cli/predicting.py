@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def _read_inputs(items: Sequence[str]) -> Array | dict[str, Array]:
 def _named(item: str) -> tuple[str, str] | None:
     """Split ``INPUT=FILE``; a file whose own name has a '=' is a file."""
     key, equals, path = item.partition("=")
-    return (key, path) if equals and key and path and not Path(item).exists() else None
+    return (key, path) if equals and key and path and not os.path.lexists(item) else None
 
 
 def _read(path: str) -> Array | dict[str, Array]:
@@ -120,9 +121,18 @@ def _read(path: str) -> Array | dict[str, Array]:
         if sys.stdin is None or sys.stdin.isatty():
             raise click.UsageError("'-' reads standard input: send a file or a program's output")
         return _parse(sys.stdin.buffer.read(), "standard input")
-    if Path(path).is_dir():
-        raise FormatError(f"{path} is a folder; give a .npy, .npz or .json file")
-    return _parse(Path(path).read_bytes(), path)
+    try:
+        if Path(path).is_dir():
+            raise FormatError(f"{path} is a folder; give a .npy, .npz or .json file")
+        payload = Path(path).read_bytes()
+    except OSError:
+        if path.lstrip().startswith(("[", "{")):  # the numbers themselves
+            raise click.UsageError(
+                f"inputs come from files: {path[:40]!r} is none; give '-' and send it to standard "
+                "input, or write it to a .json file"
+            ) from None
+        raise
+    return _parse(payload, path)
 
 
 def _parse(payload: bytes, where: str) -> Array | dict[str, Array]:
@@ -137,6 +147,8 @@ def _parse(payload: bytes, where: str) -> Array | dict[str, Array]:
             raise FormatError(f"{where} is a damaged .npy or .npz file: {error}") from error
     try:
         value = json.loads(payload)
+    except UnicodeDecodeError as error:  # it names an encoding that nobody asked for
+        raise FormatError(f"{where} is neither .npy, .npz nor JSON: it is no text") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is neither .npy, .npz nor JSON: {error}") from error
     if isinstance(value, dict):

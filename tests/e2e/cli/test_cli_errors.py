@@ -87,6 +87,8 @@ def fail(*arguments: object, status: int, run: Run = run_here, **options: Any) -
         (["backup", "m.db", "-"], "'FILE': this is not written to standard output"),
         (["predict", "m.db", "a", "x.npy", "y.npy"], "INPUT="),
         (["predict", "m.db", "a", "x.npy", "-o", "y.txt"], ".json"),
+        (["predict", "m.db", "a", "[[1, 2]]"], "'[[1, 2]]' is none; give '-'"),
+        (["predict", "m.db", "a", f"x={[1] * 999}"], "inputs come from files: '[1, 1, 1, "),
         (["ls", "oracle://db"], "oracle"),
         (["ls", "sqlite://host/m.db"], "sqlite:///"),
     ],
@@ -378,6 +380,9 @@ def test_bad_model_files(url: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
     fail("predict", url, "m", tmp_path / "in.npy", status=5)
     fail("predict", url, "m", "-", input="[1, 2", status=5)
+    (tmp_path / "in.txt").write_bytes(b"\x08\0\0\0\xff\xff\xff\xff")
+    line = fail("predict", url, "m", tmp_path / "in.txt", status=5)
+    assert line.endswith("in.txt is neither .npy, .npz nor JSON: it is no text\n")
     fail("export", url, "m", tmp_path / "m.unknown", status=5)
     assert not (tmp_path / "pwned").exists()
     listed = json.loads(run_here("ls", url, "--json").stdout)["models"]
