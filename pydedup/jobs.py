@@ -34,6 +34,7 @@ __all__ = [
     "SCORING",
     "Job",
     "job_is_dead",
+    "job_is_ours",
     "models_of_job",
     "staging_jobs",
 ]
@@ -244,6 +245,12 @@ def job_is_dead(spec: str, cursor: str, lease_seconds: float = LEASE_SECONDS) ->
         return not -_MOST_AHEAD_SECONDS <= silent <= lease_seconds
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return True
+
+
+def job_is_ours(spec: str) -> bool:
+    """Return whether this process left a job that can be read."""
+    process = json.loads(spec).get("process")
+    return bool(process) and process == _identity(os.getpid())
 
 
 def _identity(pid: int) -> dict[str, str | int] | None:

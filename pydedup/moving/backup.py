@@ -27,7 +27,7 @@ from pydedup.errors import (
     PydedupError,
 )
 from pydedup.formats._files import sync
-from pydedup.jobs import Job, job_is_dead
+from pydedup.jobs import Job, job_is_dead, job_is_ours
 from pydedup.maintenance.rows import lost_models
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.copy import copy_models
@@ -47,6 +47,9 @@ _NAME_BYTES = 255
 _BESIDE = ("-wal", "-shm", "-journal")
 # In `meta` of a backup, from its beginning: of which store it is. Without it, a file is none.
 _BACKUP_OF = "backup_of"
+#: The unfinished files that this process writes, by device and inode. In any other, its jobs are of
+#: backups that ended: an interrupt as one begins or ends can keep it from saying so.
+_writing: set[tuple[int, int]] = set()
 # Of `meta`: what somebody has set. All else is about one store and its history.
 _SETTINGS = (QUOTAS_NAME,)
 
@@ -286,12 +289,19 @@ def _by_version(adapter: Adapter) -> list[tuple[str, str, str]]:
     return [(name, alias, versions.get(i, "")) for name, alias, i in adapter.aliases()]
 
 
-def _refuse_others(partial: Adapter, path: Path) -> None:
-    """Raise ConflictError while somebody else writes that backup."""
-    if any(not job_is_dead(spec, cursor) for _, spec, cursor, _ in partial.jobs()):
+def _refuse_others(partial: Adapter, path: Path) -> list[str]:
+    """Raise ConflictError while somebody else writes that backup; return jobs that look so."""
+    jobs = [(i, spec) for i, spec, cursor, _ in partial.jobs() if not job_is_dead(spec, cursor)]
+    if _inode(path) in _writing or not all(job_is_ours(spec) for _, spec in jobs):
         raise ConflictError(
             f"another backup is being written to {path}; wait for it, or give this one another name"
         )
+    return [job_id for job_id, _ in jobs]
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager
@@ -301,10 +311,7 @@ def _alone(
     """Keep other backups away from an unfinished file; gives the progress that says we live."""
     job = Job(partial, "backup")
     collect_abandoned(partial)
-    with partial.transaction():
-        _refuse_others(partial, path)
-        job.beat()
-        partial.set_meta(_BACKUP_OF, mark)
+    inode, is_ours = _inode(path), False
 
     def told(stage: str, done: int, total: int, /) -> None:
         job.keep_alive()
@@ -312,13 +319,24 @@ def _alone(
             progress(stage, done, total)
 
     try:
+        with partial.transaction():
+            for left in _refuse_others(partial, path):
+                partial.delete_job(left)
+            _writing.add(inode)
+            is_ours = True
+            job.beat()
+            partial.set_meta(_BACKUP_OF, mark)
         yield told
-    except BaseException:
-        with contextlib.suppress(PydedupError), partial.transaction():
+        with partial.transaction():
             job.end()
+    except BaseException:
+        if is_ours:
+            with contextlib.suppress(PydedupError), partial.transaction():
+                job.end()
         raise
-    with partial.transaction():
-        job.end()
+    finally:
+        if is_ours:
+            _writing.discard(inode)
 
 
 def _publish(partial: Path, target: Path, *, replace: bool) -> None:

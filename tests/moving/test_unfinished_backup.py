@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import pydedup
+from pydedup.errors import ConflictError
+from pydedup.jobs import Job
 
 New = Callable[[str], str]
 
@@ -36,6 +38,48 @@ def test_what_is_left_is_not_used_where_a_name_means_another_model_by_now(
     with pydedup.open(file, mode="r") as kept:
         assert [info.address for info in kept.models()] == [now[0]]
         assert kept.load(now[0])["w"].tobytes() == family(now[1])["w"].tobytes()
+
+
+@pytest.mark.parametrize("left", ["first", "last"])
+def test_a_backup_that_could_not_say_that_it_ended_can_be_started_again(
+    filled: New, tmp_path: Path, assert_same: Any, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Ctrl-C as it ends, or twice: for ten minutes, "another backup is being written"."""
+    url, file = filled("sqlite"), tmp_path / "backup"
+    end, ended = Job.end, 0
+
+    def interrupted(job: Job) -> None:
+        nonlocal ended
+        ended += 1
+        if left == "first" or job._kind == "backup":
+            raise KeyboardInterrupt
+        end(job)
+
+    with pydedup.open(url, mode="r") as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "end", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.backup(file)
+        assert ended > 1
+        with pydedup.open(f"{file}.partial", mode="r") as partial:
+            assert partial._adapter.jobs()
+        store.backup(file)
+    assert_same(url, str(file))
+    with pydedup.open(file, mode="r") as kept:
+        assert not kept._adapter.jobs()
+
+
+def test_a_backup_keeps_others_of_its_process_away(filled: New, tmp_path: Path) -> None:
+    url, file = filled("sqlite"), tmp_path / "backup"
+    (tmp_path / "linked").symlink_to(tmp_path)
+
+    def begin_another(stage: str, done: int, total: int) -> None:
+        for name in (file, tmp_path / "linked" / "backup"):
+            with pytest.raises(ConflictError, match="another backup is being written"):
+                store.backup(name)
+
+    with pydedup.open(url, mode="r") as store:
+        store.backup(file, progress=begin_another)
 
 
 def test_a_backup_that_takes_long_says_that_it_lives(
