@@ -45,6 +45,7 @@ __all__ = [
     "room_for_copy",
     "sync",
     "write_array",
+    "write_errors",
 ]
 
 #: Tensors of so many bytes are not copied.
@@ -209,7 +210,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     StorageFullError
         When there is no room.
     """
-    with _write_errors(path):
+    with write_errors(path):
         target = path.resolve() if path.is_symlink() else path
         if target.is_dir():
             raise ArgumentError(f"{path} is a folder; give the path of a file")
@@ -247,7 +248,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     StorageFullError
         When there is no room.
     """
-    with _write_errors(path):
+    with write_errors(path):
         target = path.resolve() if path.is_symlink() else path
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ArgumentError(f"{path} exists and is no empty folder; choose another path")
@@ -305,7 +306,8 @@ def room_for_copy(path: Path) -> AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise ArgumentError or StorageFullError for what the system says of a path to write to."""
     try:
         with full_disk(f"no space left while writing {path}"):
             yield

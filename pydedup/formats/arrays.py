@@ -62,7 +62,12 @@ def _as_array(name: str, value: Any) -> Array:
     array = as_array(value, f"tensor {name!r}")
     if array.dtype.hasobject:
         kind = "dtype object" if isinstance(value, np.ndarray) else f"type {type(value).__name__}"
-        raise ArgumentError(f"tensor {name!r} is of {kind}, which is no array of numbers")
+        # A checkpoint, as torch.load gives it.
+        hint = f"; to store what it holds, give it alone: [{name!r}] of what was given"
+        raise ArgumentError(
+            f"tensor {name!r} is of {kind}, which is no array of numbers"
+            f"{hint if isinstance(value, Mapping) else ''}"
+        )
     return array
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from pydedup.errors import ArgumentError, FormatError
 from pydedup.formats import safetensors, torch
-from pydedup.formats._files import refuse_foreign
+from pydedup.formats._files import open_raw, refuse_foreign
 from pydedup.formats._paths import is_inside
 from pydedup.formats.base import DERIVED, Array, Artifact, ModelSource, TensorEntry, find_object
 from pydedup.graph import Graph
@@ -325,9 +325,9 @@ def _open_weights(path: Path) -> ModelSource:
         raise FormatError(
             f"{path} leads outside of the model's folder; copy it with its links resolved (cp -rL)"
         )
-    with path.open("rb") as file:
-        head = file.read(64)
-    known = safetensors.looks_like(head, path.stat().st_size)
+    with open_raw(path) as raw:
+        head = raw.read_at(0, min(raw.size, 64))
+        known = safetensors.looks_like(head, raw.size)
     if not known:
         refuse_foreign(path, head)
     if known or path.suffix == SAFE_SUFFIX:

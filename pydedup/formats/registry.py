@@ -32,7 +32,14 @@ from pydedup.formats import (
     torch,
     wordvec,
 )
-from pydedup.formats._files import RawFile, atomic_file, atomic_folder, open_raw, refuse_foreign
+from pydedup.formats._files import (
+    RawFile,
+    atomic_file,
+    atomic_folder,
+    open_raw,
+    refuse_foreign,
+    write_errors,
+)
 from pydedup.formats._paths import exists
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.arrays import MappingSource
@@ -248,7 +255,8 @@ def write_model(
     outgoing = Outgoing(tensors, checked_entries("the model", entries), list(artifacts), graph)
     kind: object = format
     if kind is None:
-        kind = _format_of(text, target, outgoing.artifacts)
+        with write_errors(target):
+            kind = _format_of(text, target, outgoing.artifacts)
     if not isinstance(kind, str) or kind not in WRITABLE:
         known = ", ".join(WRITABLE)
         raise UnsupportedFormatError(f"unknown format {kind!r}; choose one of {known}")

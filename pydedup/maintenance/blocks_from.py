@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -233,7 +233,8 @@ def block_source(
     UnsupportedFormatError
         When a path is neither a store nor a model.
     """
-    if "://" in place or not Path(place).is_dir():
+    # Not `Path.is_dir`, which raises where that cannot be told: who connects says why.
+    if "://" in place or not os.path.isdir(place):  # noqa: PTH112
         try:
             adapter = connect(place)
         except NotAStoreError as exc:

@@ -99,7 +99,7 @@ class Broken:
         (None, "NoneType, which is no array"),
         (np.ma.masked_array([1.0, 2.0], [True, False]), "masked elements"),
         ("text", "cannot be stored"),
-        ({"x": 1}, "dict, which is no array"),
+        ({"x": 1}, r"dict, which is no array of numbers; .* give it alone: \['w'\] of what"),
         (np.array([object()]), "of dtype object, which is no array of numbers"),
         (np.ones(2, np.complex64), "complex64 cannot be stored"),
         (np.array(["2020-01-01"], "M8[D]"), "cannot be stored"),

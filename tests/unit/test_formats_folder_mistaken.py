@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,4 +40,19 @@ def test_a_link_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
     """A link into another user's folder was a PermissionError of Python's, not of pydedup."""
     (tmp_path / "config.json").symlink_to("x" * 300)  # which not even root may follow
     with pytest.raises(FormatError, match=r"config\.json cannot be read: File name too long"):
+        open_source(tmp_path)
+
+
+def test_weights_that_may_not_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were a PermissionError, too."""
+
+    def refuse(*args: Any, **options: Any) -> int:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    safetensors.numpy.save_file({"w": np.zeros(4, np.float32)}, tmp_path / "model.safetensors")
+    for module in (io, os):
+        monkeypatch.setattr(module, "open", refuse)
+    with pytest.raises(FormatError, match=r"model\.safetensors cannot be read: Permission denied"):
         open_source(tmp_path)

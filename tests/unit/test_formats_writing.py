@@ -202,6 +202,14 @@ def test_a_read_only_target_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         _give(tmp_path / "m.npz")
 
 
+def test_a_target_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
+    """Of one in another user's folder, too, the system's own error was raised."""
+    with pytest.raises(ArgumentError, match="x cannot be written: File name too long"):
+        _give(tmp_path / ("x" * 300))
+    with pytest.raises(ArgumentError, match="npz cannot be written: File name too long"):
+        _give(tmp_path / f"{'x' * 300}.npz")
+
+
 @pytest.mark.parametrize("kind", ["npz", "keras"])
 def test_an_interrupt_as_a_member_of_a_zip_archive_is_opened(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ import pytest
 import pydedup
 from pydedup import codec, policies
 from pydedup.cli.app import main
+from pydedup.errors import PydedupError
 from pydedup.maintenance.blocks_from import dtype_of_base
 from pydedup.types import DType
 
@@ -189,3 +190,9 @@ def test_a_damaged_delta_that_names_another_dtype(
         assert report.repair.missing == ()
         for name in ("near", "nearer"):
             assert store.load(name)["w"].tobytes() == models[name]["w"].tobytes()
+
+
+def test_a_source_that_cannot_be_looked_at_is_an_error_of_ours(tmp_path: Path) -> None:
+    """Of one in another user's folder, too, the system's own error was raised."""
+    with pydedup.open(tmp_path / "store.db") as store, pytest.raises(PydedupError):
+        store.verify(repair_from=tmp_path / ("x" * 300))
