@@ -45,6 +45,9 @@ Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 # read ahead, so that readers go on while the last pages of one are on their way.
 _WINDOW_PARTS = 8
 _ENOUGH_PAGES, _LARGE_PARTS = 16, 16
+# Small pools have walks pin two, where two fit: blocks that models share and a model's own, which
+# take turns in a walk, lie on different pages, and each would go for the other.
+_FEWEST_PAGES = 2
 
 
 class Walks(abc.ABC):
@@ -68,7 +71,8 @@ class Walks(abc.ABC):
     def window_pages(self) -> int:
         """How many pages a walk pins at once."""
         pages = self._pages
-        return max(1, min(pages // _WINDOW_PARTS, max(_ENOUGH_PAGES, pages // _LARGE_PARTS)))
+        few = min(_FEWEST_PAGES, pages // 2)
+        return max(1, few, min(pages // _WINDOW_PARTS, max(_ENOUGH_PAGES, pages // _LARGE_PARTS)))
 
     @property
     def _ahead_pages(self) -> int:

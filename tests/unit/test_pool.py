@@ -237,12 +237,12 @@ def test_windows_read_each_page_once() -> None:
 
 def test_windows_shrink_when_pages_are_larger_than_usual() -> None:
     pages, size = pages_of(8, elements=MIB)  # 4 MiB each, taken for 1 MiB at first
-    pool = pages.pool(18 * MIB)
-    assert pool.window_pages == 2
+    pool = pages.pool(34 * MIB)
+    assert pool.window_pages == 4
     ids = np.arange(1, 9, dtype=np.int64)
     seen = [(rows.tolist(), len(held)) for rows, held, _ in pool.windows(ids)]
     assert sorted(row for rows, _ in seen for row in rows) == list(range(8))
-    assert pool.window_pages == 1
+    assert pool.window_pages == 2
     with pytest.raises(BudgetError):
         list(pages.pool(size - 1).windows(ids))
 
