@@ -40,6 +40,8 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "full_disk",
+    "is_store",
+    "is_used_by_sqlite",
     "open_raw",
     "refuse_foreign",
     "room_for_copy",
@@ -55,12 +57,17 @@ _IO_CHUNK = 1 << 30
 _WRITE_CHUNK = 8 << 20
 #: The beginning of every SQLite database.
 _SQLITE = b"SQLite format 3\0"
+#: What a store has there, as adapters/_sqlite_file.py marks it.
+_OF_A_STORE, _OURS = slice(68, 72), b"pydd"
+#: What SQLite has beside a database that is open.
+_BESIDE = ("-wal", "-shm")
+_IS_DATABASE = "is a SQLite database, maybe a store, and no file of a model"
 #: Beginnings of files that people mistake for models, or that are models we cannot read.
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer; run: git lfs pull"),
     (b"<!DOCTYPE html", "is a web page, not a model; download the file itself"),
     (b"<html", "is a web page, not a model; download the file itself"),
-    (_SQLITE, "is a SQLite database, maybe a store, and no file of a model"),
+    (_SQLITE, _IS_DATABASE),
     (b"GGUF", "is a GGUF file, which is not supported; use the safetensors of that model"),
     (b"\x1f\x8b", "is compressed by gzip; unpack it first"),
     (b"BZh", "is compressed by bzip2; unpack it first"),
@@ -75,6 +82,8 @@ class RawFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = -1
+        if is_used_by_sqlite(path):
+            raise UnsupportedFormatError(f"{path} {_IS_DATABASE}")
         try:
             # O_NONBLOCK: opening a FIFO must not wait for a writer before fstat can refuse it.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -180,6 +189,28 @@ def open_raw(path: Path) -> Iterator[RawFile]:
         raw.close()
 
 
+def is_used_by_sqlite(path: Path) -> bool:
+    """Return whether a file is a database that is open, or what lies beside one.
+
+    Nobody else may open one: as it is closed again, the locks that SQLite holds on it for a store
+    of this process are gone (a rule of POSIX). Other processes then take away its log.
+    """
+    real = os.path.realpath(path)
+    for end in _BESIDE:
+        if real.endswith(end) and os.path.lexists(real.removesuffix(end)):
+            return True
+    return any(os.path.lexists(real + end) for end in _BESIDE)
+
+
+def is_store(path: Path) -> bool:
+    """Return whether a file is a store, or must not be opened to tell (`is_used_by_sqlite`)."""
+    if is_used_by_sqlite(path):
+        return True
+    with open_raw(path) as raw:
+        head = raw.read_at(0, min(raw.size, _OF_A_STORE.stop))
+    return head.startswith(_SQLITE) and head[_OF_A_STORE] == _OURS
+
+
 def refuse_foreign(path: Path, head: bytes) -> None:
     """Raise UnsupportedFormatError for a file that begins like one that is no model."""
     for magic, message in _FOREIGN:
@@ -271,8 +302,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _refuse_database(path: Path) -> None:
     """Raise ArgumentError where a SQLite database is: by `-o STORE` a store was lost."""
     try:
-        with path.open("rb") as file:
-            is_database = file.read(len(_SQLITE)) == _SQLITE
+        is_database = is_used_by_sqlite(path)
+        if not is_database:
+            with path.open("rb") as file:
+                is_database = file.read(len(_SQLITE)) == _SQLITE
     except OSError:
         return  # nothing is there, or what this user cannot use as a store either
     if is_database:

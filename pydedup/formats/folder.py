@@ -27,7 +27,7 @@ from typing import Any
 
 from pydedup.errors import ArgumentError, FormatError
 from pydedup.formats import safetensors, torch
-from pydedup.formats._files import open_raw, refuse_foreign
+from pydedup.formats._files import is_store, open_raw, refuse_foreign
 from pydedup.formats._paths import is_inside
 from pydedup.formats.base import DERIVED, Array, Artifact, ModelSource, TensorEntry, find_object
 from pydedup.graph import Graph
@@ -189,7 +189,9 @@ class FolderSource(ModelSource):
             weights = PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES
             inside = is_inside(self._path / name, self._path)
             ours = name.startswith(DERIVED)  # a name of what is no file
-            if ours or stale or weights or not inside or _size(self._path / name) > _MAX_ARTIFACT:
+            refused = ours or stale or weights or not inside
+            # A store may be the one that this is added to.
+            if refused or _size(self._path / name) > _MAX_ARTIFACT or is_store(self._path / name):
                 left_out.append(name)
             else:
                 kept.append(name)
