@@ -259,7 +259,10 @@ class PlpythonServer:
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self._bin / program), *arguments]
         quiet = subprocess.DEVNULL
-        subprocess.run(command, check=True, user=self._user, stdout=quiet, cwd=self.folder)
+        # Its Python is of the first `python3` on the PATH: of a virtual environment of that Python
+        # it would find pydedup everywhere, which a server of the system does not.
+        env = {**os.environ, "PATH": os.defpath}
+        subprocess.run(command, check=True, user=self._user, stdout=quiet, cwd=self.folder, env=env)
 
     def stop(self) -> None:
         """End it in order."""

@@ -8,6 +8,7 @@ Skipped where its Python is another than ours; `make test-plpython` builds pyded
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -71,6 +72,26 @@ def place(plpython: PlpythonServer) -> Iterator[Place]:
     yield made
     with made.connect() as connection:
         connection.execute(f"DROP SCHEMA {made.schema} CASCADE")
+
+
+def test_the_python_of_the_server_is_that_of_the_system(
+    plpython: PlpythonServer, server_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a virtual environment's that came first on the PATH, and found our pydedup there."""
+    made = server_folder / "venv"
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", made], check=True)
+    monkeypatch.setenv("PATH", f"{made / 'bin'}:{os.environ['PATH']}")
+    server = PlpythonServer(server_folder / "prefix")
+    try:
+        with psycopg.connect(server.url) as connection:
+            connection.execute("CREATE EXTENSION plpython3u")
+            connection.execute(
+                "CREATE FUNCTION prefix() RETURNS text LANGUAGE plpython3u AS "
+                "'import sys; return sys.prefix'"
+            )
+            assert connection.execute("SELECT prefix()").fetchall() == [("/usr",)]
+    finally:
+        server.stop()
 
 
 def test_predictions_are_those_of_the_store(place: Place) -> None:
