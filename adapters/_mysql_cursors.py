@@ -28,6 +28,8 @@ __all__ = ["TEXT_MARK", "PreparedConnection", "sent"]
 KEPT: Final = 32
 #: The mark of parameters in a statement that is sent as text.
 TEXT_MARK: Final = "%s"
+#: What a packet begins with, behind its head, that is an error; no row does.
+_ERROR: Final = 0xFF
 
 
 class PreparedConnection:
@@ -47,6 +49,7 @@ class PreparedConnection:
         # The driver's own way to a cursor asks the server each time whether it is there. That costs
         # a round trip, and what Galera has to say of a transaction goes into the answer of it.
         self._kinds = {prepared: type(raw.cursor(prepared=prepared)) for prepared in (False, True)}
+        _let_errors_end_rows(raw)
         self._kept: OrderedDict[str, tuple[str, Any]] = OrderedDict()
         self._used = time.monotonic()
         self.broken = False
@@ -155,6 +158,33 @@ class _Cursor:
 
     def close(self) -> None:
         """Leave the statement prepared, its result read."""
+
+
+class _Packets:
+    """The packets of a result, of which an error is raised."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+
+    def recv(self, *arguments: Any) -> Any:
+        packet = self._socket.recv(*arguments)
+        if packet[4] == _ERROR:
+            from mysql.connector.errors import get_exception
+
+            raise get_exception(packet)
+        return packet
+
+
+def _let_errors_end_rows(raw: Any) -> None:
+    """Have an error raised that comes among the rows of a prepared statement.
+
+    As of a statement that is cut short. The driver without its C extension takes it for the row
+    before, once more, and waits for the next without end.
+    """
+    protocol = getattr(raw, "_protocol", None)
+    if protocol is not None:
+        read = protocol.read_binary_result
+        protocol.read_binary_result = lambda socket, *rest: read(_Packets(socket), *rest)
 
 
 def _is_answer(code: int | None) -> bool:

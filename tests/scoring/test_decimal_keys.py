@@ -51,6 +51,18 @@ def test_ranges_are_exact(tables: Tables, table: str) -> None:
         rows.close()
 
 
+def test_a_power_of_ten_is_found(tables: Tables, table: str) -> None:
+    """Which a decimal may be written as: it has no digits behind a point then, and not -20."""
+    if tables.kind == "sqlite":
+        return
+    rows = registry.connect_rows(tables.url)
+    try:
+        there, gone = Decimal("1E+20"), Decimal("2E+20")
+        assert rows.present_keys(rows.full_table_name(table), "k", [there, gone]) == {there}
+    finally:
+        rows.close()
+
+
 READ = """
 import sys
 import mysql.connector

@@ -19,7 +19,7 @@ from mysql.connector import HAVE_CEXT
 
 from pydedup import registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
-from pydedup.errors import ArgumentError, UnavailableError
+from pydedup.errors import ArgumentError, StoreError, UnavailableError
 from pydedup.testing._contract_base import (
     add_pages,
     add_random_pages,
@@ -295,6 +295,23 @@ def test_what_the_server_refused_costs_neither_the_connection_nor_a_statement(
     left = session_count("Com_stmt_prepare") - session_count("Com_stmt_close")
     assert session_count("Com_stmt_prepare") >= 40
     assert left < 20
+
+
+def test_what_fails_among_its_rows_costs_neither_the_connection_nor_the_statement(
+    adapter: Any,
+) -> None:
+    """As one that is cut short, or that MySQL refuses once its rows are asked for."""
+    number = "SELECT CONNECTION_ID()"
+    sql = (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900) "
+        "SELECT i, IF(i < ?, i, (SELECT i UNION SELECT i + 1)) FROM n"
+    )
+    before = adapter._query(number)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="more than 1 row"):
+            adapter._query(sql, [500])
+        assert adapter._query(sql, [1000]) == [(i, i) for i in range(1, 901)]
+    assert adapter._query(number) == before
 
 
 def test_an_equal_statement_is_not_prepared_again(adapter: Adapter, of_mysql: bool) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import pydedup
 from pydedup import registry
+from pydedup.adapters._schema import VIEWS
 from pydedup.errors import MissingStoreError, ReadOnlyError
 
 Run = Callable[..., list[tuple[Any, ...]]]
@@ -97,3 +98,15 @@ def test_a_reader_whose_name_is_in_capitals_only_reads(url: str, user: Any, run:
     finally:
         run(url, f"RENAME USER {user.name} TO {plain}")
         user.name = plain
+
+
+def test_views_outlast_who_created_the_store(url: str, user: Any, run: Run) -> None:
+    """They read with the rights of who asks, and not with those of somebody who may be gone."""
+    user.grant("ALL")
+    pydedup.open(user.url).close()
+    run(url, f"DROP USER {user.name}", f"CREATE USER {user.name}")
+    adapter = registry.connect(url, mode="r")
+    try:
+        assert [adapter.view(name) for name in VIEWS] == [[] for _ in VIEWS]
+    finally:
+        adapter.close()

@@ -94,3 +94,18 @@ def test_an_index_that_lets_a_key_occur_twice_makes_none_unique(
         rows.table_columns(table, "id")
     sql(f"CREATE UNIQUE INDEX whole ON {table} (id) INCLUDE (prediction)")
     assert rows.table_columns(table, "id") == ("id", "prediction")
+
+
+def test_what_the_driver_has_no_value_for_is_told_as_the_server_writes_it(
+    rows: RowAdapter, sql: Any
+) -> None:
+    """Of each such type: ranges, one and several, intervals, and times with their zone."""
+    ranges = ["int4range", "int8range", "numrange", "daterange", "tsrange", "tstzrange"]
+    ((version,),) = sql("SHOW server_version_num")
+    if int(version) >= 140000:
+        ranges += [kind.replace("range", "multirange") for kind in ranges]
+    empty = ["{}" if "multi" in kind else "empty" for kind in ranges]
+    casts = [f"'{value}'::{kind}" for value, kind in zip(empty, ranges, strict=True)]
+    casts += ["interval '1 month'", "timetz '04:05+06'"]
+    with rows.read_rows(f"SELECT {', '.join(casts)}", 1) as stream:
+        assert list(stream) == [[(*empty, "1 mon", "04:05:00+06")]]
