@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydedup.errors import ArgumentError, BudgetError
+from pydedup.errors import ArgumentError, BudgetError, PydedupError
 
 __all__ = [
     "as_array",
@@ -36,6 +36,8 @@ def as_array(values: ArrayLike, name: str) -> NDArray[Any]:
         raise ArgumentError(f"{name} has masked elements, which are lost; fill them first")
     try:
         return np.asarray(values)
+    except PydedupError:  # of a stored tensor, whose pages may be damaged
+        raise
     except Exception as error:  # rows of different lengths, or whatever __array__ of others raises
         raise ArgumentError(f"{name} does not make an array: {error}") from error
 

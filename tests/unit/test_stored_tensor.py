@@ -27,6 +27,10 @@ def stored(array: NDArray[Any]) -> StoredTensor:
     return StoredTensor(info, lambda: block_map, pages.pool(), lambda: None)
 
 
+def no_map() -> BlockMap:
+    raise PageNotFoundError.of([1])
+
+
 def test_a_tensor_tells_what_it_is() -> None:
     tensor = stored(np.ones((3, 4, 5), ml_dtypes.bfloat16))
     assert (tensor.name, tensor.shape, tensor.dtype) == ("t", (3, 4, 5), DType.BF16)
@@ -52,6 +56,11 @@ def test_numpy_takes_a_tensor_for_its_values() -> None:
     assert np.array_equal(tensor @ np.eye(6), array)
     with pytest.raises(ArgumentError, match="always a copy"):
         np.array(tensor, copy=False)
+    x = np.eye(6, dtype=np.float32)
+    assert np.array_equal(stored(x).matmul(tensor), array)
+    gone: Any = StoredTensor(tensor._info, no_map, MemoryPages().pool(), lambda: None)
+    with pytest.raises(PageNotFoundError):  # and no error of what was given
+        stored(x).matmul(gone)
 
 
 def test_columns_are_those_that_there_are() -> None:
