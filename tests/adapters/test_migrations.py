@@ -139,7 +139,6 @@ def test_a_failure_halfway_leaves_the_older_version(
         assert store.verify().ok
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_that_open_at_once_migrate_once(
     older: str, install: Callable[[Migration], None]
 ) -> None:
@@ -161,7 +160,6 @@ def test_processes_that_open_at_once_migrate_once(
         assert rows(store._adapter) == [(7,)]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_killed_migration_is_begun_again(
     older: str, install: Callable[[Migration], None]
 ) -> None:

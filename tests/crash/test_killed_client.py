@@ -160,7 +160,6 @@ def expected(phase: str | None, killed: bool) -> bool | None:
     return None if phase is None else HAPPENED.get(phase, False)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 @pytest.mark.usefixtures("small_pages")
 @pytest.mark.parametrize("action", WORK)
@@ -208,7 +207,6 @@ def test_a_killed_client_leaves_a_sound_store(store_url: str, action: str) -> No
         assert set(counts.values()) == {0}, counts
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_similarity_index_that_is_written_in_part_goes(
     store_url: str, killed: bool, monkeypatch: pytest.MonkeyPatch

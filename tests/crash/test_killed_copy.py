@@ -73,7 +73,6 @@ def assert_holds(store: Store, models: dict[str, Model]) -> None:
         assert all(loaded[name].tobytes() == array.tobytes() for name, array in model.items())
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 @pytest.mark.parametrize("into", ["empty", "others"])
 def test_a_killed_copy_goes_on(store_url: str, source: Path, into: str) -> None:

@@ -82,7 +82,6 @@ def replace_and_refill(url: str, phase: str | None, tell: Callable[[], object]) 
         assert store.refill().ok
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_a_killed_refill_is_done_again(place: ShardedPlace) -> None:
     def url_with(number: int) -> str:

@@ -71,7 +71,6 @@ def loads(store: Store, address: str) -> bool:
     return True
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 @pytest.mark.usefixtures("small_pages")
 def test_a_killed_repair_is_done_again(store_url: str, change_page: Change, tmp_path: Path) -> None:

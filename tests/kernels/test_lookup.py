@@ -158,7 +158,6 @@ def test_rows_of_a_table_whose_pages_come_and_go() -> None:
         lookup.take(block_map, pool, ids)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_has_rows_while_others_of_its_parent_look_some_up() -> None:
     # Where the child had its parent's tables, one in three found the lock of one held for ever.
     pages = MemoryPages()

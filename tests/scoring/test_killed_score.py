@@ -52,7 +52,6 @@ def die_in_transaction(store: Store) -> None:
     kind._insert_lines = insert
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.timeout(120 + 20 * ROUNDS)
 def test_a_killed_scoring_goes_on(
     tables: Tables, source: Callable[..., str], new_name: Callable[[], str]

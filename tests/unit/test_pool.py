@@ -388,7 +388,6 @@ def _child(pool: PagePool, held: list[Any], results: Any) -> None:
     results.put([number_on(page) for page in pool.pages([2, 5])])
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_starts_empty_and_works() -> None:
     pages, _ = pages_of(6)
     pool = pages.pool()

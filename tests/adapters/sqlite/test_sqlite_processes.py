@@ -137,7 +137,6 @@ def test_a_killed_writer_leaves_whole_transactions(path: Path) -> None:
     assert not log.exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_child_holds_locks_of_its_own(path: Path) -> None:
     # SQLite counts the locks of a process in memory. A child that inherited the count would take
     # none, and its parent, believing to be alone, would fold the log in under the child's feet.
@@ -173,7 +172,6 @@ def test_a_child_holds_locks_of_its_own(path: Path) -> None:
             os.close(end)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_child_of_a_transaction_does_not_trust_its_locks(path: Path) -> None:
     """SQLite remembers in memory that the parent has the lock, and takes it for the child's."""
     adapter = open_store(path)
