@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pydedup.adapters._mysql_url import CONNECT_SECONDS, locate
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, StoreError
 from pydedup.testing._contract_base import open_store, with_option
 
 WAIT = {"connection_timeout": CONNECT_SECONDS}
@@ -89,3 +90,19 @@ def test_the_timeout_is_that_of_every_lock(url: str, asked: str, seconds: int) -
     waits = "SELECT @@innodb_lock_wait_timeout, @@lock_wait_timeout"
     assert adapter._query(waits) == [(seconds, seconds)]
     adapter.close()
+
+
+def test_no_server_gets_a_file_of_this_machine(
+    adapter: Any, url: str, run: Any, tmp_path: Path
+) -> None:
+    """It may answer any statement by asking for one, of any name; a driver that may sends it."""
+    file = tmp_path / "secret"
+    file.write_text("s3cret\n")
+    ((before,),) = run(url, "CREATE TABLE got (line TEXT)", "SELECT @@GLOBAL.local_infile")
+    run(url, "SET GLOBAL local_infile = ON")
+    try:
+        with pytest.raises(StoreError):
+            adapter._define(f"LOAD DATA LOCAL INFILE '{file}' INTO TABLE got")
+    finally:
+        run(url, f"SET GLOBAL local_infile = {before}")
+    assert run(url, "SELECT line FROM got") == []

@@ -249,6 +249,18 @@ def test_payloads_without_a_page_are_collected(
     assert place.payloads().keys() == set(list(pages)[4:])
 
 
+def test_space_of_what_was_collected_is_used_again(store: Adapter, place: ShardedPlace) -> None:
+    sizes = []
+    for _ in range(3):
+        pages = add_random_pages(store, 30, size=20_000)
+        asked = "SELECT pg_total_relation_size('{}.page_payloads')"
+        sizes.append(sum(place.rows(number, asked)[0][0] for number in range(3)))
+        with store.transaction():
+            store.delete_pages(list(pages))
+        store.compact()
+    assert sizes[-1] < 1.5 * sizes[0]
+
+
 def test_a_coordinator_that_was_restored_is_vacuumed_first(place: ShardedPlace) -> None:
     """As the error says: shards have pages that it knows nothing of, under ids that come next."""
     model = {"w": np.random.default_rng(4).standard_normal((512, 1024)).astype(np.float32)}
