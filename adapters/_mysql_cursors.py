@@ -17,6 +17,8 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Final
 
+from mysql.connector.errors import get_exception
+
 from pydedup.errors import ArgumentError
 
 from ._errors import ConnectionLostError
@@ -169,8 +171,6 @@ class _Packets:
     def recv(self, *arguments: Any) -> Any:
         packet = self._socket.recv(*arguments)
         if packet[4] == _ERROR:
-            from mysql.connector.errors import get_exception
-
             raise get_exception(packet)
         return packet
 

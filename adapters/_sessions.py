@@ -12,7 +12,7 @@ Forks. Idle sessions are closed before a fork, so that a child inherits none of 
 a transaction at that moment stays open for the parent; the child drops it without touching it,
 not even to free it, since closing would speak to the server, or release file locks, in the
 parent's name. SQLite also keeps a table of its locks in memory: a child that inherits one for a
-file believes in locks it does not hold, so for that file it is refused (``file`` below).
+file believes in locks it does not hold, so that file is abandoned (``file`` below).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SessionPool:
     is_stale
         Asked before each use outside of a transaction; a stale connection is opened anew.
     file
-        The database's file, where inheriting locks on it over a fork is dangerous.
+        The database's file, where SQLite's locks on it can be lost; see `abandon`.
     crowded
         What is raised where the server gives no more connections.
     shares
@@ -285,12 +285,8 @@ class SessionPool:
         with self._lock:
             if self._closed:
                 raise StoreError(f"{self._name} is closed; open it again to use it")
-            if self._file in _INHERITED:
-                raise UnavailableError(
-                    f"{self._name} was in a transaction when this process was forked, so its "
-                    "locks cannot be trusted here; fork outside of transactions, or start the "
-                    "process afresh (multiprocessing's 'spawn')"
-                )
+            if self._file in _ABANDONED:
+                raise UnavailableError(f"{self._name} {_ABANDONED[self._file]}")
             return self._mine(Session(self._open_connection(), self._name))
 
     def discard(self, session: Session) -> None:
@@ -326,6 +322,22 @@ class SessionPool:
             if session.pid == getpid():
                 session.close()
 
+    def abandon(self, why: str) -> None:
+        """Leave all sessions as they are, and open none for this file in this process any more.
+
+        For locks that cannot be trusted: to close a session would act on them. ``why`` follows the
+        name of the database in the message of UnavailableError.
+        """
+        with self._lock:
+            for session in self._sessions:
+                session.closed = True
+                # One reference more than will ever be given back: never freed, so never closed.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.connection))
+            if self._file is not None:
+                _ABANDONED[self._file] = why
+            self._sessions = set()
+            self._local = _Own()
+
     # ---- forks --------------------------------------------------------------------------------
 
     def hold(self) -> None:
@@ -346,22 +358,20 @@ class SessionPool:
 
     def disown(self) -> None:
         """Forget, in a child, the sessions of its parent."""
-        for session in self._sessions:
-            session.closed = True
-            # One reference more than will ever be given back: never freed, so never closed.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.connection))
-            if self._file is not None:
-                _INHERITED.add(self._file)
-        self._sessions = set()
-        self._local = _Own()
         self._lock = threading.RLock()
         self._wanted = 0  # those who wait are threads of the parent
+        if self._sessions:
+            self.abandon(_FORKED)
 
 
 _POOLS: weakref.WeakSet[SessionPool] = weakref.WeakSet()
 _NUMBERS = itertools.count()
-#: Files on which this process inherited locks.
-_INHERITED: set[str | None] = set()
+#: Files on which this process has, or had, locks that it cannot trust, and why.
+_ABANDONED: dict[str | None, str] = {}
+_FORKED: Final = (
+    "was in a transaction when this process was forked, so its locks cannot be trusted here; fork "
+    "outside of transactions, or start the process afresh (multiprocessing's 'spawn')"
+)
 
 
 class _Fork:

@@ -16,6 +16,7 @@ from pydedup.errors import (
     PydedupError,
     StorageFullError,
     StoreError,
+    UnavailableError,
 )
 
 from ._base import fetch_all
@@ -59,6 +60,12 @@ _BEGIN_UNSETTLED: Final = ("PRAGMA wal_autocheckpoint = 4000", "BEGIN IMMEDIATE"
 WAIT_SLICE_SECONDS: Final = 0.25
 #: A checkpoint that readers hold up is not worth a longer wait.
 CHECKPOINT_SECONDS: Final = 1.0
+_LOG_LOST: Final = (
+    "no longer has the log that this process writes, and what it wrote since may be lost. Somebody "
+    "deleted that; or another process did as it ended, since this one gave up its locks when it "
+    "opened the file by other means, say to copy it. Start this process afresh, and let nothing "
+    "open the file of a store beside pydedup: store.backup copies it"
+)
 #: Pages of the file given back in one transaction, which holds them in memory: 16 MiB at most.
 COMPACT_STEP: Final = 256
 
@@ -264,6 +271,26 @@ class SqliteBase(SqliteRows, DbApiAdapter):
                         raise
 
     @contextlib.contextmanager
+    def _committed(self, session: Session, begin: Sequence[str]) -> Iterator[None]:
+        self._check_log(session)
+        with super()._committed(session, begin):
+            yield
+        self._check_log(session)
+
+    def _check_log(self, session: Session) -> None:
+        """Raise UnavailableError where others deleted the log that the session writes.
+
+        They could since this process gave its locks up, by closing another handle of the file (a
+        rule of POSIX). What it would write goes nowhere, and at its end over what others wrote.
+        """
+        log: int | None = getattr(session.connection, "log", None)
+        if log is None or log == self._file.log_number():
+            return
+        self._file.same()
+        self._pool.abandon(_LOG_LOST)
+        raise UnavailableError(f"{self._url} {_LOG_LOST}")
+
+    @contextlib.contextmanager
     def _patience(self, session: Session, seconds: float) -> Iterator[None]:
         """Wait that long for locks of others, inside."""
         self._pragma(session, f"busy_timeout = {int(seconds * 1000)}")
@@ -300,6 +327,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         self._refuse_inside("compact()")
         while True:
             with self._pool.acquire() as session:
+                self._check_log(session)
                 ((free,),) = self._pragma(session, "freelist_count")
                 self._give_back(session)
                 ((left,),) = self._pragma(session, "freelist_count")

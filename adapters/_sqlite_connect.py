@@ -21,6 +21,8 @@ class FileConnection(sqlite3.Connection):
     number: int | None = None  # of its own, see `SqliteBase.change_mark`
     stamp: Stamp | None = None
     """What the file looked like when it was taken for one that nobody changes."""
+    log: int | None = None
+    """Which write-ahead log it reads and writes; see `StoreFile.log_number`."""
 
 
 def open_file(file: StoreFile, options: str, timeout: float = 0.0) -> FileConnection:

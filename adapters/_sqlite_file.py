@@ -82,6 +82,13 @@ class StoreFile(DatabaseFile):
         except OSError:
             return 0
 
+    def log_number(self) -> int | None:
+        """Return what tells the write-ahead log from one that follows it, ``None`` without one."""
+        try:
+            return self._wal.stat().st_ino
+        except OSError:
+            return None
+
     def stored_bytes(self) -> int:
         """Return what the file and its log occupy together."""
         return self.same()[1] + self.wal_bytes()

@@ -94,6 +94,8 @@ class SqliteAdapter(SqliteBase):
                 configure(connection)
                 self._file.refuse_views(connection)
                 self._file.same()
+            if connection.stamp is None:
+                connection.log = self._file.log_number()
             return connection
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise self._translate(error) from error

@@ -155,6 +155,7 @@ ADAPTER_DRIVERS = {
     "_postgres_said.py": {"psycopg"},
     "_postgres_statement.py": {"psycopg"},
     "mysql.py": {"mysql"},
+    "_mysql_cursors.py": {"mysql"},
     "_sqlite_connect.py": {"sqlite3"},
     "_sqlite_rows.py": {"sqlite3"},
     "_sqlite_functions.py": {"sqlite3"},

@@ -197,6 +197,8 @@ def test_a_shard_that_is_down_is_told_or_waited_for(
         try:
             # It may take its time to recover, and has been down for a while already.
             monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 120.0)
+            # Who asks just after a wait in vain is not made to wait, and this is at once.
+            monkeypatch.setattr("pydedup.adapters._again.IN_VAIN_SECONDS", 0.0)
             later = store.refill(progress=goes_down(start))
         finally:
             for timer in starts:

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,98 @@ def test_an_open_store_keeps_its_locks(use: Callable[[Store, Path], None], path:
         log = Path(f"{path}-wal").stat().st_ino
         subprocess.run([sys.executable, "-P", "-c", code, str(path)], check=True)
         assert Path(f"{path}-wal").stat().st_ino == log
+
+
+#: A process that gives its locks up, and then lets another one come and go.
+CARELESS = """
+import subprocess, sys
+import numpy as np
+import pydedup
+from pydedup import registry
+from pydedup.errors import UnavailableError
+
+path, when = sys.argv[1:]
+visit = [sys.executable, "-P", "-c", "import pydedup, sys; pydedup.open(sys.argv[1]).close()", path]
+
+def lose_the_log():
+    open(path, "rb").close()
+    subprocess.run(visit, check=True)
+
+def refused(call):
+    try:
+        call()
+    except UnavailableError as error:
+        print(error)
+    else:
+        print("NOT REFUSED")
+
+def weights(value):
+    return {"w": np.full((64, 64), value, np.float32)}
+
+def write_over_the_end():
+    with adapter.transaction():
+        adapter.set_meta("m", "1")
+        lose_the_log()
+
+other = pydedup.open(path)
+store = pydedup.open(path)
+store.add("first", weights(1))
+assert other.models()
+adapter = registry.connect("sqlite:///" + path, mode="a")
+adapter.page_ids("live")
+if when == "meanwhile":
+    refused(write_over_the_end)
+else:
+    lose_the_log()
+refused(lambda: store.add("second", weights(2)))
+refused(lambda: other.remove("first"))
+refused(adapter.compact)
+refused(lambda: pydedup.open(path))
+print(flush=True)
+input()
+store.close()
+"""
+
+
+@pytest.mark.parametrize("when", ["between", "meanwhile"])
+def test_who_lost_the_log_is_told_and_harms_nobody(path: Path, when: str) -> None:
+    """It went on to add models to a file without a name, and at its end destroyed what others
+    had added."""
+    command = [sys.executable, "-P", "-c", CARELESS, str(path), when]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as careless:
+        assert careless.stdout is not None
+        said = list(takewhile(str.strip, careless.stdout))
+        with pydedup.open(path) as store:
+            assert [model.name for model in store.models()] == ["first"]
+            store.add("third", {"w": np.full((64, 64), 3, np.float32)})
+            careless.communicate("go on and end", timeout=60)
+            assert careless.returncode == 0
+            assert store.verify().errors == []
+    assert len(said) == (5 if when == "meanwhile" else 4)
+    assert all("gave up its locks" in line and str(path) in line for line in said), said
+    with pydedup.open(path) as store:
+        assert [model.name for model in store.models()] == ["first", "third"]
+        assert store.verify().errors == []
+        assert (store.load("third")["w"] == 3).all()
+
+
+def test_who_lost_the_log_to_rm_is_told(path: Path) -> None:
+    code = """
+import pathlib, sys
+import numpy as np
+import pydedup
+with pydedup.open(sys.argv[1]) as store:
+    store.add("first", {"w": np.ones((4, 4), np.float32)})
+    pathlib.Path(sys.argv[1] + "-wal").unlink()
+    try:
+        store.add("second", {"w": np.zeros((4, 4), np.float32)})
+    except pydedup.UnavailableError as error:
+        print(error)
+"""
+    command = [sys.executable, "-P", "-c", code, str(path)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "no longer has the log that this process writes" in said
 
 
 def test_a_store_is_no_file_of_the_model_in_whose_folder_it_lies(tmp_path: Path) -> None:
