@@ -142,7 +142,7 @@ with pydedup.open(sys.argv[1]) as store:
     pathlib.Path(sys.argv[1] + "-wal").unlink()
     try:
         store.add("second", {"w": np.zeros((4, 4), np.float32)})
-    except pydedup.UnavailableError as error:
+    except pydedup.errors.UnavailableError as error:
         print(error)
 """
     command = [sys.executable, "-P", "-c", code, str(path)]
