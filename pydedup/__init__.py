@@ -107,7 +107,25 @@ if not TYPE_CHECKING:  # to a type checker, names that there are not stay unknow
 
             globals()[name] = version("pydedup")
             return globals()[name]
+        if name == "_core":
+            return _compiled_core()
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def _compiled_core() -> Any:
+        # What is asked for first of all: in a checkout, Python takes the sources for the package.
+        import importlib
+
+        try:
+            return importlib.import_module("pydedup._core")
+        except ModuleNotFoundError as error:
+            if error.name != "pydedup._core":
+                raise
+            raise ImportError(
+                f"{__path__[0]} has no compiled core for this Python; if that is a checkout, start "
+                "Python in another folder, or with its option -P, and it takes the pydedup that is "
+                "installed (`pip install .` in the checkout installs it)",
+                name=error.name,
+            ) from None
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -234,3 +236,27 @@ def test_unknown_names_stay_unknown(module: str) -> None:
         _ = here.nothing
     with pytest.raises(ImportError, match="nothing"):
         exec(f"from pydedup{module} import nothing", {})
+
+
+@pytest.mark.parametrize("how", [["-c", "from pydedup import hashing"], ["-m", "pydedup.selftest"]])
+def test_sources_without_a_core_say_how_to_get_what_is_installed(
+    how: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(Path(__file__).parents[2] / "pydedup", tmp_path / "pydedup")
+    # -S: without the finder of an editable install, which knows a core for the sources, too.
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+        "PYTHONPATH": str(Path(np.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-S", *how],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"ImportError: {tmp_path / 'pydedup'} has no compiled core"), done.stderr
+    assert "start Python in another folder, or with its option -P" in said
