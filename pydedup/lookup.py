@@ -259,5 +259,6 @@ def _blocks_of_rows(
     bases = block_map.bases
     if bases is not None:
         bases = bases[0][numbers], bases[1][numbers]
-    for part, pages, page_index, here in pool.stream(block_map.page_ids[numbers], bases):
+    walk = pool.stream(block_map.page_ids[numbers], bases, once=True)
+    for part, pages, page_index, here in walk:
         yield numbers[part], pages, page_index, slots[part], codec.bases_for_core(here)

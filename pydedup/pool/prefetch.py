@@ -3,8 +3,10 @@
 
 A model's matrices are walked over in the same order call after call, so a call remembers the
 windows of its walks, and the next call of that model is read ahead along them (a first call along
-the windows of the walk it is in). Nothing is done until the first miss: a pool that holds the model
-costs no thread. Windows that were read ahead stay pinned until their walk has come by.
+the windows of the walk it is in). A walk over what only this call looks up is read ahead, too, with
+what the last call walked over next behind it, but is not remembered. Nothing is done until the
+first miss: a pool that holds the model costs no thread. Windows that were read ahead stay pinned
+until their walk has come by.
 """
 
 from __future__ import annotations
@@ -149,9 +151,12 @@ class _Course:
 class Lane:
     """One walk of a call, and the course that keeps ahead of it, if there is one."""
 
-    def __init__(self, call: Call, windows: list[Window], place: int | None) -> None:
+    def __init__(
+        self, call: Call, windows: list[Window], place: int | None, *, once: bool = False
+    ) -> None:
         self._call = call
         self._windows = windows
+        self._once = once
         self._course = None if place is None else call.course
         self._place = place or 0  # of its first window on that course
 
@@ -168,7 +173,9 @@ class Lane:
 
     def missed(self, number: int) -> None:
         """Window ``number`` is not all in the pool: begin to read what follows."""
-        if self._on_course() is None and self._call.begin(self._windows, number + 1):
+        if self._on_course() is None and self._call.begin(
+            self._windows, number + 1, once=self._once
+        ):
             self._course, self._place = self._call.course, -(number + 1)
 
     def _on_course(self) -> _Course | None:
@@ -191,27 +198,31 @@ class Call:
         self.course: _Course | None = None
         self.walks: list[list[Window]] = []  # of this call, in order
         self._past = past
-        self._at = 0  # of the next walk in `past`, if it is as last time
+        self._at = 0  # of the next walk in `past`, if this call goes on as that one did
+        self._in_step = True  # whether the walk before is in `past`
         self._places: dict[int, int] = {}  # walk in `past` -> its first window on the course
         self._load = load
         self._take_room = take_room
         self._room: Room | None = None
 
-    def enter(self, windows: list[Window]) -> Lane:
-        """Note that a walk begins."""
+    def enter(self, windows: list[Window], *, once: bool) -> Lane:
+        """Note that a walk begins, unless it is one that the next call does not make."""
+        if once:
+            return Lane(self, windows, None, once=True)
         self.walks.append(windows)
-        place = None
-        if self._at < len(self._past) and self._past[self._at] is windows:
-            place = self._places.get(self._at)
-            self._at += 1
-        else:
+        number = self._last_time(windows)
+        self._in_step = number is not None
+        if number is None or number < self._at:
             self._leave_course()
-        return Lane(self, windows, place)
+        if number is None:
+            return Lane(self, windows, None)
+        self._at = number + 1
+        return Lane(self, windows, self._places.get(number))
 
-    def begin(self, walk: list[Window], first: int) -> bool:
+    def begin(self, walk: list[Window], first: int, *, once: bool) -> bool:
         """Read ahead from window ``first`` of a walk on, if there is room."""
         self._leave_course()
-        as_last_time = self._at > 0 and self._past[self._at - 1] is walk
+        as_last_time = self._in_step and (once or self._past[self._at - 1] is walk)
         later = self._past[self._at :] if as_last_time else []
         windows = walk[first:] + [window for walk in later for window in walk]
         if windows and self._room is None:
@@ -237,6 +248,17 @@ class Call:
         if self._room is not None:
             room, self._room = self._room, None
             room.give_back()
+
+    def _last_time(self, windows: list[Window]) -> int | None:
+        """Return the number that a walk had in the last call: the next one, or one after that.
+
+        Matrices that are all in the pool are not walked over, in that call or in this one.
+        """
+        count = len(self._past)
+        for number in range(self._at, self._at + count):
+            if self._past[number % count] is windows:
+                return number % count
+        return None
 
     def _leave_course(self) -> None:
         self._places = {}

@@ -154,15 +154,23 @@ class Walks(abc.ABC):
         page_ids: NDArray[np.int64],
         bases: Bases | None,
         at_once: Callable[[Window], bool] | None = None,
+        *,
+        once: bool = False,
     ) -> Iterator[tuple[slice, list[Page], NDArray[np.uint32], StoredBases | None]]:
         """Walk over blocks in their order, the page of each pinned together with its base's.
 
         As `windows_with_bases`, but ``rows`` is a slice, each beginning where the one before ended.
-        How an array is cut is remembered for as long as the array lives, so it must not change. A
-        window for which ``at_once`` returns true is not yielded: it was used out of the pool.
+        How an array is cut is remembered for as long as the array lives, so it must not change,
+        unless it is walked over ``once``: then the next call of a model, which looks up others, is
+        not read ahead along it. A window for which ``at_once`` returns true is not yielded: it was
+        used out of the pool.
         """
-        plan = self.planned(page_ids, bases)
-        for window, pages in self._walk(page_ids, bases, _in_order(bases), plan, at_once):
+        cut = _in_order(bases)
+        if once:
+            plan = cut(page_ids, _pages_of(bases), self.window_pages)
+        else:
+            plan = self.planned(page_ids, bases)
+        for window, pages in self._walk(page_ids, bases, cut, plan, at_once, once=once):
             assert isinstance(window.rows, slice)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
 
@@ -175,12 +183,14 @@ class Walks(abc.ABC):
         cut: Cut,
         plan: list[Window] | None,
         at_once: Callable[[Window], bool] | None = None,
+        *,
+        once: bool = False,
     ) -> Iterator[tuple[Window, list[Page]]]:
         call, base_page_ids = self._calling(), _pages_of(bases)
         if plan is None:
             windows, lane = cut(page_ids, base_page_ids, self.window_pages), None
         else:
-            windows, lane = plan, None if call is None else call.enter(plan)
+            windows, lane = plan, None if call is None else call.enter(plan, once=once)
         ahead = [*enumerate(windows)][::-1]  # parts of a window have no number
         while ahead:
             number, window = ahead.pop()

@@ -41,6 +41,10 @@ class SlowPages:
         count = len(self._pages.payloads)
         eventually(lambda: sum(len(ids) for _, ids in self.fetched) >= min(done + 4, count))
 
+    def is_asked_for(self, page_id: int) -> None:
+        """Wait until a page is being read."""
+        eventually(lambda: any(page_id in ids for _, ids in self.fetched))
+
     def by(self, name: str) -> list[int]:
         return sorted(n for who, ids in self.fetched for n in ids if who.startswith(name))
 
@@ -53,11 +57,15 @@ def eventually(is_so: Callable[[], bool]) -> None:
 
 
 def walk(
-    pool: PagePool, ids: NDArray[np.int64], linger: Callable[[int], object] = lambda done: None
+    pool: PagePool,
+    ids: NDArray[np.int64],
+    linger: Callable[[int], object] = lambda done: None,
+    *,
+    once: bool = False,
 ) -> list[float]:
     """Return what the pages hold; `linger` is called in each window with what is done."""
     seen = []
-    for part, pages, index, _ in pool.stream(ids, None):
+    for part, pages, index, _ in pool.stream(ids, None, once=once):
         here = [
             float(
                 np.frombuffer(pages[i].payload, np.float32, 1, int(pages[i].slots["offset"][0]))[0]
@@ -110,6 +118,55 @@ def test_the_next_call_is_read_ahead_along_the_way_of_the_last() -> None:
     assert pool.window_pages == 2
     assert len(pages.by(main)) <= 2  # the first miss; the rest came ahead
     assert len(pages.by("pydedup-ahead")) >= 6
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+def test_lookups_of_each_call_do_not_end_reading_ahead() -> None:
+    """Each looks up other rows: what came next was never known again, and each walk had to miss."""
+    pages = SlowPages(40, 0)
+    pool = PagePool(pages.fetch, 16 * MIB)
+    assert pool.window_pages == 2
+    matrices = [ids_of(17 + 2 * i, 2) for i in range(12)]  # one window each
+    main = threading.current_thread().name
+    for number in range(3):
+        pool.clear()
+        pages.fetched.clear()
+        rows = ids_of(1 + number, 6)
+        wait: Callable[[int], object] = pages.is_asked_for if number else lambda _: None
+        with pool.call(model(1)):
+            walk(pool, rows, lambda done: wait([*rows, 17][done]), once=True)  # noqa: B023
+            for ids in matrices:
+                walk(pool, ids, lambda _: wait(min(ids[-1] + 1, 40)))  # noqa: B023
+        # The walk over rows misses its first window; the rest and all that follows comes ahead.
+        if number:
+            assert pages.by(main) == rows[:2].tolist()
+            assert pages.by("pydedup-ahead") == [*rows[2:].tolist(), *range(17, 41)]
+    assert pool.stats()["pinned_bytes"] == 0
+
+
+def test_a_matrix_that_is_all_in_memory_does_not_end_reading_ahead() -> None:
+    """It is not walked over, in that call or in the next; nothing was known then of what follows.
+
+    One that was there in the last call misses, as does the one behind it, no more.
+    """
+    pages = SlowPages(24, 0)
+    pool = PagePool(pages.fetch, 16 * MIB)
+    matrices = [ids_of(1 + 2 * i, 2) for i in range(12)]  # one window each
+    main = threading.current_thread().name
+    for here, missed in (
+        ([], range(12)),
+        ([0, 1, 5], [2, 6]),
+        ([], [0, 1, 2, 5, 6]),
+        ([11], [0]),
+    ):
+        pool.clear()
+        pages.fetched.clear()
+        ahead = set(range(12)) - {*here, *missed}
+        with pool.call(model(1)):
+            for number in sorted({*range(12)} - {*here}):
+                next_one = 2 * number + 3 if number + 1 in ahead else 2 * number + 1
+                walk(pool, matrices[number], lambda _: pages.is_asked_for(next_one))  # noqa: B023
+        assert pages.by(main) == [n for one in missed for n in matrices[one].tolist()]
     assert pool.stats()["pinned_bytes"] == 0
 
 
