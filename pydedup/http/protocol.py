@@ -151,7 +151,7 @@ class LimitedProtocol(HttpToolsProtocol):
         for other in self.connections:
             is_idle = getattr(other, "timeout_keep_alive_task", None) is not None
             if is_idle and not other.transport.is_closing():
-                other.transport.close()
+                _close_now(other.transport)
                 return
         most = self.most_connections
         if not self._told_of_many:
@@ -166,7 +166,7 @@ class LimitedProtocol(HttpToolsProtocol):
         busy = f"{most} connections are open; try again soon"
         # Without waiting until all that was sent is read, which would take a file meanwhile.
         self.transport.write(_error(503, busy, b"retry-after: 1\r\n"))
-        self.transport.close()
+        _close_now(self.transport)
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.head_seconds, self._too_slow)
@@ -179,7 +179,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _too_slow(self) -> None:
         self._head_timer = None
         if not self.transport.is_closing():
-            self.transport.close()
+            _close_now(self.transport)
 
     def _refuse_head(self) -> None:
         self._refuse(431, f"the headers have more than {_LARGEST_HEAD} bytes")
@@ -210,6 +210,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+
+
+def _close_now(transport: asyncio.Transport) -> None:
+    """Close a connection, also where the client does not say goodbye, for which TLS waits."""
+    is_sent = transport.get_write_buffer_size() == 0
+    transport.close()
+    if is_sent and not transport.can_write_eof():  # TLS
+        transport.abort()
 
 
 def _error(status: int, message: str, header: bytes = b"") -> bytes:

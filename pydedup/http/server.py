@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import resource
 import signal
@@ -36,6 +37,8 @@ __all__ = ["SWITCH_SECONDS", "listen", "serve", "stopping_signals", "url_of"]
 SWITCH_SECONDS = 0.0005
 _IDLE_SECONDS = 75
 _BACKLOG = 1024
+#: How long an end of TLS waits for the client's.
+_GOODBYE_SECONDS = 1.0
 #: Files of a connection to a store in SQLite: the database, its log, what readers share.
 _FILES_OF_A_READER = 3
 
@@ -87,7 +90,8 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
         with listen(options.host, options.port) as listener:
             url = url_of(*listener.getsockname()[:2], secured=options.tls_cert is not None)
             server = _Server(config, app, options.grace, lambda: started(url))
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            loop = functools.partial(_Loop, seconds)
+            with asyncio.Runner(loop_factory=loop) as runner:
                 runner.run(server.serve(sockets=[listener]))
     finally:
         sys.setswitchinterval(switch)
@@ -95,6 +99,21 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
         if log is not None:
             log.close()
     return server.cut_off
+
+
+class _Loop(uvloop.Loop):
+    """An event loop whose TLS connections keep their files no longer than others do."""
+
+    def __init__(self, head_seconds: float) -> None:
+        super().__init__()
+        self._head_seconds = head_seconds
+
+    async def create_server(self, *args: Any, **options: Any) -> Any:
+        """Listen; for a silent client others wait 60 s as it begins, and 30 s as it ends."""
+        if options.get("ssl") is not None:
+            options["ssl_handshake_timeout"] = self._head_seconds
+            options["ssl_shutdown_timeout"] = _GOODBYE_SECONDS
+        return await super().create_server(*args, **options)
 
 
 class _Server(uvicorn.Server):

@@ -7,6 +7,9 @@ import contextlib
 import json
 import socket
 from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
 
 from pydedup.testing.serving import Server, Start
 
@@ -44,11 +47,29 @@ def test_connections_leave_files_to_the_store(start: Start, store_url: str) -> N
     assert "".join(server.errors).count("raise `ulimit -n`") == 1
 
 
-def test_connections_without_a_request_make_room(start: Start, store_url: str) -> None:
-    server = start(store_url, open_files=OPEN_FILES)
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_connections_without_a_request_make_room(
+    start: Start, store_url: str, certificate: tuple[Path, Path], is_tls: bool
+) -> None:
+    """Of TLS each was waited for, 30 s, to say goodbye; no more came in then."""
+    cert, key = certificate
+    tls = ("--tls-cert", cert, "--tls-key", key) if is_tls else ()
+    server = start(store_url, *tls, open_files=OPEN_FILES)
     with contextlib.ExitStack() as stack:
         for _ in range(3 * CONNECTIONS):
-            connection: HTTPConnection = stack.enter_context(contextlib.closing(server.connect()))
+            connection: HTTPConnection = stack.enter_context(
+                contextlib.closing(server.connect(trust=cert if is_tls else None))
+            )
             assert server.infer("dense", BODY, connection=connection).status == 200
     server.stop()
     assert server.errors == []
+
+
+def test_a_client_that_does_not_begin_with_tls_is_not_waited_for_longer_than_others(
+    start: Start, store_url: str, certificate: tuple[Path, Path]
+) -> None:
+    """Each had a file for a minute; without `--timeout` it is 15 s now."""
+    cert, key = certificate
+    server = start(store_url, "--timeout", 1, "--tls-cert", cert, "--tls-key", key)
+    with socket.create_connection(("127.0.0.1", server.port), 40) as silent:
+        assert silent.recv(1) == b""
