@@ -9,12 +9,12 @@ here: predictions without torch (:mod:`pydedup.serving.engine`).
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from pydedup._memory import give_back_freed
 from pydedup.catalog import Catalog
 from pydedup.errors import ArgumentError
 from pydedup.formats.torch_tensors import to_torch
@@ -91,7 +91,7 @@ def attach(
         stored = StoredParameter(attachment, number)
         for path, attribute in slot.places:
             _put(module.get_submodule(path), attribute, stored, slot.is_parameter)
-    _trim()
+    give_back_freed()
 
 
 def detach(module: nn.Module, catalog: Catalog) -> None:
@@ -136,10 +136,3 @@ def _put(owner: nn.Module, attribute: str, tensor: torch.Tensor, is_parameter: b
         owner._parameters[attribute] = tensor  # type: ignore[assignment]
     else:
         owner._buffers[attribute] = tensor
-
-
-def _trim() -> None:
-    """Let the C library give free memory back: pages between used ones it keeps otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim is not None:
-        trim(0)
