@@ -47,9 +47,11 @@ _LARGEST_READ = 256 << 20
 #: home folder or a whole disk by mistake, which would take minutes.
 _MOST_NAMES = 10_000
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+#: Weights in formats that pydedup does not read.
+_FOREIGN_SUFFIXES = {".gguf", ".mlmodel", ".msgpack", ".onnx_data", ".ot", ".pb", ".tflite"}
 _WEIGHT_SUFFIXES = {
-    *(SAFE_SUFFIX, *_TORCH_SUFFIXES, ".ckpt", ".gguf", ".h5", ".keras", ".mlmodel", ".msgpack"),
-    *(".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite"),
+    *(SAFE_SUFFIX, *_TORCH_SUFFIXES, ".ckpt", ".h5", ".keras", ".npy", ".npz", ".onnx"),
+    *_FOREIGN_SUFFIXES,
 }
 _TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 _SKIPPED_FOLDERS = re.compile(r"\.git|\.cache|__pycache__|checkpoint-\d+")
@@ -340,13 +342,17 @@ def _open_weights(path: Path) -> ModelSource:
 
 
 def _hint(names: Sequence[str], skipped: Sequence[str]) -> str:
-    others = [name for name in names if PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES]
-    if others:
-        return f" of its own; give the path of a file, such as {others[0]!r}"
+    suffixes = {name: PurePosixPath(name).suffix.lower() for name in names}
+    foreign = [name for name in names if suffixes[name] in _FOREIGN_SUFFIXES]
+    for name in names:
+        if suffixes[name] in _WEIGHT_SUFFIXES - _FOREIGN_SUFFIXES:
+            return f" of its own; give the path of a file, such as {name!r}"
     if folders := _folders(skipped):
         # What transformers' Trainer writes; the last of them, as numbers go.
         newest = max(folders, key=lambda name: (len(name), name))
         return f" of its own; give the path of a folder in it, such as {newest!r}"
+    if foreign:
+        return f" in a format that we read ({foreign[0]!r} is in none); save it as safetensors"
     return ": no .safetensors and no pytorch_model.bin"
 
 

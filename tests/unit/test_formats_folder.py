@@ -328,6 +328,18 @@ def test_folders_without_weights_are_refused(names: list[str], folder: Path) -> 
     assert ("'model.onnx'" in str(caught.value)) == (names == ["model.onnx"])
 
 
+def test_no_file_is_named_that_would_be_refused(folder: Path) -> None:
+    """Of a SavedModel, saved_model.pb was to be given, which is in no format that is read."""
+    (folder / "variables").mkdir()
+    (folder / "saved_model.pb").write_bytes(b"\x08\x01")
+    with pytest.raises(FormatError, match=r"that we read \('saved_model\.pb' is in none"):
+        open_source(folder)
+    (folder / "flax_model.msgpack").write_bytes(b"\x81")
+    (folder / "tf_model.h5").write_bytes(b"")
+    with pytest.raises(FormatError, match=r"give the path of a file, such as 'tf_model\.h5'"):
+        open_source(folder)
+
+
 def test_a_folder_of_checkpoints_is_told_to_be_one(folder: Path) -> None:
     """Of what a Trainer's `output_dir` holds, it was said that there are no weights."""
     for step in (500, 1000):
