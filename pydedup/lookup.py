@@ -179,7 +179,10 @@ def _rows_of(ids: NDArray[np.int64], each: int, count: int) -> NDArray[np.int64]
 def _bag_edges(ids: NDArray[np.int64], offsets: ArrayLike | None) -> NDArray[np.int64]:
     """Return where each bag begins in the flat ids, and the end of the last one."""
     if ids.ndim == 2 and offsets is None:
-        regular: NDArray[np.int64] = np.arange(ids.shape[0] + 1, dtype=np.int64) * ids.shape[1]
+        try:
+            regular: NDArray[np.int64] = np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1]
+        except MemoryError as exc:  # of bags without ids there may be any number
+            raise no_memory("where bags begin", (len(ids) + 1,), np.dtype(np.int64)) from exc
         return regular
     if ids.ndim != 1 or offsets is None:
         raise ArgumentError(

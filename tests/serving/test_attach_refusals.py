@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, BudgetError
 
 from .conftest import net
 
@@ -286,6 +286,18 @@ def test_inference_mode(store: pydedup.Store) -> None:
     with torch.enable_grad():
         module(X).sum().backward()
     assert module[0].weight.grad is not None
+
+
+def test_an_input_that_no_memory_holds(store: pydedup.Store) -> None:
+    """A view of one element claims any size. It was said to be sparse, nested, or of a tracer."""
+    module = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)).eval()
+    store.add("m", module)
+    store.attach(module, "m")
+    ids, x = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    with pytest.raises(BudgetError, match=r"of the [a-z]+ of .0.weight. of m: torch.int64 of"):
+        module[0](ids.expand(1 << 45))
+    with pytest.raises(BudgetError, match=r"copy of the input of '1.weight' of m: torch.float32"):
+        module[1](x.expand(1 << 45, 4))
 
 
 def test_ids_that_are_no_plain_tensor_are_refused(store: pydedup.Store) -> None:

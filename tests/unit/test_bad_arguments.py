@@ -169,6 +169,7 @@ def test_what_claims_more_than_there_is_memory_for() -> None:
         (lambda: hash_blocks(wide, (2, 2)), "a copy of the matrix: float32 of shape"),
         (lambda: lookup.take(block_map, pool, ids), f"a copy of ids: {large}"),
         (lambda: lookup.bag(block_map, pool, [0], ids, "sum"), f"a copy of offsets: {large}"),
+        (lambda: lookup.bag(block_map, pool, ids[:, None][:, :0]), "where bags begin: int64 of"),
         (lambda: matmul.matmul(block_map, pool, wide), "a copy of x: float32 of shape"),
     ):
         with pytest.raises(BudgetError, match=f"^no memory for {says}"):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import compute_dtype
 from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
@@ -86,10 +86,18 @@ def _cast(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> torc
 
 
 def as_numpy(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> NDArray[Any]:
-    """Return an input as an array, or raise ArgumentError for what is no plain tensor."""
+    """Return an input as an array.
+
+    Raises ArgumentError for what is no plain tensor, BudgetError without memory for a copy.
+    """
     try:
         return (x if x.is_contiguous() else x.contiguous()).numpy()  # torch's copies are counted
     except (RuntimeError, TypeError) as exc:
+        if "can't allocate memory" in str(exc):
+            raise BudgetError(
+                f"no memory for a copy of the {what} of {weight.label}: {x.dtype} of shape "
+                f"{tuple(x.shape)}"
+            ) from exc
         raise ArgumentError(
             f"the {what} of {weight.label} is no plain tensor in memory (sparse, nested, of vmap "
             f"or of a tracer): {exc}"
