@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, Adapter, ModelRow
 from pydedup.catalog import Catalog, ModelsAhead, StoredModel, tags_of
-from pydedup.errors import CorruptStoreError, PageNotFoundError, PydedupError
+from pydedup.errors import CorruptStoreError, PydedupError
 from pydedup.jobs import Job
 from pydedup.layout import (
     NO_PLACE,
@@ -176,7 +176,8 @@ def repack(
 ) -> Repacked | None:
     """Write a better layout if there is one.
 
-    Gives way when another writer publishes meanwhile: it has done nothing then, and returns None.
+    Gives way when another writer publishes meanwhile: it has done nothing then, and returns None,
+    or raises PageNotFoundError where that one is a vacuum, which deletes what it gives up.
     """
     plan = plan_repack(adapter, pool, live_pages=len(adapter.page_ids(LIVE)))
     if plan is None:
@@ -199,11 +200,6 @@ def repack(
             if moved[owned].any()
         ]
         old_pages = _publish(adapter, moves, new_ids, plan, job)
-    except PageNotFoundError:
-        job.discard(new_ids)
-        if adapter.epoch() == plan.epoch:
-            raise
-        return None
     except BaseException:
         # What cannot be removed now (a full disk, a lost connection) goes with the next vacuum.
         with contextlib.suppress(PydedupError):

@@ -18,7 +18,12 @@ from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter, PageRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import Catalog, page_readers
-from pydedup.errors import CorruptStoreError, ReadOnlyError, UnavailableError
+from pydedup.errors import (
+    CorruptStoreError,
+    PageNotFoundError,
+    ReadOnlyError,
+    UnavailableError,
+)
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
 from pydedup.layout import least_pages
 from pydedup.maintenance.orphans import may_pay_without
@@ -193,9 +198,15 @@ def _repack_in_peace(
 ) -> Repacked | None:
     """Repack if it may pay, again when somebody else published meanwhile; None if always."""
     for _ in range(_ATTEMPTS):
-        if not _wants_repack(adapter, pool, adapter.page_rows(state=LIVE)):
-            return Repacked()
-        made = repack(adapter, catalog, pool, progress=progress)
+        epoch = adapter.epoch()
+        try:
+            if not _wants_repack(adapter, pool, adapter.page_rows(state=LIVE)):
+                return Repacked()
+            made = repack(adapter, catalog, pool, progress=progress)
+        except PageNotFoundError:
+            if adapter.epoch() == epoch:
+                raise
+            continue  # another vacuum gave it up, and deleted it before it was read here
         if made is not None:
             return made
     return None

@@ -18,6 +18,7 @@ from pydedup.adapter import STAGING
 from pydedup.adapter_options import StagingAdapter
 from pydedup.errors import ArgumentError, NotFoundError
 from pydedup.graph import Graph, Node
+from pydedup.maintenance.vacuum import VacuumReport
 from pydedup.signatures import read_segments
 from pydedup.store import Store
 from pydedup.testing.faults import Fault, inject
@@ -265,6 +266,37 @@ def test_a_vacuum_gives_way_to_who_publishes_before_its_layout(
             assert np.array_equal(store.load("new")["c"], c)
             report = store.verify()
             assert (report.errors, report.notes) == ([], []), "what it staged is gone"
+
+
+def test_a_vacuum_goes_on_when_another_deletes_what_it_looks_at(
+    store_url: str, small_pages: None
+) -> None:
+    """The store was said to be damaged: a page was gone between its block maps and its blocks."""
+    rng = np.random.default_rng(0)
+    base, own, later = rng.standard_normal((3, 1024, 1024)).astype(np.float32)
+    a, b = rng.standard_normal((2, 1024, 2)).astype(np.float32)
+    tuned = base + a @ b.T * np.float32(0.01)  # deltas with factors in common: read for their sizes
+    with pydedup.open(store_url) as store:
+        store.add("base", {"w": base})
+        store.add("mixed", {"w": tuned, "own": own})
+        store.add("kept", {"w": tuned})
+        store.add("later", {"w": later})  # which a small pool has when all was looked at
+        store.remove("mixed")
+    others: list[VacuumReport] = []
+
+    def vacuum() -> None:
+        with pydedup.open(store_url) as store:
+            others.append(store.vacuum())
+
+    # Of its snapshots the first tells whether a new layout may pay, the second what it is of.
+    fault = Fault("snapshot", vacuum, call=2, after=True)
+    adapter, _ = inject(registry.connect(store_url, mode="a"), fault)
+    with Store(adapter, 4 << 20) as store:
+        report = store.vacuum()
+        assert others[0].rewritten_pages > 0, "it came in between"
+        assert (report.rewritten_pages, report.not_repacked) == (0, None)
+        assert np.array_equal(store.load("kept")["w"], tuned)
+        assert store.verify().errors == []
 
 
 def test_a_vacuum_leaves_the_index_of_what_is_added_meanwhile(store_url: str) -> None:
