@@ -6,6 +6,7 @@ As in `pydedup.store`, what opening and predicting do not need is imported where
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from pydedup.adapter import Adapter
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import ArgumentError, PydedupError
+from pydedup.errors import ArgumentError, PageNotFoundError, PydedupError
 from pydedup.graph import Graph
 from pydedup.opening import open_rows
 from pydedup.pool import PagePool
@@ -242,6 +243,9 @@ class StorePredictions:
 
         Raises NotFoundError, CorruptStoreError.
         """
+        with contextlib.suppress(PageNotFoundError):
+            return self._pool.warm(self._catalog.model(name).page_ids())
+        # A vacuum moved its blocks to other pages, or it was removed.
         return self._pool.warm(self._catalog.model(name).page_ids())
 
     def record(self, max_uses: int = 1_000_000) -> None:

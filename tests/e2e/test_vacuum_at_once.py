@@ -299,6 +299,30 @@ def test_a_vacuum_goes_on_when_another_deletes_what_it_looks_at(
         assert store.verify().errors == []
 
 
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_pages_that_go_while_a_model_is_warmed(store_url: str, is_removed: bool) -> None:
+    """They were said to be missing; a vacuum had moved the blocks, or deleted the model's."""
+    a, b = np.random.default_rng(0).standard_normal((2, 128, 128))
+    with pydedup.open(store_url) as store:
+        store.add_many({"gone": {"a": a, "b": b}, "kept": {"a": a}}, policy=policies.Exact())
+        store.remove("gone")
+
+    def vacuum() -> None:
+        with pydedup.open(store_url) as store:
+            if is_removed:
+                store.remove("kept")
+            assert store.vacuum().freed_pages == 1
+
+    fault = Fault("model_pages", vacuum, after=True)
+    adapter, _ = inject(registry.connect(store_url, mode="r"), fault)
+    with Store(adapter, 64 << 20) as store:
+        if is_removed:
+            with pytest.raises(NotFoundError, match="no model 'kept'"):
+                store.warm("kept")
+        else:
+            assert store.warm("kept") == 1
+
+
 def test_a_vacuum_leaves_the_index_of_what_is_added_meanwhile(store_url: str) -> None:
     """The pages were looked at before, so all that it had indexed was on none of them."""
     arrays = np.random.default_rng(0).standard_normal((2, 64, 64))
