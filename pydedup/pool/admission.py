@@ -146,16 +146,23 @@ class Gate:
         any other.
         """
         with self._lock:
-            # Where nobody is there is room, whatever the amount.
-            if (
-                waits
-                and (self._holders or self._taken or self._waiting)
-                and thread not in [one for one, _ in self._held()]
-            ):
+            if waits and self._has_others(thread):
                 self._wait_for(ticket, amount)
             self._holders[ticket] = thread, amount
             if self._told is not None:
                 self._tell()
+
+    def is_crowded(self, amount: int) -> bool:
+        """Whether this thread would wait now for so much."""
+        with self._lock:
+            is_full = bool(self._waiting) or not self._has_room(amount)
+            return is_full and self._has_others(threading.get_ident())
+
+    def _has_others(self, thread: int) -> bool:
+        # Where nobody is there is room, whatever the amount.
+        return bool(self._holders or self._taken or self._waiting) and thread not in [
+            one for one, _ in self._held()
+        ]
 
     def add(self, ticket: object, amount: int) -> None:
         """Let a ticket that is inside have more."""

@@ -46,7 +46,8 @@ Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 _WINDOW_PARTS = 8
 _ENOUGH_PAGES, _LARGE_PARTS = 16, 16
 # Small pools have walks pin two, where two fit: blocks that models share and a model's own, which
-# take turns in a walk, lie on different pages, and each would go for the other.
+# take turns in a walk, lie on different pages, and each would go for the other. Not while others
+# walk: these would wait, and pages be read one walk after the other.
 _FEWEST_PAGES = 2
 
 
@@ -196,6 +197,12 @@ class Walks(abc.ABC):
             number, window = ahead.pop()
             if lane is not None and number >= 0:
                 self._reach(lane, number, window)
+            if self._is_too_large_now(window):
+                parts = self._parts_of(window, page_ids, base_page_ids, cut)
+                # The last one has the number: until then what was read ahead stays pinned.
+                numbers = [-1] * (len(parts) - 1) + [number]
+                ahead.extend(reversed([*zip(numbers, parts, strict=True)]))
+                continue
             with self._shares.walks.hold(len(window.ids) * self._loader.largest):
                 used = at_once is not None and at_once(window)
                 pages = None if used else self._pages_if_fit(window)
@@ -210,9 +217,26 @@ class Walks(abc.ABC):
                 if used or pages is not None:
                     continue
             # Pages are larger than those before made believe, or others pin without a walk.
-            these = None if base_page_ids is None else base_page_ids[window.rows]
-            parts = cut(page_ids[window.rows], these, max(1, len(window.ids) // 2))
-            ahead.extend((-1, within(window, part)) for part in reversed(parts))
+            parts = self._parts_of(window, page_ids, base_page_ids, cut)
+            ahead.extend((-1, part) for part in reversed(parts))
+
+    def _is_too_large_now(self, window: Window) -> bool:
+        """Whether others walk in a small pool, who could go on beside a part of this window."""
+        count, gate, page_bytes = len(window.ids), self._shares.walks, self._loader.largest
+        if count != _FEWEST_PAGES or not _FEWEST_PAGES <= gate.limit // page_bytes < 2 * count:
+            return False
+        return gate.is_crowded(count * page_bytes) and not has_pair(window)
+
+    def _parts_of(
+        self,
+        window: Window,
+        page_ids: NDArray[np.int64],
+        base_page_ids: NDArray[np.int64] | None,
+        cut: Cut,
+    ) -> list[Window]:
+        bases = None if base_page_ids is None else base_page_ids[window.rows]
+        parts = cut(page_ids[window.rows], bases, max(1, len(window.ids) // 2))
+        return [within(window, part) for part in parts]
 
     def _reach(self, lane: Lane, number: int, window: Window) -> None:
         """Wait for what is being read of a window; if pages miss, let what follows be read."""

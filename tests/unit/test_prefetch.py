@@ -170,6 +170,22 @@ def test_a_matrix_that_is_all_in_memory_does_not_end_reading_ahead() -> None:
     assert pool.stats()["pinned_bytes"] == 0
 
 
+def test_two_walk_side_by_side_in_a_small_pool() -> None:
+    """One had two of the three pages that walks may pin there, and the other waited for its end."""
+    pages = SlowPages(24, 0)
+    pool = PagePool(pages.fetch, 12 * MIB)
+    assert pool.window_pages == 2
+    one = pool.stream(ids_of(1, 8), None)
+    assert len(next(one)[1]) == 2
+    seen: list[list[float]] = []
+    other = threading.Thread(target=lambda: seen.append(walk(pool, ids_of(11, 8))), daemon=True)
+    other.start()
+    other.join(30)
+    assert seen == [list(range(11, 19))]
+    assert [len(held) for _, held, _, _ in one] == [2, 2, 2]
+    assert pool.stats()["pinned_bytes"] == 0
+
+
 def test_readers_share_what_is_read() -> None:
     pages = SlowPages(32)
     pool = PagePool(pages.fetch, 128 * MIB, readers=4)
