@@ -125,6 +125,7 @@ class PagePool(Walks):
         self._explain = explain
         self._expected: dict[int, bytes] = {}
         self._plans = Plans()
+        self._wholes = Plans()
         self._shares = Shares(memory_bytes, scratch_bytes, lambda: self._loader.largest)
         self._start()
         _pools.add(self)

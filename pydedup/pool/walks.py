@@ -45,6 +45,10 @@ Bases: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32]]
 # read ahead, so that readers go on while the last pages of one are on their way.
 _WINDOW_PARTS = 8
 _ENOUGH_PAGES, _LARGE_PARTS = 16, 16
+# What is all in the pool is used as one window up to this part of the budget: with each window, all
+# threads start and end (4096 x 4096 by one row: 1.25 ms, as three windows 1.34). Another walk finds
+# room beside it.
+_WHOLE_PARTS = 6
 # Small pools have walks pin two, where two fit: blocks that models share and a model's own, which
 # take turns in a walk, lie on different pages, and each would go for the other. Not while others
 # walk: these would wait, and pages be read one walk after the other.
@@ -58,6 +62,7 @@ class Walks(abc.ABC):
     _core: BufferPool
     _loader: PageLoader
     _plans: Plans
+    _wholes: Plans
     _shares: Shares
 
     @abc.abstractmethod
@@ -171,6 +176,8 @@ class Walks(abc.ABC):
             plan = cut(page_ids, _pages_of(bases), self.window_pages)
         else:
             plan = self.planned(page_ids, bases)
+            if at_once is not None and self._used_as_one(plan, page_ids, bases, at_once):
+                return
         for window, pages in self._walk(page_ids, bases, cut, plan, at_once, once=once):
             assert isinstance(window.rows, slice)
             yield window.rows, pages, window.page_index, _bases_in(window, pages, bases)
@@ -219,6 +226,25 @@ class Walks(abc.ABC):
             # Pages are larger than those before made believe, or others pin without a walk.
             parts = self._parts_of(window, page_ids, base_page_ids, cut)
             ahead.extend((-1, part) for part in reversed(parts))
+
+    def _used_as_one(
+        self,
+        plan: list[Window],
+        page_ids: NDArray[np.int64],
+        bases: Bases | None,
+        at_once: Callable[[Window], bool],
+    ) -> bool:
+        """Whether several windows were used as one, since all of their pages are here."""
+        most = self._pages // _WHOLE_PARTS
+        if len(plan) == 1 or sum(len(window.ids) for window in plan) > most:
+            return False
+        (whole,) = self._wholes.of(page_ids, _pages_of(bases), _in_order(bases), most)
+        count, gate = len(whole.ids), self._shares.walks
+        held = count * self._loader.largest
+        if self._core.count_resident(whole.ids) < count or gate.is_crowded(held):
+            return False
+        with gate.hold(held):
+            return at_once(whole)
 
     def _is_too_large_now(self, window: Window) -> bool:
         """Whether others walk in a small pool, who could go on beside a part of this window."""

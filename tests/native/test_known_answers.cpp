@@ -82,12 +82,12 @@ void wrong_wide_block(const float* x, std::size_t ldx, std::size_t m, const floa
     if (cols >= 64) y[63] += 1;
 }
 void wrong_tile_with_a_next(const double* x, const double* w, std::size_t rows, std::size_t cols,
-                            std::size_t ldw, const double* next, double* acc) noexcept {
+                            std::size_t ldw, const GemmNext<double>& next, double* acc) noexcept {
     kScalarKernels.gemm.f64.tiles[0].tile_nt(x, w, rows, cols, ldw, next, acc);
-    if (next != nullptr) acc[0] += 1;
+    if (next.w != next.w_end && next.x != next.x_end) acc[0] += 1;
 }
 void wrong_tile_of_four(const float* x, const float* w, std::size_t rows, std::size_t cols,
-                        std::size_t ldw, const float* next, float* acc) noexcept {
+                        std::size_t ldw, const GemmNext<float>& next, float* acc) noexcept {
     const auto& tile = kScalarKernels.gemm.f32.tiles[0];
     tile.tile_nt(x, w, rows, cols, ldw, next, acc);
     if (rows % 8 >= 4) acc[(rows / 8 * 8 + 3) * tile.width] += 1;
@@ -99,7 +99,7 @@ void wrong_half_dots(const float* x, std::size_t ldx, std::size_t m, const std::
     if (m >= 4) y[3 * ldy] += 1;
 }
 void wrong_tile(const float* x, const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
-                const float* next, float* acc) noexcept {
+                const GemmNext<float>& next, float* acc) noexcept {
     kScalarKernels.gemm.f32.tiles[0].tile_nt(x, w, rows - 1, cols, ldw, next, acc);
 }
 void wrong_half(const std::uint16_t* src, std::size_t count, float* dst) noexcept {

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pydedup import _core, codec, matmul
 from pydedup.errors import (
@@ -25,6 +26,7 @@ from pydedup.errors import (
 )
 from pydedup.pool import Fetched, PagePool
 from pydedup.testing.memory_pages import MemoryPages
+from pydedup.windows import Window
 
 MIB = 1 << 20
 
@@ -271,6 +273,49 @@ def test_the_cut_of_an_array_is_remembered_while_it_lives() -> None:
     del ids
     gc.collect()
     assert len(pool._plans) == 0
+
+
+def pages_used(pool: PagePool, ids: NDArray[np.int64]) -> list[int]:
+    """Walk over blocks; return how many pages each window had that was used out of the pool."""
+    used: list[int] = []
+
+    def at_once(window: Window) -> bool:
+        is_here = pool.native.count_resident(window.ids) == len(window.ids)
+        if is_here:
+            used.append(len(window.ids))
+        return is_here
+
+    for _ in pool.stream(ids, None, at_once):
+        pass
+    return used
+
+
+def test_what_is_all_there_is_one_window() -> None:
+    pages, _ = pages_of(17)
+    pool = pages.pool(96 * MIB)  # windows of 12 pages of the usual size, and 16 at once
+    assert pool.window_pages == 12
+    some, many = np.arange(1, 15), np.arange(1, 18)
+    assert pages_used(pool, some) == []
+    assert pages_used(pool, some) == [14]
+    assert pages_used(pool, many) == [12]
+    assert pages_used(pool, many) == [12, 5]
+    pool.drop([3])
+    assert pages_used(pool, some) == [2]
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pool.hold(12):
+            held.set()
+            done.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    assert pages_used(pool, some) == [12, 2]  # as one they would have to wait
+    done.set()
+    other.join()
+    assert pages_used(pool, some) == [14]
+    assert pool.stats()["pinned_bytes"] == 0
 
 
 # ---- threads ------------------------------------------------------------------------------------

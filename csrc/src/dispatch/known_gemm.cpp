@@ -50,8 +50,9 @@ bool multiply_tiles(
         if (tile.width * sums > 64 || cols == 0) return false;
         std::array<A, Rows * 64> plain{};
         std::array<A, Rows * 64> ahead{};
-        tile.tile_nt(x.data(), w.data(), Rows, cols, ldw, nullptr, plain.data());
-        tile.tile_nt(x.data(), w.data(), Rows, cols, ldw, w.data(), ahead.data());
+        tile.tile_nt(x.data(), w.data(), Rows, cols, ldw, {}, plain.data());
+        tile.tile_nt(x.data(), w.data(), Rows, cols, ldw,
+                     {w.data(), w.data() + w.size(), x.data(), x.data() + x.size()}, ahead.data());
         std::array<A, Rows * 64> want{};
         for (std::size_t r = 0; r < Rows; ++r) {
             A* const to = &want[r * tile.width * sums];

@@ -287,7 +287,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
                     const T* const x =
                         image + (t * gathered.size() + c - gathered.begin) * tile_.width;
                     tile_.tile_nt(x, w + (c - col0), rows.size(), std::min(kPass, stop - c),
-                                  block.cols, nullptr, sums + t * per_tile);
+                                  block.cols, {}, sums + t * per_tile);
                 }
             }
         }

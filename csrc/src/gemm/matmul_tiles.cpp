@@ -21,6 +21,8 @@ constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
 // A tile of f32 or f64 takes as long for all its rows as dot products do for this part of them.
 // Measured (AVX2): as good as any from a quarter to all; what few rows have is bound by memory.
 constexpr std::size_t kFewOfATile = 2;
+// Packed x of so many bytes is in the second-level cache from one row of blocks to the next.
+constexpr std::size_t kCachedBytes = std::size_t{256} << 10;
 // Of a block that does not lie behind the one before: as far as a dot product looks ahead.
 constexpr std::size_t kJumpBytes = std::size_t{8} << 10;
 
@@ -92,10 +94,12 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
     }
     if (!members_.empty()) multiply_for_members(x, blocks, part, rect, t0, t1, sums, worker);
     const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
+    const bool asks_for_x = x.strip_bytes(t0, t1) * p_.grid.grid_cols() > kCachedBytes;
     const std::size_t end = members_.empty() ? part.end : part.begin;
     for (std::size_t number = part.begin; number < end; ++number) {
         const std::size_t column = place(number) % p_.grid.grid_cols();
         const BlockView& block = blocks[number - fed_];
+        if (number + 1 == end && part.ends) ask_for_y(x.tile(t0), rect);
         if (const std::size_t n = blocks_together(x, blocks, number, part.end, t0); n > 0) {
             for (std::size_t t = t0; t < t1; ++t) {
                 multiply_together(x, blocks, number, n, t, t == t0, sums_of(t));
@@ -103,27 +107,24 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
             number += n - 1;
             continue;
         }
-        const E* const next = next_block<E>(blocks, number - fed_);
-        const bool is_last = number + 1 == part.end || column + 1 == p_.grid.grid_cols();
-        const E* next_x = is_last ? nullptr : x.at(column + 1, t0, 0);
-        const E* const next_x_end = is_last ? nullptr : x.end_of(column + 1, t1 - 1);
+        const Next<E> next = next_block<E>(blocks, number - fed_);
         const E* const w = read<E>(block, worker.reader);
         for (std::size_t c = 0; c < block.cols; c += strip) {
             const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
             for (std::size_t t = t0; t < t1; ++t) {
-                const E* ahead = nullptr;
-                if (t == t0 && next != nullptr) {
-                    ahead = next + c * block.rows;
-                } else if (next_x < next_x_end) {
-                    ahead = next_x;
-                    next_x += n * block.rows;
-                }
-                multiply_tile(x, column, t, c, w + c, n, block, ahead, sums_of(t));
+                const Next<E> part_w = next.part(c * block.rows, n * block.rows, t - t0, t1 - t0);
+                const Next<E> next_x =
+                    asks_for_x && number + 1 < part.end ? x_of(x, number + 1, t) : Next<E>{};
+                const std::size_t elements = x.tile(t).kernel->width;
+                const Next<E> part_x = next_x.part(c * elements, n * elements, 0, 1);
+                multiply_tile(x, column, t, c, w + c, n, block,
+                              {part_w.begin, part_w.end, part_x.begin, part_x.end}, sums_of(t));
             }
         }
     }
     if (!part.ends) return;
     for (std::size_t t = t0; t < t1; ++t) {
+        if (t + 1 < t1) ask_for_y(x.tile(t + 1), rect);
         if (p_.variants != nullptr) add_dots(x.tile(t), rect, sums_of(t));
         store_sums(x.tile(t), rect, sums_of(t));
     }
@@ -134,10 +135,11 @@ template <class T>
 template <class E>
 void Matmul::Typed<T>::multiply_tile(const PackedX<E, T>& x, std::size_t column, std::size_t t,
                                      std::size_t c, const E* w, std::size_t n,
-                                     const BlockView& block, const E* next, T* sums) noexcept {
+                                     const BlockView& block, const GemmNext<E>& next,
+                                     T* sums) noexcept {
     for (unsigned part = 0; part < x.n_parts(); ++part) {
         x.tile(t).kernel->tile_nt(x.at(column, t, c, part), w, block.rows, n, block.cols,
-                                  part == 0 ? next : nullptr, sums);
+                                  part == 0 ? next : GemmNext<E>{}, sums);
     }
 }
 
@@ -168,7 +170,7 @@ void Matmul::Typed<T>::multiply_together(const PackedX<E, T>& x, std::span<const
     for (std::size_t i = 0; i < n; ++i) {
         const BlockView& block = blocks[number + i - fed_];
         const std::size_t column = place(number + i) % p_.grid.grid_cols();
-        const E* const next = first ? next_block<E>(blocks, number + i - fed_, n) : nullptr;
+        const E* const next = first ? next_block<E>(blocks, number + i - fed_, n).begin : nullptr;
         for (unsigned part = 0; part < x.n_parts(); ++part) {
             pieces[count++] = {x.at(column, t, 0, part), reinterpret_cast<const E*>(block.data),
                                block.cols, block.cols, part == 0 ? next : nullptr};
@@ -189,15 +191,16 @@ void Matmul::Typed<T>::multiply_for_members(const PackedX<E, T>& x,
         const std::size_t number = uses[i].number;
         std::size_t end = i + 1;
         while (end < uses.size() && uses[end].number == number) ++end;
-        const E* next = end == uses.size()
-                            ? nullptr
-                            : next_block<E>(blocks, number - fed_, uses[end].number - number);
+        Next<E> next;
+        if (end < uses.size()) {
+            next = next_block<E>(blocks, number - fed_, uses[end].number - number);
+        }
         const BlockView& block = blocks[number - fed_];
         const E* const w = read<E>(block, worker.reader);
         for (; i < end; ++i) {
             T* const to = sums + (x.sums_before(uses[i].tile) - x.sums_before(t0)) * rect.rows;
             multiply_tile_for(x, uses[i], block, w, next, to, worker);
-            next = nullptr;
+            next = {};
         }
     }
     for (std::size_t i = 0; i < worker.dots.size(); ++i) {
@@ -243,8 +246,8 @@ void Matmul::Typed<T>::find_uses(const PackedX<E, T>& x, const Part& part, std::
 template <class T>
 template <class E>
 void Matmul::Typed<T>::multiply_tile_for(const PackedX<E, T>& x, const Use& use,
-                                         const BlockView& block, const E* w, const E* next, T* sums,
-                                         Worker& worker) const {
+                                         const BlockView& block, const E* w, const Next<E>& next,
+                                         T* sums, Worker& worker) const {
     using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
     const auto& tile = x.tile(use.tile);
     const std::size_t lanes = tile.sums();
@@ -255,8 +258,9 @@ void Matmul::Typed<T>::multiply_tile_for(const PackedX<E, T>& x, const Use& use,
     const std::size_t strip = columns_in_a_pass(tile.kernel->width);
     for (std::size_t c = 0; c < block.cols; c += strip) {
         const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
+        const Next<E> part = next.part(c * block.rows, n * block.rows, 0, 1);
         multiply_tile(x, column, use.tile, c, w + c, n, block,
-                      next == nullptr ? nullptr : next + c * block.rows, to);
+                      {part.begin, part.end, nullptr, nullptr}, to);
     }
     if (!is_some) return;
     Bits* const mask = worker.mask.at_least(lanes);
@@ -281,6 +285,16 @@ void Matmul::Typed<T>::add_dots(const Tile& tile, const BlockRect& rect, T* sums
     for (std::size_t i = 0; i < tile.rows; ++i) {
         const T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
         for (std::size_t r = 0; r < rect.rows; ++r) sums[r * lanes + i * group] += y[r];
+    }
+}
+
+template <class T>
+template <class Tile>
+void Matmul::Typed<T>::ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept {
+    constexpr std::size_t kLine = 64 / sizeof(T);
+    for (std::size_t i = 0; i < tile.rows; ++i) {
+        const T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
+        for (std::size_t r = 0; r < rect.rows; r += kLine) __builtin_prefetch(y + r, 1, 2);
     }
 }
 

@@ -52,13 +52,14 @@ void Matmul::Typed<T>::multiply_nn_tiles(std::span<const BlockView> blocks, std:
         T* const w = worker.apart.at_least(std::size_t{block.rows} * block.cols);
         detail::transpose(worker.reader.read(block), block.cols, block.rows, block.cols, w,
                           block.rows);
-        const T* const next = next_block<T>(blocks, number - fed_, columns);
+        const Next<T> next = next_block<T>(blocks, number - fed_, columns);
         for (std::size_t r = 0; r < block.rows; r += strip) {
             const std::size_t n = std::min<std::size_t>(strip, block.rows - r);
             for (std::size_t t = t0; t < t1; ++t) {
-                x.tile(t).kernel->tile_nt(
-                    x.at(number / columns, t, r), w + r, block.cols, n, block.rows,
-                    t == t0 && next != nullptr ? next + r * block.cols : nullptr, sums_of(t));
+                const Next<T> part = next.part(r * block.cols, n * block.cols, t - t0, t1 - t0);
+                x.tile(t).kernel->tile_nt(x.at(number / columns, t, r), w + r, block.cols, n,
+                                          block.rows, {part.begin, part.end, nullptr, nullptr},
+                                          sums_of(t));
             }
         }
     }

@@ -80,6 +80,26 @@ class Matmul::Typed final : public Matmul::Impl {
         std::vector<Use> dots, tiled;  // by the variant that has them; in order
     };
 
+    // Elements that will be needed next.
+    template <class E>
+    struct Next {
+        const E* begin = nullptr;
+        const E* end = nullptr;
+
+        // Of the elements [from, from + count), as far as there are so many, what tile `number` of
+        // `tiles` asks for.
+        [[nodiscard]] Next part(std::size_t from, std::size_t count, std::size_t number,
+                                std::size_t tiles) const noexcept {
+            constexpr std::size_t kLine = 64 / sizeof(E);
+            const std::size_t each = detail::round_up(detail::ceil_div(count, tiles), kLine);
+            const auto at = [&](std::size_t tile) {
+                const std::size_t index = from + std::min(tile * each, count);
+                return begin + std::min(index, static_cast<std::size_t>(end - begin));
+            };
+            return {at(number), at(number + 1)};
+        }
+    };
+
     // Deals out panels by `units` of `unit_rows` rows of x each: as many as fit a task, fewer where
     // there would be too few pieces for the threads.
     template <class Body>
@@ -136,7 +156,7 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class E>
     static void multiply_tile(const detail::PackedX<E, T>& x, std::size_t column, std::size_t t,
                               std::size_t c, const E* w, std::size_t n, const BlockView& block,
-                              const E* next, T* sums) noexcept;
+                              const GemmNext<E>& next, T* sums) noexcept;
     // How many blocks from `number` on tile t of x takes at once: such as lie as they are in their
     // pages. 0 where a kernel does not do that.
     template <class E>
@@ -144,7 +164,7 @@ class Matmul::Typed final : public Matmul::Impl {
                                               std::span<const BlockView> blocks, std::size_t number,
                                               std::size_t end, std::size_t t) const noexcept;
     // n blocks by tile t of x, in all parts of it. For the first tile, the blocks that come next
-    // are asked for.
+    // are asked for: to spread that over all tiles takes longer (AMX, 32 rows: a sixth).
     template <class E>
     void multiply_together(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
                            std::size_t number, std::size_t n, std::size_t t, bool first,
@@ -163,10 +183,13 @@ class Matmul::Typed final : public Matmul::Impl {
     // apart, so that nothing of it, not even a NaN, gets into those of other rows.
     template <class E>
     void multiply_tile_for(const detail::PackedX<E, T>& x, const Use& use, const BlockView& block,
-                           const E* w, const E* next, T* sums, Worker& worker) const;
+                           const E* w, const Next<E>& next, T* sums, Worker& worker) const;
     // Adds the dot products in y to the sums of a tile, which take their place there.
     template <class Tile>
     void add_dots(const Tile& tile, const BlockRect& rect, T* sums) const noexcept;
+    // Sums are stored into rows that lie far apart: each line is a miss of its own.
+    template <class Tile>
+    void ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept;
     template <class Tile>
     void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept;
 
@@ -192,15 +215,25 @@ class Matmul::Typed final : public Matmul::Impl {
         return std::max<std::size_t>(fitting / kGroup, 1) * kGroup;
     }
 
+    // Tile t of x for block `number`.
+    template <class E>
+    [[nodiscard]] Next<E> x_of(const detail::PackedX<E, T>& x, std::size_t number,
+                               std::size_t t) const noexcept {
+        const std::size_t column = place(number) % p_.grid.grid_cols();
+        return {x.at(column, t, 0), x.end_of(column, t)};
+    }
+
     // The block so many places on, in its row or column of blocks the next one, when its memory is
     // worth asking for.
     template <class E>
-    [[nodiscard]] static const E* next_block(std::span<const BlockView> blocks, std::size_t index,
-                                             std::size_t step = 1) noexcept {
+    [[nodiscard]] static Next<E> next_block(std::span<const BlockView> blocks, std::size_t index,
+                                            std::size_t step = 1) noexcept {
         if (index + step >= blocks.size() || blocks[index + step].length > detail::kMaxAheadBytes) {
-            return nullptr;
+            return {};
         }
-        return reinterpret_cast<const E*>(blocks[index + step].data);
+        const BlockView& block = blocks[index + step];
+        const auto* const begin = reinterpret_cast<const E*>(block.data);
+        return {begin, begin + block.length / sizeof(E)};
     }
 
     const GemmKernels& kernels_;

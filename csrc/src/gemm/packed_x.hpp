@@ -104,6 +104,11 @@ class PackedX {
                places_[t + (is_last ? tiles_.size() + 1 : 0)] + c * tiles_[t].kernel->width;
     }
 
+    /// Bytes of tiles [t0, t1) in a strip of full width, of one part.
+    [[nodiscard]] std::size_t strip_bytes(std::size_t t0, std::size_t t1) const noexcept {
+        return (places_[t1] - places_[t0]) * sizeof(E);
+    }
+
     /// Where tile t of strip s ends.
     [[nodiscard]] const E* end_of(std::size_t s, std::size_t t) const noexcept {
         const bool is_last = cols_ - s * strip_ <= strip_;

@@ -190,8 +190,9 @@ void tile_pieces(const Piece* pieces, std::size_t n_pieces, std::size_t rows, fl
 
 template <std::size_t X>
 void tile_nt(const Bits* x, const Bits* w, std::size_t rows, std::size_t cols, std::size_t ldw,
-             const Bits* next, float* acc) noexcept {
-    const Piece piece = {x, w, cols, ldw, next};
+             const GemmNext<Bits>& next, float* acc) noexcept {
+    for (const Bits* at = next.w; at < next.w_end; at += 32) __builtin_prefetch(at, 0, 2);
+    const Piece piece = {x, w, cols, ldw, nullptr};
     tile_pieces<X>(&piece, 1, rows, acc);
 }
 

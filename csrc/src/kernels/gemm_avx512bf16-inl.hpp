@@ -49,12 +49,12 @@ struct Pairs {
 
 #include "kernels/gemm_tile-inl.hpp"
 
-constexpr Bf16GemmKernels kGemm = {{{32, tile_nt<Pairs, 2, 8, 2, float>, 2, 2},
-                                    {16, tile_nt<Pairs, 2, 8, 4, float>, 4, 2},
-                                    {8, tile_nt<Pairs, 2, 8, 8, float>, 8, 2},
-                                    {4, tile_nt<Pairs, 2, 8, 16, float>, 16, 2},
-                                    {2, tile_nt<Pairs, 2, 8, 32, float>, 32, 2},
-                                    {1, tile_nt<Pairs, 1, 8, 32, float>, 32, 2}}};
+constexpr Bf16GemmKernels kGemm = {{{32, tile_nt<Pairs, 2, 8, 2>, 2, 2},
+                                    {16, tile_nt<Pairs, 2, 8, 4>, 4, 2},
+                                    {8, tile_nt<Pairs, 2, 8, 8>, 8, 2},
+                                    {4, tile_nt<Pairs, 2, 8, 16>, 16, 2},
+                                    {2, tile_nt<Pairs, 2, 8, 32>, 32, 2},
+                                    {1, tile_nt<Pairs, 1, 8, 32>, 32, 2}}};
 
 }  // namespace
 }  // namespace pydedup::isa_avx512bf16

@@ -21,8 +21,17 @@ inline constexpr std::size_t kMaxGemmTiles = 6;
 
 inline constexpr std::size_t kMaxGemmPieces = 6;
 
-/// A block w of `cols` columns, and the columns of packed x that it is multiplied with. What is at
-/// `next` is prefetched as by GemmTile::tile_nt.
+/// What is needed next: of blocks, and of packed x. Each is [begin, end), and need not exist.
+template <class E>
+struct GemmNext {
+    const E* w = nullptr;
+    const E* w_end = nullptr;
+    const E* x = nullptr;
+    const E* x_end = nullptr;
+};
+
+/// A block w of `cols` columns, and the columns of packed x that it is multiplied with. Unless
+/// nullptr, as many elements as it has are prefetched from `next` on (need not exist).
 template <class E>
 struct GemmPiece {
     const E* x;
@@ -39,10 +48,10 @@ struct GemmTile {
     /// filled up with zeros):
     ///   acc[r, i, j] += sum over c with c % group / per_sum = j of x[c / group, i, c % group]
     ///                   * w[r, c]
-    /// in the order of c. The sum over j is the caller's, after the last block. Unless nullptr,
-    /// rows * cols elements from `next` on (need not exist) are prefetched meanwhile.
+    /// in the order of c. The sum over j is the caller's, after the last block. What is `next` is
+    /// prefetched meanwhile.
     void (*tile_nt)(const E* x, const E* w, std::size_t rows, std::size_t cols, std::size_t ldw,
-                    const E* next, A* acc) noexcept;
+                    const GemmNext<E>& next, A* acc) noexcept;
     std::size_t group = 1;    ///< neighbouring columns that lie beside each other in a vector
     std::size_t per_sum = 1;  ///< of them, neighbours that are added up at once; divides group
     /// tile_nt for up to kMaxGemmPieces blocks of as many rows, one after another, while the sums

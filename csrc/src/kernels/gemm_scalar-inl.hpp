@@ -76,8 +76,8 @@ void block_nn(const T* x, std::size_t ldx, std::size_t m, const T* w, std::size_
 constexpr std::size_t kWidth = 8;
 
 template <class T>
-void tile_nt(const T* x, const T* w, std::size_t rows, std::size_t cols, std::size_t ldw, const T*,
-             T* acc) noexcept {
+void tile_nt(const T* x, const T* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+             const GemmNext<T>&, T* acc) noexcept {
     for (std::size_t r = 0; r < rows; ++r) {
         T sums[kWidth] = {};
         for (std::size_t c = 0; c < cols; ++c) {

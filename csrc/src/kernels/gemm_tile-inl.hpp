@@ -31,38 +31,57 @@ typename V::Reg repeat_n(const typename V::Elem* w, std::size_t n) noexcept {
     }
 }
 
-// VN vectors of x by R rows of w; what is read of w at once is used in VN products. With Ahead, as
-// many bytes as are read of w are prefetched from `next` on: evenly, since a burst of prefetches
-// fills the queue that loads need, too.
-template <class V, std::size_t VN, std::size_t R, std::size_t G, bool Ahead, class A>
-void tile_nt_fixed(const typename V::Elem* x, const typename V::Elem* w, std::size_t cols,
-                   std::size_t ldw, const typename V::Elem* next, A* acc) noexcept {
+// Columns between two steps of what is asked for ahead.
+template <std::size_t G>
+constexpr std::size_t kAheadColumns = G == 1 ? 4 : G;
+
+// Asks for some elements, which begin in the middle of a line if need be.
+template <std::size_t Elements, class E>
+void ask_for(const E* from) noexcept {
+    constexpr std::size_t kLine = 64 / sizeof(E);
+#pragma GCC unroll 16
+    for (std::size_t k = 0; k < Elements; k += kLine) __builtin_prefetch(from + k, 0, 2);
+}
+
+// VN vectors of x by R rows of w; what is read of w at once is used in VN products. Every
+// kAheadColumns, so many elements are asked for from next_w and from next_x on. How many is known
+// to the compiler: to count takes registers that the addresses of w are in (a tenth slower).
+template <class V, std::size_t VN, std::size_t R, std::size_t G, std::size_t StepW,
+          std::size_t StepX, class E, class A>
+[[gnu::noinline]] void tile_nt_fixed(const E* x, const E* w, std::size_t cols, std::size_t ldw,
+                                     const E* next_w, const E* next_x, A* acc) noexcept {
     using Reg = typename V::Reg;
     constexpr std::size_t kLanes = VN * V::kLanes;
-    constexpr std::size_t kLine = 64 / sizeof(typename V::Elem);
     decltype(V::load(acc)) sums[R][VN];
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
         for (std::size_t v = 0; v < VN; ++v) sums[r][v] = V::load(acc + r * kLanes + v * V::kLanes);
     }
-    const auto multiply = [&](std::size_t r, const Reg* xs, Reg ws) noexcept {
+    const auto multiply = [&sums](std::size_t r, const Reg* xs, Reg ws) noexcept {
 #pragma GCC unroll 4
         for (std::size_t v = 0; v < VN; ++v) sums[r][v] = V::fma(xs[v], ws, sums[r][v]);
     };
-    std::size_t c = 0;
-    for (; c + G <= cols; c += G, x += VN * kRegister<V>) {
-        if constexpr (Ahead) {
-#pragma GCC unroll 16
-            for (std::size_t k = 0; k < R * G; k += kLine) __builtin_prefetch(next + k, 0, 2);
-            next += R * G;
-        }
+    const auto multiply_group = [&](const E* from_x, const E* from_w) noexcept {
         Reg xs[VN];
 #pragma GCC unroll 4
-        for (std::size_t v = 0; v < VN; ++v) xs[v] = V::load(x + v * kRegister<V>);
+        for (std::size_t v = 0; v < VN; ++v) xs[v] = V::load(from_x + v * kRegister<V>);
 #pragma GCC unroll 16
-        for (std::size_t r = 0; r < R; ++r) multiply(r, xs, repeat<V, G>(w + r * ldw + c));
+        for (std::size_t r = 0; r < R; ++r) multiply(r, xs, repeat<V, G>(from_w + r * ldw));
+    };
+    std::size_t c = 0;
+    for (; c + kAheadColumns<G> <= cols; c += kAheadColumns<G>) {
+        ask_for<StepW>(next_w);
+        next_w += StepW;
+        ask_for<StepX>(next_x);
+        next_x += StepX;
+#pragma GCC unroll 4
+        for (std::size_t k = 0; k < kAheadColumns<G> / G; ++k) {
+            multiply_group(x + k * VN * kRegister<V>, w + c + k * G);
+        }
+        x += kAheadColumns<G> / G * VN * kRegister<V>;
     }
+    for (; c + G <= cols; c += G, x += VN * kRegister<V>) multiply_group(x, w + c);
     if constexpr (G > 1) {
         if (c < cols) {
             Reg xs[VN];
@@ -81,24 +100,69 @@ void tile_nt_fixed(const typename V::Elem* x, const typename V::Elem* w, std::si
     }
 }
 
-template <class V, std::size_t VN, std::size_t R, std::size_t G = 1, class A = typename V::Elem>
-void tile_nt(const typename V::Elem* x, const typename V::Elem* w, std::size_t rows,
-             std::size_t cols, std::size_t ldw, const typename V::Elem* next, A* acc) noexcept {
-    constexpr std::size_t kLanes = VN * V::kLanes;
-    std::size_t r = 0;
-    if (next != nullptr) {
-        for (; r + R <= rows; r += R) {
-            tile_nt_fixed<V, VN, R, G, true>(x, w + r * ldw, cols, ldw, next + r * cols,
-                                             acc + r * kLanes);
-        }
+// Memory that is asked for evenly: a burst of prefetches fills the queue that loads need, too.
+template <class E>
+class Ahead {
+  public:
+    static constexpr std::size_t kLine = 64 / sizeof(E);
+
+    Ahead(const E* begin, const E* end, std::size_t steps, std::size_t most) noexcept
+        : at(begin), end_(end) {
+        const auto elements = static_cast<std::size_t>(end - begin);
+        step_ = kLine < most && elements <= steps * kLine ? kLine : most;
     }
+    // Elements to ask for in each step now: a line, or the most.
+    [[nodiscard]] std::size_t step() const noexcept { return at < end_ ? step_ : 0; }
+    void asked(std::size_t steps) noexcept { at += step() * steps; }
+
+    const E* at;
+
+  private:
+    const E* end_;
+    std::size_t step_;
+};
+
+template <class V, std::size_t VN, std::size_t R, std::size_t G = 1, class E, class A>
+void tile_nt(const E* x, const E* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+             const GemmNext<E>& next, A* acc) noexcept {
+    constexpr std::size_t kLanes = VN * V::kLanes;
+    // What a step asks for of a block as large as this one; a tile of few rows is too little of x
+    // to be asked for.
+    constexpr std::size_t kLine = Ahead<E>::kLine;
+    constexpr std::size_t kMostW = R * kAheadColumns<G>;
+    constexpr std::size_t kMostX = G <= 2 ? 2 * kLine : 0;
+    const std::size_t steps = cols / kAheadColumns<G>;
+    Ahead<E> next_w(next.w, next.w_end, rows / R * steps, kMostW);
+    Ahead<E> next_x(next.x, next.x_end, rows / R * steps, kMostX);
+    std::size_t r = 0;
+    const auto multiply = [&]<std::size_t StepW, std::size_t StepX>() noexcept {
+        tile_nt_fixed<V, VN, R, G, StepW, StepX>(x, w + r * ldw, cols, ldw, next_w.at, next_x.at,
+                                                 acc + r * kLanes);
+    };
+    const auto with_x = [&]<std::size_t StepW>() noexcept {
+        if constexpr (kMostX != 0) {
+            if (next_x.step() == kLine) return multiply.template operator()<StepW, kLine>();
+            if (next_x.step() != 0) return multiply.template operator()<StepW, kMostX>();
+        }
+        multiply.template operator()<StepW, 0>();
+    };
     for (; r + R <= rows; r += R) {
-        tile_nt_fixed<V, VN, R, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
+        if (next_w.step() == 0) {
+            with_x.template operator()<0>();
+        } else if (next_w.step() == kLine) {
+            with_x.template operator()<kLine>();
+        } else {
+            with_x.template operator()<kMostW>();
+        }
+        next_w.asked(steps);
+        next_x.asked(steps);
     }
     for (; r + 4 <= rows; r += 4) {
-        tile_nt_fixed<V, VN, 4, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
+        tile_nt_fixed<V, VN, 4, G, 0, 0>(x, w + r * ldw, cols, ldw, next.w, next.x,
+                                         acc + r * kLanes);
     }
     for (; r < rows; ++r) {
-        tile_nt_fixed<V, VN, 1, G, false>(x, w + r * ldw, cols, ldw, nullptr, acc + r * kLanes);
+        tile_nt_fixed<V, VN, 1, G, 0, 0>(x, w + r * ldw, cols, ldw, next.w, next.x,
+                                         acc + r * kLanes);
     }
 }
