@@ -184,7 +184,9 @@ Sink DeltaEncoder::encode_smaller(const Pair& pair, Dtype dtype,
                                   std::optional<double> max_rel_error, std::size_t limit,
                                   const Moved& moved) {
     const auto extensions = [&](const std::optional<ZeroMask>& mask) {
-        Sink more = {static_cast<std::uint8_t>(pair.dtype)};
+        Sink more;
+        more.reserve(1 + moved.bytes.size());
+        more.push_back(static_cast<std::uint8_t>(pair.dtype));
         more.insert(more.end(), moved.bytes.begin(), moved.bytes.end());
         put_mask(more, mask, delta_layout(pair.dtype));
         if (moved.version != 0) return Extensions{{moved.version, more}, {moved.version, more}};
