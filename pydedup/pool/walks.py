@@ -236,7 +236,7 @@ class Walks(abc.ABC):
     ) -> bool:
         """Whether several windows were used as one, since all of their pages are here."""
         most = self._pages // _WHOLE_PARTS
-        if len(plan) == 1 or sum(len(window.ids) for window in plan) > most:
+        if len(plan) < 2 or sum(len(window.ids) for window in plan) > most:
             return False
         (whole,) = self._wholes.of(page_ids, _pages_of(bases), _in_order(bases), most)
         count, gate = len(whole.ids), self._shares.walks
