@@ -283,9 +283,11 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         They could since this process gave its locks up, by closing another handle of the file (a
         rule of POSIX). What it would write goes nowhere, and at its end over what others wrote.
         """
-        log: int | None = getattr(session.connection, "log", None)
-        if log is None or log == self._file.log_number():
-            return
+        with session.lock:
+            log: int | None = getattr(session.connection, "log", None)
+            # Once another thread closed the store, the log is gone rightly.
+            if session.closed or log is None or log == self._file.log_number():
+                return
         self._file.same()
         self._pool.abandon(_LOG_LOST)
         raise UnavailableError(f"{self._url} {_LOG_LOST}")

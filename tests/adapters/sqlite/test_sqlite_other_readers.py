@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from itertools import takewhile
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import pytest
 import pydedup
 from pydedup.errors import ArgumentError, UnsupportedFormatError
 from pydedup.store import Store
+
+from .conftest import open_store
 
 WEIGHTS = {"w": np.ones((4, 4), np.float32)}
 
@@ -148,6 +151,25 @@ with pydedup.open(sys.argv[1]) as store:
     command = [sys.executable, "-P", "-c", code, str(path)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "no longer has the log that this process writes" in said
+
+
+def test_who_closes_the_store_loses_no_log(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another thread may, just as a transaction has ended: the log goes with the last one."""
+    adapter = open_store(path)
+    run = adapter._run  # type: ignore[attr-defined]
+
+    def run_and_close(session: object, sql: str, *rest: object) -> object:
+        result = run(session, sql, *rest)
+        if sql == "COMMIT":
+            adapter.close()
+        return result
+
+    monkeypatch.setattr(adapter, "_run", run_and_close)
+    with adapter.transaction():
+        adapter.set_meta("m", "1")
+    assert not Path(f"{path}-wal").exists()
+    with closing(open_store(path)) as again:
+        assert again.meta()["m"] == "1"
 
 
 def test_a_store_is_no_file_of_the_model_in_whose_folder_it_lies(tmp_path: Path) -> None:
