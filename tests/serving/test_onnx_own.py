@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -190,15 +191,19 @@ def test_they_make_room(tmp_path: Path) -> None:
         assert not own_sessions(store)
 
 
+def without_room(store: pydedup.Store) -> AbstractContextManager[object]:
+    """Leave room in memory for the weights of `drawn` once and a half."""
+    nbytes = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+    stats = store.stats().pool
+    return store._pool.reserve(stats["budget_bytes"] - stats["bytes"] - nbytes * 3 // 2)
+
+
 def test_one_is_made_where_there_is_room_twice(store: pydedup.Store, tmp_path: Path) -> None:
     """The runtime has what it was given until all is laid out."""
     path = stack(tmp_path, "m.onnx", drawn())
     store.add("m", path)
     store.predict("m", X)
-    nbytes = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
-    stats = store.stats().pool
-    room = stats["budget_bytes"] - stats["bytes"]
-    with store._pool.reserve(room - nbytes * 3 // 2):
+    with without_room(store):
         before = store.stats().pool["reserved_bytes"]
         check(store, "m", path)
         assert not own_sessions(store)
@@ -210,9 +215,7 @@ def test_one_is_made_once_there_is_room(store: pydedup.Store, tmp_path: Path) ->
     path = stack(tmp_path, "m.onnx", drawn())
     store.add("m", path)
     store.predict("m", X)
-    nbytes = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
-    stats = store.stats().pool
-    with store._pool.reserve(stats["budget_bytes"] - stats["bytes"] - nbytes * 3 // 2):
+    with without_room(store):
         check(store, "m", path)
         assert not own_sessions(store)
     made = 0
