@@ -33,6 +33,10 @@ class Accuracy:
     A metric looks better on the very examples that chose what is stored: keep a held-out set, and
     use ``confidence``.
 
+    Where nothing was refused, ``evaluate`` is called once more, if it may be, with zeros for all
+    floats. If the metric falls by no more than ``max_drop`` even then, it guards nothing: a warning
+    and the certificate say so.
+
     Parameters
     ----------
     evaluate

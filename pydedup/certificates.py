@@ -26,6 +26,7 @@ __all__ = [
     "artifact_digest",
     "describe",
     "error_of",
+    "guards_nothing",
     "keeps_bits",
     "largest_error",
     "number_in",
@@ -46,6 +47,9 @@ ALIASES = "aliases"
 OF_MODEL = (ARTIFACTS, TENSORS, MAPS, PAGES, ADDRESS, METADATA, ALIASES)
 #: What all certificates say beside the parameters of the policy, which have other names.
 MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", *OF_MODEL)
+
+# Differences of rounded metrics are not exact, as in ingest/judging.py.
+_ROUNDING = 1e-12
 
 # Before certificates said so themselves.
 _KEEP_BITS = ("exact", "lossless")
@@ -93,6 +97,23 @@ def number_in(certificate: Mapping[str, Any], name: str) -> float:
         raise _damaged(certificate.get(name, "nothing"), name) from exc
 
 
+def guards_nothing(certificate: Mapping[str, Any]) -> str | None:
+    """Say why the metric of an `Accuracy` certificate promises nothing; None if it may."""
+    if certificate.get("metric_of_zeros") is None:
+        return None
+    before, zeros, most = (
+        number_in(certificate, name) for name in ("metric_before", "metric_of_zeros", "max_drop")
+    )
+    if before - zeros > most + _ROUNDING * max(1.0, abs(before)):
+        return None
+    return (
+        f"the metric guards nothing: it is {before:.6g} for the model, and {zeros:.6g} with zeros "
+        f"for all of its weights, which max_drop={most:g} allows too. Is evaluate given the right "
+        "examples, and does it use the arrays that it gets? Else take a smaller max_drop, or "
+        "Bounded, which needs no metric"
+    )
+
+
 def _damaged(found: object, name: str) -> CorruptStoreError:
     return CorruptStoreError(
         f"a certificate is damaged: it has {found!r:.60} as its {name}; restore a backup"
@@ -126,13 +147,19 @@ def _describe(certificate: Mapping[str, Any]) -> list[str]:
 
 def _describe_accuracy(certificate: Mapping[str, Any]) -> list[str]:
     """Return a certificate of the policy `Accuracy`."""
-    confidence, rows = certificate["confidence"], certificate["rows"]
+    confidence, rows, nothing = (
+        certificate["confidence"],
+        certificate["rows"],
+        guards_nothing(certificate),
+    )
     # Early certificates do not name score_range and max_rel_error.
     every, most = certificate["every"], certificate.get("max_rel_error")
     lines = [
         f"metric {certificate['metric_before']:.6g} before, {certificate['metric_after']:.6g} "
         f"after: a drop of {certificate['metric_drop']:.3g}, allowed {certificate['max_drop']:g}"
     ]
+    if nothing is not None:
+        lines.append(nothing)
     if confidence is not None:
         span = certificate.get("score_range")
         of_scores = "" if span is None else f", of scores from {span[0]:g} to {span[1]:g}"

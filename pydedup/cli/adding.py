@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pydedup import text
-from pydedup.certificates import describe, keeps_bits
+from pydedup.certificates import describe, guards_nothing, keeps_bits
 from pydedup.cli import completing, options, output
 from pydedup.cli.errors import warn
 from pydedup.cli.progress import Watch
@@ -262,8 +262,10 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
             shown = text.listed(report.left_out)
             output.print_note(f"{report.model}: left out, not stored: {shown}", "yellow")
         if not keeps_bits(report.certificate["policy"], report.certificate):
+            nothing = guards_nothing(report.certificate)
             for line in describe(report.certificate):
-                output.print_note(f"{report.model}: {line}", "dim")
+                style = "yellow" if line == nothing else "dim"
+                output.print_note(f"{report.model}: {line}", style)
     if dry_run:
         output.print_note("dry run: nothing was written", "yellow")
     else:

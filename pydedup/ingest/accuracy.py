@@ -153,7 +153,15 @@ def choose(
     for wanted in unreached:  # with the evaluations that were kept for rounds that had little to do
         search(wanted, last=True)
     errors = trial.errors()
+    # What never refused anything may be unable to: labels of other data, a score of a module that
+    # was not given the weights. Told is who has to know; what they asked for is kept.
+    unharmed = not (trial.refused or trial.closed) and ((trial.levels >= 0).any() or finetuned)
+    zeros = None
+    if unharmed and trial.evaluations < policy.max_evaluations:
+        zeros = trial.metric_of_zeros()
     certificate = _certificate(trial, policy, replacements, finetuned)
+    if zeros is not None:
+        certificate["metric_of_zeros"] = zeros
     certificate["largest_block_error"] = max(errors.values(), default=0.0)
     return Choice(trial.levels, certificate, finetuned, errors)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from pydedup import config
 from pydedup.accuracy import Accuracy
 from pydedup.adapter import Adapter
+from pydedup.certificates import guards_nothing
 from pydedup.errors import (
     ConflictError,
     CorruptStoreError,
@@ -196,6 +198,8 @@ class _Add:
         if isinstance(policy, Accuracy):
             tell = functools.partial(self._tell_of_evaluation, policy)
             chosen = choose_blocks(matcher, ahead, request, policy, previous, advance, tell)
+            if why := guards_nothing(chosen.certificate):
+                warnings.warn(f"{request.address}: {why}", UserWarning, stacklevel=2)
             model = _match_chosen(matcher, request, chosen)
             match_artifacts(matcher, model)
             return model

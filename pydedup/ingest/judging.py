@@ -76,8 +76,8 @@ class Scorer:
         """Take notice that a tensor was changed on purpose."""
         self._prints.pop(id(self._weights[name]), None)
 
-    def measure(self) -> Measure:
-        """Evaluate the arrays as they are.
+    def measure(self, others: Mapping[str, NDArray[Any]] | None = None) -> Measure:
+        """Evaluate the arrays as they are, or others in their place.
 
         Raises
         ------
@@ -92,7 +92,7 @@ class Scorer:
         if self._tell is not None:
             self._tell(self.evaluations)
         try:
-            result = self._evaluate(read_only(self._weights))
+            result = self._evaluate(read_only(self._weights if others is None else others))
         except PydedupError:
             raise
         except Exception as error:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
 from pydedup.blocks import matrix_shape
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, EvaluationError
 from pydedup.ingest.judging import Judge, Measure, Scorer, Verdict
 from pydedup.similarity import distances
 from pydedup.types import DType
@@ -162,6 +162,24 @@ class Trial:
         for index in [i for i in self._originals if self.levels[i] == KEPT]:
             del self._originals[index]
         return True
+
+    def metric_of_zeros(self) -> float | None:
+        """Return the metric of the model with zeros in place of all its floats.
+
+        None where ``evaluate`` cannot make anything of these, which it does not have to.
+        """
+        # By array, so that tied weights are one. Memory that nobody wrote to takes none.
+        zeros = {
+            id(array): np.zeros(array.shape, array.dtype)
+            for array in self.weights.values()
+            if DType.of(array.dtype).is_float
+        }
+        weights = {name: zeros.get(id(array), array) for name, array in self.weights.items()}
+        with np.errstate(all="ignore"):
+            try:
+                return self._scorer.measure(weights).metric
+            except EvaluationError:
+                return None
 
     def frozen(
         self, shared: Mapping[str, Sequence[tuple[slice, slice]]]

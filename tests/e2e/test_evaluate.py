@@ -224,3 +224,11 @@ def test_what_progress_raises_is_not_laid_to_evaluate(store: pydedup.Store) -> N
     with pytest.raises(StopNowError):
         store.add("m", {"w": weights()}, policy=policies.Accuracy(good, 0.1), progress=progress)
     assert store.models() == []
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_metric_that_guards_nothing_is_warned_of(store: pydedup.Store, dry_run: bool) -> None:
+    store.add("base", {"w": weights()})
+    policy = policies.Accuracy(lambda _: 0.0, 0.01)
+    with pytest.warns(UserWarning, match="^m@1: the metric guards nothing: it is 0 for the model"):
+        store.add("m", {"w": moved(weights())}, policy=policy, dry_run=dry_run)

@@ -208,7 +208,7 @@ def test_batches_that_are_judged_stay_small() -> None:
     population = Population(np.random.default_rng(0), 2000, 64, 0.0)
     certificate = population.choose(0.03, confidence=0.95).certificate
     assert certificate["replaced"] == 64
-    assert certificate["evaluations"] == 2 + 64 // 2
+    assert certificate["evaluations"] == 2 + 64 // 2 + 1  # of zeros
 
 
 def test_nothing_replaced_is_no_drop_for_sure() -> None:

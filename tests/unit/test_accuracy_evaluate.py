@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
-from pydedup.certificates import describe
+from pydedup.certificates import describe, guards_nothing
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError, UnavailableError
 from pydedup.ingest.accuracy import Choice, Replacement, choose
 from pydedup.policies import Bounded
@@ -401,3 +401,68 @@ def test_tied_weights_are_one_array_under_two_names() -> None:
 
     with pytest.raises(EvaluationError, match="'again' and 'w' differ, which are tied"):
         choose(weights, replacements, Accuracy(closeness, 0.1, every=1, finetune=parting))
+
+
+def norm(weights: Arrays) -> float:
+    return float(np.linalg.norm(weights["w"]))
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "max_drop", "expected"),
+    [
+        (lambda _: 0.0, 0.0, (0.0, 0.0)),  # labels of other data
+        (lambda _: [0.7, 0.9], 0.01, (0.8, 0.8)),  # a module that nobody gave the weights
+        (lambda w: 0.1 * (norm(w) == 0), 0.5, (0.0, 0.1)),
+        (lambda w: 0.51 if norm(w) else 0.5, 0.01, (0.51, 0.5)),
+    ],
+)
+def test_a_metric_that_zeros_meet_too_guards_nothing(
+    evaluate: Callable[[Arrays], Any], max_drop: float, expected: tuple[float, float]
+) -> None:
+    choice = run(evaluate, max_drop)
+    assert choice.certificate["replaced"] == 4
+    why = guards_nothing(choice.certificate)
+    assert why is not None
+    assert why in describe({**choice.certificate, "tensor_errors": {}})
+    assert f"is {expected[0]:g} for the model, and {expected[1]:g} with zeros" in why
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda w: -float(norm(w) == 0),  # a loss, of which 0 is the best
+        lambda w: 1.0 if norm(w) else np.nan,
+        lambda w: 1 if norm(w) else 1 // 0,
+        lambda w: np.ones(4 if norm(w) else 3),
+    ],
+)
+def test_a_metric_that_falls_for_zeros_may_guard(evaluate: Callable[[Arrays], Any]) -> None:
+    weights, replacements = model()
+    choice = choose(weights, replacements, Accuracy(evaluate, 0.1))
+    assert choice.certificate["replaced"] == 4
+    assert guards_nothing(choice.certificate) is None
+    assert (weights["w"] == -1).all()  # what was chosen, and not zeros
+
+
+def test_zeros_are_in_the_place_of_floats_alone_and_ties_are_kept() -> None:
+    weights, replacements = model()
+    weights |= {"tied": weights["w"], "ids": np.arange(3)}
+    last: list[Arrays] = []
+
+    def evaluate(arrays: Arrays) -> float:
+        last[:] = [arrays]
+        return 1.0
+
+    choice = choose(weights, replacements, Accuracy(evaluate, 0.1))
+    assert choice.certificate["metric_of_zeros"] == 1
+    assert [name for name, array in last[0].items() if array.any()] == ["ids"]
+    assert np.shares_memory(last[0]["w"], last[0]["tied"])
+    assert not any(array.flags.writeable for array in last[0].values())
+
+
+def test_zeros_take_no_evaluation_that_is_not_to_be_had_or_tells_nothing() -> None:
+    for most, expected in ((3, False), (6, False), (7, True)):  # 2 before, 4 blocks
+        certificate = run(lambda _: 1.0, every=1, search="step", max_evaluations=most).certificate
+        assert certificate["evaluations"] == most
+        assert ("metric_of_zeros" in certificate) is expected
+    assert "metric_of_zeros" not in run(after(2, 0.0), every=1).certificate  # refused

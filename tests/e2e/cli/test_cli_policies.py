@@ -24,6 +24,9 @@ LABELS = np.load("labels.npy")
 def accuracy(weights):
     return (np.argmax(X @ weights["w"].T, 1) == LABELS).astype(float)
 
+def blind(weights):
+    return 0.0
+
 def broken(weights):
     raise KeyError("no such column")
 
@@ -146,6 +149,18 @@ def test_wrong_policies_are_one_line(folder: Path, words: str, says: str) -> Non
     assert re.fullmatch(r"pydedup: error: [^\n]+\n", done.stderr), done.stderr
     assert says in done.stderr
     assert [m["model"] for m in document("ls", "m.db")["models"]] == ["base@1"]
+
+
+def test_a_metric_that_guards_nothing_is_told(folder: Path) -> None:
+    words = ("--policy", "accuracy", "--max-drop", 0.1, "--evaluate", "metrics:blind")
+    done = run("add", "m.db", "near", "near.safetensors", *words)
+    assert done.returncode == 0
+    why = "the metric guards nothing: it is 0 for the model, and 0 with zeros for all"
+    for shown in (done.stdout, run("info", "m.db", "near").stdout):
+        assert why in " ".join(shown.split())
+    words = ("--policy", "accuracy", "--max-drop", 0.1, "--evaluate", "metrics:accuracy")
+    done = run("add", "m.db", "other", "near.safetensors", *words)
+    assert "guards nothing" not in done.stdout + run("info", "m.db", "other").stdout
 
 
 def test_only_accuracy_models_are_evaluated(folder: Path) -> None:
