@@ -20,8 +20,9 @@ R = TypeVar("R")
 AGAIN_SECONDS: Final = 10.0
 FIRST_PAUSE_SECONDS: Final = 0.05
 LONGEST_PAUSE_SECONDS: Final = 1.0
-#: Whoever asks so soon after a server was waited for in vain does not wait again: an operation
-#: tidies up behind its failure, or goes on with another part, and is to end within one wait.
+#: Whoever asks so soon after a server was waited for in vain does not wait again, but asks: an
+#: operation tidies up behind its failure, or goes on with another part, and is to end within one
+#: wait; and by now the server may be back, for other threads as well.
 IN_VAIN_SECONDS: Final = 1.0
 
 
@@ -39,6 +40,7 @@ class ReadsAgain(DbApiBase):
         if self._pool.scope() is not None:
             return read()
         end, pause = 0.0, FIRST_PAUSE_SECONDS
+        began, had_connection = time.monotonic(), self._pool.has_own()
         while True:
             try:
                 return read()
@@ -46,8 +48,11 @@ class ReadsAgain(DbApiBase):
                 now = time.monotonic()
                 # Where connections are few, one comes free sooner or later.
                 is_away = not isinstance(error, CancelledError | CrowdedError)
-                if is_away and not end and now - self._gave_up_at < IN_VAIN_SECONDS:
-                    raise
+                if is_away and not end and began - self._gave_up_at < IN_VAIN_SECONDS:
+                    if not had_connection:
+                        raise
+                    had_connection = False
+                    continue  # that an old connection is lost tells nothing of the server
                 end = end or now + AGAIN_SECONDS  # a host that fell silent took long to fail
                 if now + pause > end:
                     if is_away:

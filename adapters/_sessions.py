@@ -181,6 +181,11 @@ class SessionPool:
             if not session.closed and self._local.anchor is None:
                 self._local.anchor = anchor
 
+    def has_own(self) -> bool:
+        """Whether this thread has a connection, though it may be lost by now."""
+        anchor = self._local.anchor
+        return anchor is not None and not anchor.session.closed
+
     def scope(self) -> str | None:
         """Return what this thread is in: a transaction, a snapshot, or nothing."""
         anchor = self._local.anchor

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,6 +250,26 @@ def test_a_server_that_stays_away(own_server: Any, monkeypatch: pytest.MonkeyPat
     finally:
         own_server.start()
     assert adapter.epoch() == 0
+    adapter.close()
+
+
+def test_a_server_that_came_back_is_found_by_who_does_not_wait_for_it(
+    own_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread had waited in vain, who had a connection of before failed at once."""
+    monkeypatch.setattr("pydedup.adapters._again.AGAIN_SECONDS", 0.3)
+    monkeypatch.setattr("pydedup.adapters._again.IN_VAIN_SECONDS", 1e6)
+    adapter = open_store(own_server.new_place())
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        assert [one.submit(adapter.epoch).result() for one in (reader, writer)] == [0, 0]
+        own_server.kill()
+        try:
+            with pytest.raises(UnavailableError, match="check that the server runs"):
+                adapter.epoch()
+        finally:
+            own_server.start()
+        assert reader.submit(adapter.epoch).result() == 0
+        assert writer.submit(add_random_pages, adapter, 1).result().keys() == {1}
     adapter.close()
 
 
