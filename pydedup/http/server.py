@@ -15,13 +15,10 @@ import logging
 import resource
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import uvicorn
-import uvloop
 
 from pydedup.errors import ArgumentError
 from pydedup.http.access import AccessLog, Gate
@@ -29,6 +26,7 @@ from pydedup.http.app import App
 from pydedup.http.options import ServeOptions
 from pydedup.http.protocol import LimitedProtocol
 from pydedup.http.served import ServedStore
+from pydedup.http.tls import Loop, certificate
 
 __all__ = ["SWITCH_SECONDS", "listen", "serve", "stopping_signals", "url_of"]
 
@@ -37,8 +35,8 @@ __all__ = ["SWITCH_SECONDS", "listen", "serve", "stopping_signals", "url_of"]
 SWITCH_SECONDS = 0.0005
 _IDLE_SECONDS = 75
 _BACKLOG = 1024
-#: How long an end of TLS waits for the client's.
-_GOODBYE_SECONDS = 1.0
+#: Of the connections, where they are of TLS, this part may be at the handshake.
+_AT_HANDSHAKE = 1 / 4
 #: Files of a connection to a store in SQLite: the database, its log, what readers share.
 _FILES_OF_A_READER = 3
 
@@ -69,7 +67,10 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
     app = App(store, options, Gate(options.token), log)
     _quiet_loggers()
     seconds = min(LimitedProtocol.head_seconds, options.timeout)
-    limits = {"head_seconds": seconds, "most_connections": _most_connections(options.threads)}
+    secured = certificate(options)
+    most = _most_connections(options.threads)
+    handshakes = max(1, int(most * _AT_HANDSHAKE)) if secured else 0
+    limits = {"head_seconds": seconds, "most_connections": most - handshakes}
     protocol = type("Protocol", (LimitedProtocol,), limits)
     config = uvicorn.Config(
         app,
@@ -82,15 +83,15 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
         proxy_headers=False,
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=1,
-        **_tls(options),
+        **secured,
     )
     switch = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         with listen(options.host, options.port) as listener:
-            url = url_of(*listener.getsockname()[:2], secured=options.tls_cert is not None)
+            url = url_of(*listener.getsockname()[:2], secured=bool(secured))
             server = _Server(config, app, options.grace, lambda: started(url))
-            loop = functools.partial(_Loop, seconds)
+            loop = functools.partial(Loop, seconds, handshakes)
             with asyncio.Runner(loop_factory=loop) as runner:
                 runner.run(server.serve(sockets=[listener]))
     finally:
@@ -99,21 +100,6 @@ def serve(store: ServedStore, options: ServeOptions, started: Callable[[str], No
         if log is not None:
             log.close()
     return server.cut_off
-
-
-class _Loop(uvloop.Loop):
-    """An event loop whose TLS connections keep their files no longer than others do."""
-
-    def __init__(self, head_seconds: float) -> None:
-        super().__init__()
-        self._head_seconds = head_seconds
-
-    async def create_server(self, *args: Any, **options: Any) -> Any:
-        """Listen; for a silent client others wait 60 s as it begins, and 30 s as it ends."""
-        if options.get("ssl") is not None:
-            options["ssl_handshake_timeout"] = self._head_seconds
-            options["ssl_shutdown_timeout"] = _GOODBYE_SECONDS
-        return await super().create_server(*args, **options)
 
 
 class _Server(uvicorn.Server):
@@ -213,20 +199,6 @@ def _most_connections(threads: int) -> int:
         return LimitedProtocol.most_connections
     kept = 2 * _FILES_OF_A_READER * (5 + 3 * threads)
     return max(limit - kept, limit // 2)
-
-
-def _tls(options: ServeOptions) -> dict[str, Any]:
-    if options.tls_cert is None and options.tls_key is None:
-        return {}
-    if options.tls_cert is None or options.tls_key is None:
-        raise ArgumentError("TLS needs both a certificate and its key")
-    try:
-        trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        trial.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
-    except (OSError, ValueError) as error:
-        places = f"{options.tls_cert} and {options.tls_key}"
-        raise ArgumentError(f"no certificate with its key in {places}: {error}") from error
-    return {"ssl_certfile": str(options.tls_cert), "ssl_keyfile": str(options.tls_key)}
 
 
 def _quiet_loggers() -> None:
