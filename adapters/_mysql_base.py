@@ -223,8 +223,8 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         name, _, host = text(who).replace("'", "''").rpartition("@")
         database = self._place.database.replace("`", "``")
         return (
-            f"user {text(who)} may not create one: let an administrator run GRANT {CREATOR} ON "
-            f"`{database}`.* TO '{name}'@'{host}'"
+            f"user {text(who)} may not create one: connect as one who may, or let an administrator "
+            f"run GRANT {CREATOR} ON `{database}`.* TO '{name}'@'{host}'"
         )
 
     @contextlib.contextmanager

@@ -141,8 +141,8 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
             else f'CREATE SCHEMA "{schema}" AUTHORIZATION "{quoted}"'
         )
         return there, "" if allowed else (
-            f"user {role} may not create one: let an administrator run, in database {database}: "
-            f"{to_do}"
+            f"user {role} may not create one: connect as one who may, or let an administrator run, "
+            f"in database {database}: {to_do}"
         )
 
     def _ensure_schema(self) -> None:
