@@ -60,9 +60,11 @@ def plain(shown: str) -> list[str]:
 
 
 #: Runs commands one after the other; a process for each would be started for most of the time.
+#: None shows how far it is, as each does once it takes a moment.
 _IN_TURN = """
 import json, sys
-from pydedup.cli import main
+from pydedup.cli import main, progress
+progress._DELAY_SECONDS = 1000
 for words in json.loads(sys.argv[1]):
     print("status", main(words))
 """
