@@ -9,7 +9,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -121,6 +120,9 @@ for _, _commands in SECTIONS:
         program.add_command(_command)
 
 
+_STANDARD_OUTPUT = 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status (`errors.Exit`).
 
@@ -182,9 +184,11 @@ def _say_interrupted(context: click.Context | None) -> None:
 
 def _prepare_streams() -> None:
     """Make printing safe: an output that is closed or raw, names its encoding lacks, no columns."""
+    _occupy_streams()
     own = sys.__stdout__
     if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - lives on
+        closed = io.FileIO(_STANDARD_OUTPUT, "wb", closefd=False)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(closed), "utf-8")
     elif own is not None and own is sys.stdout and isinstance(own.buffer, io.RawIOBase):
         # As PYTHONUNBUFFERED has it: a full disk or a pipe may take a part, and nobody hears of it.
         whole = io.BufferedWriter(io.FileIO(own.fileno(), "wb", closefd=False))
@@ -196,6 +200,19 @@ def _prepare_streams() -> None:
         said = os.environ.get(name, "")
         if not (said.isascii() and said.isdigit() and said.strip("0")):
             os.environ.pop(name, None)  # 0 is unknown, and rich takes it, and "²" for a number
+
+
+def _occupy_streams() -> None:
+    """Let no file that is opened get the number of a stream that is closed, for what libraries say.
+
+    What is written to such an output then fails, as it does with other programs.
+    """
+    for number in (0, _STANDARD_OUTPUT, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free, which is this one.
+            os.open(os.devnull, os.O_WRONLY if number == 0 else os.O_RDONLY)
 
 
 def _flush(status: int) -> int:

@@ -36,8 +36,8 @@ TRACEBACK_VARIABLE = "PYDEDUP_TRACEBACK"
 _LONGEST_FAULT = 200
 #: What Python says where the system gives no thread.
 _NO_THREAD = "can't start new thread"
-#: What ends writing, of standard output for one.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: What ends writing, of standard output for one, which may be closed.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 
 
 class Exit(enum.IntEnum):

@@ -321,5 +321,21 @@ def test_standard_output_that_cannot_be_written(kept: str) -> None:
         "pydedup: error: cannot write the output: No space left on device; what was done "
         "before stays\n"
     )
-    closed = subprocess.run(["bash", "-c", f"{' '.join(PROGRAM)} ls {kept} >&-"], check=False)
-    assert closed.returncode == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", ">&- 2>&-"])
+@pytest.mark.parametrize("words", ["ls {}", "ls {} --json", "--version"])
+def test_standard_output_that_is_closed(kept: str, words: str, closed: str) -> None:
+    """The status was 0, though whoever reads it has nothing."""
+    line = f"{' '.join(PROGRAM)} {words.format(kept)} {closed}"
+    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4
+    said = "cannot write the output: Bad file descriptor; what was done before stays"
+    assert done.stderr == ("" if "2>" in closed else f"pydedup: error: {said}\n")
+
+
+def test_no_file_gets_the_number_of_a_stream_that_is_closed(kept: str) -> None:
+    """What a library says there would go into the store."""
+    code = f"import os; from pydedup.cli import main; main(['ls', {kept!r}]); os._exit(os.dup(4))"
+    line = f'exec {sys.executable} -P -c "$0" <&- >&- 2>&- 4</dev/null'
+    assert subprocess.run(["bash", "-c", line, code], check=False).returncode > 2
