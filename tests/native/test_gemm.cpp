@@ -137,6 +137,55 @@ TEST(threads_do_not_show) {
     }
 }
 
+// x is larger than what is taken to stay in the cache, so that a task takes several panels; fed
+// block by block, it has one. Every third block is encoded.
+TEST(panels_taken_together_do_not_show) {
+    const BlockGrid grid{520, 540, 32, 64};
+    const std::size_t m = 270;
+    const auto w = normal<float>(grid.rows * grid.cols);
+    std::vector<std::uint16_t> halves;
+    std::vector<float> w_halves;
+    for (const float value : w) {
+        halves.push_back(upper_half(value));
+        w_halves.push_back(widened(halves.back()));
+    }
+    const auto mixed = [&](const auto& weights, Dtype dtype) {
+        Stored stored = store(weights, grid, dtype, false);
+        const Stored encoded = store(weights, grid, dtype, true);
+        for (std::size_t i = 0; i < stored.blocks.size(); i += 3) {
+            stored.memory[i] = encoded.memory[i];
+            stored.blocks[i] = encoded.blocks[i];
+            stored.blocks[i].data = stored.memory[i].data();
+        }
+        return stored;
+    };
+    for (const auto& [stored, weights] :
+         {std::pair{mixed(w, Dtype::f32), w}, std::pair{store(w, grid, Dtype::f32, false), w},
+          std::pair{mixed(halves, Dtype::bf16), w_halves},
+          std::pair{store(halves, grid, Dtype::bf16, false), w_halves}}) {
+        for (const bool transpose : {false, true}) {
+            if (!sampled()) continue;
+            const std::size_t k = transpose ? grid.rows : grid.cols;
+            const std::size_t n = transpose ? grid.cols : grid.rows;
+            auto x = normal<float>(m * k);
+            for (float& value : x) value = widened(upper_half(value));
+            const auto bias = normal<float>(n);
+            const auto y = multiply(stored, x, m, transpose, Activation::none, bias.data());
+            auto exactly = exact(x, weights, m, n, k, transpose, std::vector<float>(m * n));
+            for (std::size_t i = 0; i < y.size(); ++i) exactly.value[i] += bias[i % n];
+            for (std::size_t i = 0; i < y.size(); ++i)
+                exactly.magnitude[i] += std::abs(bias[i % n]);
+            CHECK(exactly.agrees(y));
+            for (const std::size_t piece : {1, 25, 100}) {
+                for (const unsigned threads : {1, 2}) {
+                    CHECK(same_bits(y, multiply(stored, x, m, transpose, Activation::none,
+                                                bias.data(), threads, piece)));
+                }
+            }
+        }
+    }
+}
+
 TEST(rows_of_x_do_not_influence_each_other) {
     const BlockGrid grid{70, 90, 16, 32};
     const auto w = normal<float>(grid.rows * grid.cols);

@@ -92,9 +92,13 @@ void Matmul::Typed<T>::multiply(std::span<const BlockView> blocks) {
     const unsigned threads = threads_for(weights * p_.m);
     if (p_.transpose) {
         if (packed_) {
-            run(grid.grid_cols(), packed_->n_tiles(), packed_->tile(0).kernel->width, threads,
-                [&](const Task& task, Worker& worker) {
-                    multiply_nn_tiles(blocks, task.panel, task.unit0, task.unit1, worker);
+            const std::size_t group =
+                panels_together(*packed_, grid.grid_cols(), grid.block_cols, threads);
+            run(ceil_div(grid.grid_cols(), group), packed_->n_tiles(),
+                packed_->tile(0).kernel->width, threads, [&](const Task& task, Worker& worker) {
+                    const std::size_t column = task.panel * group;
+                    multiply_nn_tiles(blocks, column, std::min(column + group, grid.grid_cols()),
+                                      task.unit0, task.unit1, worker);
                 });
         }
         if (tiled_ == p_.m) return;

@@ -21,8 +21,6 @@ constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
 // A tile of f32 or f64 takes as long for all its rows as dot products do for this part of them.
 // Measured (AVX2): as good as any from a quarter to all; what few rows have is bound by memory.
 constexpr std::size_t kFewOfATile = 2;
-// Packed x of so many bytes is in the second-level cache from one row of blocks to the next.
-constexpr std::size_t kCachedBytes = std::size_t{256} << 10;
 // Of a block that does not lie behind the one before: as far as a dot product looks ahead.
 constexpr std::size_t kJumpBytes = std::size_t{8} << 10;
 
@@ -58,77 +56,124 @@ void Matmul::Typed<T>::multiply_packed(const PackedX<E, T>& x, std::span<const B
         to_go_on_ = AlignedArray<T>(x.sums_before(x.n_tiles()) *
                                     block_rect(p_.grid, last * p_.grid.grid_cols()).rows);
     }
-    run(panels, x.n_tiles(), x.tile(0).kernel->width, threads,
+    const std::size_t together = panels_together(x, panels, p_.grid.block_rows, threads);
+    run(detail::ceil_div(panels, together), x.n_tiles(), x.tile(0).kernel->width, threads,
         [&](const Task& task, Worker& worker) {
-            multiply_tiles(x, blocks, first + task.panel, task.unit0, task.unit1, worker);
+            const std::size_t end = first + std::min(panels, (task.panel + 1) * together);
+            for (std::size_t row = first + task.panel * together; row < end;) {
+                const Rows rows = rows_from(row, end, blocks.size());
+                multiply_tiles(x, blocks, rows, task.unit0, task.unit1, worker);
+                row += rows.count;
+            }
         });
     begun_ = std::move(to_go_on_);
 }
 
 template <class T>
+auto Matmul::Typed<T>::rows_from(std::size_t row, std::size_t end,
+                                 std::size_t n_blocks) const noexcept -> Rows {
+    std::size_t count = 0;
+    while (row + count < end) {
+        const Part part = part_of_row(row + count, n_blocks);
+        if (!part.starts || !part.ends) break;
+        ++count;
+    }
+    return {row, std::max<std::size_t>(count, 1)};
+}
+
+template <class T>
 template <class E>
 void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const BlockView> blocks,
-                                      std::size_t row, std::size_t t0, std::size_t t1,
+                                      const Rows& rows, std::size_t t0, std::size_t t1,
                                       Worker& worker) const {
     std::optional<TileRegisters> registers;
     if constexpr (!std::is_same_v<E, T>) registers.emplace(kernels_.bf16);
-    const Part part = part_of_row(row, blocks.size());
-    const BlockRect rect = block_rect(p_.grid, row * p_.grid.grid_cols());
+    const std::size_t grid_cols = p_.grid.grid_cols();
+    const Part part = part_of_row(rows.first, blocks.size());
+    const BlockRect rect = block_rect(p_.grid, rows.first * grid_cols);
+    const BlockRect last = block_rect(p_.grid, (rows.first + rows.count - 1) * grid_cols);
     const std::size_t sum0 = x.sums_before(t0);
-    const std::size_t count = (x.sums_before(t1) - sum0) * rect.rows;
+    const std::size_t per_row = x.sums_before(t1) - sum0;
+    const std::size_t count = per_row * (last.row0 + last.rows - rect.row0);
     T* const sums = part.ends ? worker.sums.at_least(count) : to_go_on_.data() + sum0 * rect.rows;
     if (part.starts) {
         std::fill_n(sums, count, T{0});
     } else {
         std::copy_n(begun_.data() + sum0 * rect.rows, count, sums);
     }
-    const auto sums_of = [&](std::size_t t) {
-        return sums + (x.sums_before(t) - sum0) * rect.rows;
+    const auto sums_of = [&](std::size_t i) {
+        BlockRect of_row = i + 1 == rows.count ? last : rect;
+        of_row.row0 = rect.row0 + i * p_.grid.block_rows;
+        return TileSums{sums + per_row * i * p_.grid.block_rows, of_row, t0, t1};
     };
-    const std::size_t row0 = x.tile(t0).row0;
-    const std::size_t row1 = x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows;
     if (p_.variants != nullptr && part.starts) {  // dot products are added to it
-        for (std::size_t i = row0; i < row1; ++i) {
+        const std::size_t end = x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows;
+        for (std::size_t i = x.tile(t0).row0; i < end; ++i) {
             std::fill_n(y_ + i * n_ + rect.row0, rect.rows, T{0});
         }
     }
     if (!members_.empty()) multiply_for_members(x, blocks, part, rect, t0, t1, sums, worker);
-    const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
-    const bool asks_for_x = x.strip_bytes(t0, t1) * p_.grid.grid_cols() > kCachedBytes;
     const std::size_t end = members_.empty() ? part.end : part.begin;
-    for (std::size_t number = part.begin; number < end; ++number) {
-        const std::size_t column = place(number) % p_.grid.grid_cols();
-        const BlockView& block = blocks[number - fed_];
-        if (number + 1 == end && part.ends) ask_for_y(x.tile(t0), rect);
-        if (const std::size_t n = blocks_together(x, blocks, number, part.end, t0); n > 0) {
-            for (std::size_t t = t0; t < t1; ++t) {
-                multiply_together(x, blocks, number, n, t, t == t0, sums_of(t));
-            }
-            number += n - 1;
-            continue;
+    for (std::size_t number = part.begin; number < end;) {
+        std::size_t together = blocks_together(x, blocks, number, part.end, t0);
+        for (std::size_t i = 1; i < rows.count && together > 0; ++i) {
+            together = std::min(together, blocks_together(x, blocks, number + i * grid_cols,
+                                                          part.end + i * grid_cols, t0));
         }
-        const Next<E> next = next_block<E>(blocks, number - fed_);
-        const E* const w = read<E>(block, worker.reader);
-        for (std::size_t c = 0; c < block.cols; c += strip) {
-            const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
-            for (std::size_t t = t0; t < t1; ++t) {
-                const Next<E> part_w = next.part(c * block.rows, n * block.rows, t - t0, t1 - t0);
-                const Next<E> next_x =
-                    asks_for_x && number + 1 < part.end ? x_of(x, number + 1, t) : Next<E>{};
-                const std::size_t elements = x.tile(t).kernel->width;
-                const Next<E> part_x = next_x.part(c * elements, n * elements, 0, 1);
-                multiply_tile(x, column, t, c, w + c, n, block,
-                              {part_w.begin, part_w.end, part_x.begin, part_x.end}, sums_of(t));
+        const std::size_t after = number + std::max<std::size_t>(together, 1);
+        for (std::size_t i = 0; i < rows.count; ++i) {
+            const bool is_last = i + 1 == rows.count;
+            const std::size_t at = number + i * grid_cols;
+            const std::size_t next = is_last ? after : at + grid_cols;
+            const TileSums to = sums_of(i);
+            if (after == end && part.ends) ask_for_y(x.tile(t0), to.rect);
+            if (together > 0) {
+                multiply_together(x, blocks, at, together, next, to);
+            } else {
+                multiply_block(x, blocks, at, next, is_last && after < part.end, to, worker);
             }
         }
+        number = after;
     }
     if (!part.ends) return;
-    for (std::size_t t = t0; t < t1; ++t) {
-        if (t + 1 < t1) ask_for_y(x.tile(t + 1), rect);
-        if (p_.variants != nullptr) add_dots(x.tile(t), rect, sums_of(t));
-        store_sums(x.tile(t), rect, sums_of(t));
+    for (std::size_t i = 0; i < rows.count; ++i) store_tiles(x, sums_of(i));
+}
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::multiply_block(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+                                      std::size_t number, std::size_t next, bool next_has_new_x,
+                                      const TileSums& to, Worker& worker) const {
+    const std::size_t column = place(number) % p_.grid.grid_cols();
+    const std::size_t strip = columns_in_a_pass(x.tile(to.t0).kernel->width);
+    const bool asks_for_x = next_has_new_x && x.bytes(to.t0, to.t1) > detail::kCachedBytes;
+    const BlockView& block = blocks[number - fed_];
+    const Next<E> next_w = next_block<E>(blocks, next - fed_);
+    const E* const w = read<E>(block, worker.reader);
+    for (std::size_t c = 0; c < block.cols; c += strip) {
+        const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
+        for (std::size_t t = to.t0; t < to.t1; ++t) {
+            const Next<E> part_w =
+                next_w.part(c * block.rows, n * block.rows, t - to.t0, to.t1 - to.t0);
+            const Next<E> next_x = asks_for_x ? x_of(x, next, t) : Next<E>{};
+            const std::size_t elements = x.tile(t).kernel->width;
+            const Next<E> part_x = next_x.part(c * elements, n * elements, 0, 1);
+            multiply_tile(x, column, t, c, w + c, n, block,
+                          {part_w.begin, part_w.end, part_x.begin, part_x.end}, to.of(x, t));
+        }
     }
-    finish(row0, row1, rect.row0, rect.rows);
+}
+
+template <class T>
+template <class E>
+void Matmul::Typed<T>::store_tiles(const PackedX<E, T>& x, const TileSums& from) const {
+    for (std::size_t t = from.t0; t < from.t1; ++t) {
+        if (t + 1 < from.t1) ask_for_y(x.tile(t + 1), from.rect);
+        if (p_.variants != nullptr) add_dots(x.tile(t), from.rect, from.of(x, t));
+        store_sums(x.tile(t), from.rect, from.of(x, t));
+    }
+    const auto& last = x.tile(from.t1 - 1);
+    finish(x.tile(from.t0).row0, last.row0 + last.rows, from.rect.row0, from.rect.rows);
 }
 
 template <class T>
@@ -163,20 +208,27 @@ std::size_t Matmul::Typed<T>::blocks_together(const PackedX<E, T>& x,
 template <class T>
 template <class E>
 void Matmul::Typed<T>::multiply_together(const PackedX<E, T>& x, std::span<const BlockView> blocks,
-                                         std::size_t number, std::size_t n, std::size_t t,
-                                         bool first, T* sums) const {
+                                         std::size_t number, std::size_t n, std::size_t next,
+                                         const TileSums& to) const {
     GemmPiece<E> pieces[kMaxGemmPieces];
+    std::size_t columns[kMaxGemmPieces];
     std::size_t count = 0;
     for (std::size_t i = 0; i < n; ++i) {
         const BlockView& block = blocks[number + i - fed_];
-        const std::size_t column = place(number + i) % p_.grid.grid_cols();
-        const E* const next = first ? next_block<E>(blocks, number + i - fed_, n).begin : nullptr;
+        const E* const ahead = next_block<E>(blocks, next + i - fed_).begin;
         for (unsigned part = 0; part < x.n_parts(); ++part) {
-            pieces[count++] = {x.at(column, t, 0, part), reinterpret_cast<const E*>(block.data),
-                               block.cols, block.cols, part == 0 ? next : nullptr};
+            columns[count] = place(number + i) % p_.grid.grid_cols();
+            pieces[count++] = {nullptr, reinterpret_cast<const E*>(block.data), block.cols,
+                               block.cols, part == 0 ? ahead : nullptr};
         }
     }
-    x.tile(t).kernel->tile_nt_pieces(pieces, count, blocks[number - fed_].rows, sums);
+    for (std::size_t t = to.t0; t < to.t1; ++t) {
+        for (std::size_t i = 0; i < count; ++i) {
+            pieces[i].x = x.at(columns[i], t, 0, static_cast<unsigned>(i) % x.n_parts());
+            if (t != to.t0) pieces[i].next = nullptr;
+        }
+        x.tile(t).kernel->tile_nt_pieces(pieces, count, blocks[number - fed_].rows, to.of(x, t));
+    }
 }
 
 template <class T>
@@ -192,9 +244,7 @@ void Matmul::Typed<T>::multiply_for_members(const PackedX<E, T>& x,
         std::size_t end = i + 1;
         while (end < uses.size() && uses[end].number == number) ++end;
         Next<E> next;
-        if (end < uses.size()) {
-            next = next_block<E>(blocks, number - fed_, uses[end].number - number);
-        }
+        if (end < uses.size()) next = next_block<E>(blocks, uses[end].number - fed_);
         const BlockView& block = blocks[number - fed_];
         const E* const w = read<E>(block, worker.reader);
         for (; i < end; ++i) {

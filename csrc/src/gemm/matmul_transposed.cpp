@@ -24,51 +24,73 @@ std::size_t Matmul::Typed<T>::columns_together(unsigned threads) const noexcept 
 }
 
 template <class T>
-void Matmul::Typed<T>::multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column,
-                                         std::size_t t0, std::size_t t1, Worker& worker) const {
+void Matmul::Typed<T>::multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column0,
+                                         std::size_t column1, std::size_t t0, std::size_t t1,
+                                         Worker& worker) const {
     const PackedX<T, T>& x = *packed_;
-    const std::size_t columns = p_.grid.grid_cols();
-    const std::size_t first = column + ceil_div(fed_ - std::min(fed_, column), columns) * columns;
+    const BlockGrid& grid = p_.grid;
+    const std::size_t columns = grid.grid_cols();
     const std::size_t end = fed_ + blocks.size();
-    if (first >= end) return;
-    const BlockRect rect = block_rect(p_.grid, column);
     const std::size_t sum0 = x.sums_before(t0);
-    T* const sums = worker.sums.at_least((x.sums_before(t1) - sum0) * rect.cols);
-    const auto sums_of = [&](std::size_t t) {
-        return sums + (x.sums_before(t) - sum0) * rect.cols;
+    const std::size_t per_column = x.sums_before(t1) - sum0;
+    const auto width = [&](std::size_t column) { return block_rect(grid, column).cols; };
+    const std::size_t last_end = (column1 - column0 - 1) * grid.block_cols + width(column1 - 1);
+    T* const sums = worker.sums.at_least(per_column * last_end);
+    const auto sums_of = [&](std::size_t column, std::size_t t) {
+        return sums + per_column * (column - column0) * grid.block_cols +
+               (x.sums_before(t) - sum0) * width(column);
     };
-    const auto y_of = [&](std::size_t t) { return y_ + x.tile(t).row0 * n_ + rect.col0; };
-    for (std::size_t t = t0; t < t1; ++t) {
-        const auto& tile = x.tile(t);
-        if (first == column) {
-            std::fill_n(sums_of(t), tile.sums() * rect.cols, T{0});
-        } else {
-            detail::transpose(y_of(t), n_, tile.rows, rect.cols, sums_of(t), tile.sums());
-        }
-    }
-    const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
-    for (std::size_t number = first; number < end; number += columns) {
-        const BlockView& block = blocks[number - fed_];
-        T* const w = worker.apart.at_least(std::size_t{block.rows} * block.cols);
-        detail::transpose(worker.reader.read(block), block.cols, block.rows, block.cols, w,
-                          block.rows);
-        const Next<T> next = next_block<T>(blocks, number - fed_, columns);
-        for (std::size_t r = 0; r < block.rows; r += strip) {
-            const std::size_t n = std::min<std::size_t>(strip, block.rows - r);
-            for (std::size_t t = t0; t < t1; ++t) {
-                const Next<T> part = next.part(r * block.cols, n * block.cols, t - t0, t1 - t0);
-                x.tile(t).kernel->tile_nt(x.at(number / columns, t, r), w + r, block.cols, n,
-                                          block.rows, {part.begin, part.end, nullptr, nullptr},
-                                          sums_of(t));
+    const auto y_of = [&](std::size_t column, std::size_t t) {
+        return y_ + x.tile(t).row0 * n_ + column * grid.block_cols;
+    };
+    const auto first_of = [&](std::size_t column) {
+        return column + ceil_div(fed_ - std::min(fed_, column), columns) * columns;
+    };
+    for (std::size_t column = column0; column < column1; ++column) {
+        if (first_of(column) >= end) continue;
+        for (std::size_t t = t0; t < t1; ++t) {
+            const auto& tile = x.tile(t);
+            T* const to = sums_of(column, t);
+            if (first_of(column) == column) {
+                std::fill_n(to, tile.sums() * width(column), T{0});
+            } else {
+                detail::transpose(y_of(column, t), n_, tile.rows, width(column), to, tile.sums());
             }
         }
     }
-    for (std::size_t t = t0; t < t1; ++t) {
-        const auto& tile = x.tile(t);
-        detail::transpose_apart(sums_of(t), tile.sums(), rect.cols, tile.rows, y_of(t), n_);
+    const std::size_t strip = columns_in_a_pass(x.tile(t0).kernel->width);
+    for (std::size_t row = fed_ / columns; row * columns < end; ++row) {
+        const std::size_t begin = std::max(fed_, row * columns + column0);
+        const std::size_t stop = std::min(end, row * columns + column1);
+        for (std::size_t number = begin; number < stop; ++number) {
+            const BlockView& block = blocks[number - fed_];
+            T* const w = worker.apart.at_least(std::size_t{block.rows} * block.cols);
+            detail::transpose(worker.reader.read(block), block.cols, block.rows, block.cols, w,
+                              block.rows);
+            const std::size_t after = number + 1 < stop ? number + 1 : begin + columns;
+            const Next<T> next = next_block<T>(blocks, after - fed_);
+            for (std::size_t r = 0; r < block.rows; r += strip) {
+                const std::size_t n = std::min<std::size_t>(strip, block.rows - r);
+                for (std::size_t t = t0; t < t1; ++t) {
+                    const Next<T> part = next.part(r * block.cols, n * block.cols, t - t0, t1 - t0);
+                    x.tile(t).kernel->tile_nt(x.at(row, t, r), w + r, block.cols, n, block.rows,
+                                              {part.begin, part.end, nullptr, nullptr},
+                                              sums_of(number % columns, t));
+                }
+            }
+        }
     }
-    if (end + columns > p_.grid.count() + column) {
-        finish(x.tile(t0).row0, x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows, rect.col0, rect.cols);
+    for (std::size_t column = column0; column < column1; ++column) {
+        if (first_of(column) >= end) continue;
+        for (std::size_t t = t0; t < t1; ++t) {
+            const auto& tile = x.tile(t);
+            detail::transpose_apart(sums_of(column, t), tile.sums(), width(column), tile.rows,
+                                    y_of(column, t), n_);
+        }
+        if (end + columns > grid.count() + column) {
+            const std::size_t rows = x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows;
+            finish(x.tile(t0).row0, rows, column * grid.block_cols, width(column));
+        }
     }
 }
 
@@ -106,13 +128,15 @@ void Matmul::Typed<T>::multiply_nn(std::span<const BlockView> blocks, std::size_
 
 template std::size_t Matmul::Typed<float>::columns_together(unsigned) const noexcept;
 template void Matmul::Typed<float>::multiply_nn_tiles(std::span<const BlockView>, std::size_t,
-                                                      std::size_t, std::size_t, Worker&) const;
+                                                      std::size_t, std::size_t, std::size_t,
+                                                      Worker&) const;
 template void Matmul::Typed<float>::multiply_nn(std::span<const BlockView>, std::size_t,
                                                 std::size_t, std::size_t, std::size_t,
                                                 WeightReader<float>&) const;
 template std::size_t Matmul::Typed<double>::columns_together(unsigned) const noexcept;
 template void Matmul::Typed<double>::multiply_nn_tiles(std::span<const BlockView>, std::size_t,
-                                                       std::size_t, std::size_t, Worker&) const;
+                                                       std::size_t, std::size_t, std::size_t,
+                                                       Worker&) const;
 template void Matmul::Typed<double>::multiply_nn(std::span<const BlockView>, std::size_t,
                                                  std::size_t, std::size_t, std::size_t,
                                                  WeightReader<double>&) const;

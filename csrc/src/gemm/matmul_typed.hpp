@@ -39,6 +39,12 @@ inline constexpr std::size_t kPassBytes = std::size_t{16} << 10;
 // Largest block to ask for while the one before is computed with: it has to stay in the
 // second-level cache until then.
 inline constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
+// Packed x of so many bytes is in the second-level cache from one panel to the next.
+inline constexpr std::size_t kCachedBytes = std::size_t{256} << 10;
+// Sums of the panels that a task takes together: they share the second-level cache with x and the
+// blocks. Where blocks are taken together, too (AMX), it is of 2 MiB.
+inline constexpr std::size_t kSumBytes = std::size_t{256} << 10;
+inline constexpr std::size_t kSumBytesTogether = std::size_t{512} << 10;
 // Pieces per thread that a call should have, so that one late thread does not hold up the rest.
 inline constexpr std::size_t kPiecesPerThread = 4;
 
@@ -149,9 +155,34 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class E>
     void multiply_packed(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
                          std::size_t first, std::size_t panels, unsigned threads);
+    // Rows of blocks, from `first` on: whole ones, if there are several.
+    struct Rows {
+        std::size_t first, count;
+    };
+    // Sums of tiles [t0, t1) of x for one row of blocks.
+    struct TileSums {
+        T* begin;
+        BlockRect rect;
+        std::size_t t0, t1;
+
+        template <class E>
+        [[nodiscard]] T* of(const detail::PackedX<E, T>& x, std::size_t t) const noexcept {
+            return begin + (x.sums_before(t) - x.sums_before(t0)) * rect.rows;
+        }
+    };
+    [[nodiscard]] Rows rows_from(std::size_t row, std::size_t end,
+                                 std::size_t n_blocks) const noexcept;
     template <class E>
     void multiply_tiles(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
-                        std::size_t row, std::size_t t0, std::size_t t1, Worker& worker) const;
+                        const Rows& rows, std::size_t t0, std::size_t t1, Worker& worker) const;
+    // Block `number` by tiles of x, while memory is asked for block `next`, and for its x if that
+    // is another.
+    template <class E>
+    void multiply_block(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                        std::size_t number, std::size_t next, bool next_has_new_x,
+                        const TileSums& to, Worker& worker) const;
+    template <class E>
+    void store_tiles(const detail::PackedX<E, T>& x, const TileSums& from) const;
     // n columns of a block by those of tile t of x, in all parts of it.
     template <class E>
     static void multiply_tile(const detail::PackedX<E, T>& x, std::size_t column, std::size_t t,
@@ -163,12 +194,12 @@ class Matmul::Typed final : public Matmul::Impl {
     [[nodiscard]] std::size_t blocks_together(const detail::PackedX<E, T>& x,
                                               std::span<const BlockView> blocks, std::size_t number,
                                               std::size_t end, std::size_t t) const noexcept;
-    // n blocks by tile t of x, in all parts of it. For the first tile, the blocks that come next
-    // are asked for: to spread that over all tiles takes longer (AMX, 32 rows: a sixth).
+    // n blocks by tiles of x, in all parts of it. For the first tile, blocks from `next` on are
+    // asked for: to spread that over all tiles takes longer (AMX, 32 rows: a sixth).
     template <class E>
     void multiply_together(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
-                           std::size_t number, std::size_t n, std::size_t t, bool first,
-                           T* sums) const;
+                           std::size_t number, std::size_t n, std::size_t next,
+                           const TileSums& to) const;
     // A row of blocks, each for those rows of tiles [t0, t1) that have it: what one variant alone
     // has, by dot products that go straight to y, one variant after another, as its blocks lie
     // together in memory; the rest by tiles. Either way a row's blocks come in their order.
@@ -198,15 +229,34 @@ class Matmul::Typed final : public Matmul::Impl {
     // Columns of blocks in one panel. Neighbours in a row of blocks lie together in memory, so more
     // columns are longer reads; but their part of y should stay in the second-level cache.
     [[nodiscard]] std::size_t columns_together(unsigned threads) const noexcept;
-    // Column `column` of blocks for tiles [t0, t1) of x. With its rows and columns exchanged, a
-    // block is multiplied as for x @ W.T: that takes as long as a few rows of x do.
-    void multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column, std::size_t t0,
-                           std::size_t t1, Worker& worker) const;
+    // Columns [column0, column1) of blocks for tiles [t0, t1) of x. With its rows and columns
+    // exchanged, a block is multiplied as for x @ W.T: that takes as long as a few rows of x do.
+    void multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column0,
+                           std::size_t column1, std::size_t t0, std::size_t t1,
+                           Worker& worker) const;
     // Columns [column0, column1) of blocks, for rows [i0, i1) of x.
     void multiply_nn(std::span<const BlockView> blocks, std::size_t column0, std::size_t column1,
                      std::size_t i0, std::size_t i1, detail::WeightReader<T>& reader) const;
 
     // ---- of both
+
+    // How many panels, of so many columns of y, a task takes. Where x does not stay in the
+    // second-level cache from one to the next, each of its strips is multiplied with several
+    // while it is there: its way from the third level takes longer than that of W (AMX, 512 rows:
+    // a fifth of all time).
+    template <class E>
+    [[nodiscard]] std::size_t panels_together(const detail::PackedX<E, T>& x, std::size_t panels,
+                                              std::size_t columns,
+                                              unsigned threads) const noexcept {
+        const auto& kernel = *x.tile(0).kernel;
+        const std::size_t tiles = std::min(x.n_tiles(), detail::kMaxTaskRows / kernel.width);
+        if (p_.variants != nullptr || x.bytes(0, tiles) <= detail::kCachedBytes) return 1;
+        const std::size_t sums = x.sums_before(tiles) * columns * sizeof(T);
+        const std::size_t most =
+            kernel.tile_nt_pieces == nullptr ? detail::kSumBytes : detail::kSumBytesTogether;
+        const std::size_t pieces = threads == 1 ? 1 : detail::kPiecesPerThread * threads;
+        return std::max<std::size_t>(std::min(most / sums, panels / pieces), 1);
+    }
 
     // Whole groups of any tile, of which the largest are 32 bf16 numbers.
     [[nodiscard]] static std::size_t columns_in_a_pass(std::size_t tile_width) noexcept {
@@ -223,17 +273,13 @@ class Matmul::Typed final : public Matmul::Impl {
         return {x.at(column, t, 0), x.end_of(column, t)};
     }
 
-    // The block so many places on, in its row or column of blocks the next one, when its memory is
-    // worth asking for.
+    // The block at an index, when there is one and its memory is worth asking for.
     template <class E>
-    [[nodiscard]] static Next<E> next_block(std::span<const BlockView> blocks, std::size_t index,
-                                            std::size_t step = 1) noexcept {
-        if (index + step >= blocks.size() || blocks[index + step].length > detail::kMaxAheadBytes) {
-            return {};
-        }
-        const BlockView& block = blocks[index + step];
-        const auto* const begin = reinterpret_cast<const E*>(block.data);
-        return {begin, begin + block.length / sizeof(E)};
+    [[nodiscard]] static Next<E> next_block(std::span<const BlockView> blocks,
+                                            std::size_t index) noexcept {
+        if (index >= blocks.size() || blocks[index].length > detail::kMaxAheadBytes) return {};
+        const auto* const begin = reinterpret_cast<const E*>(blocks[index].data);
+        return {begin, begin + blocks[index].length / sizeof(E)};
     }
 
     const GemmKernels& kernels_;

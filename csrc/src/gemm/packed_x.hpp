@@ -104,9 +104,9 @@ class PackedX {
                places_[t + (is_last ? tiles_.size() + 1 : 0)] + c * tiles_[t].kernel->width;
     }
 
-    /// Bytes of tiles [t0, t1) in a strip of full width, of one part.
-    [[nodiscard]] std::size_t strip_bytes(std::size_t t0, std::size_t t1) const noexcept {
-        return (places_[t1] - places_[t0]) * sizeof(E);
+    /// Bytes of tiles [t0, t1) in all strips and parts, the last strip counted as a whole one.
+    [[nodiscard]] std::size_t bytes(std::size_t t0, std::size_t t1) const noexcept {
+        return (places_[t1] - places_[t0]) * sizeof(E) * ceil_div(cols_, strip_) * n_parts();
     }
 
     /// Where tile t of strip s ends.
