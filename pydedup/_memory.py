@@ -5,7 +5,17 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["give_back_freed"]
+__all__ = ["give_back_after", "give_back_freed"]
+
+# Writing so much takes far longer than giving memory back: some 20 to 60 MiB, which a process that
+# goes on would keep.
+_MUCH_BYTES = 64 * 1024 * 1024
+
+
+def give_back_after(nbytes: int) -> None:
+    """Do so if much was written: call it when that is over, and what it needed is free."""
+    if nbytes >= _MUCH_BYTES:
+        give_back_freed()
 
 
 def give_back_freed() -> None:

@@ -35,10 +35,6 @@ __all__ = ["ModelInput", "StoreAdds"]
 #: `pydedup.formats` opened.
 ModelInput: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | torch.nn.Module | ModelSource"
 
-# Adding so much takes far longer than giving memory back: some 20 to 60 MiB, which a process that
-# goes on would keep.
-_MUCH_BYTES = 64 * 1024 * 1024
-
 
 class StoreAdds:
     """Adding of models, one or several with a joint layout."""
@@ -133,7 +129,7 @@ class StoreAdds:
         check_progress(progress)
         if not dry_run:
             check_writable(self._adapter, "add a model")
-        from pydedup._memory import give_back_freed
+        from pydedup._memory import give_back_after
         from pydedup.ingest.add import add_models
         from pydedup.ingest.plan import Taken
         from pydedup.ingest.stored_index import KeptIndex
@@ -168,8 +164,7 @@ class StoreAdds:
                 workers=workers,
                 kept=self._kept_index,
             )
-        if sum(report.logical_bytes for report in reports) >= _MUCH_BYTES:
-            give_back_freed()
+        give_back_after(sum(report.logical_bytes for report in reports))
         return reports
 
 

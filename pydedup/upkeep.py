@@ -262,7 +262,8 @@ class StoreUpkeep(abc.ABC):
         with open_end(target, mode="a", memory=memory, schema=schema) as other:
             check_writable(other.adapter, "copy models there")
             items = plan(other.adapter)
-            return copy_models(self._end(), other, items, damaged=damaged, progress=progress)
+            report = copy_models(self._end(), other, items, damaged=damaged, progress=progress)
+        return _copied(report)
 
     def backup(
         self,
@@ -284,7 +285,7 @@ class StoreUpkeep(abc.ABC):
         from pydedup.moving.backup import backup_store
 
         check_progress(progress)
-        return backup_store(
+        report = backup_store(
             self._end(),
             path,
             _other_end,
@@ -292,6 +293,7 @@ class StoreUpkeep(abc.ABC):
             skip_damaged=skip_damaged,
             progress=progress,
         )
+        return _copied(report)
 
     def restore(
         self, path: str | os.PathLike[str], *, progress: Progress | None = None
@@ -305,7 +307,7 @@ class StoreUpkeep(abc.ABC):
 
         check_progress(progress)
         check_writable(self._adapter, "restore a backup")
-        return restore_store(path, self._end(), _other_end, progress=progress)
+        return _copied(restore_store(path, self._end(), _other_end, progress=progress))
 
     # ---- inside -------------------------------------------------------------------------------
 
@@ -346,3 +348,11 @@ class StoreUpkeep(abc.ABC):
 
 def _other_end(url: str, mode: OpenMode) -> AbstractContextManager[End]:
     return open_end(url, mode=mode, memory=_OTHER_END_BYTES)
+
+
+def _copied(report: CopyReport) -> CopyReport:
+    """Return it, once the copy's memory is free again."""
+    from pydedup._memory import give_back_after
+
+    give_back_after(report.stored_bytes)
+    return report

@@ -108,7 +108,7 @@ ALLOWED: dict[str, set[str]] = {
     "opening": INNER,
     "adding": INNER | {"opening", "_memory"},
     "predicting": INNER | {"opening"},
-    "upkeep": INNER | {"opening"},
+    "upkeep": INNER | {"opening", "_memory"},
     "store": INNER | {"opening", "adding", "predicting", "upkeep"},
     "sql": VALUES | {"config", "opening", "registry", "serving", "store"},
     "": PUBLIC - {""},

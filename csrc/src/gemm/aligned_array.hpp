@@ -5,15 +5,14 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <new>
 #include <type_traits>
-#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "base/aligned_memory.hpp"
 #include "pydedup/error.hpp"
 
 namespace pydedup::detail {
@@ -31,9 +30,7 @@ class AlignedArray {
         if (count == 0) return;
         if (count > static_cast<std::size_t>(-1) / sizeof(T)) throw std::bad_array_new_length();
         const std::size_t bytes = count * sizeof(T);
-        const std::align_val_t alignment{bytes >= kHugePageBytes ? kHugePageBytes
-                                                                 : kCacheLineBytes};
-        memory_ = {static_cast<T*>(::operator new(bytes, alignment)), Free{alignment}};
+        memory_ = aligned_memory(bytes, bytes >= kHugePageBytes ? kHugePageBytes : kCacheLineBytes);
 #if defined(MADV_HUGEPAGE)
         if (bytes >= kHugePageBytes) {  // a wish: refused, nothing is lost
             static_cast<void>(
@@ -41,15 +38,11 @@ class AlignedArray {
         }
 #endif
     }
-    [[nodiscard]] T* data() const noexcept { return memory_.get(); }
-    [[nodiscard]] T& operator[](std::size_t i) const noexcept { return memory_.get()[i]; }
+    [[nodiscard]] T* data() const noexcept { return static_cast<T*>(memory_.get()); }
+    [[nodiscard]] T& operator[](std::size_t i) const noexcept { return data()[i]; }
 
   private:
-    struct Free {
-        std::align_val_t alignment{kCacheLineBytes};
-        void operator()(T* memory) const noexcept { ::operator delete(memory, alignment); }
-    };
-    std::unique_ptr<T, Free> memory_;
+    AlignedMemory memory_;
 };
 
 /// Grows on demand and keeps what it has; contents do not survive growing.

@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
+#include "base/aligned_memory.hpp"
 #include "base/of_this_process.hpp"
 #include "base/rounding.hpp"
 #include "pydedup/page_format.hpp"
@@ -143,10 +145,9 @@ std::shared_ptr<std::byte> page_memory(std::size_t) noexcept { return nullptr; }
 
 std::shared_ptr<std::byte> any_page_memory(std::size_t size) noexcept {
     if (std::shared_ptr<std::byte> place = page_memory(size)) return place;
-    constexpr std::align_val_t alignment{kBlockAlignment};
     try {
-        return {static_cast<std::byte*>(::operator new(size, alignment)),
-                [](std::byte* at) { ::operator delete(at, std::align_val_t{kBlockAlignment}); }};
+        std::shared_ptr<void> memory = detail::aligned_memory(size, kBlockAlignment);
+        return std::static_pointer_cast<std::byte>(std::move(memory));
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
