@@ -138,6 +138,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: torch.vmap(lambda x: linear(x, m[0].weight))(X),
         "is no plain tensor in memory",
     ),
+    "functionalize": (  # numpy() of its wrappers gave whatever was in memory
+        lambda m: torch.func.functionalize(lambda x: linear(x, m[0].weight))(X),
+        "is no plain tensor in memory",
+    ),
 }
 
 
@@ -190,6 +194,21 @@ def test_running_statistics_are_not_updated(store: pydedup.Store) -> None:
     x, layer = torch.randn(2, 80, 5), module[0]
     with pytest.raises(ArgumentError, match=r"'0\.running_mean' of m cannot be updated"):
         nn.functional.instance_norm(x, layer.running_mean, layer.running_var)
+
+
+def test_fake_tensors_are_refused(store: pydedup.Store) -> None:
+    """What was loaded for them was fake, and stayed: the module was of no use from then on."""
+    from torch._subclasses import FakeTensorMode
+
+    module = net()
+    store.add("m", module)
+    wanted = module(X)
+    store.attach(module, "m")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for use in (lambda: module(X), lambda: module[2].bias + 1, lambda: module[0].weight + 1):
+            with pytest.raises(ArgumentError, match="cannot be run with fake tensors"):
+                use()
+    torch.testing.assert_close(module(X), wanted)
 
 
 def test_autocast_is_refused(store: pydedup.Store) -> None:

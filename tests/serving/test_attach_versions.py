@@ -47,6 +47,27 @@ def test_an_alias_and_the_newest_version_are_looked_up_per_call(store: pydedup.S
     assert torch.equal(alias[0].weight, two[0].weight)
 
 
+def test_a_symbolic_trace_is_of_the_version_of_its_call(store: pydedup.Store) -> None:
+    from torch.fx import symbolic_trace
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.weight = net(), nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: Any) -> Any:
+            return self.net(x).relu() @ self.weight
+
+    one, two = Own().eval(), Own().eval()
+    store.add("m", one)
+    traced = symbolic_trace(store.attach(Own().eval(), "m"))
+    torch.testing.assert_close(traced(X), one(X))
+    store.add("m", two)
+    torch.testing.assert_close(traced(X), two(X))
+    with pytest.raises(ArgumentError, match="has no state_dict"):
+        traced.state_dict()
+
+
 def test_a_fixed_version_that_was_removed_and_added_again(store: pydedup.Store) -> None:
     one, two = net(), net()
     store.add("m@1", one)

@@ -91,6 +91,8 @@ def as_numpy(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> N
     Raises ArgumentError for what is no plain tensor, BudgetError without memory for a copy.
     """
     try:
+        if torch._is_functional_tensor(x):  # numpy() would show what happens to be in memory
+            raise TypeError("it is a wrapper of torch.func.functionalize")
         return (x if x.is_contiguous() else x.contiguous()).numpy()  # torch's copies are counted
     except (RuntimeError, TypeError) as exc:
         if "can't allocate memory" in str(exc):

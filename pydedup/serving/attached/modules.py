@@ -210,6 +210,7 @@ def _in_one_version(base: Any) -> Callable[..., Any]:
 
 
 def _check_surroundings(label: str) -> None:
+    refuse_tracing(label)
     if torch.is_autocast_enabled("cpu"):
         raise ArgumentError(
             f"{label} computes in the dtype of its inputs; leave torch.autocast for the call, or "
@@ -220,4 +221,3 @@ def _check_surroundings(label: str) -> None:
             f"{label} streams its weights and cannot be part of what torch.func transforms (vmap, "
             "grad and the like); call it outside, or detach it first"
         )
-    refuse_tracing(label)

@@ -222,17 +222,28 @@ def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def refuse_tracing(label: str) -> None:
-    """Raise ArgumentError where torch makes a program of what is called."""
-    proxies = torch._C._TorchDispatchModeKey.PROXY  # those of make_fx
+    """Raise ArgumentError where torch makes a program of what is called, or has no elements."""
     if (
         torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
-        or torch._C._get_dispatch_mode(proxies) is not None
+        or _is_mode("PROXY")  # of make_fx
     ):
         raise ArgumentError(
             f"{label} cannot be traced, compiled or exported: streamed weights would become "
             "constants of the program; detach it first"
         )
+    if _is_mode("FAKE") or _is_mode("FUNCTIONAL"):
+        raise ArgumentError(
+            f"{label} cannot be run with fake tensors: streamed weights have elements; leave "
+            "FakeTensorMode for the call, or take a module on the meta device that is not attached"
+        )
+
+
+def _is_mode(name: str) -> bool:
+    """Return whether operators of torch go to one of its own tracers."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, name)) is not None
 
 
 def _overridden(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
