@@ -92,7 +92,8 @@ def at_most_threads(most: int | None) -> Iterator[None]:
         _core.limit_threads(before)
 
 
-#: The least memory budget of a store: its half is a page (`pydedup.layout.PAGE_BYTES`).
+#: The least memory budget of a store: two pages (`pydedup.layout.PAGE_BYTES`), a delta's and its
+#: base's.
 LEAST_MEMORY = 2 * 1024 * 1024
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 _LONGEST_SIZE = 40
@@ -140,7 +141,7 @@ def parse_memory(text: str | int) -> int:
     if budget < LEAST_MEMORY:
         raise ArgumentError(
             f"{text!r} is too little memory for a store: give {LEAST_MEMORY >> 20}MiB or more; "
-            "half of so little is for pages, of up to 1 MiB each"
+            "two pages of up to 1 MiB each have to fit"
         )
     return budget
 

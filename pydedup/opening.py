@@ -22,6 +22,7 @@ from pydedup.errors import (
     StorageFullError,
 )
 from pydedup.hashing import HASH_VERSION
+from pydedup.layout import PAGE_BYTES
 from pydedup.pool import PagePool
 from pydedup.replacement import DEFAULT_POLICY
 from pydedup.text import listed
@@ -115,7 +116,10 @@ def check_store(adapter: Adapter) -> Adapter:
 
 def pool_bytes(memory_bytes: int) -> int:
     """Return how much of the memory that a store may take is for pages."""
-    return memory_bytes - min(_SCRATCH_BYTES, memory_bytes // 2)
+    # However little it is: a block that is a delta needs its page and that of its base at once,
+    # and beside them attached modules keep what is small.
+    least = min(memory_bytes, 2 * PAGE_BYTES + PAGE_BYTES // 4)
+    return max(memory_bytes - min(_SCRATCH_BYTES, memory_bytes // 2), least)
 
 
 def pool_of(

@@ -210,13 +210,18 @@ class PagePool(Walks):
     def warm(self, ids: Sequence[int] | NDArray[np.int64]) -> int:
         """Bring pages in, in order, as many as the budget holds; return how many are here."""
         wanted = distinct(np.ascontiguousarray(ids, np.int64))
-        at, total = 0, 0
+        at, total, most = 0, 0, self.window_pages
         while at < len(wanted):
-            count = min(self.window_pages, (self._budget - total) // self._loader.largest)
+            free = self._budget - self._core.stats()["reserved_bytes"] - total
+            count = min(most, free // self._loader.largest)
             if count < 1:
                 break
             with self._shares.walks.hold(count * self._loader.largest):
-                total += sum(page.nbytes for page in self.pages(wanted[at : at + count]))
+                try:
+                    total += sum(page.nbytes for page in self.pages(wanted[at : at + count]))
+                except BudgetError:  # what others pin leaves less
+                    most = count // 2
+                    continue
             at += count
         return self._core.count_resident(wanted)
 

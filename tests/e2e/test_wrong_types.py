@@ -162,13 +162,13 @@ def test_names_to_copy_are_gone_through_as_they_come(store: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("memory", [1, "2047KiB"])
-def test_a_budget_below_a_page_is_refused(memory: Any, tmp_path: Path) -> None:
+def test_a_budget_below_two_pages_is_refused(memory: Any, tmp_path: Path) -> None:
     """It was found out by the first request, which got an error about a page."""
     path = tmp_path / "new.db"
     with pytest.raises(ArgumentError, match="is too little memory for a store: give 2MiB or more"):
         pydedup.open(path, memory=memory)
     assert not path.exists()
-    assert pool_bytes(LEAST_MEMORY) == PAGE_BYTES
+    assert pool_bytes(LEAST_MEMORY) == 2 * PAGE_BYTES
 
 
 def test_what_is_printed_of_a_store(tmp_path: Path) -> None:

@@ -199,6 +199,18 @@ def test_warm_takes_what_fits() -> None:
     assert pages.pool(size).warm([]) == 0
 
 
+def test_warm_takes_what_fits_beside_what_is_reserved_and_in_use() -> None:
+    """What a walk pins did not fit then, which was an error."""
+    pages, size = pages_of(40, elements=MIB // 4)
+    pool = pages.pool(32 * size)
+    assert pool.window_pages > 3
+    with pool.reserve(29 * size):
+        assert pool.warm(range(1, 41)) == 3
+        held = pool.pages([38, 39])
+        assert pool.warm(range(1, 38)) == 1
+        assert len(held) == 2
+
+
 # ---- walks --------------------------------------------------------------------------------------
 
 

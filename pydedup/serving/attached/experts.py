@@ -83,7 +83,7 @@ def _is_loaded(weight: StoredParameter) -> bool:
     """Load it if the experts take a small part of the budget, and return whether it is."""
     slots = weight.attachment.slots
     nbytes = sum(slot.nbytes for slot in slots if len(slot.shape) == len(weight.slot.shape))
-    if nbytes > weight.attachment.memory_bytes // _LOADED_PART:
+    if not weight.attachment.has_room_for(nbytes, _LOADED_PART):
         return False
     try:
         weight.loaded()

@@ -88,7 +88,7 @@ def _can_be_loaded(weights: Sequence[Any]) -> bool:
     if not stored:
         return True
     n_bytes = sum(weight.slot.nbytes for weight in stored)
-    if n_bytes > stored[0].attachment.memory_bytes // _LOADED_PART:
+    if not stored[0].attachment.has_room_for(n_bytes, _LOADED_PART):
         return False
     try:
         for weight in stored:

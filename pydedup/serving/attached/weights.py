@@ -24,6 +24,7 @@ from pydedup.blocks import BlockMap
 from pydedup.catalog import Catalog, StoredModel, grid_of
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.formats.torch_tensors import to_torch
+from pydedup.layout import PAGE_BYTES
 from pydedup.matmul import compute_dtype
 from pydedup.pool import PagePool, Reservation
 from pydedup.serving.attached.activations import Activations, made, not_measured
@@ -376,6 +377,12 @@ class Attachment:
     def memory_bytes(self) -> int:
         """The budget that is to be kept."""
         return self._pool.memory_bytes
+
+    def has_room_for(self, nbytes: int, part: int) -> bool:
+        """Whether weights that are loaded take no more than this part, and leave pages enough."""
+        budget = self._pool.memory_bytes
+        # A delta needs its page and that of its base at once.
+        return nbytes <= min(budget // part, budget - 2 * PAGE_BYTES)
 
     def weights(self) -> Weights:
         """Return the version that the call under way in this thread uses, or the one of now."""
