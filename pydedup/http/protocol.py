@@ -3,6 +3,8 @@
 
 Answers come in the order of the requests, also where one of several sent at once is no HTTP.
 
+A client may end its side of a connection behind its last request, and has its answers all the same.
+
 An offer to go on in another protocol, as Java's client makes with every request, is passed over:
 httptools would leave out the body of such a request.
 """
@@ -48,6 +50,8 @@ class LimitedProtocol(HttpToolsProtocol):
     _is_repeated = False
     #: The answer to what was no request, after which nothing counts; empty once it was sent.
     _refusal: bytes | None = None
+    #: Whether the client sends no more.
+    _has_ended = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin a connection."""
@@ -74,6 +78,15 @@ class LimitedProtocol(HttpToolsProtocol):
             rest = self._parse(rest)
         if self._head_bytes > _LARGEST_HEAD:
             self._refuse_head()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Stay connected where whole requests wait for their answers; of TLS nobody may."""
+        is_asked = self._in_head and not getattr(self.cycle, "response_complete", True)
+        if not is_asked or not self.transport.can_write_eof():
+            return False
+        self._has_ended = True
+        self._stop_timer()
+        return True
 
     def _parse(self, data: bytes) -> bytes:
         """Take bytes up to the end of a request that offers another protocol; returns the rest."""
@@ -140,6 +153,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Go on with the next request, or the refusal of what came behind the last."""
         if self._refusal and not self.pipeline:
             self._send_refusal(self._refusal)
+        if self._has_ended and not self.pipeline:
+            self.transport.close()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pydedup.testing.serving import Server, Start
+from pydedup.testing.serving import Server, Start, until
 
 GOOD = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
 
@@ -54,6 +54,30 @@ def test_what_is_no_request_is_answered_in_its_turn(
     assert re.findall(rb"HTTP/1.1 (\d+)", text) == [b"200"] * before + [status]
     assert text.count(b'{"model_name"') == before
     assert text.count(b'{"error"') == 1
+
+
+@pytest.mark.parametrize("behind", [b"", b"GET", b"garbage\r\n\r\n"])
+@pytest.mark.parametrize("requests", [1, 3])
+def test_who_sends_no_more_is_answered(server: Server, requests: int, behind: bytes) -> None:
+    """As nc does at the end of its input: the connection was closed without an answer."""
+    body = json.dumps({"inputs": [GOOD]}).encode()
+    head = b"POST /v2/models/dense/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
+        connection.sendall((head % len(body) + body) * requests + behind)
+        connection.shutdown(socket.SHUT_WR)
+        text = b"".join(iter(lambda: connection.recv(65536), b""))
+    refused = [b"400"] if b"\r\n" in behind else []
+    assert re.findall(rb"HTTP/1.1 (\d+)", text) == [b"200"] * requests + refused
+    assert text.count(b'{"model_name"') == requests
+
+
+def test_who_sends_no_more_within_a_request_is_not_waited_for(server: Server) -> None:
+    for sent in (b"GET /v2", b"POST /v2/models/dense/infer HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
+        with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(65536) == b""
+    until(lambda: server.metric("pydedup_open_requests") == 1)  # that of the metrics
 
 
 def test_trailers_are_no_headers(start: Start, store_url: str, tmp_path: Path) -> None:
