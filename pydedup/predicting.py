@@ -73,6 +73,8 @@ class StorePredictions:
     _adapter: Adapter
     _catalog: Catalog
     _pool: PagePool
+    #: How long a prediction may take whose graph has loops, for ONNX Runtime.
+    _loop_seconds: float | None = None
 
     def tensor(self, name: str, tensor: str) -> StoredTensor:
         """Return one tensor to compute with where it lies. Raises NotFoundError."""
@@ -86,7 +88,8 @@ class StorePredictions:
         for linear layers, (rows, features) become (rows, outputs).
 
         Raises NotFoundError (also when the model has no graph) and ArgumentError for inputs that
-        do not fit.
+        do not fit. An ONNX model that has loops computes for as long as these go on, which may be
+        for ever; in the main thread Ctrl-C ends it.
         """
         model = self._catalog.model(name)
         graph = model.graph()
@@ -270,7 +273,12 @@ class StorePredictions:
             return found
 
         outputs = run_onnx(
-            model, payload, lambda tensor: self._stored_tensor(model, tensor), self._pool, x
+            model,
+            payload,
+            lambda tensor: self._stored_tensor(model, tensor),
+            self._pool,
+            x,
+            self._loop_seconds,
         )
         return outputs if isinstance(x, Mapping) or len(outputs) > 1 else outputs.popitem()[1]
 

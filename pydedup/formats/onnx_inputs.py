@@ -40,6 +40,8 @@ class OpenedGraph:
         Those of the weights of which rows are looked up, and nothing else.
     is_recurrent
         Whether it has an LSTM or GRU, in a function of its own, too.
+    has_loops
+        Whether it has a Loop, which may never end; there, too.
     """
 
     model: bytes
@@ -48,6 +50,7 @@ class OpenedGraph:
     weights: Mapping[str, int]
     tables: frozenset[str]
     is_recurrent: bool
+    has_loops: bool
 
 
 def open_graph(
@@ -103,10 +106,13 @@ def open_graph(
             graph.input.append(kind)
     _keep(graph.initializer, lambda tensor: tensor.name not in given)
     _keep(graph.node, lambda node: not (node.op_type == "Constant" and node.output[0] in given))
-    is_recurrent = any(map(_is_recurrent, (graph, *model.functions)))
+    kinds = {node.op_type for each in (graph, *model.functions) for node in _nodes(each)}
     tables = frozenset(given) - set(_used_otherwise(graph))
     serialised = model.SerializeToString(deterministic=True)
-    return OpenedGraph(serialised, inputs, outputs, weights, tables, is_recurrent)
+    is_recurrent = not kinds.isdisjoint({"LSTM", "GRU"})
+    return OpenedGraph(
+        serialised, inputs, outputs, weights, tables, is_recurrent, has_loops="Loop" in kinds
+    )
 
 
 def with_constants(opened: bytes, names: Collection[str]) -> bytes:
@@ -143,11 +149,12 @@ def _used_otherwise(graph: Any) -> Iterator[str]:
             yield from _used_otherwise(inner)
 
 
-def _is_recurrent(graph: Any) -> bool:
-    return any(
-        node.op_type in ("LSTM", "GRU") or any(map(_is_recurrent, _within(node)))
-        for node in graph.node
-    )
+def _nodes(graph: Any) -> Iterator[Any]:
+    """Yield all nodes, those within others, too."""
+    for node in graph.node:
+        yield node
+        for inner in _within(node):
+            yield from _nodes(inner)
 
 
 def _within(node: Any) -> Iterator[Any]:

@@ -42,6 +42,7 @@ class App(Endpoint):
     ) -> None:
         super().__init__(options, gate, log, store.url)
         self._store = store
+        store.limit_loops(options.timeout)
         self._batcher = Batcher[tuple[str, Arrays, Admit], service.Answer](
             lambda requests: service.run_batch(store, requests),
             max_rows=options.max_batch,

@@ -106,6 +106,10 @@ class ServedStore(Store):
             adapter.close()
             raise
 
+    def limit_loops(self, seconds: float) -> None:
+        """End predictions of ONNX graphs with loops that take longer; nobody waits any more."""
+        self._loop_seconds = seconds
+
     def served(self, address: str) -> Served:
         """Return what an address means now.
 

@@ -24,6 +24,7 @@ from pydedup.errors import ArgumentError, BudgetError
 from pydedup.pool import PagePool
 from pydedup.serving.engine import Tensors, check_inputs
 from pydedup.serving.onnx_kept import Held, Runner, Session, content_key, opened_graph, runner_of
+from pydedup.serving.onnx_loops import run_with_loops
 from pydedup.serving.onnx_own import Own
 from pydedup.serving.onnx_values import as_output, as_runtime_input, check_outputs, run_options
 from pydedup.serving.predict import by_name
@@ -40,6 +41,7 @@ def run_onnx(
     tensor: Tensors,
     pool: PagePool,
     x: ArrayLike | Mapping[str, ArrayLike],
+    seconds: float | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Compute all outputs of a model.
 
@@ -57,11 +59,13 @@ def run_onnx(
     x
         The inputs by name, or the only one. Numbers are converted to the type of the input, but
         not to integers.
+    seconds
+        How long a graph with loops may take.
 
     Raises
     ------
     ArgumentError
-        When inputs are missing, unknown, or do not fit.
+        When inputs are missing, unknown, or do not fit, or loops do not end in time.
     BudgetError
         When the weights do not fit the budget, or there is no memory for what is computed.
     UnsupportedFormatError
@@ -74,12 +78,12 @@ def run_onnx(
             payload()
     if model.row.logical_bytes <= pool.memory_bytes:
         with runner.calls.hold(1), contextlib.suppress(BudgetError):
-            return _run(runner, model, payload, tensor, pool, x)
+            return _run(runner, model, payload, tensor, pool, x, seconds)
     else:  # others need neither wait nor make room for what is in vain
         check_that_it_may_fit(model, pool)
     # What others keep as long as they run may have left no room: once more, with nobody beside.
     with runner.alone():
-        return _run(runner, model, payload, tensor, pool, x)
+        return _run(runner, model, payload, tensor, pool, x, seconds)
 
 
 def check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
@@ -115,6 +119,7 @@ def _run(
     tensor: Tensors,
     pool: PagePool,
     x: ArrayLike | Mapping[str, ArrayLike],
+    seconds: float | None,
 ) -> dict[str, NDArray[Any]]:
     """Do what `run_onnx` promises, as far as other calls leave room for the weights."""
     session: Session | Own[Held] | None = runner.own(model.row.id)
@@ -151,7 +156,15 @@ def _run(
         held = {name: session.weights[name] for name in graph.tables}
     given.update((name, weight.value) for name, weight in held.items())
     try:
-        found = session.runtime.run(list(outputs), given, run_options())
+        if graph.has_loops:
+            found = run_with_loops(session.runtime, list(outputs), given, seconds)
+        else:
+            found = session.runtime.run(list(outputs), given, run_options())
+    except TimeoutError as exc:
+        raise ArgumentError(
+            f"{model.address} did not end within {seconds:g} seconds: for these inputs a loop of "
+            "its graph takes longer, or never ends"
+        ) from exc
     except Exception as exc:  # of many classes, by the runtime's own numbering
         told = f"ONNX Runtime cannot run {model.address}: {exc}"
         is_full = isinstance(exc, MemoryError) or _NO_MEMORY in str(exc)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -150,9 +149,8 @@ def never_end(session: Any) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
-@functools.cache
 def run_options() -> Any:
-    """Return how sessions are run: each would keep the most that one of its calls ever took."""
+    """Return how a session is run: it would keep the most that one of its calls ever took."""
     options = import_onnxruntime().RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options

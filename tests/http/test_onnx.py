@@ -13,7 +13,7 @@ import pytest
 import pydedup
 from pydedup.errors import UnsupportedFormatError
 from pydedup.testing.program import run_here
-from pydedup.testing.serving import Start
+from pydedup.testing.serving import Start, until
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -196,3 +196,33 @@ def test_without_the_runtime_it_is_not_ready(
         told = ("UNAVAILABLE", "the extra onnx is not installed here")
         assert found.get("ceil") == (None if ready else told)
         assert found["dense"] == ("READY", "")
+
+
+def test_a_loop_without_end_does_not_keep_its_thread(
+    start: Start, own_url: str, tmp_path: Path
+) -> None:
+    """Who waited was told, but the thread computed on, for ever."""
+    make = onnx.helper
+    takes = [
+        make.make_tensor_value_info(*one) for one in (("i", 7, []), ("c", 9, []), ("s", 1, [None]))
+    ]
+    gives = [make.make_tensor_value_info(*one) for one in (("d", 9, []), ("t", 1, [None]))]
+    steps = [make.make_node("Identity", ["c"], ["d"]), make.make_node("Abs", ["s"], ["t"])]
+    body = make.make_graph(steps, "body", takes, gives)
+    graph = make.make_graph(
+        [make.make_node("Loop", ["", "go", "x"], ["y"], body=body)],
+        "g",
+        [make.make_tensor_value_info("x", 1, [None]), make.make_tensor_value_info("go", 9, [])],
+        [make.make_tensor_value_info("y", 1, [None])],
+    )
+    made = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=9)
+    onnx.save(made, tmp_path / "m.onnx")
+    with pydedup.open(own_url) as store:
+        store.add("loop", tmp_path / "m.onnx")
+    server = start(own_url, "--timeout", 0.5, "--threads", 1)
+    x = {"name": "x", "datatype": "FP32", "shape": [1], "data": [-1]}
+    go = {"name": "go", "datatype": "BOOL", "shape": [], "data": [True]}
+    assert server.infer("loop", {"inputs": [x, go]}).status == 504
+    until(lambda: server.metric("pydedup_running_batches") == 0)
+    stop = {**go, "data": [False]}
+    until(lambda: server.infer("loop", {"inputs": [x, stop]}).status == 200)
