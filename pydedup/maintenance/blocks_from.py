@@ -31,7 +31,7 @@ from pydedup.errors import (
 from pydedup.formats.base import ModelSource
 from pydedup.formats.registry import open_source
 from pydedup.hashing import digest_bytes, hash_keys, hash_view
-from pydedup.ingest.artifacts import LEAST_BYTES, in_chunks
+from pydedup.ingest.artifacts import LEAST_BYTES, in_chunks, is_noise
 from pydedup.ingest.deltas import delta_limits
 from pydedup.ingest.staged import artifacts_of
 from pydedup.layout import are_deltas, block_at, split_place
@@ -259,7 +259,8 @@ def block_source(
 def _chunks_matching(payload: bytes, asked: Collection[Wanted]) -> Iterator[EncodedBlock]:
     """Yield the blocks of an artifact that are wanted, encoded."""
     if len(payload) >= LEAST_BYTES:
-        yield from _matching(in_chunks(payload)[0], asked)
+        for seldom in (False, True) if is_noise(payload) else (False,):
+            yield from _matching(in_chunks(payload, seldom=seldom)[0], asked)
 
 
 def _matching(view: MatrixView, asked: Collection[Wanted]) -> Iterator[EncodedBlock]:

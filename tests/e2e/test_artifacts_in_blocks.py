@@ -300,3 +300,63 @@ def test_a_large_graph(tmp_path: Path) -> None:
         assert np.allclose(store.predict("m", x), np.maximum(x @ weights(1)["w"].T, 0), atol=1e-4)
         (row,) = store._adapter.models()
         assert StoredModel(store._adapter, row).graph() == LARGE_GRAPH
+
+
+def image(count: int, seed: int = 5) -> bytes:
+    return np.random.default_rng(seed).bytes(count)
+
+
+def test_what_does_not_compress_takes_its_size(store_url: str, tmp_path: Path) -> None:
+    """It took 7 % more: what fills up chunks."""
+    with pydedup.open(store_url) as store:
+        for number, count in enumerate((1 << 20, 9_876_543)):
+            content = image(count, number)
+            source = folder(tmp_path / f"of{count}", number, image=content)
+            report = store.add(f"m{number}", source)
+            # The last chunk is filled up as well.
+            assert report.stored_artifact_bytes < 1.005 * count + 32 * 1024
+            assert store.add("again", source).stored_artifact_bytes < 1_000
+            assert store.artifacts(f"m{number}")["image.json"] == content
+        assert store.verify().ok
+
+
+def test_noise_of_which_more_was_put_in_shares_what_is_far_behind(tmp_path: Path) -> None:
+    content = image(24 << 20)
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("m", folder(tmp_path / "one", 1, image=content))
+        report = store.add("m", folder(tmp_path / "two", 1, image=b"more" + content))
+        assert report.stored_artifact_bytes < 0.7 * len(content)
+        report = store.add("m", folder(tmp_path / "three", 1, image=content + b"more"))
+        assert report.stored_artifact_bytes < 100_000
+
+
+@pytest.mark.parametrize("is_newer_there", [False, True])
+def test_noise_that_an_older_add_stored_is_shared(
+    is_newer_there: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = folder(tmp_path / "one", 1, image=image(3 << 20))
+    with pydedup.open(tmp_path / "store.db") as store:
+        monkeypatch.setattr("pydedup.ingest.artifacts.is_noise", lambda payload: False)
+        store.add("older", source)
+        monkeypatch.undo()
+        if is_newer_there:  # both are: one of them goes
+            with pydedup.open(tmp_path / "other.db") as other:
+                other.add("newer", source)
+                other.copy_to(tmp_path / "store.db")
+            store.remove("older")
+            store.vacuum()
+        assert store.add("m", source).stored_artifact_bytes < 2_000
+        assert store.artifacts("m")["image.json"] == image(3 << 20)
+
+
+def test_damaged_blocks_of_noise_are_found_in_the_folder(tmp_path: Path) -> None:
+    source = folder(tmp_path / "one", 1, image=image(3 << 20))
+    path = tmp_path / "store.db"
+    with pydedup.open(path) as store:
+        store.add("m", source)
+    change(f"sqlite:///{path}", "UPDATE {pages} SET payload = ? WHERE id = 2", b"gone")
+    with pydedup.open(path) as store:
+        assert not store.verify().ok
+        store.verify(repair_from=source)
+        assert store.verify().ok
+        assert store.artifacts("m")["image.json"] == image(3 << 20)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pydedup.catalog import chunk_lengths, joined_chunks, laid_out
-from pydedup.ingest.artifacts import cut_at, in_chunks
+from pydedup.ingest.artifacts import cut_at, in_chunks, is_noise
 
 SHORTEST, LONGEST = 28 * 1024, 32 * 1024
 
@@ -25,17 +25,17 @@ def content(count: int, seed: int = 0, letters: int = 256) -> bytes:
     return bytes(byte % letters for byte in hashed[:count])
 
 
-def cuts(text: bytes) -> list[int]:
-    return cut_at(np.frombuffer(text, np.uint8)).tolist()
+def cuts(text: bytes, *, seldom: bool = False) -> list[int]:
+    return cut_at(np.frombuffer(text, np.uint8), seldom=seldom).tolist()
 
 
-def cuts_one_by_one(text: bytes) -> list[int]:
+def cuts_one_by_one(text: bytes, bits: int = 11) -> list[int]:
     """The rule, place by place."""
     ends, start = [], 0
     while len(text) - start > LONGEST:
         for end in range(start + SHORTEST, start + LONGEST + 1):
             word = int.from_bytes(text[end - 8 : end], "little")
-            if (word * 0x9E3779B97F4A7C15) % 2**64 >> 53 == 0:
+            if (word * 0x9E3779B97F4A7C15) % 2**64 >> (64 - bits) == 0:
                 break
         ends.append(end)
         start = end
@@ -46,6 +46,7 @@ def cuts_one_by_one(text: bytes) -> list[int]:
 @pytest.mark.parametrize("letters", [1, 3, 256])
 def test_chunks_end_where_the_rule_says(count: int, letters: int) -> None:
     text = content(count, letters=letters)
+    assert cuts(text, seldom=True) == cuts_one_by_one(text, 16)
     found = cuts(text)
     assert found == cuts_one_by_one(text)
     lengths = np.diff(found, prepend=0)
@@ -86,6 +87,17 @@ def test_rows_are_as_long_as_a_chunk_may_be(count: int, shape: tuple[int, int]) 
 def test_places_are_kept_by_later_versions() -> None:
     """Others would share nothing with what is stored."""
     assert cuts(content(200_000)) == [28931, 59780, 92548, 123479, 152328, 184578, 200_000]
+    noise = cuts(content(1_200_000), seldom=True)
+    assert noise[:29] == list(range(LONGEST, 29 * LONGEST + 1, LONGEST))
+    assert noise[29:32] == [981_255, 1_014_023, 1_046_791]
+
+
+@pytest.mark.parametrize("letters", [256, 192, 64])
+@pytest.mark.parametrize("count", [1_000_000, 1_048_576, 1_500_000])
+def test_noise_is_what_is_large_and_does_not_compress(count: int, letters: int) -> None:
+    text = content(count, letters=letters)
+    assert is_noise(text) is (count >= 1 << 20 and letters == 256)
+    assert not is_noise(text[: count // 3] + bytes(2 * count // 3))
 
 
 @pytest.mark.parametrize("at", [0, 100, 150_000])
