@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydedup.errors import FormatError
+from pydedup.formats._onnx_guards import guard
 from pydedup.formats._onnx_tensors import DTYPES, has_values, nested_tensors, parse, refuse_external
 from pydedup.formats.base import Array
 from pydedup.types import TensorInfo
@@ -108,6 +109,7 @@ def open_graph(
     _keep(graph.node, lambda node: not (node.op_type == "Constant" and node.output[0] in given))
     kinds = {node.op_type for each in (graph, *model.functions) for node in _nodes(each)}
     tables = frozenset(given) - set(_used_otherwise(graph))
+    guard(model)
     serialised = model.SerializeToString(deterministic=True)
     is_recurrent = not kinds.isdisjoint({"LSTM", "GRU"})
     return OpenedGraph(

@@ -39,17 +39,21 @@ def save(
     inputs: Sequence[Any] = (),
     output: str = "y",
     opset: int = 17,
+    kind: int = 1,
 ) -> Path:
-    """Write a model; bfloat16 and float8_e5m2 arrays become initialisers of that type."""
+    """Write a model; bfloat16 and float8_e5m2 arrays become initialisers of that type.
+
+    ``kind`` is the number of the element type of its output.
+    """
     initializers = []
     for name, array in weights.items():
         kinds = {np.dtype(ml_dtypes.bfloat16): 16, np.dtype(ml_dtypes.float8_e5m2): 19}
-        kind = kinds.get(array.dtype) or onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        number = kinds.get(array.dtype) or onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         initializers.append(
-            onnx.helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
+            onnx.helper.make_tensor(name, number, array.shape, array.tobytes(), raw=True)
         )
     graph = onnx.helper.make_graph(
-        nodes, "g", list(inputs) or [value("x")], [value(output, 1, None)], initializers
+        nodes, "g", list(inputs) or [value("x")], [value(output, kind, None)], initializers
     )
     domains = [("", opset), ("com.microsoft", 1), ("nobody", 1)]
     model = onnx.helper.make_model(
