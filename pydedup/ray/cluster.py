@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import logging
 import os
@@ -162,7 +163,12 @@ def _private(ray: Any, cpus: int | None) -> Iterator[None]:
             if cpus is not None:
                 options["num_cpus"] = cpus
             what = "a private Ray on this machine"
-            with _own_token(folder), _patience(), _connected(ray, what, options):
+            with (
+                _own_token(folder),
+                _patience(),
+                _own_group(),
+                _connected(ray, what, options),
+            ):
                 yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -292,6 +298,17 @@ def _away_from_sources() -> Iterator[None]:
         return
     with contextlib.chdir("/"):
         yield
+
+
+def _own_group() -> AbstractContextManager[None]:
+    """Have Ray's processes be of no group of ours: a signal to all of that is for us to obey.
+
+    As timeout, a shell's `kill %1` and supervisors send one. Ray, which it ended at once, would
+    then be waited for for a minute.
+    """
+    module = "ray._private.services"
+    real: Any = getattr(sys.modules.get(module), "ConsolePopen", subprocess.Popen)
+    return _instead(module, "ConsolePopen", functools.partial(real, process_group=0))
 
 
 def _quiet_output() -> AbstractContextManager[None]:

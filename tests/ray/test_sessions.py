@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from typing import Any
@@ -73,9 +74,9 @@ def test_a_scoring_that_is_interrupted_closes_all_sessions(
     at = {"by Ray Client": cluster.client, "of the cluster": cluster.address}.get(on, on)
     command = [*PROGRAM, "score", sessions.url, "--model", "m@1", "--into", "p", "--on", at]
     command += ["--query", sessions.slow_query, "--workers", "2", "--batch", "10"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as scoring:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as scoring:
         sessions.wait_for_rows()
-        scoring.send_signal(number)
+        os.killpg(scoring.pid, number)  # as a terminal does, and timeout
         _, said = scoring.communicate()
     assert scoring.returncode == 128 + number, said
     told = said.splitlines()
@@ -86,12 +87,16 @@ def test_a_scoring_that_is_interrupted_closes_all_sessions(
 
 @pytest.mark.long
 def test_replicas_close_all_sessions(sessions: Sessions) -> None:
-    """On a private Ray; test_serving.py looks at a cluster."""
+    """On a private Ray; test_serving.py looks at a cluster.
+
+    A signal to all of the group ended Ray first, and a minute later the command, with status 1.
+    """
     command = [*PROGRAM, "serve", sessions.url, "--on", "local", "--port", "0", "--replicas", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as serving:
         assert serving.stdout is not None
         assert "pydedup serves 1 model" in serving.stdout.readline()
         assert sessions.others()
-        serving.terminate()
+        os.killpg(serving.pid, signal.SIGTERM)
         serving.communicate()
+    assert serving.returncode == 0
     assert sessions.lost() == 0
