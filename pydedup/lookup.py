@@ -105,7 +105,8 @@ def bag(
     numpy.ndarray
         Shape (n_bags, cols) in ``compute_dtype``; zero for an empty bag. Rows are added up by
         ascending ids, one by one: the same bits with any number of threads, any budget, any order
-        of ids and however the matrix is stored.
+        of ids and however the matrix is stored. What a bag has of one id with several weights is
+        added up in the order in which these are given.
 
     Raises
     ------

@@ -102,6 +102,10 @@ class Trace:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. Raises FormatError for another file."""
+        from pydedup.formats._files import is_used_by_sqlite
+
+        if is_used_by_sqlite(Path(path)):  # to open it would give up a store's locks on it
+            raise FormatError(f"{path} is a SQLite database, maybe a store, and no recorded trace")
         content = io.BytesIO(Path(path).read_bytes())  # so that an OSError is one of the file
         try:
             with np.load(content, allow_pickle=False) as columns:

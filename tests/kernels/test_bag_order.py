@@ -97,6 +97,28 @@ def test_ids_of_many_digits() -> None:
         assert lookup.bag(block_map, pool, ids, offsets, "sum").tobytes() == want.tobytes()
 
 
+@settings(max_examples=30)
+@given(size=st.integers(2, 700), n_rows=st.sampled_from([2, 40, 70_000]), seed=st.integers(0, 99))
+def test_factors_of_one_id_count_in_their_order_and_no_other_order_counts(
+    size: int, n_rows: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((n_rows, 3)).astype(np.float32)
+    pages = MemoryPages()
+    block_map, pool = pages.add(w, (1000, 3), per_page=9), pages.pool()
+    ids = rng.choice(rng.integers(0, n_rows, 9), size)
+    factors = rng.standard_normal(size).astype(np.float32)
+    shuffled = rng.permutation(size)
+    for row in np.unique(ids):
+        of_row = np.flatnonzero(ids[shuffled] == row)
+        shuffled[of_row] = np.sort(shuffled[of_row])
+    first, second = (
+        lookup.bag(block_map, pool, [ids[at]], mode="sum", weights=[factors[at]])
+        for at in (np.arange(size), shuffled)
+    )
+    assert first.tobytes() == second.tobytes()
+
+
 def test_factors_stay_with_their_ids() -> None:
     w = np.array([[1.0], [2.0**30], [-(2.0**30)]], np.float32)
     pages = MemoryPages()

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydedup.errors import ArgumentError, StorageFullError
+import pydedup
+from pydedup.errors import ArgumentError, FormatError, StorageFullError
 from pydedup.pool import Called, PagePool
 from pydedup.replacement import Trace, replay
 from pydedup.testing.memory_pages import MemoryPages
@@ -91,3 +92,24 @@ def test_a_record_is_written_in_one_step_and_over_no_database(
         pool.recorded().save(store)
     pool.recorded().save(path)
     assert len(Trace.load(path)) == 2
+
+
+@pytest.mark.parametrize("end", ["", "-wal", "-shm"])
+def test_an_open_store_is_no_trace_and_keeps_its_locks(end: str, tmp_path: Path) -> None:
+    """It was read to say so, and closed again: by a rule of POSIX its locks were gone then."""
+    path = tmp_path / "store.db"
+    (tmp_path / "link").symlink_to(f"{path}{end}")
+
+    def locks() -> list[str]:
+        inodes = [f":{Path(f'{path}{kind}').stat().st_ino} " for kind in ("", "-shm")]
+        lines = Path("/proc/locks").read_text().splitlines()
+        return [line.split(maxsplit=1)[1] for line in lines if any(i in line for i in inodes)]
+
+    with pydedup.open(path) as store:
+        store.add("m", {"w": np.ones((4, 4), np.float32)})
+        before = locks()
+        assert before
+        for given in (f"{path}{end}", tmp_path / "link"):
+            with pytest.raises(FormatError, match="is a SQLite database, maybe a store, and no"):
+                Trace.load(given)
+        assert locks() == before
