@@ -34,8 +34,8 @@ _KEEPING = frozenset(
 _OWN = ("", "ai.onnx")
 #: So many operations back from a division its type is looked for.
 _STEPS = 64
-#: Since which version of ONNX's operations there is what the guards are made of.
-_WITH_WHERE = 9
+#: Since which version of ONNX's operations shapes of two inputs are made one.
+_WITH_BROADCASTING = 7
 
 
 def guard(model: Any) -> None:
@@ -49,7 +49,7 @@ def guard(model: Any) -> None:
         *((function, function.opset_import) for function in model.functions),
     ):
         version = max((one.version for one in versions if one.domain in _OWN), default=0)
-        if version >= _WITH_WHERE:
+        if version >= _WITH_BROADCASTING:
             _guard(graph, _Scope(graph, None), names)
 
 
@@ -145,15 +145,18 @@ def _division(node: Any, scope: _Scope, names: _Names) -> Iterator[Any]:
     import onnx
 
     make = onnx.helper.make_node
-    is_one, minus_one, one, divisor, quotient, negated = (names.new() for _ in range(6))
-    for name, number in ((minus_one, -1), (one, 1)):
+    is_it, mask, twice, divisor, quotient, sign = (names.new() for _ in range(6))
+    numbers = {number: names.new() for number in (-1, 1, 2)}
+    for number, name in numbers.items():
         value = onnx.helper.make_tensor(name, kind, (), [number])
         yield make("Constant", [], [name], value=value)
-    yield make("Equal", [b, minus_one], [is_one])
-    yield make("Where", [is_one, one, b], [divisor])
+    yield make("Equal", [b, numbers[-1]], [is_it])
+    yield make("Cast", [is_it], [mask], to=kind)
+    yield make("Mul", [mask, numbers[2]], [twice])
+    yield make("Add", [b, twice], [divisor])  # 1 in the place of -1
     yield make("Div", [a, divisor], [quotient], name=node.name)
-    yield make("Neg", [a], [negated])
-    yield make("Where", [is_one, negated, quotient], list(node.output))
+    yield make("Sub", [numbers[1], twice], [sign])
+    yield make("Mul", [quotient, sign], list(node.output))
 
 
 def _may_be_minus_one(tensor: Any) -> bool:

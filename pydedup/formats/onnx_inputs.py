@@ -111,7 +111,7 @@ def open_graph(
     tables = frozenset(given) - set(_used_otherwise(graph))
     guard(model)
     serialised = model.SerializeToString(deterministic=True)
-    is_recurrent = not kinds.isdisjoint({"LSTM", "GRU"})
+    is_recurrent = not kinds.isdisjoint({"DynamicQuantizeLSTM", "GRU", "LSTM"})
     return OpenedGraph(
         serialised, inputs, outputs, weights, tables, is_recurrent, has_loops="Loop" in kinds
     )

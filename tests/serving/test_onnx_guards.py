@@ -18,7 +18,7 @@ from .onnx_models import RNG, node, onnx, run, save, value
 _INT32, _INT64 = 6, 7
 
 
-def quotients(path: Path, kind: int, *, within: bool = False) -> Path:
+def quotients(path: Path, kind: int, *, within: bool = False, opset: int = 17) -> Path:
     """Save a model of a // b, which it computes in an If if that is wanted, or of parts of them."""
     nodes = [node("Identity", "b", "c"), node("Div", "a c", "y")]
     if within:
@@ -33,15 +33,15 @@ def quotients(path: Path, kind: int, *, within: bool = False) -> Path:
         ]
     constants = {"zero": np.array([0]), "end": np.array([9]), "zero1": np.array(0)}
     inputs = [value("a", kind, [None]), value("b", kind, [None])]
-    return save(path, nodes, constants, inputs, kind=kind)
+    return save(path, nodes, constants, inputs, kind=kind, opset=opset)
 
 
 @pytest.mark.parametrize("kind", [_INT32, _INT64])
-@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize(("within", "opset"), [(False, 7), (False, 17), (True, 17)])
 def test_the_least_integer_divided_by_minus_one(
-    store: pydedup.Store, tmp_path: Path, kind: int, within: bool
+    store: pydedup.Store, tmp_path: Path, kind: int, within: bool, opset: int
 ) -> None:
-    store.add("m", quotients(tmp_path / "m.onnx", kind, within=within))
+    store.add("m", quotients(tmp_path / "m.onnx", kind, within=within, opset=opset))
     dtype = np.int32 if kind == _INT32 else np.int64
     a = RNG.integers(-99, 99, 9).astype(dtype)
     b = np.array([-1, 1, 2, -3, 7, -1, 5, -1, 50], dtype)

@@ -139,6 +139,26 @@ def test_recurrent_layers_on_nothing(
     assert store.predict("m", np.zeros((7, 2, 64), np.float32)).shape == (7, 2, 32)
 
 
+def test_a_quantised_recurrent_layer_on_nothing(store: pydedup.Store, tmp_path: Path) -> None:
+    many = ["x", "w", "r", *[""] * 5, "one", "zero", "one", "zero"]
+    lstm = onnx.helper.make_node(
+        "DynamicQuantizeLSTM", many, ["y"], domain="com.microsoft", hidden_size=32
+    )
+    weights = {
+        **{
+            name: RNG.integers(-9, 9, (1, rows, 128), np.int8)
+            for name, rows in (("w", 64), ("r", 32))
+        },
+        "one": np.ones(1, np.float32),
+        "zero": np.zeros(1, np.int8),
+    }
+    inputs = [value("x", 1, ("t", "b", 64))]
+    store.add("m", save(tmp_path / "m.onnx", [lstm], weights, inputs))
+    with pytest.raises(ArgumentError, match="the LSTM or GRU of m@1 cannot be run on nothing"):
+        store.predict("m", np.zeros((7, 0, 64), np.float32))
+    assert store.predict("m", np.zeros((7, 2, 64), np.float32)).shape == (7, 1, 2, 32)
+
+
 def test_recurrent_layers_of_functions_on_nothing(store: pydedup.Store, tmp_path: Path) -> None:
     opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("own", 1)]
     lstm = node("LSTM", "x w r", "h", hidden_size=32)
