@@ -137,11 +137,11 @@ TEST(threads_do_not_show) {
     }
 }
 
-// x is larger than what is taken to stay in the cache, so that a task takes several panels; fed
-// block by block, it has one. Every third block is encoded.
-TEST(panels_taken_together_do_not_show) {
+// 270 rows are packed in chunks, if all blocks come at once. 120 are more than stay in the cache,
+// so that a task takes several panels; fed block by block, it has one. Every third block is
+// encoded.
+TEST(chunks_and_panels_taken_together_do_not_show) {
     const BlockGrid grid{520, 540, 32, 64};
-    const std::size_t m = 270;
     const auto w = normal<float>(grid.rows * grid.cols);
     std::vector<std::uint16_t> halves;
     std::vector<float> w_halves;
@@ -163,7 +163,9 @@ TEST(panels_taken_together_do_not_show) {
          {std::pair{mixed(w, Dtype::f32), w}, std::pair{store(w, grid, Dtype::f32, false), w},
           std::pair{mixed(halves, Dtype::bf16), w_halves},
           std::pair{store(halves, grid, Dtype::bf16, false), w_halves}}) {
-        for (const bool transpose : {false, true}) {
+        for (const auto& [m, transpose] :
+             {std::pair{std::size_t{270}, false}, std::pair{std::size_t{270}, true},
+              std::pair{std::size_t{120}, false}}) {
             if (!sampled()) continue;
             const std::size_t k = transpose ? grid.rows : grid.cols;
             const std::size_t n = transpose ? grid.cols : grid.rows;

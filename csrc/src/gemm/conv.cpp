@@ -18,6 +18,7 @@
 #include "gemm/image_tiles.hpp"
 #include "gemm/useful_threads.hpp"
 #include "gemm/weights.hpp"
+#include "gemm/workers.hpp"
 #include "pydedup/error.hpp"
 
 namespace pydedup {
@@ -98,10 +99,12 @@ class Conv2d::Typed final : public Conv2d::Impl {
         const auto [chunk, cuts] = cut(weights, panels, threads);
         const std::size_t chunks = ceil_div(tiles_, chunk);
         const std::size_t per_cut = ceil_div(panels, cuts);
-        idle_.reserve(threads);
+        workers_.keep(threads);
         parallel_for(chunks * cuts, 1, threads, [&](std::size_t begin, std::size_t end) {
-            const Borrowed borrowed(*this);
-            Worker& worker = *borrowed.worker;
+            const auto borrowed =
+                workers_.borrow([&] { return Worker{WeightReader<T>(kernels_)}; });
+            Worker& worker = *borrowed;
+            worker.read = nullptr;  // its page may be gone
             for (std::size_t i = begin; i < end; ++i) {
                 const std::size_t panel0 = first + i % cuts * per_cut;
                 const std::size_t panel1 = std::min(panel0 + per_cut, first + panels);
@@ -132,32 +135,6 @@ class Conv2d::Typed final : public Conv2d::Impl {
         const std::byte* read = nullptr;  // the block that was read last,
         const T* numbers = nullptr;       // and what it is as numbers
     };
-    // Scratch is made once per thread, not once per task.
-    struct Borrowed {
-        explicit Borrowed(Typed& from) : owner(from) {
-            {
-                const std::scoped_lock lock(owner.mutex_);
-                if (!owner.idle_.empty()) {
-                    worker = std::move(owner.idle_.back());
-                    owner.idle_.pop_back();
-                }
-            }
-            if (!worker) worker.reset(new Worker{WeightReader<T>(owner.kernels_)});
-            worker->read = nullptr;  // its page may be gone
-        }
-        ~Borrowed() {
-            const std::scoped_lock lock(owner.mutex_);
-            if (owner.idle_.size() < owner.idle_.capacity()) {
-                owner.idle_.push_back(std::move(worker));
-            }
-        }
-        Borrowed(const Borrowed&) = delete;
-        Borrowed& operator=(const Borrowed&) = delete;
-
-        Typed& owner;
-        std::unique_ptr<Worker> worker;
-    };
-
     struct Cut {
         std::size_t chunk;  // tiles in one
         std::size_t cuts;   // of the rows of blocks
@@ -358,8 +335,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
     const std::size_t plane_;      // elements of one output channel of one image
     const std::size_t positions_;  // of the batch
     const std::size_t tiles_;
-    std::mutex mutex_;  // of idle_
-    std::vector<std::unique_ptr<Worker>> idle_;
+    detail::Workers<Worker> workers_;
 };
 
 Conv2d::Conv2d(const Problem& problem) {

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products with x in tiles, as the micro-kernels read it (packed_x.hpp).
 #include <algorithm>
-#include <bit>
-#include <functional>
 
 #include "dispatch/tile_registers.hpp"
 #include "gemm/matmul_typed.hpp"
@@ -13,43 +11,41 @@ namespace {
 
 using detail::AlignedArray;
 using detail::PackedX;
-using detail::WeightReader;
 
 // Bytes of blocks that a tile is multiplied with at once: half of a 48 KiB first-level cache, which
 // every CPU has whose kernels do so (AMX).
 constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
-// A tile of f32 or f64 takes as long for all its rows as dot products do for this part of them.
-// Measured (AVX2): as good as any from a quarter to all; what few rows have is bound by memory.
-constexpr std::size_t kFewOfATile = 2;
-// Of a block that does not lie behind the one before: as far as a dot product looks ahead.
-constexpr std::size_t kJumpBytes = std::size_t{8} << 10;
-
-// Dot products take as long as their block takes to come. Where it lies behind the one before, the
-// hardware sees to that; if not, its beginning should be under way.
-void ask_for_jump(const BlockView& block, const BlockView& next) noexcept {
-    constexpr std::size_t kLine = 64;
-    const std::less<> before;  // of any two addresses
-    const std::byte* const end = block.data + block.length;
-    if (!before(next.data, end) && before(next.data, end + kJumpBytes)) return;
-    const std::size_t bytes = std::min<std::size_t>(next.length, kJumpBytes);
-    for (std::size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(next.data + at);
-}
-
-template <class E, class T>
-[[nodiscard]] const E* read(const BlockView& block, WeightReader<T>& reader) {
-    if constexpr (std::is_same_v<E, T>) {
-        return reader.read(block);
-    } else {
-        return reinterpret_cast<const E*>(reader.stored(block));
-    }
-}
-
 }  // namespace
 
 template <class T>
 template <class E>
-void Matmul::Typed<T>::multiply_packed(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const BlockView> blocks,
                                        std::size_t first, std::size_t panels, unsigned threads) {
+    const auto multiply_panels = [&](const PackedX<E, T>& x, std::size_t begin, std::size_t end,
+                                     std::size_t t0, std::size_t t1, Worker& worker) {
+        while (begin < end) {
+            const Rows rows = rows_from(begin, end, blocks.size());
+            multiply_tiles(x, blocks, rows, t0, t1, worker);
+            begin += rows.count;
+        }
+    };
+    if (const std::size_t chunks = chunks_of(packing, blocks, threads); chunks != 0) {
+        const std::size_t tiles = detail::ceil_div(packing.rows, packing.width);
+        const auto row_of = [&](std::size_t chunk) {
+            return std::min(packing.rows, chunk * tiles / chunks * packing.width);
+        };
+        each_task(chunks, threads, [&](std::size_t i, Worker& worker) {
+            const std::size_t row0 = row_of(i);
+            const auto x =
+                packing.pack(row0, row_of(i + 1) - row0, 1, worker.template memory_of_x<E>());
+            const std::size_t together = panels_together(x, panels, p_.grid.block_rows, 1);
+            for (std::size_t row = 0; row < panels; row += together) {
+                multiply_panels(x, row, std::min(panels, row + together), 0, x.n_tiles(), worker);
+            }
+        });
+        return;
+    }
+    const PackedX<E, T>& x = packed_whole(packing);
     // Of the last panel what comes later will need the sums.
     const std::size_t last = first + panels - 1;
     if (!part_of_row(last, blocks.size()).ends) {
@@ -57,16 +53,30 @@ void Matmul::Typed<T>::multiply_packed(const PackedX<E, T>& x, std::span<const B
                                     block_rect(p_.grid, last * p_.grid.grid_cols()).rows);
     }
     const std::size_t together = panels_together(x, panels, p_.grid.block_rows, threads);
-    run(detail::ceil_div(panels, together), x.n_tiles(), x.tile(0).kernel->width, threads,
+    run(detail::ceil_div(panels, together), x.n_tiles(), packing.width, threads,
         [&](const Task& task, Worker& worker) {
-            const std::size_t end = first + std::min(panels, (task.panel + 1) * together);
-            for (std::size_t row = first + task.panel * together; row < end;) {
-                const Rows rows = rows_from(row, end, blocks.size());
-                multiply_tiles(x, blocks, rows, task.unit0, task.unit1, worker);
-                row += rows.count;
-            }
+            const std::size_t row = task.panel * together;
+            multiply_panels(x, first + row, first + std::min(panels, row + together), task.unit0,
+                            task.unit1, worker);
         });
     begun_ = std::move(to_go_on_);
+}
+
+template <class T>
+template <class E>
+std::size_t Matmul::Typed<T>::chunks_of(const Packing<E, T>& packing,
+                                        std::span<const BlockView> blocks,
+                                        unsigned threads) const noexcept {
+    if (p_.variants != nullptr || blocks.size() != count()) return 0;
+    const std::size_t tiles = detail::ceil_div(packing.rows, packing.width);
+    const auto tiles_of = [&](std::size_t rows) { return detail::ceil_div(rows, packing.width); };
+    const std::size_t fitting = detail::kChunkBytes / (packing.bytes_of_row * packing.width);
+    const std::size_t most =
+        std::clamp(fitting, tiles_of(detail::kMinChunkRows), tiles_of(detail::kMaxTaskRows));
+    const std::size_t enough = 2 * threads;
+    const std::size_t chunks =
+        std::max(detail::round_up(detail::ceil_div(tiles, most), std::size_t{threads}), enough);
+    return packing.rows < chunks * detail::kLeastChunkRows ? 0 : chunks;
 }
 
 template <class T>
@@ -149,7 +159,7 @@ void Matmul::Typed<T>::multiply_block(const PackedX<E, T>& x, std::span<const Bl
     const bool asks_for_x = next_has_new_x && x.bytes(to.t0, to.t1) > detail::kCachedBytes;
     const BlockView& block = blocks[number - fed_];
     const Next<E> next_w = next_block<E>(blocks, next - fed_);
-    const E* const w = read<E>(block, worker.reader);
+    const E* const w = worker.reader.template as<E>(block);
     for (std::size_t c = 0; c < block.cols; c += strip) {
         const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
         for (std::size_t t = to.t0; t < to.t1; ++t) {
@@ -174,18 +184,6 @@ void Matmul::Typed<T>::store_tiles(const PackedX<E, T>& x, const TileSums& from)
     }
     const auto& last = x.tile(from.t1 - 1);
     finish(x.tile(from.t0).row0, last.row0 + last.rows, from.rect.row0, from.rect.rows);
-}
-
-template <class T>
-template <class E>
-void Matmul::Typed<T>::multiply_tile(const PackedX<E, T>& x, std::size_t column, std::size_t t,
-                                     std::size_t c, const E* w, std::size_t n,
-                                     const BlockView& block, const GemmNext<E>& next,
-                                     T* sums) noexcept {
-    for (unsigned part = 0; part < x.n_parts(); ++part) {
-        x.tile(t).kernel->tile_nt(x.at(column, t, c, part), w, block.rows, n, block.cols,
-                                  part == 0 ? next : GemmNext<E>{}, sums);
-    }
 }
 
 template <class T>
@@ -232,113 +230,6 @@ void Matmul::Typed<T>::multiply_together(const PackedX<E, T>& x, std::span<const
 }
 
 template <class T>
-template <class E>
-void Matmul::Typed<T>::multiply_for_members(const PackedX<E, T>& x,
-                                            std::span<const BlockView> blocks, const Part& part,
-                                            const BlockRect& rect, std::size_t t0, std::size_t t1,
-                                            T* sums, Worker& worker) const {
-    find_uses(x, part, t0, t1, worker);
-    const std::vector<Use>& uses = worker.tiled;
-    for (std::size_t i = 0; i < uses.size();) {
-        const std::size_t number = uses[i].number;
-        std::size_t end = i + 1;
-        while (end < uses.size() && uses[end].number == number) ++end;
-        Next<E> next;
-        if (end < uses.size()) next = next_block<E>(blocks, uses[end].number - fed_);
-        const BlockView& block = blocks[number - fed_];
-        const E* const w = read<E>(block, worker.reader);
-        for (; i < end; ++i) {
-            T* const to = sums + (x.sums_before(uses[i].tile) - x.sums_before(t0)) * rect.rows;
-            multiply_tile_for(x, uses[i], block, w, next, to, worker);
-            next = {};
-        }
-    }
-    for (std::size_t i = 0; i < worker.dots.size(); ++i) {
-        const Use& use = worker.dots[i];
-        const BlockView& block = blocks[use.number - fed_];
-        if (i + 1 < worker.dots.size()) {
-            ask_for_jump(block, blocks[worker.dots[i + 1].number - fed_]);
-        }
-        const auto& tile = x.tile(use.tile);
-        const std::size_t column = place(use.number) % p_.grid.grid_cols();
-        for_rows_with(use.number, tile.row0, tile.row0 + tile.rows,
-                      [&](std::size_t begin, std::size_t end) {
-                          dot(x_ + begin * p_.grid.cols + column * p_.grid.block_cols, end - begin,
-                              block, y_ + begin * n_ + rect.row0, n_, worker.reader);
-                      });
-    }
-}
-
-template <class T>
-template <class E>
-void Matmul::Typed<T>::find_uses(const PackedX<E, T>& x, const Part& part, std::size_t t0,
-                                 std::size_t t1, Worker& worker) const {
-    worker.dots.clear();
-    worker.tiled.clear();
-    for (std::size_t number = part.begin; number < part.end; ++number) {
-        const std::uint64_t members = members_[number - fed_];
-        for (std::size_t t = t0; t < t1; ++t) {
-            const auto& tile = x.tile(t);
-            std::size_t having = 0;
-            for (std::size_t i = 0; i < tile.rows; ++i) {
-                having += has(number, tile.row0 + i) ? 1 : 0;
-            }
-            if (having == 0) continue;
-            const bool few = having <= own().dot_max_m ||
-                             (std::is_same_v<E, T> && kFewOfATile * having <= tile.kernel->width);
-            const bool by_dots = few && std::has_single_bit(members);
-            (by_dots ? worker.dots : worker.tiled).push_back({members, number, t, having});
-        }
-    }
-    std::ranges::stable_sort(worker.dots, {}, &Use::members);
-}
-
-template <class T>
-template <class E>
-void Matmul::Typed<T>::multiply_tile_for(const PackedX<E, T>& x, const Use& use,
-                                         const BlockView& block, const E* w, const Next<E>& next,
-                                         T* sums, Worker& worker) const {
-    using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
-    const auto& tile = x.tile(use.tile);
-    const std::size_t lanes = tile.sums();
-    const std::size_t column = place(use.number) % p_.grid.grid_cols();
-    const bool is_some = use.having != tile.rows;
-    T* const to = is_some ? worker.apart.at_least(block.rows * lanes) : sums;
-    if (is_some) std::fill_n(to, block.rows * lanes, T{0});
-    const std::size_t strip = columns_in_a_pass(tile.kernel->width);
-    for (std::size_t c = 0; c < block.cols; c += strip) {
-        const std::size_t n = std::min<std::size_t>(strip, block.cols - c);
-        const Next<E> part = next.part(c * block.rows, n * block.rows, 0, 1);
-        multiply_tile(x, column, use.tile, c, w + c, n, block,
-                      {part.begin, part.end, nullptr, nullptr}, to);
-    }
-    if (!is_some) return;
-    Bits* const mask = worker.mask.at_least(lanes);
-    const std::size_t group = tile.kernel->sums();
-    for (std::size_t i = 0; i < lanes; ++i) {
-        const bool counts = i / group < tile.rows && has(use.number, tile.row0 + i / group);
-        mask[i] = counts ? ~Bits{0} : Bits{0};
-    }
-    for (std::size_t r = 0; r < block.rows; ++r) {
-        for (std::size_t i = 0; i < lanes; ++i) {
-            sums[r * lanes + i] +=
-                std::bit_cast<T>(std::bit_cast<Bits>(to[r * lanes + i]) & mask[i]);
-        }
-    }
-}
-
-template <class T>
-template <class Tile>
-void Matmul::Typed<T>::add_dots(const Tile& tile, const BlockRect& rect, T* sums) const noexcept {
-    const std::size_t group = tile.kernel->sums();
-    const std::size_t lanes = tile.sums();
-    for (std::size_t i = 0; i < tile.rows; ++i) {
-        const T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
-        for (std::size_t r = 0; r < rect.rows; ++r) sums[r * lanes + i * group] += y[r];
-    }
-}
-
-template <class T>
 template <class Tile>
 void Matmul::Typed<T>::ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept {
     constexpr std::size_t kLine = 64 / sizeof(T);
@@ -370,13 +261,13 @@ void Matmul::Typed<T>::store_sums(const Tile& tile, const BlockRect& rect,
     }
 }
 
-template void Matmul::Typed<float>::multiply_packed(const PackedX<float, float>&,
+template void Matmul::Typed<float>::multiply_packed(Packing<float, float>&,
                                                     std::span<const BlockView>, std::size_t,
                                                     std::size_t, unsigned);
-template void Matmul::Typed<float>::multiply_packed(const PackedX<std::uint16_t, float>&,
+template void Matmul::Typed<float>::multiply_packed(Packing<std::uint16_t, float>&,
                                                     std::span<const BlockView>, std::size_t,
                                                     std::size_t, unsigned);
-template void Matmul::Typed<double>::multiply_packed(const PackedX<double, double>&,
+template void Matmul::Typed<double>::multiply_packed(Packing<double, double>&,
                                                      std::span<const BlockView>, std::size_t,
                                                      std::size_t, unsigned);
 

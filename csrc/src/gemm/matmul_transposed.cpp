@@ -27,7 +27,7 @@ template <class T>
 void Matmul::Typed<T>::multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column0,
                                          std::size_t column1, std::size_t t0, std::size_t t1,
                                          Worker& worker) const {
-    const PackedX<T, T>& x = *packed_;
+    const PackedX<T, T>& x = *packed_.all;
     const BlockGrid& grid = p_.grid;
     const std::size_t columns = grid.grid_cols();
     const std::size_t end = fed_ + blocks.size();

@@ -8,11 +8,12 @@
 // A panel that is cut by the end of a call keeps its sums, as they are.
 //
 // matmul.cpp has the frame and what takes few rows of x, matmul_tiles.cpp what takes x in tiles,
-// matmul_transposed.cpp x @ W.
+// matmul_members.cpp rows of several variants, matmul_transposed.cpp x @ W.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <type_traits>
@@ -24,6 +25,7 @@
 #include "gemm/matmul_impl.hpp"
 #include "gemm/packed_x.hpp"
 #include "gemm/weights.hpp"
+#include "gemm/workers.hpp"
 #include "pydedup/gemm.hpp"
 
 namespace pydedup {
@@ -39,6 +41,11 @@ inline constexpr std::size_t kPassBytes = std::size_t{16} << 10;
 // Largest block to ask for while the one before is computed with: it has to stay in the
 // second-level cache until then.
 inline constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
+// Bytes of packed x that a task packs for itself; rows that it takes all the same, as W is read
+// once for each chunk; and fewer, where threads would have nothing to do otherwise.
+inline constexpr std::size_t kChunkBytes = std::size_t{256} << 10;
+inline constexpr std::size_t kMinChunkRows = 144;
+inline constexpr std::size_t kLeastChunkRows = 64;
 // Packed x of so many bytes is in the second-level cache from one panel to the next.
 inline constexpr std::size_t kCachedBytes = std::size_t{256} << 10;
 // Sums of the panels that a task takes together: they share the second-level cache with x and the
@@ -84,7 +91,37 @@ class Matmul::Typed final : public Matmul::Impl {
         detail::Scratch<T> apart;
         detail::Scratch<std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>> mask;
         std::vector<Use> dots, tiled;  // by the variant that has them; in order
+        detail::Scratch<T> x;
+        detail::Scratch<std::uint16_t> x_pairs;
+
+        template <class E>
+        [[nodiscard]] detail::Scratch<E>& memory_of_x() noexcept {
+            if constexpr (std::is_same_v<E, T>) {
+                return x;
+            } else {
+                return x_pairs;
+            }
+        }
     };
+
+    // How rows of x are packed as elements E, into memory that is given.
+    template <class E, class A>
+    struct Packing {
+        using Packed = detail::PackedX<E, A>;
+        std::function<Packed(std::size_t row0, std::size_t rows, unsigned threads,
+                             detail::Scratch<E>& memory)>
+            pack;                      // none: it is not
+        std::size_t rows = 0;          // rows of x that are,
+        std::size_t width = 1;         // of the widest tile,
+        std::size_t bytes_of_row = 0;  // and bytes of a row, packed
+        detail::Scratch<E> memory = {};
+        std::optional<Packed> all = {};  // once they are
+    };
+
+    template <class S, class E, class A>
+    void set_packing(Packing<E, A>& packing, const S* x, std::size_t rows, std::size_t cols,
+                     std::size_t strip, std::span<const GemmTile<E, A>> tiles,
+                     typename detail::PackedX<E, A>::Cut cut);
 
     // Elements that will be needed next.
     template <class E>
@@ -110,7 +147,7 @@ class Matmul::Typed final : public Matmul::Impl {
     // there would be too few pieces for the threads.
     template <class Body>
     void run(std::size_t panels, std::size_t units, std::size_t unit_rows, unsigned threads,
-             const Body& body) const {
+             const Body& body) {
         const std::size_t rows = units * unit_rows;
         const std::size_t wanted =
             threads == 1 ? 1 : detail::ceil_div(detail::kPiecesPerThread * threads, panels);
@@ -119,12 +156,20 @@ class Matmul::Typed final : public Matmul::Impl {
                      std::min(wanted, detail::ceil_div(rows, detail::kMinTaskRows)));
         const std::size_t chunk = detail::ceil_div(units, chunks);
         const std::size_t per_panel = detail::ceil_div(units, chunk);
-        parallel_for(panels * per_panel, 1, threads, [&](std::size_t begin, std::size_t end) {
-            Worker worker{detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}};
-            for (std::size_t i = begin; i < end; ++i) {
-                const std::size_t unit = i % per_panel * chunk;
-                body(Task{i / per_panel, unit, std::min(units, unit + chunk)}, worker);
-            }
+        each_task(panels * per_panel, threads, [&](std::size_t i, Worker& worker) {
+            const std::size_t unit = i % per_panel * chunk;
+            body(Task{i / per_panel, unit, std::min(units, unit + chunk)}, worker);
+        });
+    }
+
+    template <class Body>
+    void each_task(std::size_t count, unsigned threads, const Body& body) {
+        workers_.keep(threads);
+        parallel_for(count, 1, threads, [&](std::size_t begin, std::size_t end) {
+            const auto worker = workers_.borrow([&] {
+                return Worker{detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}};
+            });
+            for (std::size_t i = begin; i < end; ++i) body(i, *worker);
         });
     }
 
@@ -152,9 +197,26 @@ class Matmul::Typed final : public Matmul::Impl {
 
     // ---- x in tiles: matmul_tiles.cpp
 
+    // All rows that are packed: so they are from now on.
+    template <class E, class A>
+    [[nodiscard]] const detail::PackedX<E, A>& packed_whole(Packing<E, A>& packing) {
+        if (!packing.all) {
+            const unsigned threads = threads_for(packing.rows * packing.bytes_of_row / sizeof(E));
+            packing.all.emplace(packing.pack(0, packing.rows, threads, packing.memory));
+        }
+        return *packing.all;
+    }
     template <class E>
-    void multiply_packed(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+    void multiply_packed(Packing<E, T>& packing, std::span<const BlockView> blocks,
                          std::size_t first, std::size_t panels, unsigned threads);
+    // Chunks of rows of x, each packed by a task that multiplies it with all panels while it is in
+    // its second-level cache: all of x, packed, is memory that is new each time. 0 where x is
+    // packed as a whole: where threads would have too few rows, or more blocks are to come, with
+    // which x would be packed again.
+    template <class E>
+    [[nodiscard]] std::size_t chunks_of(const Packing<E, T>& packing,
+                                        std::span<const BlockView> blocks,
+                                        unsigned threads) const noexcept;
     // Rows of blocks, from `first` on: whole ones, if there are several.
     struct Rows {
         std::size_t first, count;
@@ -187,7 +249,12 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class E>
     static void multiply_tile(const detail::PackedX<E, T>& x, std::size_t column, std::size_t t,
                               std::size_t c, const E* w, std::size_t n, const BlockView& block,
-                              const GemmNext<E>& next, T* sums) noexcept;
+                              const GemmNext<E>& next, T* sums) noexcept {
+        for (unsigned part = 0; part < x.n_parts(); ++part) {
+            x.tile(t).kernel->tile_nt(x.at(column, t, c, part), w, block.rows, n, block.cols,
+                                      part == 0 ? next : GemmNext<E>{}, sums);
+        }
+    }
     // How many blocks from `number` on tile t of x takes at once: such as lie as they are in their
     // pages. 0 where a kernel does not do that.
     template <class E>
@@ -200,6 +267,14 @@ class Matmul::Typed final : public Matmul::Impl {
     void multiply_together(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
                            std::size_t number, std::size_t n, std::size_t next,
                            const TileSums& to) const;
+    // Sums are stored into rows that lie far apart: each line is a miss of its own.
+    template <class Tile>
+    void ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept;
+    template <class Tile>
+    void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept;
+
+    // ---- rows of several variants: matmul_members.cpp
+
     // A row of blocks, each for those rows of tiles [t0, t1) that have it: what one variant alone
     // has, by dot products that go straight to y, one variant after another, as its blocks lie
     // together in memory; the rest by tiles. Either way a row's blocks come in their order.
@@ -218,11 +293,6 @@ class Matmul::Typed final : public Matmul::Impl {
     // Adds the dot products in y to the sums of a tile, which take their place there.
     template <class Tile>
     void add_dots(const Tile& tile, const BlockRect& rect, T* sums) const noexcept;
-    // Sums are stored into rows that lie far apart: each line is a miss of its own.
-    template <class Tile>
-    void ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept;
-    template <class Tile>
-    void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept;
 
     // ---- x @ W: matmul_transposed.cpp
 
@@ -255,7 +325,8 @@ class Matmul::Typed final : public Matmul::Impl {
         const std::size_t most =
             kernel.tile_nt_pieces == nullptr ? detail::kSumBytes : detail::kSumBytesTogether;
         const std::size_t pieces = threads == 1 ? 1 : detail::kPiecesPerThread * threads;
-        return std::max<std::size_t>(std::min(most / sums, panels / pieces), 1);
+        const std::size_t chunks = x.n_tiles() / tiles;
+        return std::max<std::size_t>(std::min(most / sums, panels * chunks / pieces), 1);
     }
 
     // Whole groups of any tile, of which the largest are 32 bf16 numbers.
@@ -290,8 +361,9 @@ class Matmul::Typed final : public Matmul::Impl {
     const std::size_t n_;    // columns of y
     std::size_t tiled_ = 0;  // rows of x that a transposed product takes by tiles
     // x as the kernels want it: none for dot products, pairs_ for products of bf16 numbers.
-    std::optional<detail::PackedX<T, T>> packed_;
-    std::optional<detail::PackedX<std::uint16_t, float>> pairs_;
+    Packing<T, T> packed_;
+    Packing<std::uint16_t, float> pairs_;
+    detail::Workers<Worker> workers_;
     // Sums of the panel that a call of feed() began or went on with, but did not end: of the call
     // before, and of this one.
     detail::AlignedArray<T> begun_, to_go_on_;

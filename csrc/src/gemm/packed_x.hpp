@@ -33,14 +33,14 @@ struct RowTile {
     [[nodiscard]] std::size_t sums() const noexcept { return kernel->width * kernel->sums(); }
 };
 
-/// Cuts m rows into tiles, widest first. A wider tile is taken when it wastes at most a quarter.
+/// Cuts rows [row, row + left) into tiles, widest first. A wider tile is taken when it wastes at
+/// most a quarter.
 template <class E, class A>
-std::vector<RowTile<E, A>> cut_rows(std::size_t m, std::span<const GemmTile<E, A>> kernels) {
+std::vector<RowTile<E, A>> cut_rows(std::size_t row, std::size_t left,
+                                    std::span<const GemmTile<E, A>> kernels) {
     std::vector<RowTile<E, A>> tiles;
-    std::size_t row = 0;
     std::size_t sum = 0;
-    while (row < m) {
-        const std::size_t left = m - row;
+    while (left > 0) {
         const GemmTile<E, A>* pick = &kernels[0];
         for (const GemmTile<E, A>& tile : kernels) {
             if (tile.width == 0) break;
@@ -49,6 +49,7 @@ std::vector<RowTile<E, A>> cut_rows(std::size_t m, std::span<const GemmTile<E, A
         }
         tiles.push_back({pick, row, std::min(left, pick->width), sum});
         row += tiles.back().rows;
+        left -= tiles.back().rows;
         sum += tiles.back().sums();
     }
     return tiles;
@@ -62,11 +63,15 @@ class PackedX {
     using Tile = RowTile<E, A>;
     using Cut = decltype(Bf16GemmKernels::cut);
 
-    /// Where E are bf16 numbers, `cut` makes of each of x, in A, three of them; nullptr: it is one.
+    /// Rows [row0, row0 + rows) of x. Where E are bf16 numbers, `cut` makes of each of x, in A,
+    /// three of them; nullptr: it is one.
     template <class S>
-    PackedX(const S* x, std::size_t m, std::size_t cols, std::size_t strip,
-            std::span<const GemmTile<E, A>> kernels, unsigned threads, Cut cut = nullptr)
-        : cols_(cols), strip_(std::min(strip, cols)), cut_(cut), tiles_(cut_rows(m, kernels)) {
+    PackedX(const S* x, std::size_t row0, std::size_t rows, std::size_t cols, std::size_t strip,
+            std::span<const GemmTile<E, A>> kernels, unsigned threads, Cut cut, Scratch<E>& memory)
+        : cols_(cols),
+          strip_(std::min(strip, cols)),
+          cut_(cut),
+          tiles_(cut_rows(row0, rows, kernels)) {
         const std::size_t strips = ceil_div(cols, strip_);
         places_.reserve(2 * tiles_.size() + 2);
         for (const std::size_t width : {strip_, cols - (strips - 1) * strip_}) {
@@ -78,7 +83,7 @@ class PackedX {
             places_.push_back(place);
         }
         part_elements_ = (strips - 1) * strip_elements() + places_.back();
-        packed_ = AlignedArray<E>(n_parts() * part_elements_);
+        packed_ = memory.at_least(n_parts() * part_elements_);
         parallel_for(strips, 1, threads, [&](std::size_t begin, std::size_t end) {
             for (std::size_t s = begin; s < end; ++s) {
                 for (std::size_t t = 0; t < tiles_.size(); ++t) pack(x, s, t);
@@ -100,7 +105,7 @@ class PackedX {
     [[nodiscard]] E* at(std::size_t s, std::size_t t, std::size_t c,
                         unsigned part = 0) const noexcept {
         const bool is_last = cols_ - s * strip_ <= strip_;
-        return packed_.data() + part * part_elements_ + s * strip_elements() +
+        return packed_ + part * part_elements_ + s * strip_elements() +
                places_[t + (is_last ? tiles_.size() + 1 : 0)] + c * tiles_[t].kernel->width;
     }
 
@@ -112,8 +117,7 @@ class PackedX {
     /// Where tile t of strip s ends.
     [[nodiscard]] const E* end_of(std::size_t s, std::size_t t) const noexcept {
         const bool is_last = cols_ - s * strip_ <= strip_;
-        return packed_.data() + s * strip_elements() +
-               places_[t + 1 + (is_last ? tiles_.size() + 1 : 0)];
+        return packed_ + s * strip_elements() + places_[t + 1 + (is_last ? tiles_.size() + 1 : 0)];
     }
 
   private:
@@ -192,7 +196,7 @@ class PackedX {
     std::vector<Tile> tiles_;
     // Where the tiles of a strip of full width begin, and its end; the same for the last strip.
     std::vector<std::size_t> places_;
-    AlignedArray<E> packed_;
+    E* packed_ = nullptr;
 };
 
 }  // namespace pydedup::detail

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "dispatch/dispatch.hpp"
 #include "gemm/aligned_array.hpp"
@@ -58,6 +59,16 @@ class WeightReader {
         T* const to = wide_.at_least(count);
         widen(from, block.dtype, count, to, kernels_);
         return to;
+    }
+
+    /// The elements as E: T, or what has their stored dtype.
+    template <class E>
+    [[nodiscard]] const E* as(const BlockView& block) {
+        if constexpr (std::is_same_v<E, T>) {
+            return read(block);
+        } else {
+            return reinterpret_cast<const E*>(stored(block));
+        }
     }
 
   private:
