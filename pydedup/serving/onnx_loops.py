@@ -9,14 +9,18 @@ ends.
 
 from __future__ import annotations
 
-import threading
+import math
+import time
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 from pydedup.serving.onnx_values import run_options
 
 __all__ = ["run_with_loops"]
+
+#: How often it is looked for signals, and whether what is to end has ended.
+_LOOK_SECONDS: Final = 0.05
 
 
 def run_with_loops(
@@ -24,22 +28,36 @@ def run_with_loops(
 ) -> list[Any]:
     """Return the outputs of a session. Raises TimeoutError when it takes longer than this."""
     options = run_options()
-    done: Future[list[Any]] = Future()
     # The runtime reads the arrays where they are, whatever the caller does.
     feed = dict(given)
+    begun: list[bool] = []
+    found: list[list[Any] | BaseException] = []
+    # No thread or future of Python's: what interrupts those as they lock may leave them locked.
+    over = allocate_lock()
+    over.acquire()
 
     def work() -> None:
+        begun.append(True)
         try:
-            done.set_result(runtime.run(list(outputs), feed, options))
+            result: list[Any] | BaseException = runtime.run(list(outputs), feed, options)
         except BaseException as exc:
-            done.set_exception(exc)
-        finally:
-            feed.clear()
+            result = exc
+        feed.clear()
+        found.append(result)
+        over.release()
 
-    thread = threading.Thread(target=work, name="onnx-loop", daemon=True)
-    thread.start()
     try:
-        return done.result(seconds)
+        start_new_thread(work, ())
+        # In parts: a signal just before a thread begins to wait does not wake it.
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        while not over.acquire(timeout=max(min(_LOOK_SECONDS, end - time.monotonic()), 0)):
+            if time.monotonic() >= end:
+                raise TimeoutError
     finally:
         options.terminate = True  # of no effect where it has ended
-        thread.join()
+        while begun and not found:
+            over.acquire(timeout=_LOOK_SECONDS)
+    result = found.pop()
+    if isinstance(result, BaseException):
+        raise result
+    return result
