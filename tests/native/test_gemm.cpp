@@ -137,9 +137,9 @@ TEST(threads_do_not_show) {
     }
 }
 
-// 270 rows are packed in chunks, if all blocks come at once. 120 are more than stay in the cache,
-// so that a task takes several panels; fed block by block, it has one. Every third block is
-// encoded.
+// 270 rows are packed in chunks, if all blocks come at once, and 800 if some are encoded (every
+// third one). 120 are more than stay in the cache, so that a task takes several panels; fed block
+// by block, it has one.
 TEST(chunks_and_panels_taken_together_do_not_show) {
     const BlockGrid grid{520, 540, 32, 64};
     const auto w = normal<float>(grid.rows * grid.cols);
@@ -165,7 +165,7 @@ TEST(chunks_and_panels_taken_together_do_not_show) {
           std::pair{store(halves, grid, Dtype::bf16, false), w_halves}}) {
         for (const auto& [m, transpose] :
              {std::pair{std::size_t{270}, false}, std::pair{std::size_t{270}, true},
-              std::pair{std::size_t{120}, false}}) {
+              std::pair{std::size_t{120}, false}, std::pair{std::size_t{800}, false}}) {
             if (!sampled()) continue;
             const std::size_t k = transpose ? grid.rows : grid.cols;
             const std::size_t n = transpose ? grid.cols : grid.rows;

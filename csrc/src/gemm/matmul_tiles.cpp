@@ -71,12 +71,17 @@ std::size_t Matmul::Typed<T>::chunks_of(const Packing<E, T>& packing,
     const std::size_t tiles = detail::ceil_div(packing.rows, packing.width);
     const auto tiles_of = [&](std::size_t rows) { return detail::ceil_div(rows, packing.width); };
     const std::size_t fitting = detail::kChunkBytes / (packing.bytes_of_row * packing.width);
-    const std::size_t most =
-        std::clamp(fitting, tiles_of(detail::kMinChunkRows), tiles_of(detail::kMaxTaskRows));
+    // What has to be decoded, or widened, is so once for each chunk.
+    const bool is_here = std::ranges::all_of(blocks, [](const BlockView& block) {
+        return detail::WeightReader<T>::template is_here<E>(block);
+    });
+    const std::size_t wanted = is_here ? detail::kMinChunkRows : detail::kMaxTaskRows;
+    const std::size_t least = is_here ? detail::kLeastChunkRows : detail::kMaxTaskRows * 3 / 4;
+    const std::size_t most = std::clamp(fitting, tiles_of(wanted), tiles_of(detail::kMaxTaskRows));
     const std::size_t enough = 2 * threads;
     const std::size_t chunks =
         std::max(detail::round_up(detail::ceil_div(tiles, most), std::size_t{threads}), enough);
-    return packing.rows < chunks * detail::kLeastChunkRows ? 0 : chunks;
+    return packing.rows < chunks * least ? 0 : chunks;
 }
 
 template <class T>

@@ -45,7 +45,7 @@ inline constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
 // once for each chunk; and fewer, where threads would have nothing to do otherwise.
 inline constexpr std::size_t kChunkBytes = std::size_t{256} << 10;
 inline constexpr std::size_t kMinChunkRows = 144;
-inline constexpr std::size_t kLeastChunkRows = 64;
+inline constexpr std::size_t kLeastChunkRows = 96;
 // Packed x of so many bytes is in the second-level cache from one panel to the next.
 inline constexpr std::size_t kCachedBytes = std::size_t{256} << 10;
 // Sums of the panels that a task takes together: they share the second-level cache with x and the

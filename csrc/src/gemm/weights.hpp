@@ -61,6 +61,14 @@ class WeightReader {
         return to;
     }
 
+    /// Whether as<E>() is where the block lies.
+    template <class E>
+    [[nodiscard]] static bool is_here(const BlockView& block) noexcept {
+        const bool is_same =
+            !std::is_same_v<E, T> || block.dtype == (sizeof(T) == 4 ? Dtype::f32 : Dtype::f64);
+        return is_same && is_in_place(block);
+    }
+
     /// The elements as E: T, or what has their stored dtype.
     template <class E>
     [[nodiscard]] const E* as(const BlockView& block) {
