@@ -93,15 +93,12 @@ class Scorer:
             self._tell(self.evaluations)
         try:
             result = self._evaluate(read_only(self._weights if others is None else others))
-        except PydedupError:
-            raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            # Of others it may say whatever it likes.
+            if others is None and isinstance(error, PydedupError | SystemExit):
+                raise
             raise EvaluationError(f"evaluate raised {type(error).__name__}: {error}") from error
-        for name, array in self._weights.items():
-            if _fingerprint(array) != self._prints[id(array)]:
-                raise EvaluationError(
-                    f"evaluate changed the tensor {name!r} that it was given; let it work on a copy"
-                )
+        self.check_unchanged()
         measure = _measured(result)
         if self._like is None:
             self._like = measure
@@ -111,6 +108,14 @@ class Scorer:
                 "must score the same validation examples in the same order each time"
             )
         return measure
+
+    def check_unchanged(self) -> None:
+        """Raise EvaluationError when ``evaluate`` changed an array since it was last called."""
+        for name, array in self._weights.items():
+            if _fingerprint(array) != self._prints[id(array)]:
+                raise EvaluationError(
+                    f"evaluate changed the tensor {name!r} that it was given; let it work on a copy"
+                )
 
 
 class Judge:

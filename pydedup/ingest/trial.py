@@ -166,7 +166,8 @@ class Trial:
     def metric_of_zeros(self) -> float | None:
         """Return the metric of the model with zeros in place of all its floats.
 
-        None where ``evaluate`` cannot make anything of these, which it does not have to.
+        None where ``evaluate`` cannot make anything of these, which it does not have to, whatever
+        it raises to say so. Raises EvaluationError when it changes the arrays.
         """
         # By array, so that tied weights are one. Memory that nobody wrote to takes none.
         zeros = {
@@ -179,6 +180,7 @@ class Trial:
             try:
                 return self._scorer.measure(weights).metric
             except EvaluationError:
+                self._scorer.check_unchanged()
                 return None
 
     def frozen(

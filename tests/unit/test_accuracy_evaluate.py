@@ -444,6 +444,31 @@ def test_a_metric_that_falls_for_zeros_may_guard(evaluate: Callable[[Arrays], An
     assert (weights["w"] == -1).all()  # what was chosen, and not zeros
 
 
+@pytest.mark.parametrize("error", [ArgumentError("a row of zeros"), SystemExit("no such model")])
+def test_what_evaluate_raises_for_zeros_ends_nothing(error: BaseException) -> None:
+    def evaluate(arrays: Arrays) -> float:
+        if not norm(arrays):
+            raise error
+        return 1.0
+
+    certificate = run(evaluate, 0.1).certificate
+    assert certificate["replaced"] == 4
+    assert "metric_of_zeros" not in certificate
+
+
+def test_what_was_chosen_is_not_changed_by_evaluating_zeros() -> None:
+    weights, replacements = model()
+
+    def evaluate(arrays: Arrays) -> float:
+        if not norm(arrays):
+            weights["w"][0] = 7
+            raise ValueError
+        return 1.0
+
+    with pytest.raises(EvaluationError, match="evaluate changed the tensor 'w'"):
+        choose(weights, replacements, Accuracy(evaluate, 0.1))
+
+
 def test_zeros_are_in_the_place_of_floats_alone_and_ties_are_kept() -> None:
     weights, replacements = model()
     weights |= {"tied": weights["w"], "ids": np.arange(3)}
