@@ -276,6 +276,8 @@ def _in_shell(chosen: ServeOptions, token_file: Path | None) -> str:
 
 def _say_hello(address: str, store: str, names: list[str], why: str = "", *, token: str) -> None:
     """Say what is served, and where; ``why`` is for when nothing is, though layers are known."""
+    if sys.__stdout__ is None:
+        return  # closed, as where a server is started in the background: it serves all the same
     models = text.models(len(set(names)), len(names))
     output.print_line(f"pydedup serves {models} of {store}")
     output.print_line(f"on {address}, by the Open Inference Protocol v2; Ctrl-C stops it. Try:")

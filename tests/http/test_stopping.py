@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import signal
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,6 +37,30 @@ def test_idle(start: Start, store_url: str, number: int) -> None:
     assert time.monotonic() - started < 60  # connections may be idle for longer
     open_one.close()
     assert server.errors == []
+
+
+def test_one_whose_standard_output_is_closed_serves(store_url: str) -> None:
+    """As `>&-` in the background; that nobody had its greeting ended it."""
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        port = chosen.getsockname()[1]
+    words = [sys.executable, "-P", "-m", "pydedup", "serve", store_url, "--port", str(port)]
+    process = subprocess.Popen(
+        ["bash", "-c", 'exec "$@" <&- >&-', "bash", *words], stderr=subprocess.PIPE, text=True
+    )
+
+    def is_served() -> bool:
+        assert process.poll() is None
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        until(is_served)
+        process.terminate()
+        assert process.communicate(timeout=60) == (None, "")
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_requests_under_way_finish_and_new_ones_are_turned_away(
