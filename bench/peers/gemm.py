@@ -6,9 +6,10 @@
 A weight of 4096 x 4096, two threads on all sides (numpy takes what it finds: OPENBLAS_NUM_THREADS=2
 on a larger machine), everything in memory. f32: x @ W.T beside the three. bf16: the weight in bf16
 beside our own f32 and beside torch, both given x in bf16; and given x in f32, which torch cannot
-take. transposed: x @ W. avx2: f32 and bf16 once more in another process, where both sides may use
-no more than AVX2 (PYDEDUP_KERNEL, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, and for Intel's CPUs
-MKL_ENABLE_INSTRUCTIONS).
+take. transposed: x @ W. batches: layers of a small transformer (MiniLM's) with the rows of a large
+batch, f32 and bf16 beside torch. avx2: f32 and bf16 once more in another process, where both sides
+may use no more than AVX2 (PYDEDUP_KERNEL, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, and for Intel's
+CPUs MKL_ENABLE_INSTRUCTIONS).
 
 The products of every side are held against float64 before they are timed.
 """
@@ -44,6 +45,9 @@ ROWS = (1, 8, 32, 128, 512)
 #: The ratios to reach for each of ROWS: of the fastest peer, and of torch.
 OF_FASTEST = dict(zip(ROWS, (1.0, 1.15, 1.3, 1.0, 1.05), strict=True))
 OF_TORCH = dict(zip(ROWS, (1.5, 2.5, 1.7, 1.25, 1.15), strict=True))
+#: Rows of a batch, and (outputs, inputs) of layers.
+BATCHES = (1024, 8192)
+LAYERS = ((384, 384), (1536, 384), (384, 1536))
 OF_OWN_F32 = {1: 1.6, 128: 1.6, 512: 1.6}
 ONLY_AVX2 = {
     "PYDEDUP_KERNEL": "avx2",
@@ -66,8 +70,8 @@ def make_weight() -> Array:
     return rng.standard_normal((SIZE, SIZE), np.float32) * np.float32(0.02)
 
 
-def make_x(m: int) -> Array:
-    return np.random.default_rng(m).standard_normal((m, SIZE), np.float32)
+def make_x(m: int, width: int = SIZE) -> Array:
+    return np.random.default_rng(m).standard_normal((m, width), np.float32)
 
 
 def check(name: str, got: object, x: Array, w: Array, within: float) -> None:
@@ -199,6 +203,44 @@ def transposed(seconds: float) -> Iterator[Row]:
             yield from rows("x @ W, f32", m, sides, seconds)
 
 
+def batches(seconds: float) -> Iterator[Row]:
+    """Yield x @ W.T of many rows with small layers beside torch, all in f32 and all in bf16."""
+    for outputs, inputs in LAYERS:
+        weight = make_weight()[:outputs, :inputs].copy()
+        half = weight.astype(ml_dtypes.bfloat16)
+        whole = torch.from_numpy(weight)
+        with stored(w=weight, half=half) as tensors:
+            for m in BATCHES:
+                x = make_x(m, inputs)
+                kinds = (
+                    ("f32", tensors["w"], x, whole, weight, 1e-5),
+                    (
+                        "bf16",
+                        tensors["half"],
+                        x.astype(ml_dtypes.bfloat16),
+                        whole.bfloat16(),
+                        half,
+                        1e-2,
+                    ),
+                )
+                for kind, ours, used, theirs, exact, within in kinds:
+                    given = torch.from_numpy(x).to(theirs.dtype)
+                    sides: dict[str, Callable[[], object]] = {
+                        "pydedup": lambda t=ours, x=used: t.matmul(x),  # type: ignore[misc]
+                        "torch": lambda g=given, w=theirs: torch.nn.functional.linear(g, w),  # type: ignore[misc]
+                    }
+                    for name, side in sides.items():
+                        check(name, side(), used, exact.T, within)
+                    yield from compare(
+                        f"{inputs} to {outputs}, {kind}, m={m}",
+                        unit="GFLOP/s",
+                        work=2.0 * m * inputs * outputs,
+                        sides=sides,
+                        seconds=seconds,
+                        settle=True,
+                    )
+
+
 def avx2(seconds: float) -> Iterator[Row]:
     """Yield the rows of f32 and bf16 beside torch where both may use AVX2 only."""
     asked = [sys.executable, __file__, "--json", "--seconds", str(seconds)]
@@ -218,4 +260,4 @@ def avx2(seconds: float) -> Iterator[Row]:
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    main(__doc__, [f32, bf16, transposed, avx2], seconds=1.5)
+    main(__doc__, [f32, bf16, transposed, batches, avx2], seconds=1.5)

@@ -49,13 +49,13 @@ namespace pydedup::detail {
 [[nodiscard]] inline unsigned bf16_parts(const std::uint16_t* x, std::size_t count, bool,
                                          unsigned threads) {
     constexpr std::size_t kPiece = std::size_t{1} << 14;
-    constexpr unsigned kLeastNormal = 1U << 7;
+    constexpr std::int16_t kLeastNormal = 1 << 7;
     std::atomic<bool> none{false};
     parallel_for(count, kPiece, threads, [&](std::size_t begin, std::size_t end) {
-        unsigned subnormal = 0;
+        std::int16_t subnormal = 0;  // 16 bits and signs, as any vector unit compares
         for (std::size_t at = begin; at < end; ++at) {
-            const auto below = static_cast<std::uint16_t>((x[at] & 0x7FFFU) - 1U);  // see above
-            subnormal |= static_cast<unsigned>(below < kLeastNormal - 1U);
+            const auto size = static_cast<std::int16_t>(x[at] & 0x7FFF);
+            subnormal |= static_cast<std::int16_t>((size > 0) & (size < kLeastNormal));
         }
         if (subnormal != 0) none.store(true, std::memory_order_relaxed);
     });
