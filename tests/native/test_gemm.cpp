@@ -2,6 +2,7 @@
 // Streaming products: shapes, encodings, cuts, threads, and blocks that do not fit.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -185,6 +186,54 @@ TEST(chunks_and_panels_taken_together_do_not_show) {
                 }
             }
         }
+    }
+}
+
+// x that is no bf16 numbers is cut into parts on AMX, whose sums have an order of their own: that
+// of raw blocks, and that of encoded ones and passes over their columns. Tasks begin with any tile.
+TEST(parts_of_x_are_summed_in_the_same_order) {
+    const BlockGrid grid{100, 700, 20, 256};
+    std::vector<std::uint16_t> w;
+    for (const float value : normal<float>(grid.rows * grid.cols)) w.push_back(upper_half(value));
+    Stored stored = store(w, grid, Dtype::bf16, false);
+    const Stored encoded = store(w, grid, Dtype::bf16, true);
+    for (const std::size_t i : {0, 7}) {
+        stored.memory[i] = encoded.memory[i];
+        stored.blocks[i] = encoded.blocks[i];
+        stored.blocks[i].data = stored.memory[i].data();
+    }
+    for (const std::size_t m : {63, 193, 257}) {
+        const auto x = normal<float>(m * grid.cols);
+        const auto y = multiply(stored, x, m, false);
+        for (const std::size_t piece : {1, 4, 100}) {
+            for (const unsigned threads : {1, 2, 3}) {
+                CHECK(same_bits(y, multiply(stored, x, m, false, Activation::none,
+                                            static_cast<const float*>(nullptr), threads, piece)));
+            }
+        }
+    }
+}
+
+// Blocks are decoded for all rows of x at once, not for each chunk of them again.
+TEST(many_rows_decode_a_block_once) {
+    struct Counter final : BlockKeeper {
+        void keep(const BlockView&, const std::byte*, std::size_t) noexcept override { ++kept; }
+        std::atomic<std::size_t> kept{0};
+    };
+    const BlockGrid grid{520, 540, 32, 64};
+    const std::vector<float> w(grid.rows * grid.cols, 0.5F);
+    Stored stored = store(w, grid, Dtype::f32, true);
+    Counter counter;
+    for (BlockView& block : stored.blocks) block.keeper = &counter;
+    const std::size_t m = 512;
+    const auto x = normal<float>(m * grid.cols);
+    for (const unsigned threads : {1, 2}) {
+        counter.kept = 0;
+        const auto y = multiply(stored, x, m, false, Activation::none,
+                                static_cast<const float*>(nullptr), threads);
+        CHECK(exact(x, w, m, grid.rows, grid.cols, false, std::vector<float>(m * grid.rows))
+                  .agrees(y));
+        CHECK(counter.kept == grid.count());
     }
 }
 

@@ -142,8 +142,12 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
             const std::size_t next = is_last ? after : at + grid_cols;
             const TileSums to = sums_of(i);
             if (after == end && part.ends) ask_for_y(x.tile(t0), to.rect);
-            if (together > 0) {
-                multiply_together(x, blocks, at, together, next, to);
+            // In either way a block is summed in its own order: which one must not depend on
+            // others.
+            const std::size_t n =
+                together > 0 ? together : blocks_together(x, blocks, at, at + 1, t0);
+            if (n > 0) {
+                multiply_together(x, blocks, at, n, next, to);
             } else {
                 multiply_block(x, blocks, at, next, is_last && after < part.end, to, worker);
             }
@@ -160,7 +164,8 @@ void Matmul::Typed<T>::multiply_block(const PackedX<E, T>& x, std::span<const Bl
                                       std::size_t number, std::size_t next, bool next_has_new_x,
                                       const TileSums& to, Worker& worker) const {
     const std::size_t column = place(number) % p_.grid.grid_cols();
-    const std::size_t strip = columns_in_a_pass(x.tile(to.t0).kernel->width);
+    // Not of the first tile here: sums of x in parts have the order of the passes.
+    const std::size_t strip = columns_in_a_pass(x.tile(0).kernel->width);
     const bool asks_for_x = next_has_new_x && x.bytes(to.t0, to.t1) > detail::kCachedBytes;
     const BlockView& block = blocks[number - fed_];
     const Next<E> next_w = next_block<E>(blocks, next - fed_);
