@@ -31,8 +31,10 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
     };
     if (const std::size_t chunks = chunks_of(packing, blocks, threads); chunks != 0) {
         const std::size_t tiles = detail::ceil_div(packing.rows, packing.width);
+        // The larger chunks first: threads that take them in turns end at the same time.
         const auto row_of = [&](std::size_t chunk) {
-            return std::min(packing.rows, chunk * tiles / chunks * packing.width);
+            const std::size_t before = chunk * (tiles / chunks) + std::min(chunk, tiles % chunks);
+            return std::min(packing.rows, before * packing.width);
         };
         each_task(chunks, threads, [&](std::size_t i, Worker& worker) {
             const std::size_t row0 = row_of(i);
@@ -78,7 +80,7 @@ std::size_t Matmul::Typed<T>::chunks_of(const Packing<E, T>& packing,
     const std::size_t wanted = is_here ? detail::kMinChunkRows : detail::kMaxTaskRows;
     const std::size_t least = is_here ? detail::kLeastChunkRows : detail::kMaxTaskRows * 3 / 4;
     const std::size_t most = std::clamp(fitting, tiles_of(wanted), tiles_of(detail::kMaxTaskRows));
-    const std::size_t enough = 2 * threads;
+    const std::size_t enough = threads == 1 ? 1 : 2 * threads;
     const std::size_t chunks =
         std::max(detail::round_up(detail::ceil_div(tiles, most), std::size_t{threads}), enough);
     return packing.rows < chunks * least ? 0 : chunks;
