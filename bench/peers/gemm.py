@@ -114,12 +114,13 @@ def rows(
     sides: Mapping[str, Callable[[], object]],
     seconds: float,
     target: float | Mapping[str, float] | None = None,
+    weights: int = SIZE * SIZE,
 ) -> Iterator[Row]:
-    """Yield the rows of one product."""
+    """Yield the rows of one product with so many weights."""
     yield from compare(
         f"{what}, m={m}",
         unit="GFLOP/s",
-        work=2.0 * m * SIZE * SIZE,
+        work=2.0 * m * weights,
         sides=sides,
         seconds=seconds,
         target=target,
@@ -231,14 +232,8 @@ def batches(seconds: float) -> Iterator[Row]:
                     }
                     for name, side in sides.items():
                         check(name, side(), used, exact.T, within)
-                    yield from compare(
-                        f"{inputs} to {outputs}, {kind}, m={m}",
-                        unit="GFLOP/s",
-                        work=2.0 * m * inputs * outputs,
-                        sides=sides,
-                        seconds=seconds,
-                        settle=True,
-                    )
+                    what = f"{inputs} to {outputs}, {kind}"
+                    yield from rows(what, m, sides, seconds, weights=weight.size)
 
 
 def avx2(seconds: float) -> Iterator[Row]:
