@@ -9,11 +9,12 @@ make an operation fail, or take long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from pydedup.errors import FormatError
+from pydedup.formats._onnx_tensors import all_nodes, graphs_in
 
 __all__ = ["guard"]
 
@@ -40,7 +41,7 @@ _WITH_BROADCASTING = 7
 
 def guard(model: Any) -> None:
     """Put guards into a model. Raises FormatError for what no graph may have."""
-    kinds = {node.op_type for node in _all_nodes([model.graph, *model.functions])}
+    kinds = {node.op_type for each in (model.graph, *model.functions) for node in all_nodes(each)}
     if kinds.isdisjoint({"Div", "STFT", "TfIdfVectorizer"}):
         return
     names = _Names(model)
@@ -59,7 +60,8 @@ class _Names:
     def __init__(self, model: Any) -> None:
         self._taken = {
             name
-            for node in _all_nodes([model.graph, *model.functions])
+            for each in (model.graph, *model.functions)
+            for node in all_nodes(each)
             for name in (*node.input, *node.output)
         }
         self._count = 0
@@ -119,7 +121,7 @@ class _Scope:
 def _guard(graph: Any, scope: _Scope, names: _Names) -> None:
     changed: list[Any] = []
     for node in graph.node:
-        for inner in _within(node):
+        for inner in graphs_in(node):
             _guard(inner, _Scope(inner, scope), names)
         if node.domain in _OWN:
             if node.op_type == "Div":
@@ -211,16 +213,3 @@ def _check_grams(node: Any) -> None:
             f"the TfIdfVectorizer {node.name!r} of the stored ONNX graph has {grams} n-grams, and "
             f"columns for {len(lists.get('ngram_indexes', []))}"
         )
-
-
-def _all_nodes(graphs: Sequence[Any]) -> Iterator[Any]:
-    for graph in graphs:
-        for node in graph.node:
-            yield node
-            yield from _all_nodes(list(_within(node)))
-
-
-def _within(node: Any) -> Iterator[Any]:
-    """Yield the graphs in a node, as If and Loop have; empty ones among them."""
-    for attribute in node.attribute:
-        yield from (attribute.g, *attribute.graphs)

@@ -22,7 +22,9 @@ __all__ = [
     "DTYPES",
     "EXTERNAL",
     "PACKED",
+    "all_nodes",
     "clear_values",
+    "graphs_in",
     "has_values",
     "import_onnx",
     "is_constant_weight",
@@ -149,6 +151,20 @@ def nested_tensors(graph: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 for index, inner in enumerate(attribute.graphs):
                     path = f"{prefix}{name}/{attribute.name}/{index}/"
                     yield from nested_tensors(inner, path)
+
+
+def all_nodes(graph: Any) -> Iterator[Any]:
+    """Yield the nodes of a graph or function, those within others, too."""
+    for node in graph.node:
+        yield node
+        for inner in graphs_in(node):
+            yield from all_nodes(inner)
+
+
+def graphs_in(node: Any) -> Iterator[Any]:
+    """Yield the graphs in a node, as If and Loop have; empty ones among them."""
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)
 
 
 def is_constant_weight(tensor: Any) -> bool:

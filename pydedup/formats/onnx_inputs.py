@@ -13,7 +13,15 @@ from typing import Any
 
 from pydedup.errors import FormatError
 from pydedup.formats._onnx_guards import guard
-from pydedup.formats._onnx_tensors import DTYPES, has_values, nested_tensors, parse, refuse_external
+from pydedup.formats._onnx_tensors import (
+    DTYPES,
+    all_nodes,
+    graphs_in,
+    has_values,
+    nested_tensors,
+    parse,
+    refuse_external,
+)
 from pydedup.formats.base import Array
 from pydedup.types import TensorInfo
 
@@ -107,7 +115,7 @@ def open_graph(
             graph.input.append(kind)
     _keep(graph.initializer, lambda tensor: tensor.name not in given)
     _keep(graph.node, lambda node: not (node.op_type == "Constant" and node.output[0] in given))
-    kinds = {node.op_type for each in (graph, *model.functions) for node in _nodes(each)}
+    kinds = {node.op_type for each in (graph, *model.functions) for node in all_nodes(each)}
     tables = frozenset(given) - set(_used_otherwise(graph))
     guard(model)
     serialised = model.SerializeToString(deterministic=True)
@@ -147,22 +155,8 @@ def _used_otherwise(graph: Any) -> Iterator[str]:
     for node in graph.node:
         is_look_up = node.op_type == "Gather" and not node.domain
         yield from node.input[1:] if is_look_up else node.input
-        for inner in _within(node):
+        for inner in graphs_in(node):
             yield from _used_otherwise(inner)
-
-
-def _nodes(graph: Any) -> Iterator[Any]:
-    """Yield all nodes, those within others, too."""
-    for node in graph.node:
-        yield node
-        for inner in _within(node):
-            yield from _nodes(inner)
-
-
-def _within(node: Any) -> Iterator[Any]:
-    """Yield the graphs in a node, as If and Loop have; empty ones among them."""
-    for attribute in node.attribute:
-        yield from (attribute.g, *attribute.graphs)
 
 
 def _top_level(graph: Any, initializers: Mapping[str, Any]) -> dict[str, Any]:
