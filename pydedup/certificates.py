@@ -98,7 +98,14 @@ def number_in(certificate: Mapping[str, Any], name: str) -> float:
 
 
 def guards_nothing(certificate: Mapping[str, Any]) -> str | None:
-    """Say why the metric of an `Accuracy` certificate promises nothing; None if it may."""
+    """Say why the metric of an `Accuracy` certificate may promise nothing; None if it seems to."""
+    if certificate.get("zeros_ended_after") is not None:
+        seconds = number_in(certificate, "zeros_ended_after")
+        return (
+            "whether the metric guards anything is not known: with zeros for all weights evaluate "
+            f"did not end within {text.duration(seconds)}, and was ended; should it not end for "
+            "some weights, give it a limit of its own"
+        )
     if certificate.get("metric_of_zeros") is None:
         return None
     before, zeros, most = (

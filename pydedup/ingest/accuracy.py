@@ -37,6 +37,7 @@ from pydedup.arguments import as_array
 from pydedup.blocks import matrix_shape
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.ingest.judging import read_only
+from pydedup.ingest.overtime import Overtime
 from pydedup.ingest.searches import SEARCHES
 from pydedup.ingest.trial import KEPT, Replacement, RoundOver, Trial
 
@@ -156,12 +157,14 @@ def choose(
     # What never refused anything may be unable to: labels of other data, a score of a module that
     # was not given the weights. Told is who has to know; what they asked for is kept.
     unharmed = not (trial.refused or trial.closed) and ((trial.levels >= 0).any() or finetuned)
-    zeros = None
+    of_zeros: dict[str, float | None] = {}
     if unharmed and trial.evaluations < policy.max_evaluations:
-        zeros = trial.metric_of_zeros()
+        try:
+            of_zeros["metric_of_zeros"] = trial.metric_of_zeros()
+        except Overtime:
+            of_zeros["zeros_ended_after"] = round(trial.patience_seconds, 1)
     certificate = _certificate(trial, policy, replacements, finetuned)
-    if zeros is not None:
-        certificate["metric_of_zeros"] = zeros
+    certificate.update((key, value) for key, value in of_zeros.items() if value is not None)
     certificate["largest_block_error"] = max(errors.values(), default=0.0)
     return Choice(trial.levels, certificate, finetuned, errors)
 

@@ -7,6 +7,7 @@ afterwards, and what comes back is checked. `Judge` decides. Neither knows block
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +20,7 @@ from pydedup.accuracy import Accuracy
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.hashing import hash_buffer
 from pydedup.ingest.confidence import Bets, rows_needed, split_rows
+from pydedup.ingest.overtime import ended_after
 
 __all__ = ["Evaluate", "Judge", "Measure", "Scorer", "Verdict", "read_only"]
 
@@ -71,16 +73,21 @@ class Scorer:
         self._prints: dict[int, bytes] = {}  # by id of the array, which lives as long as weights
         self._like: Measure | None = None
         self.evaluations = 0
+        self.longest_seconds = 0.0
 
     def touched(self, name: str) -> None:
         """Take notice that a tensor was changed on purpose."""
         self._prints.pop(id(self._weights[name]), None)
 
-    def measure(self, others: Mapping[str, NDArray[Any]] | None = None) -> Measure:
-        """Evaluate the arrays as they are, or others in their place.
+    def measure(
+        self, others: Mapping[str, NDArray[Any]] | None = None, seconds: float | None = None
+    ) -> Measure:
+        """Evaluate the arrays as they are, or others in their place for so long at most.
 
         Raises
         ------
+        Overtime
+            When it took longer and was ended.
         EvaluationError
             When ``evaluate`` raises, changes the arrays, or returns what is no metric, or one of
             another kind than the first time.
@@ -91,13 +98,19 @@ class Scorer:
         self.evaluations += 1
         if self._tell is not None:
             self._tell(self.evaluations)
+        arrays = read_only(self._weights if others is None else others)
+        began = time.monotonic()
         try:
-            result = self._evaluate(read_only(self._weights if others is None else others))
+            if seconds is None:
+                result = self._evaluate(arrays)
+            else:
+                result = ended_after(seconds, lambda: self._evaluate(arrays), "evaluate")
         except (Exception, SystemExit) as error:
             # Of others it may say whatever it likes.
             if others is None and isinstance(error, PydedupError | SystemExit):
                 raise
             raise EvaluationError(f"evaluate raised {type(error).__name__}: {error}") from error
+        self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
         self.check_unchanged()
         measure = _measured(result)
         if self._like is None:

@@ -18,6 +18,7 @@ from pydedup.accuracy import Accuracy
 from pydedup.blocks import matrix_shape
 from pydedup.errors import ArgumentError, EvaluationError
 from pydedup.ingest.judging import Judge, Measure, Scorer, Verdict
+from pydedup.ingest.overtime import Overtime
 from pydedup.similarity import distances
 from pydedup.types import DType
 
@@ -25,6 +26,8 @@ __all__ = ["KEPT", "Replacement", "RoundOver", "Trial", "changes"]
 
 #: Level of a block that stays as it is.
 KEPT = -1
+#: For zeros ``evaluate`` may take so many times as long as ever before, and this long anyway.
+_PATIENCE, _LEAST_PATIENCE_SECONDS = 10, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +166,20 @@ class Trial:
             del self._originals[index]
         return True
 
+    @property
+    def patience_seconds(self) -> float:
+        """How long ``evaluate`` may take for zeros, of which it may never have been meant to end.
+
+        Such as where text is generated until the model says that it ends.
+        """
+        return max(_LEAST_PATIENCE_SECONDS, _PATIENCE * self._scorer.longest_seconds)
+
     def metric_of_zeros(self) -> float | None:
         """Return the metric of the model with zeros in place of all its floats.
 
         None where ``evaluate`` cannot make anything of these, which it does not have to, whatever
-        it raises to say so. Raises EvaluationError when it changes the arrays.
+        it raises to say so. Raises EvaluationError when it changes the arrays, and Overtime when
+        it takes longer than `patience_seconds`.
         """
         # By array, so that tied weights are one. Memory that nobody wrote to takes none.
         zeros = {
@@ -178,10 +190,13 @@ class Trial:
         weights = {name: zeros.get(id(array), array) for name, array in self.weights.items()}
         with np.errstate(all="ignore"):
             try:
-                return self._scorer.measure(weights).metric
+                return self._scorer.measure(weights, self.patience_seconds).metric
             except EvaluationError:
                 self._scorer.check_unchanged()
                 return None
+            except Overtime:
+                self._scorer.check_unchanged()
+                raise
 
     def frozen(
         self, shared: Mapping[str, Sequence[tuple[slice, slice]]]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from pydedup.accuracy import Accuracy
 from pydedup.certificates import describe, guards_nothing
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError, UnavailableError
+from pydedup.ingest import trial
 from pydedup.ingest.accuracy import Choice, Replacement, choose
 from pydedup.policies import Bounded
 
@@ -454,6 +457,38 @@ def test_what_evaluate_raises_for_zeros_ends_nothing(error: BaseException) -> No
     certificate = run(evaluate, 0.1).certificate
     assert certificate["replaced"] == 4
     assert "metric_of_zeros" not in certificate
+
+
+def test_an_evaluate_that_does_not_end_for_zeros_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as text that is generated until the model says so. It hung behind the whole search."""
+    monkeypatch.setattr(trial, "_PATIENCE", 0)
+    monkeypatch.setattr(trial, "_LEAST_PATIENCE_SECONDS", 0.01)
+
+    def evaluate(arrays: Arrays) -> float:
+        while not norm(arrays):
+            with contextlib.suppress(Exception):
+                time.sleep(0.01)
+        return 1.0
+
+    weights, replacements = model()
+    choice = choose(weights, replacements, Accuracy(evaluate, 0.1))
+    assert choice.certificate["replaced"] == 4
+    assert (weights["w"] == -1).all()
+    why = guards_nothing(choice.certificate)
+    assert why is not None
+    assert why.startswith("whether the metric guards anything is not known: with zeros")
+    assert why in describe({**choice.certificate, "tensor_errors": {}})
+
+
+def test_what_takes_its_time_for_zeros_is_not_ended() -> None:
+    """The least patience is a minute, however fast the metric was for the model."""
+
+    def evaluate(arrays: Arrays) -> float:
+        if not norm(arrays):
+            time.sleep(0.2)
+        return 1.0
+
+    assert "guards nothing" in str(guards_nothing(run(evaluate, 0.1).certificate))
 
 
 def test_what_was_chosen_is_not_changed_by_evaluating_zeros() -> None:
