@@ -203,8 +203,7 @@ class _Probe:
         by_dtype: dict[DType, list[NDArray[np.int64]]] = {}
         for key, references in unknown.items():
             self._known[key] = 1.0
-            dtypes = set(self._reader.dtypes_of(references, rows, cols))
-            dtype = dtypes.pop() if len(dtypes) == 1 else None
+            dtype = self._reader.dtype_of_all(references, rows, cols)
             if dtype is not None:
                 by_dtype.setdefault(dtype, []).append(references)
         for dtype, alike in by_dtype.items():

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
-from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks, replaced
-from pydedup.ingest.pairs import Pairs
+from pydedup.ingest.deltas import Delta, decode_deltas, encoded_blocks, replaced
+from pydedup.ingest.pairs import Pairs, deltas_of
 from pydedup.ingest.places import as_stack, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.sets import is_among
@@ -62,28 +62,11 @@ class Kept:
     lossy: list[tuple[NDArray[np.int64], MatrixView]] = field(default_factory=list)
 
     def encode(
-        self,
-        blocks: MatrixView,
-        pairs: Pairs,
-        at: NDArray[np.int64],
-        bound: float | None,
-        factors: codec.LowRankFactors | None = None,
-        shared: NDArray[np.int64] | None = None,
+        self, blocks: MatrixView, pairs: Pairs, at: NDArray[np.int64], bound: float | None
     ) -> None:
         """Keep the blocks of these pairs, one each, as deltas where that saves enough."""
         rows, base_index = pairs.rows, pairs.base_index
-        if shared is None:  # of what the deltas take, since others on their pages have it too
-            shared = np.zeros(len(rows), np.int64)
-        deltas = codec.encode_deltas(
-            blocks,
-            rows,
-            pairs.bases,
-            base_index,
-            limits=delta_limits(self.costs[at[rows]]) + shared,
-            max_rel_error=bound,
-            factors=factors,
-            is_transposed=pairs.is_transposed,
-        )
+        deltas, costs = deltas_of(blocks, pairs, self.costs[at], bound)
         good = np.flatnonzero(deltas.lengths > 0)
         if not len(good):
             return
@@ -92,7 +75,7 @@ class Kept:
         self.lossy = _without(self.lossy, places)
         self.digests[places], self.errors[places] = self.source[places], 0
         self.bases[places] = pairs.references[good]
-        self.costs[places] = deltas.lengths[good] - shared[good]
+        self.costs[places] = costs[good]
         self.base_tags[places] = tags[base_index[good]]
         lossy = good[deltas.encodings[good] == codec.Encoding.QUANTISED]
         if len(lossy):

@@ -21,7 +21,7 @@ from pydedup.hashing import hash_view
 from pydedup.ingest.asked import ByPosition, ByTransposition
 from pydedup.ingest.deltas import Delta, decode_deltas, delta_limits, encoded_blocks
 from pydedup.ingest.low_rank import LowRankRelatives, Moved
-from pydedup.ingest.pairs import Pairs
+from pydedup.ingest.pairs import Pairs, deltas_of
 from pydedup.ingest.places import BlockReader, values_of
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Bounded, Lossless, Policy
@@ -87,32 +87,15 @@ class Levels:
         level = Level(partial(_same, content), int(self._plain[row]), None, error)
         self._offered[row].append(level)
 
-    def settle(
-        self,
-        pairs: Pairs,
-        factors: codec.LowRankFactors | None = None,
-        shared: NDArray[np.int64] | None = None,
-    ) -> None:
-        """Let it be known what blocks take that stay as they are: deltas that give their bits.
-
-        ``factors`` and ``shared`` are as `add_deltas` takes them.
-        """
-        encoded, costs = self._encode(pairs, None, factors, shared)
+    def settle(self, pairs: Pairs) -> None:
+        """Let it be known what blocks take that stay as they are: deltas that give their bits."""
+        encoded, costs = deltas_of(self.blocks, pairs, self.kept, None)
         good = np.flatnonzero(encoded.lengths > 0)
         self.kept[pairs.rows[good]] = costs[good]
 
-    def add_deltas(
-        self,
-        pairs: Pairs,
-        bound: float,
-        factors: codec.LowRankFactors | None = None,
-        shared: NDArray[np.int64] | None = None,
-    ) -> None:
-        """Offer deltas within a bound, on bases or on what factors make of these.
-
-        ``shared`` are bytes of each that others on its page have as well.
-        """
-        encoded, costs = self._encode(pairs, bound, factors, shared)
+    def add_deltas(self, pairs: Pairs, bound: float) -> None:
+        """Offer deltas within a bound."""
+        encoded, costs = deltas_of(self.blocks, pairs, self.kept, bound)
         tags = codec.base_tags(hash_view(pairs.bases))
         for i, (row, payload) in enumerate(zip(pairs.rows.tolist(), encoded.pieces(), strict=True)):
             # An exact one is what a block has that stays as it is.
@@ -128,29 +111,6 @@ class Levels:
             content = partial(_decoded, delta, self.blocks, pairs.bases, base)
             level = Level(content, int(self._plain[row] - costs[i]), delta, bound)
             self._offered[row].append(level)
-
-    def _encode(
-        self,
-        pairs: Pairs,
-        bound: float | None,
-        factors: codec.LowRankFactors | None,
-        shared: NDArray[np.int64] | None,
-    ) -> tuple[codec.EncodedBlocks, NDArray[np.int64]]:
-        """Return deltas that take less than the blocks do, and what each takes."""
-        rows = pairs.rows
-        if shared is None:
-            shared = np.zeros(len(rows), np.int64)
-        encoded = codec.encode_deltas(
-            self.blocks,
-            rows,
-            pairs.bases,
-            pairs.base_index,
-            limits=delta_limits(self.kept[rows]) + shared,
-            max_rel_error=bound,
-            factors=factors,
-            is_transposed=pairs.is_transposed,
-        )
-        return encoded, encoded.lengths - shared
 
 
 class MovedBases:
@@ -196,8 +156,8 @@ class MovedBases:
         bases = np.full(len(numbers), NO_BASE, np.int64)
         shape = levels.blocks.grid.block_shape
         for rows, moved in self._exact.of(numbers):
-            pairs, factors = moved.pairs(self._reader, rows, numbers[rows], shape)
-            levels.settle(pairs, factors, moved.shared_bytes(factors))
+            pairs = moved.pairs(self._reader, rows, numbers[rows], shape)
+            levels.settle(pairs)
             bases[rows] = pairs.references
         return bases
 
@@ -218,10 +178,10 @@ class MovedBases:
         far = np.flatnonzero(least > min(self._bounds))
         for at, moved in self._near.of(numbers[far]):
             rows = far[at]
-            pairs, factors = moved.pairs(self._reader, rows, numbers[rows], shape)
+            pairs = moved.pairs(self._reader, rows, numbers[rows], shape)
             pairs = _with_bases_of(known, pairs)
             for bound in self._bounds:
-                levels.add_deltas(pairs, bound, factors, moved.shared_bytes(factors))
+                levels.add_deltas(pairs, bound)
 
 
 def _with_bases_of(others: Sequence[Pairs], pairs: Pairs) -> Pairs:

@@ -10,7 +10,7 @@ of its blocks have only once (docs/format.md, "Version 3").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
@@ -111,7 +111,7 @@ class Moved:
         """Return references of the bases of some blocks, by their numbers in the matrix."""
         return self.references[numbers - self.first_row * self.grid.grid_cols]
 
-    def factors_of(
+    def _factors_of(
         self, numbers: NDArray[np.int64], shape: tuple[int, int]
     ) -> codec.LowRankFactors:
         """Return the factors of some blocks of one shape."""
@@ -127,13 +127,14 @@ class Moved:
         rows: NDArray[np.int64],
         numbers: NDArray[np.int64],
         shape: tuple[int, int],
-    ) -> tuple[Pairs, codec.LowRankFactors]:
-        """Return rows of a stack with their bases, and what moves these; ``numbers`` are theirs."""
+    ) -> Pairs:
+        """Return rows of a stack with their bases, which are moved; ``numbers`` are theirs."""
         bases, is_transposed = self.bases_of(numbers), self.is_transposed
         (pairs,) = pairs_on(reader, rows, bases, shape, is_transposed=is_transposed)
-        return pairs, self.factors_of(numbers, shape)
+        factors = self._factors_of(numbers, shape)
+        return replace(pairs, factors=factors, shared=self._shared_bytes(factors))
 
-    def shared_bytes(self, factors: codec.LowRankFactors) -> NDArray[np.int64]:
+    def _shared_bytes(self, factors: codec.LowRankFactors) -> NDArray[np.int64]:
         """Return what a page saves of each block's factors, which others on it have too, about."""
         across = self.grid.grid_cols
         down = len(self.references) // across
@@ -266,8 +267,7 @@ class LowRankRelatives:
         given = np.flatnonzero(references != NO_BASE)
         rows, cols = grid.shapes(numbers[given])
         sides = (cols, rows) if is_transposed else (rows, cols)
-        dtypes = set(self._reader.dtypes_of(references[given], *sides))
-        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        dtype = self._reader.dtype_of_all(references[given], *sides)
         if dtype is None:
             return None
         sample = sample_of(grid, references != NO_BASE)
@@ -338,24 +338,29 @@ class Adapted:
         block = stack_blocks(view, numbers, view.grid.block_shape)
         for some in self._near(block, numbers, self._farthest, aligned()):
             for reference in distinct(some.references):
-                given = numbers, np.array([reference], np.int64)
-                (dtype,) = self._reader.dtypes_of(given[1], *view.grid.block_shape)
-                if dtype is None:
-                    continue
-                if seems_moved(self._reader, view, *given, dtype, self._bound):
-                    self._looks.note(True)
+                if self._seems_moved(view, numbers, np.array([reference]), False):
                     return int(reference), False
         found = transposed(block)
-        if found[0] != NO_BASE:
-            (dtype,) = self._reader.dtypes_of(found, *view.grid.block_shape[::-1])
-            given = numbers, found
-            if dtype is not None and seems_moved(
-                self._reader, view, *given, dtype, self._bound, is_transposed=True
-            ):
-                self._looks.note(True)
-                return int(found[0]), True
+        if found[0] != NO_BASE and self._seems_moved(view, numbers, found, True):
+            return int(found[0]), True
         self._looks.note(False)
         return None
+
+    def _seems_moved(
+        self,
+        view: MatrixView,
+        numbers: NDArray[np.int64],
+        references: NDArray[np.int64],
+        is_transposed: bool,
+    ) -> bool:
+        shape = view.grid.block_shape
+        dtype = self._reader.dtype_of_all(references, *(shape[::-1] if is_transposed else shape))
+        seems = dtype is not None and seems_moved(
+            self._reader, view, numbers, references, dtype, self._bound, is_transposed=is_transposed
+        )
+        if seems:
+            self._looks.note(True)
+        return seems
 
 
 def edges_together(view: MatrixView) -> NDArray[np.int64]:

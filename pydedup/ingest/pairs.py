@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup import codec
 from pydedup.arguments import as_dtype
 from pydedup.blocks import MatrixView
+from pydedup.ingest.deltas import delta_limits
 from pydedup.ingest.places import BlockReader, values_of
 from pydedup.similarity import distances, upper_bounds
 
@@ -19,6 +21,7 @@ __all__ = [
     "Columns",
     "Pairs",
     "best_pairs",
+    "deltas_of",
     "distinct_pairs",
     "exact_distances",
     "farthest_base",
@@ -58,6 +61,10 @@ class Pairs:
         Which of ``bases`` the candidate is.
     is_transposed
         Whether the blocks are compared with their candidates transposed.
+    factors
+        What moves the candidates, if anything does (low_rank.py): then all pairs are chosen.
+    shared
+        Bytes of each delta that others on its page have too, int64 (n,): of its factors.
     """
 
     rows: NDArray[np.int64]
@@ -66,9 +73,12 @@ class Pairs:
     bases: MatrixView
     base_index: NDArray[np.int64]
     is_transposed: bool = False
+    factors: codec.LowRankFactors | None = None
+    shared: NDArray[np.int64] | int = 0
 
     def select(self, entries: NDArray[np.int64]) -> Pairs:
-        """Return some of the pairs."""
+        """Return some of the pairs, whose candidates nothing moves."""
+        assert self.factors is None
         return Pairs(
             self.rows[entries],
             self.references[entries],
@@ -102,11 +112,7 @@ def pairs_on(
     """
     if is_transposed:
         shape = shape[::-1]
-    dtypes = reader.dtypes_of(references, *shape)
-    for dtype in dict.fromkeys(dtypes):
-        if dtype is None:
-            continue
-        alike = np.array([i for i, one in enumerate(dtypes) if one is dtype])
+    for dtype, alike in reader.by_dtype(references, *shape).items():
         bases, base_index = np.unique(references[alike], return_inverse=True)
         stacked = reader.read(bases, dtype, shape)
         unknown = np.full(len(alike), np.nan)
@@ -135,6 +141,26 @@ def best_pairs(
                 choice[row] = number, entry
     best = [some.select(choice[choice[:, 0] == number, 1]) for number, some in enumerate(pairs)]
     return least, [some for some in best if len(some.rows)]
+
+
+def deltas_of(
+    blocks: MatrixView, pairs: Pairs, costs: NDArray[np.int64], bound: float | None
+) -> tuple[codec.EncodedBlocks, NDArray[np.int64]]:
+    """Return the deltas of pairs that take less than their blocks do, and what each takes.
+
+    ``costs`` are those of all blocks of the stack.
+    """
+    deltas = codec.encode_deltas(
+        blocks,
+        pairs.rows,
+        pairs.bases,
+        pairs.base_index,
+        limits=delta_limits(costs[pairs.rows]) + pairs.shared,
+        max_rel_error=bound,
+        factors=pairs.factors,
+        is_transposed=pairs.is_transposed,
+    )
+    return deltas, deltas.lengths - pairs.shared
 
 
 def distinct_pairs(columns: Sequence[Columns]) -> Columns:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,7 @@ from pydedup import codec
 from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.errors import CorruptStoreError
 from pydedup.ingest.scan import PageScan
-from pydedup.ingest.spool import NO_BASE, Spool
+from pydedup.ingest.spool import NO_BASE, Spool, Window
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import are_deltas, by_page, joined, shape_codes, slot_entries, split_places
 from pydedup.sets import distinct
@@ -35,7 +35,7 @@ __all__ = [
     "values_of",
 ]
 
-_Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
+_Value = TypeVar("_Value", bound=np.generic)
 
 
 class BlockReader:
@@ -48,11 +48,7 @@ class BlockReader:
 
     def bases_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the references of bases, `NO_BASE` where a block is no delta."""
-        bases = np.empty(len(references), np.int64)
-        new = references >= 0
-        bases[new] = self._spool.bases[references[new]]
-        bases[~new] = self._stored.bases_of(references[~new])
-        return bases
+        return _of_each(references, self._spool.bases, self._stored.bases_of)
 
     def plain(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the references of blocks that are no deltas: of each itself, or of its base."""
@@ -61,13 +57,9 @@ class BlockReader:
 
     def costs_of(self, references: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return what blocks take on their pages, in bytes."""
-        costs = np.empty(len(references), np.int64)
-        new = references >= 0
-        costs[new] = self._spool.costs[references[new]]
-        costs[~new] = self._stored.costs_of(references[~new])
-        return costs
+        return _of_each(references, self._spool.costs, self._stored.costs_of)
 
-    def windows(self, references: NDArray[np.int64]) -> Iterator[_Window]:
+    def windows(self, references: NDArray[np.int64]) -> Iterator[Window]:
         """Walk over blocks as `PagePool.windows` does; also yields the slots."""
         if not len(references):
             return
@@ -121,25 +113,27 @@ class BlockReader:
             entries[rows] = slot_entries(pages, page_index, slots)
         return entries
 
-    def dtypes_of(
+    def by_dtype(
         self, references: NDArray[np.int64], rows: ArrayLike, cols: ArrayLike
-    ) -> list[DType | None]:
-        """Return the dtype of each block, ``None`` where it has other rows or columns than that.
+    ) -> dict[DType, NDArray[np.int64]]:
+        """Return per dtype which blocks have it, but those of other rows or columns than that.
 
         A block is a delta on what has its own shape, or that transposed (transposed.py).
         """
         stored = distinct(references[references < 0])
         self.learn(stored[self._stored.dtypes_of(stored) == 0])
-        codes = np.empty(len(references), np.int64)
-        new = references >= 0
-        codes[new] = self._spool.dtypes[references[new]]
-        codes[~new] = self._stored.dtypes_of(references[~new])
-        shapes = np.empty(len(references), np.uint64)
-        shapes[new] = self._spool.shapes[references[new]]
-        shapes[~new] = self._stored.shapes_of(references[~new])
+        codes = _of_each(references, self._spool.dtypes, self._stored.dtypes_of)
+        shapes = _of_each(references, self._spool.shapes, self._stored.shapes_of)
         codes[shapes != shape_codes(rows, cols)] = 0
-        known = {code: DType.of_code(code) if code else None for code in distinct(codes).tolist()}
-        return [known[code] for code in codes.tolist()]
+        found = [code for code in dict.fromkeys(codes.tolist()) if code]
+        return {DType.of_code(code): np.flatnonzero(codes == code) for code in found}
+
+    def dtype_of_all(
+        self, references: NDArray[np.int64], rows: ArrayLike, cols: ArrayLike
+    ) -> DType | None:
+        """Return the dtype of these blocks; ``None`` if some differ in it, or from that shape."""
+        by_dtype = self.by_dtype(references, rows, cols)
+        return next((t for t, which in by_dtype.items() if len(which) == len(references)), None)
 
     def read(
         self,
@@ -231,6 +225,19 @@ class BlockReader:
             given = stack_blocks(view, indices[at], shape).data
             equal[at] = (found == given).reshape(len(at), -1).all(axis=1)
         return equal
+
+
+def _of_each(
+    references: NDArray[np.int64],
+    spooled: NDArray[_Value],
+    stored: Callable[[NDArray[np.int64]], NDArray[Any]],
+) -> NDArray[_Value]:
+    """Return what is known of each block: of the spool's by number, of the store's by reference."""
+    found = np.empty(len(references), spooled.dtype)
+    new = references >= 0
+    found[new] = spooled[references[new]]
+    found[~new] = stored(references[~new])
+    return found
 
 
 def by_shape(

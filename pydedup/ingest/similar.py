@@ -201,9 +201,9 @@ class Similar:
         """Add candidates that are not measured yet, references int64 (k, n), or `NO_BASE`."""
         for references in given:
             there = np.flatnonzero(references != NO_BASE)
-            dtypes = self._reader.dtypes_of(references[there], *blocks.grid.block_shape)
-            for dtype in (one for one in blocks.dtype.base_dtypes if one in dtypes):
-                rows = there[[i for i, d in enumerate(dtypes) if d is dtype]]
+            by_dtype = self._reader.by_dtype(references[there], *blocks.grid.block_shape)
+            for dtype in (one for one in blocks.dtype.base_dtypes if one in by_dtype):
+                rows = there[by_dtype[dtype]]
                 column = (rows, references[rows], np.full(len(rows), np.nan))
                 found.setdefault(dtype, []).append(column)
 
@@ -306,9 +306,8 @@ class Similar:
         if not len(chosen):
             return
         numbers = indices[at[chosen]]
-        pairs, factors = moved.pairs(self._reader, chosen, numbers, blocks.grid.block_shape)
-        bound = policy.max_rel_error or None
-        kept.encode(blocks, pairs, at, bound, factors, moved.shared_bytes(factors))
+        pairs = moved.pairs(self._reader, chosen, numbers, blocks.grid.block_shape)
+        kept.encode(blocks, pairs, at, policy.max_rel_error or None)
 
     def _transpose(
         self,

@@ -25,7 +25,7 @@ from pydedup.ingest.workers import Task, Workers
 from pydedup.layout import PAGE_CAPACITY, copy_page, shape_codes
 from pydedup.pool import PagePool
 
-__all__ = ["NO_BASE", "Spool", "with_room"]
+__all__ = ["NO_BASE", "Spool", "Window", "with_room"]
 
 #: Instead of a reference to a base, for a block that is no delta.
 NO_BASE = int(np.iinfo(np.int64).min)
@@ -38,7 +38,8 @@ _SEALING = 8
 _ELSEWHERE = 1 << 48
 
 _Item = TypeVar("_Item", bound=np.generic)
-_Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
+#: Which blocks, the pages they are on, which of these each is on, and the slots.
+Window = tuple[NDArray[np.int64], list[codec.Page], NDArray[np.uint32], NDArray[np.uint32]]
 
 
 class Spool:
@@ -225,7 +226,7 @@ class Spool:
         new = bases >= 0
         bases[new] = moved[bases[new]]
 
-    def windows(self, numbers: NDArray[np.int64]) -> Iterator[_Window]:
+    def windows(self, numbers: NDArray[np.int64]) -> Iterator[Window]:
         """Walk over blocks, as `PagePool.windows` does over pages; also yields the slots."""
         if not len(numbers):
             return
@@ -308,7 +309,7 @@ class Spool:
 
 def _walk(
     pool: PagePool, at: NDArray[np.int64], page_ids: NDArray[np.int64], slots: NDArray[np.uint32]
-) -> Iterator[_Window]:
+) -> Iterator[Window]:
     """Walk over the blocks ``at``, which are on these pages; ``slots`` are those of all."""
     for rows, pages, page_index in pool.windows(page_ids):
         yield at[rows], pages, page_index, slots[at[rows]]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -90,8 +92,8 @@ def test_bytes_that_others_on_the_page_have_too_count_as_saved() -> None:
         np.zeros(1, np.int64),
         np.zeros(1, np.int64),
     )
-    alone.add_deltas(pair(base), 0.03, factors)
-    beside.add_deltas(pair(base), 0.03, factors, np.array([60]))
+    alone.add_deltas(replace(pair(base), factors=factors), 0.03)
+    beside.add_deltas(replace(pair(base), factors=factors, shared=np.array([60])), 0.03)
     (((_, one),), ((_, other),)) = (list(levels.best()) for levels in (alone, beside))
     assert other[0].saved == one[0].saved + 60
     np.testing.assert_array_equal(one[0].content(), other[0].content())
