@@ -9,6 +9,8 @@ make an operation fail, or take long.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -19,7 +21,7 @@ from pydedup.formats._onnx_tensors import all_nodes, graphs_in
 __all__ = ["guard"]
 
 #: Numbers of element types in ONNX.
-_INT32, _INT64 = 6, 7
+_INT32, _INT64, _DOUBLE = 6, 7, 11
 #: Operations whose results are int64; those that leave the type as it is.
 _INDICES = frozenset({"ArgMax", "ArgMin", "NonZero", "Shape", "Size"})
 _KEEPING = frozenset(
@@ -37,6 +39,10 @@ _OWN = ("", "ai.onnx")
 _STEPS = 64
 #: Since which version of ONNX's operations shapes of two inputs are made one.
 _WITH_BROADCASTING = 7
+#: And since which a value can be given the type of another one.
+_WITH_CAST_LIKE = 15
+#: How deep functions may call others, and how many nodes a graph may then have.
+_DEEPEST, _MOST_NODES = 100, 1_000_000
 
 
 def guard(model: Any) -> None:
@@ -44,14 +50,77 @@ def guard(model: Any) -> None:
     kinds = {node.op_type for each in (model.graph, *model.functions) for node in all_nodes(each)}
     if kinds.isdisjoint({"Div", "STFT", "TfIdfVectorizer"}):
         return
+    if any(_divides(function) for function in model.functions):
+        _inline(model)
     names = _Names(model)
     for graph, versions in (
         (model.graph, model.opset_import),
         *((function, function.opset_import) for function in model.functions),
     ):
-        version = max((one.version for one in versions if one.domain in _OWN), default=0)
+        version = _version(versions)
         if version >= _WITH_BROADCASTING:
-            _guard(graph, _Scope(graph, None), names)
+            inferred = _Inferred(model if graph is model.graph else None, version)
+            _guard(graph, _Scope(graph, inferred), names)
+
+
+def _divides(function: Any) -> bool:
+    """Whether a function has a division that may be of integers: it has no types of its own."""
+    scope = _Scope(function, _Inferred(None, 0))
+    return any(
+        node.op_type == "Div"
+        and len(node.input) > 1
+        and _may_be_minus_one(scope.constant(node.input[1]))
+        for node in all_nodes(function)
+    )
+
+
+def _inline(model: Any) -> None:
+    """Put functions in the place of their calls, as the runtime does, where they have types."""
+    import onnx.inliner
+
+    _check_size(model)
+    try:
+        inlined = onnx.inliner.inline_local_functions(model)
+    except Exception as exc:  # of several classes
+        raise FormatError(
+            f"a function of the stored ONNX graph cannot be put in the place of its calls: {exc}"
+        ) from exc
+    # Those of another version of the operations stay, unless that is too old for guards.
+    if any(_version(one.opset_import) < _WITH_CAST_LIKE for one in inlined.functions):
+        with contextlib.suppress(Exception):  # of several classes: what it cannot convert
+            inlined = onnx.inliner.inline_local_functions(model, convert_version=True)
+    model.CopyFrom(inlined)
+
+
+def _check_size(model: Any) -> None:
+    """Raise FormatError where functions call themselves, or each two others, and so on."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size_of(graph: Any, around: tuple[tuple[str, str], ...]) -> int:
+        size = 0
+        for node in all_nodes(graph):
+            key = node.domain, node.op_type
+            if key in functions and key not in sizes:
+                if key in around or len(around) == _DEEPEST:
+                    raise FormatError(
+                        f"the functions of the stored ONNX graph call each other without an end, "
+                        f"or {_DEEPEST} deep: {key[1]!r}"
+                    )
+                sizes[key] = size_of(functions[key], (*around, key))
+            size += sizes.get(key, 1)
+        return size
+
+    size = size_of(model.graph, ())
+    if size > _MOST_NODES:
+        raise FormatError(
+            f"the stored ONNX graph has {size:,} nodes with those of its functions, of which at "
+            f"most {_MOST_NODES:,} are run"
+        )
+
+
+def _version(versions: Any) -> int:
+    return max((int(one.version) for one in versions if one.domain in _OWN), default=0)
 
 
 class _Names:
@@ -74,11 +143,52 @@ class _Names:
                 return name
 
 
+class _Inferred:
+    """Types that onnx infers of a model, when they are asked for; of functions it tells none."""
+
+    def __init__(self, model: Any, version: int) -> None:
+        self._model, self.version = model, version
+        self.is_of_model = model is not None
+
+    def type_of(self, name: str) -> int:
+        """Return the element type of a value, 0 where it is not known."""
+        return self._types.get(name, 0)
+
+    @functools.cached_property
+    def _types(self) -> dict[str, int]:
+        if self._model is None:
+            return {}
+        import onnx
+
+        try:
+            graph = onnx.shape_inference.infer_shapes(self._model).graph
+        except Exception:  # of several classes: what is wrong with the model, the runtime says
+            return {}
+        types: dict[str, int] = {}
+        within = [graph, *(inner for node in all_nodes(graph) for inner in graphs_in(node))]
+        for value in (value for each in within for value in each.value_info):
+            kind = value.type.tensor_type.elem_type
+            if types.setdefault(value.name, kind) != kind:  # of two graphs beside each other
+                types[value.name] = 0
+        return types
+
+    def is_whole(self, node: Any) -> bool:
+        """Whether what an operation of ONNX's own makes may be integers of 32 or 64 bits."""
+        import onnx
+
+        try:
+            output = onnx.defs.get_schema(node.op_type, self.version, "").outputs[0]
+        except Exception:  # it has none in this version: the runtime says so
+            return True
+        return not output.types.isdisjoint({"tensor(int32)", "tensor(int64)"})
+
+
 class _Scope:
     """What the names in a graph mean, and in those around it."""
 
-    def __init__(self, graph: Any, outer: _Scope | None) -> None:
+    def __init__(self, graph: Any, inferred: _Inferred, outer: _Scope | None = None) -> None:
         self._outer = outer
+        self.inferred = inferred
         self._types = {
             value.name: value.type.tensor_type.elem_type
             for part in ("input", "value_info")
@@ -117,14 +227,21 @@ class _Scope:
             return 0
         return self.type_of(maker.input[at], steps - 1)
 
+    def may_be_whole(self, name: str) -> bool:
+        """Whether a value of unknown type may be integers, going by what makes it."""
+        maker = self._makers.get(name)
+        if maker is None:
+            return self._outer is None or self._outer.may_be_whole(name)
+        return maker.domain not in _OWN or self.inferred.is_whole(maker)
+
 
 def _guard(graph: Any, scope: _Scope, names: _Names) -> None:
     changed: list[Any] = []
     for node in graph.node:
         for inner in graphs_in(node):
-            _guard(inner, _Scope(inner, scope), names)
+            _guard(inner, _Scope(inner, scope.inferred, scope), names)
         if node.domain in _OWN:
-            if node.op_type == "Div":
+            if node.op_type == "Div" and len(node.input) == 2:  # else the runtime refuses it
                 changed += _division(node, scope, names)
                 continue
             if node.op_type == "STFT":
@@ -139,14 +256,35 @@ def _guard(graph: Any, scope: _Scope, names: _Names) -> None:
 
 def _division(node: Any, scope: _Scope, names: _Names) -> Iterator[Any]:
     """Yield what computes a quotient of integers, and -a in the place of a / -1."""
-    a, b = node.input[:2]
-    kind = scope.type_of(b) or scope.type_of(a)
-    if kind not in (_INT32, _INT64) or not _may_be_minus_one(scope.constant(b)):
+    a, b = node.input
+    if not _may_be_minus_one(scope.constant(b)):
         yield node
         return
+    inferred = scope.inferred
+    kind = scope.type_of(b) or scope.type_of(a) or inferred.type_of(b) or inferred.type_of(a)
+    if kind in (_INT32, _INT64):
+        yield from _division_of_whole(node, kind, names)
+    elif not kind and scope.may_be_whole(a) and scope.may_be_whole(b):
+        if inferred.version >= _WITH_CAST_LIKE:
+            yield from _division_of_any(node, names)
+        elif inferred.is_of_model:  # a very old one, and floats as a rule
+            yield node
+        else:
+            raise FormatError(
+                f"the division {node.name or node.output[0]!r} in a function of the stored ONNX "
+                "graph may be one of integers, which nothing tells, and dividing the least of them "
+                f"by -1 would end the process; the function is of version {inferred.version} of "
+                f"ONNX's operations: export it with opset {_WITH_CAST_LIKE} or later"
+            )
+    else:
+        yield node
+
+
+def _division_of_whole(node: Any, kind: int, names: _Names) -> Iterator[Any]:
     import onnx
 
     make = onnx.helper.make_node
+    a, b = node.input
     is_it, mask, twice, divisor, quotient, sign = (names.new() for _ in range(6))
     numbers = {number: names.new() for number in (-1, 1, 2)}
     for number, name in numbers.items():
@@ -158,6 +296,29 @@ def _division(node: Any, scope: _Scope, names: _Names) -> Iterator[Any]:
     yield make("Add", [b, twice], [divisor])  # 1 in the place of -1
     yield make("Div", [a, divisor], [quotient], name=node.name)
     yield make("Sub", [numbers[1], twice], [sign])
+    yield make("Mul", [quotient, sign], list(node.output))
+
+
+def _division_of_any(node: Any, names: _Names) -> Iterator[Any]:
+    """Yield the same for numbers of any type, which are floats as a rule and take longer by it."""
+    import onnx
+
+    make = onnx.helper.make_node
+    a, b = node.input
+    double, is_it, mask, twice, sign, divisor, quotient = (names.new() for _ in range(7))
+    numbers = {number: names.new() for number in (-1.0, 1.0)}
+    for number, name in numbers.items():
+        value = onnx.helper.make_tensor(name, _DOUBLE, (), [number])
+        yield make("Constant", [], [name], value=value)
+    one = names.new()
+    yield make("Cast", [b], [double], to=_DOUBLE)
+    yield make("Equal", [double, numbers[-1.0]], [is_it])
+    yield make("CastLike", [is_it, b], [mask])
+    yield make("CastLike", [numbers[1.0], b], [one])
+    yield make("Add", [mask, mask], [twice])
+    yield make("Sub", [one, twice], [sign])
+    yield make("Mul", [b, sign], [divisor])
+    yield make("Div", [a, divisor], [quotient], name=node.name)
     yield make("Mul", [quotient, sign], list(node.output))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError, FormatError
+from pydedup.errors import ArgumentError, FormatError, PydedupError
 from pydedup.formats._onnx_guards import guard
 
 from .onnx_models import RNG, node, onnx, run, save, value
@@ -54,6 +55,146 @@ def test_the_least_integer_divided_by_minus_one(
     np.testing.assert_array_equal(found, [a[0], *-a[1:]])
     with pytest.raises(ArgumentError, match="division by zero"):
         store.predict("m", {"a": a, "b": 0 * b})
+
+
+def in_functions(path: Path, kind: int, opset: int) -> Path:
+    """Save a model of a // b by a function that calls another, whose types nothing tells."""
+    make = onnx.helper
+    own = [make.make_opsetid("", opset), make.make_opsetid("mine", 1)]
+    functions = [
+        make.make_function("mine", "Outer", ["p", "q"], ["r"], [inner], own)
+        for inner in [node("Inner", "p q", "r", domain="mine")]
+    ]
+    functions.append(
+        make.make_function("mine", "Inner", ["p", "q"], ["r"], [node("Div", "p q", "r")], own)
+    )
+    inputs = [value("a", kind, [None]), value("b", kind, [None])]
+    graph = make.make_graph(
+        [node("Outer", "a b", "y", domain="mine")], "g", inputs, [value("y", kind, [None])]
+    )
+    domains = [make.make_opsetid("", 17), make.make_opsetid("mine", 1)]
+    model = make.make_model(graph, functions=functions, opset_imports=domains, ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("kind", [_INT32, _INT64])
+def test_least_integers_in_functions(
+    store: pydedup.Store, tmp_path: Path, kind: int, opset: int
+) -> None:
+    """Also in one of another version of the operations."""
+    store.add("m", in_functions(tmp_path / "m.onnx", kind, opset))
+    dtype = np.int32 if kind == _INT32 else np.int64
+    a, b = np.array([np.iinfo(dtype).min, -7, 7, 9], dtype), np.array([-1, -1, 2, -3], dtype)
+    np.testing.assert_array_equal(store.predict("m", {"a": a, "b": b})["y"], [a[0], 7, 3, -3])
+
+
+def contributed(path: Path, kind: int) -> Path:
+    """Save a model of a // b of an operation whose types onnx does not know."""
+    nodes = [
+        *(node("ExpandDims", f"{name} zero", f"{name}1", domain="com.microsoft") for name in "ab"),
+        node("Div", "a1 b1", "y"),
+    ]
+    inputs = [value("a", kind, [None]), value("b", kind, [None])]
+    return save(path, nodes, {"zero": np.array(0, np.int32)}, inputs, kind=kind)
+
+
+def test_what_nothing_is_known_of_is_divided_as_it_is(store: pydedup.Store, tmp_path: Path) -> None:
+    store.add("whole", contributed(tmp_path / "whole.onnx", _INT32))
+    least = np.array([np.iinfo(np.int32).min, 7, -9], np.int32)
+    found = store.predict("whole", {"a": least, "b": np.array([-1, -1, 2], np.int32)})["y"]
+    np.testing.assert_array_equal(found, [[least[0], -7, -4]])
+    path = contributed(tmp_path / "floats.onnx", 1)
+    store.add("floats", path)
+    some = [np.inf, -np.inf, np.nan, 0, -0.0, -1, 1, 3, 1e-40, 3e38]
+    a, b = (each.ravel() for each in np.meshgrid(*[np.array(some, np.float32)] * 2))
+    found, wanted = store.predict("floats", {"a": a, "b": b})["y"], run(path, a=a, b=b)
+    np.testing.assert_array_equal(found, wanted)
+    numbers = ~np.isnan(wanted)
+    np.testing.assert_array_equal(np.signbit(found)[numbers], np.signbit(wanted)[numbers])
+
+
+def test_a_division_of_which_nothing_is_known_is_refused() -> None:
+    """In a function of old operations, of which one has no like in those of the model."""
+    make = onnx.helper
+    nodes = [node("Identity", "p", "s"), node("Div", "s q", "r")]
+    own = [make.make_opsetid("", 14)]
+    function = make.make_function("mine", "F", ["p", "q"], ["r"], nodes, own)
+    call = node("F", "a b", "y", domain="mine")
+    graph = make.make_graph([call], "g", [value("a"), value("b")], [value("y")])
+    domains = [make.make_opsetid("", 13), make.make_opsetid("mine", 1)]
+    model = make.make_model(graph, functions=[function], opset_imports=domains)
+    with pytest.raises(FormatError, match=r"the division 'r' in a function .* of version 14"):
+        guard(model)
+
+
+def calling(names: Sequence[tuple[str, str]]) -> Any:
+    """Return a model of functions, each of which calls another twice; "" is a division."""
+    make = onnx.helper
+    own = [make.make_opsetid("", 17), make.make_opsetid("mine", 1)]
+    functions = [
+        make.make_function(
+            "mine",
+            name,
+            ["p", "q"],
+            ["r"],
+            [node(called or "Div", f"{a} q", r, domain="mine" if called else "") for a, r in steps],
+            own,
+        )
+        for name, called in names
+        for steps in [(("p", "z"), ("z", "r"))]
+    ]
+    inputs = [value(name, _INT64, [None]) for name in "ab"]
+    graph = make.make_graph(
+        [node(names[0][0], "a b", "y", domain="mine")], "g", inputs, [value("y", _INT64, [None])]
+    )
+    return make.make_model(graph, functions=functions, opset_imports=own, ir_version=8)
+
+
+def test_functions_that_no_memory_has_room_for_are_refused() -> None:
+    guard(calling([("A", "B"), ("B", "")]))
+    with pytest.raises(FormatError, match="call each other without an end"):
+        guard(calling([("A", "B"), ("B", "C"), ("C", "B"), ("D", "")]))
+    chain = [(f"F{i}", f"F{i + 1}") for i in range(40)]
+    with pytest.raises(FormatError, match="2,199,023,255,552 nodes with those of its functions"):
+        guard(calling([*chain, ("F40", "")]))
+    long = [(f"F{i}", f"F{i + 1}") for i in range(400)]
+    with pytest.raises(FormatError, match="or 100 deep"):
+        guard(calling([*long, ("F400", "")]))
+
+
+def test_divisions_of_too_few_numbers_are_left_to_the_runtime(
+    store: pydedup.Store, tmp_path: Path
+) -> None:
+    store.add("m", save(tmp_path / "m.onnx", [node("Div", "x", "y")], {}))
+    with pytest.raises(PydedupError, match="ONNX Runtime cannot load m@1"):
+        store.predict("m", np.ones((1, 64), np.float32))
+
+
+def test_types_that_operations_with_several_outputs_give(
+    store: pydedup.Store, tmp_path: Path
+) -> None:
+    nodes = [
+        onnx.helper.make_node("TopK", ["b", "one"], ["top", "at"]),
+        node("SequenceConstruct", "top", "both"),
+        node("SequenceAt", "both zero", "divisor"),
+        node("Split", "a", "dividend"),
+        node("Div", "dividend divisor", "y"),
+    ]
+    constants = {"one": np.array([1]), "zero": np.array(0)}
+    inputs = [value("a", _INT64, [None]), value("b", _INT64, [None])]
+    store.add("m", save(tmp_path / "m.onnx", nodes, constants, inputs, kind=_INT64))
+    a = np.array([np.iinfo(np.int64).min])
+    np.testing.assert_array_equal(store.predict("m", {"a": a, "b": np.array([-5, -1])})["y"], a)
+
+
+def test_floats_of_operations_that_onnx_does_not_know_stay_as_they_are(tmp_path: Path) -> None:
+    nodes = [node("Gelu", "x", "g", domain="com.microsoft"), node("Sqrt", "g", "r")]
+    path = save(tmp_path / "m.onnx", [*nodes, node("Div", "g r", "q")], {}, output="q")
+    model = onnx.load(path)
+    guard(model)
+    assert model == onnx.load(path)
 
 
 @pytest.mark.parametrize("kind", ["floats", "a constant", "a shape by a constant"])
