@@ -48,11 +48,14 @@ class ReadsAgain(DbApiBase):
                 now = time.monotonic()
                 # Where connections are few, one comes free sooner or later.
                 is_away = not isinstance(error, CancelledError | CrowdedError)
-                if is_away and not end and began - self._gave_up_at < IN_VAIN_SECONDS:
+                if is_away and not end and 0 <= began - self._gave_up_at < IN_VAIN_SECONDS:
                     if not had_connection:
                         raise
                     had_connection = False
-                    continue  # that an old connection is lost tells nothing of the server
+                    # That an old connection is lost tells nothing of the server; one that did
+                    # work for a while, that it had come back.
+                    if now - began < IN_VAIN_SECONDS:
+                        continue
                 end = end or now + AGAIN_SECONDS  # a host that fell silent took long to fail
                 if now + pause > end:
                     if is_away:
