@@ -261,9 +261,13 @@ class BlockMap:
             return None
         return self.base_page_ids, self.base_slots
 
-    def within(self, down: slice, across: slice) -> BlockMap:
-        """Return the map of the blocks in these rows and columns of the grid."""
+    def covering(self, rows: slice, cols: slice) -> BlockMap:
+        """Return the map of the blocks that hold these rows and columns, or some of them."""
         grid = self.grid
+        down, across = (
+            slice(part.start // side, -(-part.stop // side))
+            for part, side in ((rows, grid.block_rows), (cols, grid.block_cols))
+        )
 
         def cut(values: NDArray[Any]) -> NDArray[Any]:
             return values.reshape(grid.grid_rows, grid.grid_cols)[down, across].reshape(-1)

@@ -296,10 +296,9 @@ class StoredTensor:
 
         def read(block_map: BlockMap) -> NDArray[Any]:
             grid = block_map.grid
-            left, right = first // grid.block_cols, -(-stop // grid.block_cols)
-            part = block_map.within(slice(0, grid.grid_rows), slice(left, right))
-            skipped = left * grid.block_cols
-            return matmul.read(part, self._pool)[:, first - skipped : stop - skipped]
+            part = block_map.covering(slice(0, grid.rows), slice(first, stop))
+            skipped = first % grid.block_cols
+            return matmul.read(part, self._pool)[:, skipped : skipped + stop - first]
 
         return self._with_map(read)
 

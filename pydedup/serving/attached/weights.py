@@ -213,9 +213,7 @@ class _PartOfMap:
         whole = self._model.block_map(self._name)
         last = self._last
         if last is None or last[0] is not whole:
-            grid = whole.grid
-            first, stop = (-(-row // grid.block_rows) for row in self._rows)
-            part = whole.within(slice(first, stop), slice(0, grid.grid_cols))
+            part = whole.covering(slice(*self._rows), slice(0, whole.grid.cols))
             last = self._last = whole, part
         return last[1]
 
