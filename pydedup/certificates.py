@@ -30,6 +30,7 @@ __all__ = [
     "keeps_bits",
     "largest_error",
     "number_in",
+    "rounding_of",
 ]
 
 #: Where a certificate, as it is recorded, has the digests of the model's artifacts by name, and the
@@ -47,9 +48,6 @@ ALIASES = "aliases"
 OF_MODEL = (ARTIFACTS, TENSORS, MAPS, PAGES, ADDRESS, METADATA, ALIASES)
 #: What all certificates say beside the parameters of the policy, which have other names.
 MEASURED = ("policy", "same_bits", "largest_block_error", "tensor_errors", *OF_MODEL)
-
-# Differences of rounded metrics are not exact, as in ingest/judging.py.
-_ROUNDING = 1e-12
 
 # Before certificates said so themselves.
 _KEEP_BITS = ("exact", "lossless")
@@ -97,6 +95,11 @@ def number_in(certificate: Mapping[str, Any], name: str) -> float:
         raise _damaged(certificate.get(name, "nothing"), name) from exc
 
 
+def rounding_of(metric: float) -> float:
+    """Return how much is no drop: differences of rounded metrics (0.885 - 0.875) are not exact."""
+    return 1e-12 * max(1.0, abs(metric))
+
+
 def guards_nothing(certificate: Mapping[str, Any]) -> str | None:
     """Say why the metric of an `Accuracy` certificate may promise nothing; None if it seems to."""
     if certificate.get("zeros_ended_after") is not None:
@@ -111,7 +114,7 @@ def guards_nothing(certificate: Mapping[str, Any]) -> str | None:
     before, zeros, most = (
         number_in(certificate, name) for name in ("metric_before", "metric_of_zeros", "max_drop")
     )
-    if before - zeros > most + _ROUNDING * max(1.0, abs(before)):
+    if before - zeros > most + rounding_of(before):
         return None
     return (
         f"the metric guards nothing: it is {before:.6g} for the model, and {zeros:.6g} with zeros "

@@ -31,6 +31,7 @@ from pydedup.types import LARGEST_ID
 __all__ = [
     "LEASE_SECONDS",
     "NO_SIGN",
+    "PAGES_PER_TRANSACTION",
     "SCORING",
     "Job",
     "job_is_dead",
@@ -54,7 +55,8 @@ NO_SIGN = (
 #: No clock of another machine is so far ahead of ours; a time stamp that is was damaged.
 _MOST_AHEAD_SECONDS = 7 * 86400.0
 
-_PAGES_PER_TRANSACTION = 16
+#: Pages that are staged, or deleted, in one transaction.
+PAGES_PER_TRANSACTION = 16
 _BEAT_SECONDS = 60.0
 # Bytes of staged pages after which they are settled: here, and by somebody beside. What comes
 # meanwhile he cannot finish, and so the log grows; up to this many it may.
@@ -196,8 +198,8 @@ class Job:
         A page that is live stays: an interrupt, or a connection that broke, can hide a commit
         from whoever made it.
         """
-        for start in range(0, len(page_ids), _PAGES_PER_TRANSACTION):
-            group = page_ids[start : start + _PAGES_PER_TRANSACTION]
+        for start in range(0, len(page_ids), PAGES_PER_TRANSACTION):
+            group = page_ids[start : start + PAGES_PER_TRANSACTION]
             with self._adapter.transaction():
                 live = {row.id for row in self._adapter.page_rows(ids=group, state=LIVE)}
                 # Of one whose row is gone, what is recorded of its blocks is still there.

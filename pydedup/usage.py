@@ -232,10 +232,10 @@ def _unreadable(
         readers = {model_id for model_id, _ in adapter.readers_of(error.page_ids)}
         return {row.id: str(error) for row in rows if row.id in readers}
     lost: dict[int, str] = {}
-    parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
+    ahead = ModelsAhead(adapter, rows)
     for row in rows:
         try:
-            StoredModel(adapter, row, parsed=parsed, ahead=ahead).block_maps()
+            StoredModel(adapter, row, ahead=ahead).block_maps()
         except CorruptStoreError as exc:
             lost[row.id] = str(exc)
     return lost

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow, TensorRow
+from pydedup.catalog.parsed import ParsedMaps
 from pydedup.errors import CorruptStoreError
 from pydedup.types import ModelInfo
 
@@ -35,6 +36,8 @@ class ModelsAhead:
         self._at = {row.id: at for at, row in enumerate(rows)}
         self._tensors: dict[int, list[TensorRow]] = {}
         self._maps: dict[int, list[tuple[int, bytes]]] = {}
+        #: For the block maps of these models.
+        self.parsed = ParsedMaps()
 
     def tensors(self, model_id: int) -> list[TensorRow]:
         """Return what `Adapter.tensors` does. Raises CorruptStoreError."""

@@ -93,6 +93,7 @@ class StoredModel:
         #: What its rows are first read from.
         self._source = adapter if ahead is None else ahead
         self._pool = pool
+        parsed = parsed if ahead is None else ahead.parsed
         self._parse_parts = BlockMap.from_parts if parsed is None else parsed.parse
         self._maps: dict[int, BlockMap] = {}
         #: Parts of all maps, but for those that were taken; None as long as they are read singly.

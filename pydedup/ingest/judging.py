@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.accuracy import Accuracy
+from pydedup.certificates import rounding_of
 from pydedup.errors import ArgumentError, EvaluationError, PydedupError
 from pydedup.hashing import hash_buffer
 from pydedup.ingest.confidence import Bets, rows_needed, split_rows
@@ -26,9 +27,6 @@ __all__ = ["Evaluate", "Judge", "Measure", "Scorer", "Verdict", "read_only"]
 
 #: What `Accuracy` calls ``evaluate``.
 Evaluate: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Any]
-
-#: Differences of rounded metrics are not exact (0.885 - 0.875 > 0.01): so much is no drop.
-_ROUNDING = 1e-12
 
 
 class Verdict(Enum):
@@ -176,8 +174,8 @@ class Judge:
         policy = self._policy
         if policy.confidence is None:
             drop = self.before.metric - measure.metric + self.noise
-            slack = _ROUNDING * max(1.0, abs(self.before.metric))
-            return Verdict.ACCEPTED if drop <= policy.max_drop + slack else Verdict.REFUSED
+            allowed = policy.max_drop + rounding_of(self.before.metric)
+            return Verdict.ACCEPTED if drop <= allowed else Verdict.REFUSED
         steering, judging = self._drops(measure)
         if not self._promising(steering, len(judging), policy.confidence):
             return Verdict.REFUSED

@@ -28,7 +28,7 @@ from pydedup.ingest.candidates import Candidates, can_be_delta
 from pydedup.ingest.deltas import Delta
 from pydedup.ingest.low_rank import Looks, LowRankRelatives, Moved, edges_together
 from pydedup.ingest.met import MetTensors
-from pydedup.ingest.places import BlockReader
+from pydedup.ingest.places import BlockReader, in_pieces
 from pydedup.ingest.scan import PageScan
 from pydedup.ingest.similar import LookedAt, Similar, look_at
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -41,20 +41,14 @@ from pydedup.sets import is_among, without
 
 __all__ = ["Hints", "Matched", "Matcher", "look_now", "pieces_of"]
 
-# Bytes and number of blocks that are encoded in one go: candidates for each, and what is encoded,
-# lie beside them in memory.
-_PIECE_BYTES = 2 * 1024 * 1024
-_PIECE_BLOCKS = 128
 _LOOKUP_BLOCKS = 8192
 
 
 def pieces_of(view: MatrixView, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """Cut a list of blocks into what is encoded in one go."""
     grid = view.grid
-    block_bytes = min(grid.block_rows, max(grid.rows, 1)) * min(grid.block_cols, max(grid.cols, 1))
-    step = max(1, min(_PIECE_BLOCKS, _PIECE_BYTES // (block_bytes * view.dtype.itemsize)))
-    for start in range(0, len(numbers), step):
-        yield numbers[start : start + step]
+    shape = min(grid.block_rows, grid.rows), min(grid.block_cols, grid.cols)
+    return in_pieces(numbers, view.dtype, shape)
 
 
 def _looked_up_together(

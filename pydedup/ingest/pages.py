@@ -24,7 +24,7 @@ from pydedup.ingest.match import Matcher
 from pydedup.ingest.spool import Spool
 from pydedup.ingest.staged import StagedModel
 from pydedup.ingest.workers import Task, Workers
-from pydedup.jobs import Job
+from pydedup.jobs import PAGES_PER_TRANSACTION, Job
 from pydedup.layout import PAGE_CAPACITY, even_shares, filled_capacity, fitting, joined
 from pydedup.packing import pack
 from pydedup.sets import distinct
@@ -33,7 +33,6 @@ __all__ = ["PageWriter", "plan_layout", "settled"]
 
 _LOG = logging.getLogger("pydedup")
 
-_PAGES_PER_TRANSACTION = 16
 # Transactions that write pages side by side, where the database lets them.
 _MOST_AT_ONCE = 4
 # Layouts of blocks with factors, and what part of the one before the next must take to be tried.
@@ -160,8 +159,8 @@ class PageWriter:
         self._spool = spool
         self._advance = advance
         self._groups = [
-            layout[start : start + _PAGES_PER_TRANSACTION]
-            for start in range(0, len(layout), _PAGES_PER_TRANSACTION)
+            layout[start : start + PAGES_PER_TRANSACTION]
+            for start in range(0, len(layout), PAGES_PER_TRANSACTION)
         ]
         helpful = workers is not None and workers.are_several and not spool.lists
         self._workers = workers if helpful else None

@@ -29,11 +29,17 @@ __all__ = [
     "as_stack",
     "block_of",
     "by_shape",
+    "in_pieces",
     "stack_blocks",
     "stacked",
     "transposed_stack",
     "values_of",
 ]
+
+# Bytes and number of blocks that are encoded in one go: candidates for each, and what is encoded,
+# lie beside them in memory.
+_PIECE_BYTES = 2 * 1024 * 1024
+_PIECE_BLOCKS = 128
 
 _Value = TypeVar("_Value", bound=np.generic)
 
@@ -254,6 +260,16 @@ def by_shape(
 def _distinct(sides: NDArray[np.int64]) -> list[int]:
     """Return the distinct ones of these heights or widths, of which a grid has at most two."""
     return sorted({int(sides.min()), int(sides.max())}) if len(sides) else []
+
+
+def in_pieces(
+    numbers: NDArray[np.int64], dtype: DType, shape: tuple[int, int]
+) -> Iterator[NDArray[np.int64]]:
+    """Cut a list of blocks, of that shape at most, into what is decoded or encoded in one go."""
+    block_bytes = max(shape[0] * shape[1] * dtype.itemsize, 1)
+    step = max(1, min(_PIECE_BLOCKS, _PIECE_BYTES // block_bytes))
+    for start in range(0, len(numbers), step):
+        yield numbers[start : start + step]
 
 
 def as_stack(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, int]) -> MatrixView:

@@ -77,6 +77,8 @@ class StagedModel(abc.ABC):
     tensors: list[MatchedTensor]
     artifacts_in_blocks: list[MatchedTensor]
     model_id: int
+    #: By name, of artifacts that are kept in blocks: what is recorded of their chunks.
+    _chunks: dict[str, bytes]
 
     @property
     def in_blocks(self) -> list[MatchedTensor]:
@@ -113,9 +115,10 @@ class StagedModel(abc.ABC):
     def note_artifacts(self) -> Iterator[tuple[str, bytes]]:
         """Yield (name, payload) of what belongs to it besides tensors and is in no blocks yet."""
 
-    @abc.abstractmethod
     def keep_in_blocks(self, artifact: MatchedTensor, chunks: bytes) -> None:
         """Note that an artifact is kept in blocks, and what is recorded of its chunks."""
+        self.artifacts_in_blocks.append(artifact)
+        self._chunks[artifact.entry.name] = chunks
 
     @property
     def replaces(self) -> int:
@@ -229,11 +232,6 @@ class MatchedModel(StagedModel):
             name, payload = artifact.name, artifact.payload
             self._digests[name], self.artifact_sizes[name] = artifact_digest(payload), len(payload)
             yield name, payload
-
-    def keep_in_blocks(self, artifact: MatchedTensor, chunks: bytes) -> None:
-        """Note that an artifact is kept in blocks, and what is recorded of its chunks."""
-        self.artifacts_in_blocks.append(artifact)
-        self._chunks[artifact.entry.name] = chunks
 
     def _recorded_certificate(self) -> dict[str, Any]:
         """Return its certificate with what tells damage of its row, of artifacts and tensors."""

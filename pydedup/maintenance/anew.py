@@ -6,8 +6,6 @@ Deliberately not here: which of them had better be (`pydedup.maintenance.orphans
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,15 +13,13 @@ from pydedup import codec
 from pydedup.blocks import MatrixView
 from pydedup.hashing import hash_view
 from pydedup.ingest.deltas import delta_limits, replaced
-from pydedup.ingest.places import stacked
+from pydedup.ingest.places import in_pieces, stacked
 from pydedup.layout import NO_PLACE, by_kind, copy_page, shape_codes, slot_entries, split_places
 from pydedup.maintenance.in_use import Places
 from pydedup.pool import PagePool
 from pydedup.types import DType
 
 __all__ = ["page_image", "slots_of", "stored_anew"]
-
-_BYTES_AT_ONCE = 4 << 20
 
 
 def slots_of(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.void]:
@@ -54,19 +50,10 @@ def stored_anew(
     lengths = np.empty(len(places), np.int64)
     encodings, digests = np.empty(len(places), np.uint8), np.empty((len(places), 2), np.uint64)
     for dtype, shape, chosen in by_kind(entries):
-        for at in _some_at_once(chosen, dtype, shape):
+        for at in in_pieces(chosen, dtype, shape):
             encoded, _, found = _encoded(pool, dtype, shape, places[at], origins[at], firsts[at])
             lengths[at], encodings[at], digests[at] = encoded.lengths, encoded.encodings, found
     return lengths, encodings, digests
-
-
-def _some_at_once(
-    numbers: NDArray[np.int64], dtype: DType, shape: tuple[int, int]
-) -> Iterator[NDArray[np.int64]]:
-    """Yield blocks of one dtype and shape, some MiB of them at a time."""
-    count = max(_BYTES_AT_ONCE // (dtype.itemsize * shape[0] * shape[1]), 1)
-    for start in range(0, len(numbers), count):
-        yield numbers[start : start + count]
 
 
 def _encoded(
@@ -133,7 +120,7 @@ def page_image(pool: PagePool, places: Places, numbers: NDArray[np.int64]) -> by
         slots[copied] = np.arange(len(copied))
     entries = slots_of(pool, places.places[numbers[made]])
     for dtype, shape, chosen in by_kind(entries):
-        for some in _some_at_once(made[chosen], dtype, shape):
+        for some in in_pieces(made[chosen], dtype, shape):
             page_index[some], slots[some] = len(pages), np.arange(len(some))
             pages.append(codec.Page(_page_anew(pool, places, numbers[some], dtype, shape)))
     return codec.gather_page(pages, page_index, slots)

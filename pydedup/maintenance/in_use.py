@@ -20,13 +20,14 @@ from pydedup.errors import CorruptStoreError
 from pydedup.layout import (
     NO_PLACE,
     block_forms,
-    block_places,
     joined,
     places_of,
+    split_place,
     split_places,
     used_places,
 )
 from pydedup.maintenance.rows import wrong_reads
+from pydedup.maintenance.survey import recorded_blocks
 from pydedup.pool import PagePool
 from pydedup.sets import distinct, is_among
 
@@ -111,16 +112,12 @@ def places_in_use(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel
     """
     keys = [used_places(model.block_maps()) for model in models]
     used = distinct(joined(keys))
-    page_ids, slots = split_places(used)
-    recorded = {
-        (block.page_id, block.slot): block
-        for block in adapter.blocks_on_pages(distinct(page_ids).tolist())
-    }
-    named = list(zip(page_ids.tolist(), slots.tolist(), strict=True))
-    lost = next((place for place in named if place not in recorded), None)
+    recorded = recorded_blocks(adapter, distinct(split_places(used)[0]))
+    lost = next((place for place in used.tolist() if place not in recorded), None)
     if lost is not None:
+        page_id, slot = split_place(lost)
         raise CorruptStoreError(
-            f"a block map names slot {lost[1]} of page {lost[0]}, for which no distinct block is "
+            f"a block map names slot {slot} of page {page_id}, for which no distinct block is "
             "recorded; run verify on the store"
         )
     for model, key in zip(models, keys, strict=True):
@@ -130,7 +127,7 @@ def places_in_use(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel
                 f"{model.address} reads other blocks than are recorded, so all pages stay as they "
                 "are; run verify on the store"
             )
-    rows = [recorded[place] for place in named]
+    rows = [recorded[place] for place in used.tolist()]
     bases = np.array([NO_PLACE if row.base_id is None else row.base_id for row in rows], np.int64)
     is_delta = bases != NO_PLACE
     if not is_among(bases[is_delta], used).all():
@@ -139,7 +136,7 @@ def places_in_use(adapter: Adapter, pool: PagePool, models: Sequence[StoredModel
             "run verify on the store"
         )
     bases[is_delta] = np.searchsorted(used, bases[is_delta])
-    there = np.sort(block_places(*np.array(list(recorded), np.int64).reshape(-1, 2).T))
+    there = np.array(sorted(recorded), np.int64)
     lengths, encodings, factored = block_forms(pool, there)
     costs, in_use = codec.page_cost(lengths), is_among(there, used)
     pages, at = np.unique(split_places(there)[0], return_inverse=True)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.adapter import Adapter, PageRow
-from pydedup.catalog import ModelsAhead, ParsedMaps, StoredModel
+from pydedup.catalog import ModelsAhead, StoredModel
 from pydedup.errors import CorruptStoreError
 from pydedup.hashing import hash_keys
 from pydedup.layout import (
@@ -58,10 +58,10 @@ def may_pay_without(adapter: Adapter, pool: PagePool, live: Sequence[PageRow]) -
     own, deltas, bases = [], [], []
     with adapter.snapshot():
         rows = adapter.models()
-        parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
+        ahead = ModelsAhead(adapter, rows)
         try:
             for row in rows:
-                model = StoredModel(adapter, row, parsed=parsed, ahead=ahead)
+                model = StoredModel(adapter, row, ahead=ahead)
                 mine = own_places(model)
                 its = joined(base_places(block_map) for block_map in model.block_maps())
                 own.append(distinct(mine))

@@ -19,7 +19,7 @@ from pydedup.layout import (
     NO_PLACE,
     base_places,
     block_costs,
-    block_places,
+    block_place,
     map_at,
     pages_read,
     places_of,
@@ -225,13 +225,9 @@ def _change_rows(
     Rows of damaged pages that go, go with them.
     """
     rows = adapter.blocks_on_pages(sorted(missing.keys() | set(pages_of_deltas)))
-    places = block_places(
-        np.array([row.page_id for row in rows], np.int64),
-        np.array([row.slot for row in rows], np.int64),
-    ).tolist()
     gone, moved = [], []
-    for row, place in zip(rows, places, strict=True):
-        if place in moves.places:
+    for row in rows:
+        if block_place(row.page_id, row.slot) in moves.places:
             if row.page_id in missing:
                 gone.append(row.id)
         elif row.base_id in moves.places:

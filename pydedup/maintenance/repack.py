@@ -25,7 +25,7 @@ from pydedup import codec
 from pydedup.adapter import LIVE, RETIRED, Adapter, ModelRow
 from pydedup.catalog import Catalog, ModelsAhead, StoredModel, tags_of
 from pydedup.errors import CorruptStoreError, PydedupError
-from pydedup.jobs import Job
+from pydedup.jobs import PAGES_PER_TRANSACTION, Job
 from pydedup.layout import (
     NO_PLACE,
     PAGE_CAPACITY,
@@ -55,7 +55,6 @@ from pydedup.types import Progress
 
 __all__ = ["RepackPlan", "Repacked", "plan_repack", "repack"]
 
-_PAGES_PER_TRANSACTION = 16
 _ROWS_PER_TRANSACTION = 20_000
 #: A page is left alone when so much of it is in use, and nothing else on it, and each of its owners
 #: reads as much.
@@ -188,8 +187,8 @@ def repack(
     new_ids: list[int] = []
     job = Job(adapter, "repack")
     try:
-        for start in range(0, len(layout.pages), _PAGES_PER_TRANSACTION):
-            group = layout.pages[start : start + _PAGES_PER_TRANSACTION]
+        for start in range(0, len(layout.pages), PAGES_PER_TRANSACTION):
+            group = layout.pages[start : start + PAGES_PER_TRANSACTION]
             new_ids.extend(_stage(pool, places, group, new_places, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))

@@ -26,7 +26,7 @@ import numpy as np
 from pydedup import codec
 from pydedup.adapter import Adapter
 from pydedup.errors import CorruptStoreError, PydedupError, SchemaVersionError, UnavailableError
-from pydedup.jobs import Job
+from pydedup.jobs import PAGES_PER_TRANSACTION, Job
 from pydedup.layout import PAGE_CAPACITY, block_at, block_place, split_place
 from pydedup.maintenance.blocks_from import (
     BlockSource,
@@ -46,8 +46,6 @@ from pydedup.pool import PagePool
 from pydedup.types import Progress
 
 __all__ = ["MissingBlocks", "RepairReport", "repair"]
-
-_PAGES_PER_TRANSACTION = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +351,7 @@ class _Repair:
         cost = int(codec.page_cost(len(encoded.data)))
         if self._bytes + cost > PAGE_CAPACITY:
             self._end_page()
-            if len(self._full) == _PAGES_PER_TRANSACTION:
+            if len(self._full) == PAGES_PER_TRANSACTION:
                 self._stage()
         self._page.append(_Placed(place, encoded, base))
         self._bytes += cost

@@ -17,11 +17,10 @@ from pydedup.errors import CorruptStoreError
 from pydedup.layout import base_places, block_place, places_of, split_places
 from pydedup.sets import distinct, is_among, without
 
-__all__ = ["Lost", "Survey", "sound_models", "stored_model", "survey"]
+__all__ = ["Lost", "Survey", "recorded_blocks", "sound_models", "stored_model", "survey"]
 
 # The policy that promises raw blocks.
 _RAW = "exact"
-_PAGES_AT_ONCE = 64
 
 
 @dataclass(slots=True)
@@ -90,7 +89,7 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
     sources: dict[int, bytes] = {}
     pages = np.array(sorted(damaged), np.int64)
     with adapter.snapshot():
-        recorded = _recorded(adapter, pages)
+        recorded = recorded_blocks(adapter, pages)
         readers = {model_id for model_id, page, _, _ in adapter.model_pages() if page in damaged}
         for row in sound_models(adapter):
             if row.id not in readers or row.state != LIVE:
@@ -108,7 +107,7 @@ def survey(adapter: Adapter, damaged: Collection[int]) -> Survey:
                 sources.update(others)
         deltas = {place for places in found.dependents.values() for place in places}
         elsewhere = distinct(split_places(np.array(sorted(deltas), np.int64))[0])
-        recorded.update(_recorded(adapter, without(elsewhere, pages)))
+        recorded.update(recorded_blocks(adapter, without(elsewhere, pages)))
     for blocks in (found.lost, *found.dependents.values()):
         for place, block in blocks.items():
             if place in recorded:
@@ -198,10 +197,7 @@ def _distinct(
     yield from zip(*columns, strict=True)
 
 
-def _recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> dict[int, BlockRow]:
+def recorded_blocks(adapter: Adapter, page_ids: NDArray[np.int64]) -> dict[int, BlockRow]:
     """Return what is recorded of the blocks on pages, by place."""
-    rows: dict[int, BlockRow] = {}
-    for start in range(0, len(page_ids), _PAGES_AT_ONCE):
-        for row in adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist()):
-            rows[block_place(row.page_id, row.slot)] = row
-    return rows
+    rows = adapter.blocks_on_pages(page_ids.tolist())
+    return {block_place(row.page_id, row.slot): row for row in rows}

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
-from pydedup.catalog import ModelsAhead, ParsedMaps, StoredModel
-from pydedup.layout import block_costs, block_places, joined, split_places, used_places
+from pydedup.catalog import ModelsAhead, StoredModel
+from pydedup.layout import block_costs, block_place, joined, split_places, used_places
 from pydedup.pool import PagePool
 from pydedup.sets import distinct, find_among, is_among
 
@@ -38,9 +38,9 @@ def is_much_unused(adapter: Adapter, pool: PagePool, page_ids: Sequence[int]) ->
         is_used = np.zeros(len(places), np.bool_)
         readers = {model_id for model_id, _ in adapter.readers_of(page_ids)}
         rows = [row for row in adapter.models() if row.id in readers]
-        parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
+        ahead = ModelsAhead(adapter, rows)
         for row in rows:
-            model = StoredModel(adapter, row, parsed=parsed, ahead=ahead)
+            model = StoredModel(adapter, row, ahead=ahead)
             at, there = find_among(places, used_places(model.block_maps()))
             is_used[at[there]] = True
         if is_used.all():
@@ -57,7 +57,6 @@ def _recorded(adapter: Adapter, page_ids: Sequence[int]) -> NDArray[np.int64]:
     """Return the places of all blocks that are recorded on these pages, ascending."""
     parts = []
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
-        blocks = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE])
-        pairs = np.array([(block.page_id, block.slot) for block in blocks], np.int64)
-        parts.append(block_places(*pairs.reshape(-1, 2).T))
+        rows = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE])
+        parts.append(np.array([block_place(row.page_id, row.slot) for row in rows], np.int64))
     return distinct(joined(parts))

@@ -11,15 +11,12 @@ from numpy.typing import NDArray
 
 from pydedup import codec
 from pydedup.blocks import MatrixView
-from pydedup.ingest.places import stacked
+from pydedup.ingest.places import in_pieces, stacked
 from pydedup.layout import by_kind, slot_entries
 from pydedup.pool import PagePool
 from pydedup.types import DType
 
 __all__ = ["Piece", "stored_pieces"]
-
-_PIECE_BYTES = 2 * 1024 * 1024
-_PIECE_BLOCKS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +67,13 @@ def stored_pieces(
     """
     for at, pages, page_index, stored in pool.windows_with_bases(page_ids, bases):
         entries = slot_entries(pages, page_index, slots[at])
-        for dtype, (height, width), same in by_kind(entries):
-            step = _PIECE_BYTES // (height * width * dtype.itemsize)
-            step = max(1, min(step, _PIECE_BLOCKS))
-            for start in range(0, len(same), step):
-                some = same[start : start + step]
+        for dtype, shape, same in by_kind(entries):
+            for some in in_pieces(same, dtype, shape):
                 yield (
                     at[some],
                     Piece(
                         dtype,
-                        (height, width),
+                        shape,
                         pages,
                         page_index[some],
                         slots[at[some]],

@@ -21,7 +21,7 @@ from pydedup.hashing import digests_of
 from pydedup.layout import (
     NO_PLACE,
     base_places,
-    block_places,
+    block_place,
     joined,
     places_of,
     split_places,
@@ -126,8 +126,7 @@ def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
     for start in range(0, len(page_ids), _PAGES_AT_ONCE):
         with only_sound_rows(adapter):  # of a block that is not seen so `Recorded.at` tells
             rows = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist())
-        pages = np.array([row.page_id for row in rows], np.int64)
-        places.append(block_places(pages, np.array([row.slot for row in rows], np.int64)))
+        places.append(np.array([block_place(row.page_id, row.slot) for row in rows], np.int64))
         needed = [NO_PLACE if row.base_id is None else row.base_id for row in rows]
         bases.append(np.array(needed, np.int64))
         hashes.append(b"".join(row.hash128 for row in rows))

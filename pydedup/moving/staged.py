@@ -73,11 +73,6 @@ class MovedModel(StagedModel):
             if payload is not None:
                 yield name, payload
 
-    def keep_in_blocks(self, artifact: MatchedTensor, chunks: bytes) -> None:
-        """Note that an artifact is kept in blocks, and what is recorded of its chunks."""
-        self.artifacts_in_blocks.append(artifact)
-        self._chunks[artifact.entry.name] = chunks
-
     @property
     def replaces(self) -> int:
         """The id of the model whose place it takes, 0 for none."""

@@ -14,7 +14,7 @@ from pydedup import matmul
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import telling_rows
 from pydedup.blocks import BlockMap
-from pydedup.catalog import Catalog, ModelsAhead, ParsedMaps, StoredModel, artifact_digests
+from pydedup.catalog import Catalog, ModelsAhead, StoredModel, artifact_digests
 from pydedup.certificates import artifact_digest
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import block_costs, joined, map_places, places_of, used_places
@@ -192,10 +192,10 @@ def _in_common(
         neighbours = {owner for owner, _ in adapter.readers_of(pages)} - {model.row.id}
         rows = [row for row in adapter.models() if row.id in neighbours]
     found = []
-    parsed, ahead = ParsedMaps(), ModelsAhead(adapter, rows)
+    ahead = ModelsAhead(adapter, rows)
     for row in rows:
         try:
-            other = StoredModel(adapter, row, parsed=parsed, ahead=ahead)
+            other = StoredModel(adapter, row, ahead=ahead)
             found.append((other.address, is_among(used, used_places(other.block_maps()))))
         except CorruptStoreError as exc:
             damaged.append(str(exc))
@@ -333,10 +333,4 @@ def _parts(a: BlockMap, b: BlockMap) -> Iterator[tuple[BlockMap, BlockMap]]:
     for top in range(0, rows, height):
         for left in range(0, cols, width):
             down, across = slice(top, min(top + height, rows)), slice(left, min(left + width, cols))
-            yield _within(a, down, across), _within(b, down, across)
-
-
-def _within(block_map: BlockMap, rows: slice, cols: slice) -> BlockMap:
-    height, width = block_map.grid.block_shape
-    down = slice(rows.start // height, -(-rows.stop // height))
-    return block_map.within(down, slice(cols.start // width, -(-cols.stop // width)))
+            yield a.covering(down, across), b.covering(down, across)

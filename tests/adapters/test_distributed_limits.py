@@ -127,7 +127,7 @@ def test_rows_and_staging_are_within_the_limits(recorded: Recorder, engine: str)
 
 
 def test_transactions_are_bounded_by_what_staging_gathers(recorded: Recorder) -> None:
-    pages = page_writing._PAGES_PER_TRANSACTION
+    pages = page_writing.PAGES_PER_TRANSACTION
     assert recorded.largest_as_written <= pages * MIB + write._BYTES_PER_TRANSACTION
 
 

@@ -13,5 +13,5 @@ from pydedup.maintenance import repack, repair, vacuum
 def bounds_of_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put back what is made small for small data, where that ran in this process too."""
     for module in (pages, repack, repair):
-        monkeypatch.setattr(module, "_PAGES_PER_TRANSACTION", module._PAGES_PER_TRANSACTION)
+        monkeypatch.setattr(module, "PAGES_PER_TRANSACTION", module.PAGES_PER_TRANSACTION)
     monkeypatch.setattr(vacuum, "_ROWS_PER_TRANSACTION", vacuum._ROWS_PER_TRANSACTION)

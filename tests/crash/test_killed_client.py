@@ -61,7 +61,7 @@ def before_add(store: Store, number: int) -> dict[str, Model]:
 
 
 def add(store: Store, number: int) -> None:
-    pages._PAGES_PER_TRANSACTION = 1  # so that a small add takes as many as a large one
+    pages.PAGES_PER_TRANSACTION = 1  # so that a small add takes as many as a large one
     # A kill takes all workers along, whatever each of them is at.
     store.add_many(twins(number), policy=policy(number), workers=(1, 2, 4)[number % 3])
 
@@ -99,7 +99,7 @@ def before_vacuum_of_bases(store: Store, number: int) -> dict[str, Model]:
 
 
 def clean(store: Store, number: int) -> None:
-    repack._PAGES_PER_TRANSACTION = vacuum._ROWS_PER_TRANSACTION = 1
+    repack.PAGES_PER_TRANSACTION = vacuum._ROWS_PER_TRANSACTION = 1
     store.vacuum()
 
 

@@ -57,7 +57,7 @@ def source(_small_pages: None, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def copy(source: Path, target: Store) -> list[str]:
     """Copy all models to an open store; return those that were not there."""
-    pages._PAGES_PER_TRANSACTION = 1
+    pages.PAGES_PER_TRANSACTION = 1
     with pydedup.open(source, mode="r", memory="64MiB") as store:
         items = plan_copy(
             store._adapter, target._adapter, None, all_versions=False, on_conflict="error"

@@ -54,7 +54,7 @@ def flip(payload: bytearray) -> None:
 
 
 def mend(store: Store, source: Path) -> None:
-    repair._PAGES_PER_TRANSACTION = 1
+    repair.PAGES_PER_TRANSACTION = 1
     assert store.verify(repair_from=source).ok
 
 

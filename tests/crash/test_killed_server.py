@@ -71,7 +71,7 @@ def same(found: Model, model: Model) -> bool:
 def test_a_server_that_is_killed_during_an_add(
     own_server: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pydedup.ingest.pages._PAGES_PER_TRANSACTION", 1)
+    monkeypatch.setattr("pydedup.ingest.pages.PAGES_PER_TRANSACTION", 1)
     url = own_server.new_place()
     phase = PHASES["add"][name]
     kept, new = network(1), network(2)

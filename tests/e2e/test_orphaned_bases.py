@@ -13,7 +13,8 @@ import pytest
 
 import pydedup
 from pydedup import policies
-from pydedup.maintenance import anew, orphans, vacuum
+from pydedup.ingest import places
+from pydedup.maintenance import orphans, vacuum
 from pydedup.policies import Policy
 from pydedup.testing.pages import small_pages
 from pydedup.testing.program import run_here
@@ -116,7 +117,7 @@ def odd_shapes() -> Model:
 def test_blocks_of_any_kind(
     store: pydedup.Store, first: Callable[[], Model], kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(anew, "_BYTES_AT_ONCE", 100_000)
+    monkeypatch.setattr(places, "_PIECE_BYTES", 100_000)
     with small_pages():
         models = add_nights(store, first(), kept + 1)
         store.remove("m@1")

@@ -116,8 +116,8 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_READ_BYTES", 1024 * 1024)
     monkeypatch.setattr(ahead, "_MADE_BYTES", 1024 * 1024)
     monkeypatch.setattr(tensors, "SMALL_BYTES", 16 * 1024)
-    monkeypatch.setattr("pydedup.ingest.match._PIECE_BLOCKS", 8)
-    monkeypatch.setattr("pydedup.ingest.pages._PAGES_PER_TRANSACTION", 2)
+    monkeypatch.setattr("pydedup.ingest.places._PIECE_BLOCKS", 8)
+    monkeypatch.setattr("pydedup.ingest.pages.PAGES_PER_TRANSACTION", 2)
 
 
 def added(url: str, models: Mapping[str, Any], policy: Policy, count: int | None) -> Any:

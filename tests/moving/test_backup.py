@@ -159,7 +159,7 @@ SCRIPT = """
 import sys, time
 import pydedup
 from pydedup.ingest import pages
-pages._PAGES_PER_TRANSACTION = 1
+pages.PAGES_PER_TRANSACTION = 1
 count = 0
 def slowly(stage, done, total):
     global count
