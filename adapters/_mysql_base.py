@@ -8,7 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, NoReturn
 
 from pydedup.errors import (
     ArgumentError,
@@ -210,22 +210,47 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
                 with self._committed(session, self._sql.dialect.begin_write):
                     self._finish(version, step)
 
+    def _refuse_tables(self, table: str) -> NoReturn:
+        # Tables that a user may not read are not listed: they are asked for.
+        with contextlib.suppress(NotAStoreError):
+            self._has_shape(table)
+        super()._refuse_tables(table)
+
     def missing(self) -> MissingStoreError:
         """Return the error that there is no store, and what to do about it."""
         rows = self._query("SHOW GRANTS")
         ((database,),) = self._query("SELECT DATABASE()")  # as the server spells it
         may = may_create([text(row[0]) for row in rows], text(database))
-        return MissingStoreError(f"{self._url} holds no store", "" if may else self._grant())
+        if may or self._may_look():
+            return MissingStoreError(f"{self._url} holds no store", "" if may else self._grant())
+        return MissingStoreError(
+            f"{self._url} holds no store that this user may read",
+            f"if there is one, let an administrator run GRANT SELECT {self._to_user()}; if not, "
+            f"{self._grant()}",
+        )
+
+    def _may_look(self) -> bool:
+        try:
+            self._has_shape("meta")
+        except DeniedError:
+            return False
+        except NotAStoreError:
+            return True
+        return True
 
     def _grant(self) -> str:
         """Say what an administrator must run for this user to create a store."""
         ((who,),) = self._query("SELECT CURRENT_USER()")
-        name, _, host = text(who).replace("'", "''").rpartition("@")
-        database = self._place.database.replace("`", "``")
         return (
             f"user {text(who)} may not create one: connect as one who may, or let an administrator "
-            f"run GRANT {CREATOR} ON `{database}`.* TO '{name}'@'{host}'"
+            f"run GRANT {CREATOR} {self._to_user()}"
         )
+
+    def _to_user(self) -> str:
+        """Return where and to whom something is to be granted."""
+        ((who,),) = self._query("SELECT CURRENT_USER()")
+        name, _, host = text(who).replace("'", "''").rpartition("@")
+        return f"ON `{self._place.database.replace('`', '``')}`.* TO '{name}'@'{host}'"
 
     @contextlib.contextmanager
     def _creating(self) -> Iterator[Session]:

@@ -12,8 +12,8 @@ import pytest
 
 import pydedup
 from pydedup import registry
-from pydedup.adapters._schema import VIEWS
-from pydedup.errors import MissingStoreError, ReadOnlyError
+from pydedup.adapters._schema import TABLES, VIEWS
+from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
 Run = Callable[..., list[tuple[Any, ...]]]
 
@@ -79,6 +79,37 @@ def test_what_is_to_be_granted_can_be_run_as_it_is_told(url: str, user: Any, run
         pydedup.open(user.url).close()
     finally:
         run(url, f"DROP DATABASE `{quoted}`")
+
+
+def test_a_table_that_may_not_be_read_is_named(url: str, user: Any, run: Run) -> None:
+    """The server lists no such table: it was called one of somebody else's, which it is not."""
+    pydedup.open(url).close()
+    ((name,),) = run(url, "SELECT DATABASE()")
+    for missing in ("meta", "tensors"):
+        others = [table for table in TABLES if table != missing]
+        for table in others:
+            run(url, f"GRANT SELECT ON {name}.pydedup_{table} TO {user.name}")
+        denied = f"SELECT command denied to user .*pydedup_{missing}.*; grant it"
+        with pytest.raises(StoreError, match=denied):
+            pydedup.open(user.url)
+        for table in others:
+            run(url, f"REVOKE ALL ON {name}.pydedup_{table} FROM {user.name}")
+    run(url, f"GRANT SELECT ON {name}.* TO {user.name}", "DROP TABLE pydedup_tensors")
+    with pytest.raises(NotAStoreError, match=r"not its own .*pydedup_tensors"):
+        pydedup.open(user.url)
+
+
+def test_who_may_see_nothing_is_told_that_there_may_be_a_store(
+    url: str, user: Any, run: Run
+) -> None:
+    pydedup.open(url).close()
+    ((name,),) = run(url, "SELECT DATABASE()")
+    run(url, "CREATE TABLE other (n INT)", f"GRANT SELECT ON {name}.other TO {user.name}")
+    with pytest.raises(MissingStoreError, match="no store that this user may read; if") as caught:
+        registry.connect(user.url, mode="r")
+    told = str(caught.value)
+    run(url, told[told.index("GRANT SELECT") :].partition("; if not")[0])
+    pydedup.open(user.url).close()
 
 
 def test_a_reader_whose_name_is_in_capitals_only_reads(url: str, user: Any, run: Run) -> None:
