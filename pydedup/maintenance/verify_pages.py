@@ -30,6 +30,8 @@ _PAGES_AT_ONCE = 8
 # Pages with bases, which come up again and again.
 _BASE_PAGE_BYTES = 64 * 1024 * 1024
 
+#: What follows in notes of room that is taken for nothing.
+_NO_DAMAGE = ": no damage, and a vacuum may free the room"
 OTHER_BASE = "its base is another than recorded"
 #: What says that a page is damaged. Any other error (a kernel or memory that cannot be had) says
 #: nothing about the store.
@@ -106,18 +108,29 @@ class PageChecks:
                 progress("checking pages", done, len(self._rows))
         self.damage.sum_up_unreachable()
         self._report.notes += [
-            f"page {page_id} has {plural(count, 'block')} of page {first} once more"
+            f"page {page_id} has {plural(count, 'block')} of page {first} once more{_NO_DAMAGE}"
             for (page_id, first), count in self._twins.items()
         ]
         self._report.add_surplus(blocks_of_no_page(self._adapter, known))
 
     def note_doubts(self) -> None:
-        """Say what is still in doubt after all models were checked: then the page is wrong."""
+        """Say what is still in doubt after all models were checked: then the page is wrong.
+
+        But for deltas without a base, such as a repair leaves of which the models are elsewhere.
+        """
         report = self._report
         for page_id, content in self.contents.items():
+            unused = 0
             for slot, (_, said) in content.doubts.items():
                 if said:
                     self.damage.note(page_id, f", slot {slot}: {said}")
+                else:
+                    unused += 1
+            if unused:
+                report.notes.append(
+                    f"page {page_id} has {plural(unused, 'delta')} whose base is gone, which no "
+                    f"model is known to use{_NO_DAMAGE}"
+                )
             if page_id in report.damaged_pages:
                 report.unrecorded_blocks.pop(page_id, None)
 
@@ -209,7 +222,6 @@ class PageChecks:
                     content.doubts[slot] = wanted[slot], OTHER_BASE
                 elif gone[slot] and slot not in unrecorded:
                     content.doubts[slot] = wanted[slot], ""
-                    report.notes.append(f"page {page_id}, slot {slot}: a delta whose base is gone")
                 continue
             elif wanted[slot].hash128 != digest:
                 said = f"recorded was {wanted[slot].hash128.hex()}"

@@ -169,7 +169,7 @@ def test_pages_that_are_there_with_deltas_that_lost_their_base(new_store: New) -
         store.copy_to(url)
         target.remove("mixed")
         target.remove("base")
-        assert any("a delta whose base is gone" in note for note in target.verify().notes)
+        assert any("whose base is gone" in note for note in target.verify().notes)
         store.copy_to(url, ["mixed"])
         assert target.verify().errors == []
         target.vacuum()
@@ -198,7 +198,9 @@ def test_deltas_that_are_there_on_bases_that_are_there_twice(
         assert store.copy_to(url, ["two"]).stored_bytes == 0
     with pydedup.open(url, mode="r") as target:
         report = target.verify()
-        assert report.notes == ["page 3 has 4 blocks of page 1 once more"]
+        assert report.notes == [
+            "page 3 has 4 blocks of page 1 once more: no damage, and a vacuum may free the room"
+        ]
         assert report.errors == []
         assert np.array_equal(target.load("two@1")["w"], near["w"])
 

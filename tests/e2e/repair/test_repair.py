@@ -294,6 +294,26 @@ def test_what_is_not_found_is_listed(store_url: str, change_page: Change, tmp_pa
     assert_sound(store_url)
 
 
+def test_notes_of_repairs_in_parts_say_that_nothing_is_damaged(
+    store_url: str, change_page: Change, tmp_path: Path
+) -> None:
+    """What a first source made raw, the base of a second makes readable as deltas once more."""
+    fill(store_url, ("base", "near", "own"))
+    for name in ("base", "near"):
+        fill(f"sqlite:///{tmp_path}/{name}.db", (name,))
+    for page in pages_of(store_url, "base"):
+        change_page(store_url, page, ruin)
+    with pydedup.open(store_url) as store:
+        notes = store.verify(repair_from=f"sqlite:///{tmp_path}/near.db").notes
+        report = store.verify(repair_from=f"sqlite:///{tmp_path}/base.db")
+        assert report.ok
+        assert notes or report.notes
+        for note in (*notes, *report.notes):
+            assert "no damage, and a vacuum may free the room" in note
+        store.vacuum()
+        assert store.verify().notes == []
+
+
 def test_part_of_a_page_is_missing(tmp_path: Path, change_page: Change) -> None:
     """What was found is moved, what was not stays where it was, and comes another time."""
     url = f"sqlite:///{tmp_path}/store.db"
