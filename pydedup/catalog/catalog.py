@@ -13,8 +13,9 @@ from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import ChangeMarkAdapter, only_sound_rows, telling_rows
 from pydedup.catalog.aliases import aliases_of, wrong_aliases
 from pydedup.catalog.model import StoredModel, grid_of
+from pydedup.catalog.pages import another_store
 from pydedup.catalog.rows import SUGGESTED_MODELS, model_info
-from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError, UnavailableError
+from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError
 from pydedup.names import Address, parse_address
 from pydedup.pool import PagePool
 from pydedup.text import did_you_mean, it_has
@@ -178,7 +179,7 @@ class Catalog:
         """
         model = self._models.get(row.id)
         if model is not None and _is_other(model.row, row):
-            raise self._another_store()
+            raise another_store(self._adapter)
         return model
 
     def _refuse_another_store(self) -> None:
@@ -191,13 +192,7 @@ class Catalog:
         if self._store_id is None:
             self._store_id = found
         elif found != self._store_id:
-            raise self._another_store()
-
-    def _another_store(self) -> UnavailableError:
-        return UnavailableError(
-            f"{self._adapter.url} is another store than the one that was opened: its tables "
-            "were made anew; open it again"
-        )
+            raise another_store(self._adapter)
 
     def infos(self, name: str | None = None) -> list[ModelInfo]:
         """Return what the store knows of its live models, ordered by name, then age."""

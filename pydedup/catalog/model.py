@@ -21,7 +21,7 @@ from pydedup.blocks import BlockGrid, BlockMap, matrix_shape
 from pydedup.catalog.ahead import ModelsAhead
 from pydedup.catalog.chunks import joined_chunks
 from pydedup.catalog.digests import ModelDigest, map_digest, tensors_digest
-from pydedup.catalog.pages import recorded_pages, tags_in
+from pydedup.catalog.pages import expect_pages, recorded_pages, tags_in
 from pydedup.catalog.parsed import ParsedMaps
 from pydedup.catalog.rows import (
     ARTIFACT_DTYPE,
@@ -135,7 +135,7 @@ class StoredModel:
             info.name: ordinal for ordinal, info in enumerate(self.in_blocks) if ordinal >= count
         }
         if pool is not None:
-            pool.expect(self.page_tags())
+            expect_pages(pool, adapter, self.page_tags())
 
     def _has_its_tensors(self) -> bool:
         """Whether its tensors are those that it was added with, as far as that is known."""
@@ -248,7 +248,7 @@ class StoredModel:
         while True:
             now = recorded_certificate(self.check_live())
             if self._pool is not None:
-                self._pool.expect(tags_in(now.get(PAGES)))
+                expect_pages(self._pool, self._adapter, tags_in(now.get(PAGES)))
             self._map_digests = recorded = now.get(MAPS)
             if _is_recorded(recorded, ordinal, parts):
                 return parts

@@ -12,8 +12,18 @@ from typing import Final
 
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import RecordedPagesAdapter, only_sound_rows
+from pydedup.errors import UnavailableError
+from pydedup.pool import PagePool
 
-__all__ = ["TAG_BYTES", "page_tags", "recorded_pages", "tags_in", "tags_of"]
+__all__ = [
+    "TAG_BYTES",
+    "another_store",
+    "expect_pages",
+    "page_tags",
+    "recorded_pages",
+    "tags_in",
+    "tags_of",
+]
 
 #: So many bytes of a page's checksum, from the first on, are its tag.
 TAG_BYTES: Final = 3
@@ -41,6 +51,27 @@ def tags_of(adapter: Adapter, page_ids: Sequence[int]) -> dict[int, bytes]:
         return {}
     with only_sound_rows(adapter):
         return {row.id: row.checksum[:TAG_BYTES] for row in adapter.page_rows(ids=page_ids)}
+
+
+def expect_pages(pool: PagePool, adapter: Adapter, tags: Mapping[int, bytes]) -> None:
+    """Let a pool refuse other pages than those that a model was recorded to read.
+
+    Raises UnavailableError where other pages were recorded under these ids before: ids are given
+    once, so the tables went back to what they were earlier, and what is in memory is of pages that
+    are no more. Where the row of a page does not say so, it is the record that is damaged.
+    """
+    others = pool.expect(tags)
+    now = tags_of(adapter, others)
+    if any(now.get(page_id) == tags[page_id] for page_id in others):
+        raise another_store(adapter)
+
+
+def another_store(adapter: Adapter) -> UnavailableError:
+    """Return the error that what was read is not of the tables as they are now."""
+    return UnavailableError(
+        f"{adapter.url} is another store than the one that was opened: its tables were made anew, "
+        "or restored to what they were earlier; open it again"
+    )
 
 
 def page_tags(tags: Mapping[int, bytes]) -> dict[str, str]:

@@ -187,17 +187,21 @@ class PagePool(Walks):
             ]
         return pages  # type: ignore[return-value]  # no None is left
 
-    def expect(self, tags: Mapping[int, bytes]) -> None:
+    def expect(self, tags: Mapping[int, bytes]) -> list[int]:
         """Refuse other pages under these ids: those whose checksum does not begin so.
 
         A page never changes, and what was read of it before this was known is looked at again.
+        Returns the ids under which other pages are expected already, which stays so.
         """
-        new = [page_id for page_id in tags if page_id not in self._expected]
+        known = self._expected
+        new = [page_id for page_id in tags if page_id not in known]
+        others = [page_id for page_id, tag in tags.items() if known.get(page_id, tag) != tag]
         if new:
             self._expected.update((page_id, tags[page_id]) for page_id in new)
             pages = zip(new, self._core.pin(np.array(new, np.int64), True), strict=True)
             other = [n for n, page in pages if page and not self.is_expected(n, page.checksum)]
             self.drop(other)
+        return others
 
     def expected(self, page_id: int) -> bytes:
         """Return how the checksum of a page begins, as far as that is known."""
