@@ -77,14 +77,7 @@ def open(
         cannot be written to.
     """
     url = place_of(url)
-    budget = config.parse_memory(memory)
-    check_policy(replacement)
-    adapter = connect_store(url, mode=mode, schema=schema)
-    try:
-        return Store(adapter, budget, replacement)
-    except BaseException:
-        adapter.close()
-        raise
+    return Store._connect(url, mode, memory, schema, replacement)
 
 
 class Store(StoreAdds, StorePredictions, StoreUpkeep):
@@ -104,6 +97,24 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         self._pool = pool_of(adapter, memory_bytes, replacement)
         self._catalog = Catalog(adapter, self._pool, memory_bytes)
         self._closed = False
+
+    @classmethod
+    def _connect(
+        cls,
+        url: str,
+        mode: OpenMode,
+        memory: str | int,
+        schema: str | None,
+        replacement: Replacement,
+    ) -> Self:
+        budget = config.parse_memory(memory)
+        check_policy(replacement)
+        adapter = connect_store(url, mode=mode, schema=schema)
+        try:
+            return cls(adapter, budget, replacement)
+        except BaseException:
+            adapter.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,6 @@ from typing import Any, Self, TypeAlias
 
 from numpy.typing import NDArray
 
-from pydedup import config
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import StoredModel
@@ -20,9 +19,8 @@ from pydedup.errors import BudgetError, CorruptStoreError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.http.onnx_signature import onnx_signature
-from pydedup.opening import connect_store
 from pydedup.registry import place_of
-from pydedup.replacement import DEFAULT_POLICY, check_policy
+from pydedup.replacement import DEFAULT_POLICY
 from pydedup.serving.predict import Prediction, as_predicted, no_graph
 from pydedup.serving.signature import Signature, signature_of, weights_of
 from pydedup.store import Store
@@ -97,14 +95,7 @@ class ServedStore(Store):
     ) -> Self:
         """Open a store that is there. Raises what `pydedup.open` does."""
         url = place_of(url)
-        budget = config.parse_memory(memory)
-        check_policy(replacement)
-        adapter = connect_store(url, mode="r")
-        try:
-            return cls(adapter, budget, replacement)
-        except BaseException:
-            adapter.close()
-            raise
+        return cls._connect(url, "r", memory, None, replacement)
 
     def limit_loops(self, seconds: float) -> None:
         """End predictions of ONNX graphs with loops that take longer; nobody waits any more."""

@@ -109,7 +109,7 @@ class Ahead:
             if self._next is not None and self._next[1] is entry:  # too large
                 self._next = next(self._later, None)
                 self._top_up()
-        return request.view_of(entry.name, request.source.read(entry.name)), None
+        return request.read(entry.name), None
 
     def look(
         self, view: MatrixView, pieces: Sequence[NDArray[np.int64]], policy: Policy
@@ -233,7 +233,7 @@ def _large_tensors(requests: Sequence[Request]) -> Iterator[tuple[Request, Tenso
 
 
 def _read(request: Request, entry: TensorEntry, threads: int) -> _Tensor:
-    view = request.view_of(entry.name, request.source.read(entry.name))
+    view = request.read(entry.name)
     return view, hash_view(view, threads=threads)
 
 

@@ -51,12 +51,12 @@ def delta_limits(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 def decode_deltas(
     deltas: codec.EncodedBlocks,
     which: NDArray[np.int64],
-    dtype: DType,
-    shape: tuple[int, int],
+    blocks: MatrixView,
     bases: MatrixView,
     base_index: NDArray[np.int64],
 ) -> MatrixView:
-    """Return what some deltas hold, stacked: read back the way that a store does."""
+    """Return what some deltas hold, stacked as ``blocks`` are: read back as a store does it."""
+    dtype, shape = blocks.dtype, blocks.grid.block_shape
     numbers = np.arange(len(which))
     zeros = np.zeros(len(which), np.int64)
     used, base_slots = np.unique(base_index, return_inverse=True)

@@ -79,9 +79,7 @@ class Kept:
         self.base_tags[places] = tags[base_index[good]]
         lossy = good[deltas.encodings[good] == codec.Encoding.QUANTISED]
         if len(lossy):
-            content = decode_deltas(
-                deltas, lossy, blocks.dtype, blocks.grid.block_shape, pairs.bases, base_index[lossy]
-            )
+            content = decode_deltas(deltas, lossy, blocks, pairs.bases, base_index[lossy])
             where = at[rows[lossy]]
             self.digests[where] = hash_view(content)
             self.lossy.append((where, content))

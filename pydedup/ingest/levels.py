@@ -200,8 +200,6 @@ def _same(content: NDArray[Any]) -> NDArray[Any]:
 
 def _decoded(delta: Delta, blocks: MatrixView, bases: MatrixView, base: int) -> NDArray[Any]:
     which = np.zeros(1, np.int64)
-    one = decode_deltas(
-        encoded_blocks([delta]), which, blocks.dtype, blocks.grid.block_shape, bases, which + base
-    )
+    one = decode_deltas(encoded_blocks([delta]), which, blocks, bases, which + base)
     content: NDArray[Any] = values_of(one)[0]
     return content

@@ -84,6 +84,10 @@ class Request:
         """Return the matrix view of one of its tensors, as it is cut."""
         return MatrixView.of(array, self.block_shape, self.row_axes.get(tensor))
 
+    def read(self, tensor: str) -> MatrixView:
+        """Return the matrix view of one of its tensors, as the source has it."""
+        return self.view_of(tensor, self.source.read(tensor))
+
     @property
     def address(self) -> str:
         """``name@version``."""

@@ -88,7 +88,7 @@ class Chosen:
         changed = np.flatnonzero((hash_view(now) != self.digests[entry.name]).any(axis=1))
         if not len(changed):
             return 0.0
-        source = request.view_of(entry.name, request.source.read(entry.name))
+        source = request.read(entry.name)
         request.check_unchanged(entry.name, hash_view(source).tobytes())
         largest = 0.0
         for shape, at in by_shape(now, changed):

@@ -324,7 +324,7 @@ class _Bundle:
     def _match_alone(self, entry: TensorEntry, advance: Callable[[int], None]) -> MatchedTensor:
         """Match a tensor of which only copies of its blocks are at hand."""
         request = self._request
-        view = request.view_of(entry.name, request.source.read(entry.name))
+        view = request.read(entry.name)
         known = _known(self._previous, entry, view.grid, hash_view(view))
         # Whether to look for an adapter was settled.
         return _match_one(

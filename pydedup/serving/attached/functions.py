@@ -11,7 +11,8 @@ results are cast to the dtype that torch would return.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -274,71 +275,43 @@ def _addmm(
     return _product(mat1, mat2, input, transpose=True)
 
 
-@handles(functional.conv1d)
-def _conv1d(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    options = {
-        "stride": (1, _single(stride)),
-        "padding": padding if isinstance(padding, str) else (0, _single(padding)),
-        "dilation": (1, _single(dilation)),
-        "groups": groups,
-    }
-    return _convolution(input, weight, bias, 1, options)
-
-
-@handles(functional.conv2d)
-def _conv2d(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    options = {
-        "stride": _sizes(stride),
-        "padding": padding if isinstance(padding, str) else _sizes(padding),
-        "dilation": _sizes(dilation),
-        "groups": groups,
-    }
-    return _convolution(input, weight, bias, 2, options)
-
-
 def _convolution(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
     n_axes: int,
-    options: Mapping[str, Any],
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Any:
     """Return the convolution of images, or of rows, which are images of height 1."""
-    stored = streamed(weight, x, 2 + n_axes)
+    stored = streamed(weight, input, 2 + n_axes)
     if stored is None:
         return NotImplemented
     assert isinstance(weight, StoredParameter)
-    x = _cast(x, weight)
+
+    def sizes(size: Any, other: int) -> Any:
+        """Return sizes for both directions; of rows, ``other`` is that for their height."""
+        if isinstance(size, Sequence) and len(size) == 1:  # torch takes (n,) for n
+            size = int(size[0])
+        return size if n_axes == 2 else (other, size)
+
+    x = _cast(input, weight)
     given = as_floats(x, weight)
-    if n_axes == 2:
-        return as_result(stored.conv2d(given, bias=_bias(bias, weight), **options), x.dtype)
-    y = stored.conv2d(given[..., None, :], bias=_bias(bias, weight), **options)
-    return as_result(y[..., 0, :], x.dtype)
+    y = stored.conv2d(
+        given if n_axes == 2 else given[..., None, :],
+        bias=_bias(bias, weight),
+        stride=sizes(stride, 1),
+        padding=padding if isinstance(padding, str) else sizes(padding, 0),
+        dilation=sizes(dilation, 1),
+        groups=groups,
+    )
+    return as_result(y if n_axes == 2 else y[..., 0, :], x.dtype)
 
 
-def _single(size: Any) -> int:
-    return int(size[0]) if isinstance(size, Sequence) else int(size)
-
-
-def _sizes(size: Any) -> Any:
-    # torch takes (n,) for n in both directions
-    return int(size[0]) if isinstance(size, Sequence) and len(size) == 1 else size
+handles(functional.conv1d)(partial(_convolution, 1))
+handles(functional.conv2d)(partial(_convolution, 2))
 
 
 # ---- functions made of others -------------------------------------------------------------------
