@@ -26,6 +26,7 @@ from pydedup.adapter_options import (
     only_sound_rows,
 )
 from pydedup.errors import CorruptStoreError
+from pydedup.sets import in_parts
 from pydedup.types import LARGEST_ID
 
 __all__ = [
@@ -198,8 +199,7 @@ class Job:
         A page that is live stays: an interrupt, or a connection that broke, can hide a commit
         from whoever made it.
         """
-        for start in range(0, len(page_ids), PAGES_PER_TRANSACTION):
-            group = page_ids[start : start + PAGES_PER_TRANSACTION]
+        for group in in_parts(page_ids, PAGES_PER_TRANSACTION):
             with self._adapter.transaction():
                 live = {row.id for row in self._adapter.page_rows(ids=group, state=LIVE)}
                 # Of one whose row is gone, what is recorded of its blocks is still there.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sets of whole numbers: ids, places, references, a million of them at a time.
+"""Sets of whole numbers: ids, places, references, a million of them at a time; lists in parts.
 
 numpy's own hash since 2.3: of a million different numbers `numpy.unique` takes 40 times as long as
 sorting them does, and `numpy.isin` and the functions of sets are made of it. Where counts or places
@@ -8,14 +8,30 @@ are asked for, it sorts, and is used as it is.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["common", "distinct", "find_among", "is_among", "union", "without"]
+__all__ = ["common", "distinct", "find_among", "in_parts", "is_among", "union", "without"]
 
 _T = TypeVar("_T", bound=np.generic)
+
+
+class _Long(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
+_List = TypeVar("_List", bound=_Long)
+
+
+def in_parts(values: _List, size: int) -> Iterator[_List]:
+    """Yield so many of the values at a time, in their order, and then what is left."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
 
 
 def distinct(values: NDArray[_T]) -> NDArray[_T]:

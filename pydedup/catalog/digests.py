@@ -16,6 +16,7 @@ from pydedup.catalog.pages import page_tags, tags_in
 from pydedup.catalog.rows import recorded_object, with_recorded
 from pydedup.certificates import MAPS, PAGES, artifact_digest
 from pydedup.errors import CorruptStoreError
+from pydedup.sets import in_parts
 from pydedup.types import TensorInfo
 
 __all__ = ["ModelDigest", "map_digest", "tensors_digest", "with_other_maps"]
@@ -64,8 +65,7 @@ def with_other_maps(certificate: str, digests: Mapping[int, str], tags: Mapping[
     if not isinstance(old, str):
         return certificate
     size = len(map_digest(()))
-    known = [old[at : at + size] for at in range(0, len(old), size)]
-    maps = "".join(digests.get(number, one) for number, one in enumerate(known))
+    maps = "".join(digests.get(number, one) for number, one in enumerate(in_parts(old, size)))
     known_tags = tags_in(found.get(PAGES))
     pages = {page_id: known_tags.get(page_id, tag) for page_id, tag in tags.items()}
     return with_recorded(certificate, {MAPS: maps, PAGES: page_tags(pages)})

@@ -14,6 +14,7 @@ from pydedup.adapter import Adapter
 from pydedup.adapter_options import RecordedPagesAdapter, only_sound_rows
 from pydedup.errors import UnavailableError
 from pydedup.pool import PagePool
+from pydedup.sets import in_parts
 
 __all__ = [
     "TAG_BYTES",
@@ -95,8 +96,7 @@ def tags_in(recorded: object) -> dict[int, bytes]:
     try:
         for first, run in dict(recorded or {}).items():  # type: ignore[call-overload]
             known = base64.b64decode(run)
-            for number, at in enumerate(range(0, len(known), TAG_BYTES)):
-                tags[int(first) + number] = known[at : at + TAG_BYTES]
+            tags.update(enumerate(in_parts(known, TAG_BYTES), int(first)))
     except (TypeError, ValueError):
         return {}
     return tags

@@ -22,6 +22,7 @@ from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import ArgumentError
 from pydedup.formats.base import WRITABLE, TensorEntry
+from pydedup.sets import in_parts
 from pydedup.types import DType, TensorInfo
 from pydedup.words import FileFormat
 
@@ -248,8 +249,8 @@ def _figures(info: TensorInfo, array: NDArray[Any]) -> dict[str, Any]:
     flat = array.reshape(-1)
     low, high, total = math.inf, -math.inf, 0.0
     with np.errstate(all="ignore"):
-        for start in range(0, flat.size, _CHUNK):
-            chunk = flat[start : start + _CHUNK].astype(np.float64)
+        for part in in_parts(flat, _CHUNK):
+            chunk = part.astype(np.float64)
             # np.minimum hands NaN on: a tensor that holds one says so.
             low = float(np.minimum(low, chunk.min()))
             high = float(np.maximum(high, chunk.max()))

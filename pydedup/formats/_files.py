@@ -34,6 +34,7 @@ from pydedup.errors import (
     UnsupportedFormatError,
 )
 from pydedup.formats.base import Array
+from pydedup.sets import in_parts
 
 __all__ = [
     "RawFile",
@@ -218,16 +219,11 @@ def refuse_foreign(path: Path, head: bytes) -> None:
             raise UnsupportedFormatError(f"{path} {message}")
 
 
-def _contiguous_bytes(array: Array) -> memoryview:
-    """Return the bytes of a C-contiguous array of any dtype, without copying."""
-    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
-
-
 def write_array(file: IO[bytes], array: Array) -> None:
     """Write the elements of a C-contiguous array in pieces, so that the file keeps no copy."""
-    data = _contiguous_bytes(array)
-    for start in range(0, len(data), _WRITE_CHUNK):
-        file.write(data[start : start + _WRITE_CHUNK])
+    data = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+    for part in in_parts(data, _WRITE_CHUNK):
+        file.write(part)
 
 
 @contextlib.contextmanager
@@ -249,8 +245,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             # Renaming onto /dev/null would take it away from everybody.
             raise ArgumentError(f"{path} is no regular file; choose another path")
         _refuse_database(target)
-        _check_parent(path, target.parent)
-        scratch = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+        scratch = _scratch_beside(path, target)
         try:
             # A file that is replaced keeps its mode, and nobody else reads the new one before; for
             # a new file the umask of the user applies, unlike with mkstemp.
@@ -283,8 +278,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         target = path.resolve() if path.is_symlink() else path
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ArgumentError(f"{path} exists and is no empty folder; choose another path")
-        _check_parent(path, target.parent)
-        scratch = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+        scratch = _scratch_beside(path, target)
         try:
             scratch.mkdir()
             yield scratch
@@ -312,9 +306,11 @@ def _refuse_database(path: Path) -> None:
         raise ArgumentError(f"{path} is a SQLite database, maybe a store; choose another path")
 
 
-def _check_parent(path: Path, parent: Path) -> None:
-    if not parent.is_dir():
-        raise ArgumentError(f"{path} cannot be written: folder {parent} does not exist")
+def _scratch_beside(path: Path, target: Path) -> Path:
+    """Return where to write first what is to be ``target``, which ``path`` names."""
+    if not target.parent.is_dir():
+        raise ArgumentError(f"{path} cannot be written: folder {target.parent} does not exist")
+    return target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
 
 
 @contextlib.contextmanager

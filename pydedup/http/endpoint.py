@@ -23,6 +23,7 @@ from pydedup.http.paths import Route, route_of
 from pydedup.http.problems import RETRY_SOON, HttpError, busy, problem_of
 from pydedup.http.responses import Reply
 from pydedup.serving.predict import let_go
+from pydedup.sets import in_parts
 
 __all__ = ["Endpoint", "Exchange"]
 
@@ -194,8 +195,7 @@ class Endpoint:
                 )
                 left = total
                 for part in reply.parts:
-                    for at in range(0, len(part), _PART_BYTES):
-                        piece = part[at : at + _PART_BYTES]
+                    for piece in in_parts(part, _PART_BYTES):
                         left -= len(piece)
                         await send(
                             {"type": "http.response.body", "body": piece, "more_body": left > 0}

@@ -11,7 +11,7 @@ from pydedup.blocks import BlockGrid, MatrixView
 from pydedup.ingest.factors import Difference, seems_low_rank
 from pydedup.ingest.places import BlockReader, by_shape, values_of
 from pydedup.ingest.spool import NO_BASE
-from pydedup.sets import is_among
+from pydedup.sets import in_parts, is_among
 from pydedup.types import DType
 
 __all__ = ["FACTORED", "OF_ERROR", "difference_of", "sample_of", "seems_moved"]
@@ -91,8 +91,7 @@ def difference_of(
     given = np.flatnonzero(references != NO_BASE)
     with np.errstate(all="ignore"):  # of NaN and infinities; whoever asks looks for these
         for shape, at in by_shape(view, numbers[given]):
-            for start in range(0, len(at), _AT_ONCE):
-                some = given[at[start : start + _AT_ONCE]]
+            for some in in_parts(given[at], _AT_ONCE):
                 bases = values_of(
                     reader.read(references[some], dtype, shape, is_transposed=is_transposed)
                 )

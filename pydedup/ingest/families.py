@@ -27,7 +27,7 @@ from pydedup.ingest.low_rank import LEAST_SIDE
 from pydedup.ingest.places import BlockReader, block_of, by_shape, stack_blocks
 from pydedup.ingest.spool import NO_BASE
 from pydedup.policies import Policy
-from pydedup.sets import is_among
+from pydedup.sets import in_parts, is_among
 from pydedup.types import DType
 
 __all__ = ["Family"]
@@ -207,8 +207,7 @@ class _Probe:
             if dtype is not None:
                 by_dtype.setdefault(dtype, []).append(references)
         for dtype, alike in by_dtype.items():
-            for start in range(0, len(alike), _AT_ONCE):
-                some = alike[start : start + _AT_ONCE]
+            for some in in_parts(alike, _AT_ONCE):
                 measured = self._measured(some, dtype, twice, is_transposed)
                 for references, cost in zip(some, measured, strict=True):
                     self._known[references.tobytes(), twice, is_transposed] = cost

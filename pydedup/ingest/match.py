@@ -37,11 +37,12 @@ from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
 from pydedup.policies import Policy
 from pydedup.pool import PagePool
-from pydedup.sets import is_among, without
+from pydedup.sets import in_parts, is_among, without
 
-__all__ = ["Hints", "Matched", "Matcher", "look_now", "pieces_of"]
+__all__ = ["LOOKUP_BLOCKS", "Hints", "Matched", "Matcher", "look_now", "pieces_of"]
 
-_LOOKUP_BLOCKS = 8192
+#: Blocks whose hashes are looked up in one go.
+LOOKUP_BLOCKS = 8192
 
 
 def pieces_of(view: MatrixView, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -61,7 +62,7 @@ def _looked_up_together(
     """
     start = 0
     while start < len(numbers):
-        stop = min(start + _LOOKUP_BLOCKS, len(numbers))
+        stop = min(start + LOOKUP_BLOCKS, len(numbers))
         if stop < len(numbers):
             edges = edges_together(view)
             last = edges[np.searchsorted(edges, numbers[stop], side="right") - 1]
@@ -217,9 +218,8 @@ class Matcher:
     def find(self, view: MatrixView, digests: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return references of blocks that are identical to known ones, else `NO_BASE`."""
         references = np.full(len(digests), NO_BASE, np.int64)
-        for start in range(0, len(digests), _LOOKUP_BLOCKS):
-            stop = min(start + _LOOKUP_BLOCKS, len(digests))
-            self._find(view, digests, np.arange(start, stop), references)
+        for some in in_parts(np.arange(len(digests)), LOOKUP_BLOCKS):
+            self._find(view, digests, some, references)
         return references
 
     def keep(

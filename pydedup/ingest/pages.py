@@ -27,7 +27,7 @@ from pydedup.ingest.workers import Task, Workers
 from pydedup.jobs import PAGES_PER_TRANSACTION, Job
 from pydedup.layout import PAGE_CAPACITY, even_shares, filled_capacity, fitting, joined
 from pydedup.packing import pack
-from pydedup.sets import distinct
+from pydedup.sets import distinct, in_parts
 
 __all__ = ["PageWriter", "plan_layout", "settled"]
 
@@ -158,10 +158,7 @@ class PageWriter:
         self._job = job
         self._spool = spool
         self._advance = advance
-        self._groups = [
-            layout[start : start + PAGES_PER_TRANSACTION]
-            for start in range(0, len(layout), PAGES_PER_TRANSACTION)
-        ]
+        self._groups = list(in_parts(layout, PAGES_PER_TRANSACTION))
         helpful = workers is not None and workers.are_several and not spool.lists
         self._workers = workers if helpful else None
         self.page_ids: list[int] = []

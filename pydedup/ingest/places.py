@@ -21,7 +21,7 @@ from pydedup.ingest.scan import PageScan
 from pydedup.ingest.spool import NO_BASE, Spool, Window
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import are_deltas, by_page, joined, shape_codes, slot_entries, split_places
-from pydedup.sets import distinct
+from pydedup.sets import distinct, in_parts
 from pydedup.types import DType
 
 __all__ = [
@@ -268,8 +268,7 @@ def in_pieces(
     """Cut a list of blocks, of that shape at most, into what is decoded or encoded in one go."""
     block_bytes = max(shape[0] * shape[1] * dtype.itemsize, 1)
     step = max(1, min(_PIECE_BLOCKS, _PIECE_BYTES // block_bytes))
-    for start in range(0, len(numbers), step):
-        yield numbers[start : start + step]
+    return in_parts(numbers, step)
 
 
 def as_stack(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, int]) -> MatrixView:

@@ -20,6 +20,7 @@ from pydedup.adapter import Adapter
 from pydedup.catalog import recorded_pages
 from pydedup.errors import BudgetError, CorruptStoreError
 from pydedup.pool import PagePool
+from pydedup.sets import in_parts
 from pydedup.windows import by_page
 
 __all__ = ["PageScan", "unreadable_pages"]
@@ -31,8 +32,7 @@ _PAGES = 8
 def unreadable_pages(pool: PagePool, page_ids: NDArray[np.int64]) -> tuple[int, ...]:
     """Return those of the pages that cannot be read; all are tried."""
     found: list[int] = []
-    for first in range(0, len(page_ids), _PAGES):
-        some = page_ids[first : first + _PAGES].tolist()
+    for some in in_parts(page_ids.tolist(), _PAGES):
         try:
             pool.pages(some)
         except CorruptStoreError:

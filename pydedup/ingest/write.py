@@ -29,6 +29,7 @@ from pydedup.ingest.staged import MatchedTensor, StagedModel
 from pydedup.ingest.workers import Workers
 from pydedup.jobs import NO_SIGN, Job
 from pydedup.layout import NO_PLACE, block_places, map_at, pages_read
+from pydedup.sets import in_parts
 from pydedup.signatures import drop_segment
 
 __all__ = ["Segments", "Stager"]
@@ -269,8 +270,7 @@ class Stager:
         spool, pages = self.matcher.spool, self._pages
         numbers = np.flatnonzero(pages.page_of > 0)
         numbers = numbers[np.argsort(pages.page_of[numbers], kind="stable")]
-        for start in range(0, len(numbers), _BLOCKS_AT_ONCE):
-            some = numbers[start : start + _BLOCKS_AT_ONCE]
+        for some in in_parts(numbers, _BLOCKS_AT_ONCE):
             keys = hash_keys(spool.hashes[some])
             page_ids, slots = pages.page_of[some].tolist(), pages.slot_of[some].tolist()
             places = self.places(spool.bases[some]).tolist()
@@ -289,9 +289,7 @@ class Stager:
             self._recorded[model_id].maps.append(map_digest(parts))
             for part, payload in enumerate(parts):
                 yield "map", (model_id, ordinal, part, payload)
-            hashes = digest_bytes(tensor.digests)
-            for part, start in enumerate(range(0, len(hashes), PART_BYTES)):
-                payload = hashes[start : start + PART_BYTES]
+            for part, payload in enumerate(in_parts(digest_bytes(tensor.digests), PART_BYTES)):
                 yield "hash", (model_id, ordinal, part, payload)
         reader = self.matcher.reader
         references = model.references(reader)

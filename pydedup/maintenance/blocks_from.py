@@ -36,6 +36,7 @@ from pydedup.ingest.deltas import delta_limits
 from pydedup.ingest.staged import artifacts_of
 from pydedup.layout import are_deltas, block_at, split_place
 from pydedup.pool import PagePool
+from pydedup.sets import in_parts
 from pydedup.types import DType
 
 __all__ = [
@@ -134,8 +135,8 @@ class StoreSource:
         """Yield those that are there; see `BlockSource`. Damaged pages of it are passed over."""
         asked, found = set(wanted), set[Wanted]()
         hashes = sorted({block.digest for block in asked})
-        for start in range(0, len(hashes), _HASHES_AT_ONCE):
-            rows = self._adapter.find_blocks(hashes[start : start + _HASHES_AT_ONCE])
+        for some in in_parts(hashes, _HASHES_AT_ONCE):
+            rows = self._adapter.find_blocks(some)
             for row in sorted(rows, key=lambda row: (row.page_id, row.slot)):
                 tell()
                 block = self._read(row)

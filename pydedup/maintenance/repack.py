@@ -50,7 +50,7 @@ from pydedup.maintenance.rows import lost_models
 from pydedup.maintenance.unused import UNUSED_PART
 from pydedup.packing import Layout, pack
 from pydedup.pool import PagePool
-from pydedup.sets import distinct
+from pydedup.sets import distinct, in_parts
 from pydedup.types import Progress
 
 __all__ = ["RepackPlan", "Repacked", "plan_repack", "repack"]
@@ -187,8 +187,7 @@ def repack(
     new_ids: list[int] = []
     job = Job(adapter, "repack")
     try:
-        for start in range(0, len(layout.pages), PAGES_PER_TRANSACTION):
-            group = layout.pages[start : start + PAGES_PER_TRANSACTION]
+        for group in in_parts(layout.pages, PAGES_PER_TRANSACTION):
             new_ids.extend(_stage(pool, places, group, new_places, job))
             if progress is not None:
                 progress("repacking", len(new_ids), len(layout.pages))
@@ -291,8 +290,7 @@ def _stage_blocks(
     """Write the rows of blocks that move: only now do all bases of deltas have a place."""
     numbers = np.flatnonzero(moved)
     numbers = numbers[np.argsort(new_places[numbers])]
-    for start in range(0, len(numbers), _ROWS_PER_TRANSACTION):
-        some = numbers[start : start + _ROWS_PER_TRANSACTION]
+    for some in in_parts(numbers, _ROWS_PER_TRANSACTION):
         bases = [None if base == NO_PLACE else int(new_places[base]) for base in places.bases[some]]
         with job.staging():
             job.stage_blocks(

@@ -15,7 +15,7 @@ from pydedup.adapter import Adapter
 from pydedup.catalog import ModelsAhead, StoredModel
 from pydedup.layout import block_costs, block_place, joined, split_places, used_places
 from pydedup.pool import PagePool
-from pydedup.sets import distinct, find_among, is_among
+from pydedup.sets import distinct, find_among, in_parts, is_among
 
 __all__ = ["UNUSED_PART", "is_much_unused"]
 
@@ -56,7 +56,7 @@ def is_much_unused(adapter: Adapter, pool: PagePool, page_ids: Sequence[int]) ->
 def _recorded(adapter: Adapter, page_ids: Sequence[int]) -> NDArray[np.int64]:
     """Return the places of all blocks that are recorded on these pages, ascending."""
     parts = []
-    for start in range(0, len(page_ids), _PAGES_AT_ONCE):
-        rows = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE])
+    for some in in_parts(page_ids, _PAGES_AT_ONCE):
+        rows = adapter.blocks_on_pages(some)
         parts.append(np.array([block_place(row.page_id, row.slot) for row in rows], np.int64))
     return distinct(joined(parts))

@@ -32,6 +32,7 @@ from pydedup.maintenance.rows import refuse_pages_in_use
 from pydedup.maintenance.unused import UNUSED_PART, is_much_unused
 from pydedup.maintenance.versions import retire_pages
 from pydedup.pool import PagePool
+from pydedup.sets import in_parts
 from pydedup.signatures import drop_dead_segments, drop_segment
 from pydedup.text import listed, plural
 from pydedup.types import Progress
@@ -406,9 +407,10 @@ def _is_due(row: PageRow, grace_seconds: float) -> bool:
 def _delete_pages(
     adapter: Adapter, page_ids: Sequence[int], progress: Progress | None = None
 ) -> None:
-    for start in range(0, len(page_ids), _ROWS_PER_TRANSACTION):
-        group = page_ids[start : start + _ROWS_PER_TRANSACTION]
+    done = 0
+    for group in in_parts(page_ids, _ROWS_PER_TRANSACTION):
         with adapter.transaction():
             adapter.delete_pages(group)
+        done += len(group)
         if progress is not None:
-            progress("freeing pages", start + len(group), len(page_ids))
+            progress("freeing pages", done, len(page_ids))

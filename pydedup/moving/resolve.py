@@ -24,7 +24,7 @@ from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Neighbours
 from pydedup.ingest.families import Family
 from pydedup.ingest.low_rank import Looks
-from pydedup.ingest.match import Hints, Matcher
+from pydedup.ingest.match import LOOKUP_BLOCKS, Hints, Matcher
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.transposed import Transposed
 from pydedup.layout import NO_PLACE, block_places, by_page, joined, places_of, split_places
@@ -33,13 +33,12 @@ from pydedup.moving.pieces import Piece, stored_pieces
 from pydedup.moving.source import End, SourceModel, recorded
 from pydedup.moving.whole import WholePages
 from pydedup.policies import Lossless
-from pydedup.sets import distinct, find_among, is_among
+from pydedup.sets import distinct, find_among, in_parts, is_among
 from pydedup.types import TensorInfo
 
 __all__ = ["NotWholeError", "Resolved", "Resolver"]
 
 _PAGES_AT_ONCE = 8
-_LOOKUP_BLOCKS = 8192
 
 
 class NotWholeError(Exception):
@@ -114,8 +113,8 @@ class Resolver:
         self._list_whole(whole, deltas=False)
         single = ~is_among(split_places(model.places[rest])[0], list(whole.entries))
         rest, digests = rest[single], rows.digests[entries[single]]
-        for start in range(0, len(rest), _LOOKUP_BLOCKS):
-            self._matcher.look_up(hash_keys(digests[start : start + _LOOKUP_BLOCKS]))
+        for some in in_parts(digests, LOOKUP_BLOCKS):
+            self._matcher.look_up(hash_keys(some))
         is_delta = model.bases[rest] != NO_PLACE
         self._take(rest[~is_delta], digests[~is_delta], deltas=False)
         self._list_whole(whole, deltas=True)
@@ -150,8 +149,7 @@ class Resolver:
         ]
         rows_of = dict(by_page(split_places(places[rest])[0]))
         found = Whereabouts.nowhere(len(places))
-        for start in range(0, len(pairs), _PAGES_AT_ONCE):
-            group = pairs[start : start + _PAGES_AT_ONCE]
+        for group in in_parts(pairs, _PAGES_AT_ONCE):
             for page_id, twin, page, bases in self._same_pages(group):
                 rows = rest[rows_of[page_id]]
                 slots = split_places(places[rows])[1]

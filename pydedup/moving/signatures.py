@@ -14,7 +14,7 @@ from pydedup.ingest.candidates import cut_pieces, index_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.layout import block_places, joined, split_places
 from pydedup.moving.source import End
-from pydedup.sets import common, distinct, is_among, without
+from pydedup.sets import common, distinct, in_parts, is_among, without
 from pydedup.signatures import BlockKind, Segment, load_piece, new_index, segment_rows
 from pydedup.similarity import L2LSH
 
@@ -113,8 +113,7 @@ class CarriedSegments:
                 yield load_piece(group, payload)
 
     def _made_anew(self, page_ids: list[int]) -> Iterator[tuple[BlockKind, L2LSH]]:
-        for start in range(0, len(page_ids), _PAGES_AT_ONCE):
-            group = page_ids[start : start + _PAGES_AT_ONCE]
+        for group in in_parts(page_ids, _PAGES_AT_ONCE):
             yield from index_pages(self._source.pool, group).items()
 
 

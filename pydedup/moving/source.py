@@ -28,7 +28,7 @@ from pydedup.layout import (
     used_places,
 )
 from pydedup.pool import PagePool
-from pydedup.sets import distinct, find_among
+from pydedup.sets import distinct, find_among, in_parts
 
 __all__ = ["End", "Recorded", "SourceModel", "read_model", "recorded"]
 
@@ -123,9 +123,9 @@ def recorded(adapter: Adapter, page_ids: NDArray[np.int64]) -> Recorded:
     places: list[NDArray[np.int64]] = []
     bases: list[NDArray[np.int64]] = []
     hashes: list[bytes] = []
-    for start in range(0, len(page_ids), _PAGES_AT_ONCE):
+    for some in in_parts(page_ids, _PAGES_AT_ONCE):
         with only_sound_rows(adapter):  # of a block that is not seen so `Recorded.at` tells
-            rows = adapter.blocks_on_pages(page_ids[start : start + _PAGES_AT_ONCE].tolist())
+            rows = adapter.blocks_on_pages(some.tolist())
         places.append(np.array([block_place(row.page_id, row.slot) for row in rows], np.int64))
         needed = [NO_PLACE if row.base_id is None else row.base_id for row in rows]
         bases.append(np.array(needed, np.int64))

@@ -15,7 +15,7 @@ from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import ParsedMaps, StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError
 from pydedup.layout import joined, split_places, used_places
-from pydedup.sets import distinct
+from pydedup.sets import distinct, in_parts
 
 __all__ = ["Survey", "Target", "look_at_target", "survey"]
 
@@ -81,8 +81,8 @@ def _survey(source: Adapter, rows: Sequence[ModelRow], epoch: int, blocks: bool)
                 needed, further, count = distinct(joined([needed, *further])), [], 0
     needed = distinct(joined([needed, *further]))
     page_ids = list(found.readers)
-    for start in range(0, len(page_ids), _PAGES_AT_ONCE):
-        pages = source.page_rows(ids=page_ids[start : start + _PAGES_AT_ONCE])
+    for some in in_parts(page_ids, _PAGES_AT_ONCE):
+        pages = source.page_rows(ids=some)
         found.sizes.update((page.id, page.payload_bytes) for page in pages)
     ids, counts = np.unique(split_places(needed)[0], return_counts=True)
     found.used = dict(zip(ids.tolist(), counts.tolist(), strict=True))

@@ -16,6 +16,7 @@ from pydedup import _core
 from pydedup._core import Page
 from pydedup.codec import check_recorded, page_checksum
 from pydedup.errors import CorruptStoreError, PageNotFoundError, SchemaVersionError
+from pydedup.sets import in_parts
 
 __all__ = ["Copies", "Damaged", "Fetch", "Fetched", "PageLoader", "ReadInto"]
 
@@ -154,8 +155,7 @@ class PageLoader:
         if pieces <= 1:
             self._load_piece(ids, ahead, pages)
         else:
-            size = -(-len(ids) // pieces)
-            parts = [ids[at : at + size] for at in range(0, len(ids), size)]
+            parts = list(in_parts(ids, -(-len(ids) // pieces)))
             futures = self._submit(lambda part: self._load_piece(part, ahead, pages), parts)
             errors = [future.exception() for future in futures]  # after all have ended
             for error in errors:

@@ -129,7 +129,7 @@ def test_what_is_looked_up_together_is_no_part_of_what_moved(
     monkeypatch.setattr(low_rank, "_TOGETHER", four_rows)
     monkeypatch.setattr(low_rank, "_MOST_TOGETHER", four_rows)
     whole = store.add("m", model, dry_run=True).stored_bytes
-    monkeypatch.setattr(match, "_LOOKUP_BLOCKS", lookup)
+    monkeypatch.setattr(match, "LOOKUP_BLOCKS", lookup)
     assert store.add("m", model).stored_bytes < 1.1 * whole
     assert same_bits(store, "m", model)
 
