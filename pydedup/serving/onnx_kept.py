@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pydedup._memory import give_back_freed
 from pydedup.blocks import BlockMap
 from pydedup.catalog import StoredModel
 from pydedup.errors import BudgetError, PydedupError, UnsupportedFormatError
@@ -182,6 +183,7 @@ class Runner:
                     self._turns[number] = _Turn()
                     self._own[number] = own
                     _shorten(self._own)
+                _give_back_after(nbytes)  # what the runtime laid out and had before
             return own
 
     def _left_for_own(self, pool: PagePool) -> int:
@@ -256,6 +258,7 @@ class Runner:
         with self._lock:
             self._sessions[key] = session
             _shorten(self._sessions)
+        _give_back_after(reservation.nbytes)
         return session
 
     def give_up(self) -> bool:
@@ -263,19 +266,27 @@ class Runner:
 
         Calls under way keep theirs.
         """
-        forgotten: object = None
+        own: Own[Held] | None = None
+        session: Session | None = None
         with self._lock:
             if self._own:
-                forgotten = self._own.popitem(last=False)
+                _, own = self._own.popitem(last=False)
                 # Others need the room: it is not to go back and forth.
                 self._most_own, self._calm = (self._most_own or 0) // 2, 0
             elif self._held:
-                forgotten = self._held.popitem(last=False)
+                self._held.popitem(last=False)
+                return True
             else:
                 sessions = self._sessions.items()
                 large = (key for key, s in sessions if s.reservation.nbytes >= _LARGE_BYTES)
-                forgotten = self._sessions.pop(next(large, b""), None)
-        return forgotten is not None
+                session = self._sessions.pop(next(large, b""), None)
+        forgotten = own or session
+        if forgotten is None:
+            return False
+        nbytes = forgotten.reservation.nbytes
+        own = session = forgotten = None
+        _give_back_after(nbytes)
+        return True
 
     def alone(self) -> AbstractContextManager[object]:
         """Wait for all other calls, and keep those that come waiting."""
@@ -286,6 +297,16 @@ def opened_graph(model: StoredModel, payload: Callable[[], bytes], tensor: Tenso
     """Return the graph of a model whose weights are inputs, given what is stored of it."""
     infos = {info.name: info for info in model.tensors}
     return open_graph(payload(), infos, lambda name: tensor(name).numpy())
+
+
+def _give_back_after(nbytes: int) -> None:
+    """Give free memory back after a session was made, or given up, that has so much inside.
+
+    The C library keeps what lies between other things, which is a part of each session: several of
+    them would take that much beyond the budget.
+    """
+    if nbytes >= _LARGE_BYTES:
+        give_back_freed()
 
 
 def _within(pool: PagePool, n_bytes: int, make: Callable[[], _T]) -> tuple[_T, Reservation]:

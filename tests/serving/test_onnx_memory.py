@@ -67,20 +67,66 @@ with pydedup.open(url) as store, ResidentMemory() as memory:
     print(memory.now() - before, memory.peak() - before)
 """
 
+CHILD_OF_OWN_SESSIONS = """
+import sys
+import numpy as np, onnx, onnxruntime
+import pydedup
+from pydedup.serving import onnx_kept
+from pydedup.testing.resident import ResidentMemory
+
+url, models = sys.argv[1], int(sys.argv[2])
+x = np.ones((1, 1024), np.float32)
+with pydedup.open(url, memory="1GiB") as store, ResidentMemory() as memory:
+    before = memory.now()
+    for number in range(models):
+        for _ in range(2):
+            store.predict(str(number), x)
+    runner = onnx_kept.runner_of(store._pool)
+    assert len(runner._own) == models
+    counted = []
+    for _ in range(2):
+        pool = store.stats().pool
+        counted.append(sum(pool[key] for key in ("bytes", "decoded_bytes", "reserved_bytes")))
+        counted.append(memory.now() - before)
+        while runner.give_up():
+            pass
+    print(*counted)
+"""
+
+
+def add_models(path: Path, matrices: int) -> str:
+    """Add models without a block in common to a store, and return its URL."""
+    shared = normal(SIDE, SIDE)
+    with pydedup.open(path / "m.db") as store:
+        for number in range(MODELS):
+            weights = {f"w{i}": shared + np.float32(number * 24 + i) for i in range(matrices)}
+            nodes = [node("MatMul", "x w0", "a0"), node("Sin", "a0", "s0")]
+            for i in range(1, matrices):
+                nodes += [node("MatMul", f"s{i - 1} w{i}", f"a{i}"), node("Sin", f"a{i}", f"s{i}")]
+            nodes.append(node("Sin", f"a{matrices - 1}", "y"))
+            file, given = path / f"{number}.onnx", [value("x", 1, ("b", SIDE))]
+            store.add(str(number), save(file, nodes, weights, given))
+        return store.url
+
+
+def test_sessions_of_models_take_what_is_counted(tmp_path: Path) -> None:
+    """Making one left free memory behind, two thirds of the weights; so did giving it up."""
+    url = add_models(tmp_path, 12)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD_OF_OWN_SESSIONS, url, str(MODELS)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    counted, made, left, freed = map(int, done.stdout.split())
+    assert counted > 2 * MODELS * 12 * SIDE * SIDE * 4, "the sessions were made"
+    assert made < counted + 40 * MIB
+    assert freed < left + 40 * MIB
+
 
 def test_memory_of_models_that_make_room_goes_back(tmp_path: Path) -> None:
     """What lay between others in the heap stayed, up to twice the budget."""
-    shared = normal(SIDE, SIDE)
-    with pydedup.open(tmp_path / "m.db") as store:
-        for number in range(MODELS):
-            weights = {f"w{i}": shared + np.float32(number * 24 + i) for i in range(MATRICES)}
-            nodes = [node("MatMul", "x w0", "a0"), node("Sin", "a0", "s0")]
-            for i in range(1, MATRICES):
-                nodes += [node("MatMul", f"s{i - 1} w{i}", f"a{i}"), node("Sin", f"a{i}", f"s{i}")]
-            nodes.append(node("Sin", f"a{MATRICES - 1}", "y"))
-            path, given = tmp_path / f"{number}.onnx", [value("x", 1, ("b", SIDE))]
-            store.add(str(number), save(path, nodes, weights, given))
-        url = store.url
+    url = add_models(tmp_path, MATRICES)
     numbers = map(str, (BUDGET, MODELS, CALLS))
     done = subprocess.run(
         [sys.executable, "-c", CHILD, url, *numbers], capture_output=True, text=True, check=True
