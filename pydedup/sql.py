@@ -29,7 +29,7 @@ from pydedup.errors import (
     PydedupError,
 )
 from pydedup.opening import check_store
-from pydedup.serving.calls import Calls, StoreState, as_json, one_output, state_of
+from pydedup.serving.calls import Calls, StoreState, as_json, state_of
 from pydedup.store import Store
 from pydedup.store import open as open_store
 
@@ -145,10 +145,7 @@ class SqlFunctions:
         return float(predicted.reshape(()))
 
     def _predict_blob(self, model: Any, features: Any) -> bytes | None:
-        if features is None:
-            return None
-        predicted = one_output(self._calls.row(model, [features]), model)
-        return np.ascontiguousarray(predicted, dtype="<f4").tobytes()
+        return None if features is None else _as_blob(self._calls.one(model, [features]))
 
     def _predict_json(self, model: Any, features: Any) -> str | None:
         return None if features is None else as_json(self._calls.row(model, [features]))
@@ -215,7 +212,7 @@ class PostgresFunctions:
         if None in features:
             return None
         with self._errors():
-            predicted = one_output(self._calls().row(model, features), model)
+            predicted = self._calls().one(model, features)
             if predicted.size != 1:
                 raise ArgumentError(
                     f"{model} gives {predicted.size} numbers for a row; pydedup_predict_array "
@@ -228,7 +225,7 @@ class PostgresFunctions:
         if None in features:
             return None
         with self._errors():
-            return _numbers(one_output(self._calls().row(model, features), model))
+            return _numbers(self._calls().one(model, features))
 
     def predict_many(self, model: str, features: list[Any]) -> list[list[float]]:
         """Return what a model predicts for each row of an array of two axes, in one batch.
@@ -246,8 +243,7 @@ class PostgresFunctions:
     def predict_blob(self, model: str, features: bytes) -> bytes:
         """Return a prediction as bytes of float32, from such bytes."""
         with self._errors():
-            predicted = one_output(self._calls().row(model, [features]), model)
-            return np.ascontiguousarray(predicted, dtype="<f4").tobytes()
+            return _as_blob(self._calls().one(model, [features]))
 
     def predict_json(self, model: str, features: str) -> str:
         """Return a prediction as JSON, from a JSON array."""
@@ -281,6 +277,10 @@ class PostgresFunctions:
         except PydedupError as error:
             code = next((code for kind, code in _CODES if isinstance(error, kind)), "XX000")
             self._plpy.error(str(error), sqlstate=code)
+
+
+def _as_blob(array: Any) -> bytes:
+    return np.ascontiguousarray(array, dtype="<f4").tobytes()
 
 
 def _numbers(array: Any) -> list[float]:

@@ -28,7 +28,7 @@ from pydedup.serving.predict import Prediction, predict
 from pydedup.serving.signature import weights_of
 from pydedup.serving.tensor import TensorOf, stored_tensor
 
-__all__ = ["Calls", "StoreState", "as_json", "one_output", "state_of"]
+__all__ = ["Calls", "StoreState", "as_json", "state_of"]
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -108,6 +108,10 @@ class Calls:
             return {name: _only(array) for name, array in predicted.items()}
         return _only(predicted)
 
+    def one(self, model: str, values: Sequence[object]) -> Array:
+        """Return what a model of one output predicts for a row, as `row` does."""
+        return _one_output(self.row(model, values), model)
+
     def rows(self, model: str, rows: Sequence[Sequence[object]]) -> Array:
         """Return what a model of one output predicts for rows of one length each, flat per row."""
         ready = self._ready(model)
@@ -119,7 +123,7 @@ class Calls:
                 made.append(features_of(values, names, ready.kind))
             except ArgumentError as error:
                 raise ArgumentError(f"row {number}: {error}") from error
-        predicted = one_output(ready.run(np.stack(made)), model)
+        predicted = _one_output(ready.run(np.stack(made)), model)
         if predicted.ndim == 0 or len(predicted) != len(rows):
             raise ArgumentError(
                 f"{ready.address} gives an output of shape {predicted.shape} for {len(rows)} rows"
@@ -173,7 +177,7 @@ def _only(predicted: Array) -> Array:
     return np.asarray(array[0])
 
 
-def one_output(predicted: Any, model: str) -> Array:
+def _one_output(predicted: Any, model: str) -> Array:
     """Return the output of a model that has one. Raises ArgumentError."""
     if isinstance(predicted, Mapping):
         raise ArgumentError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -101,16 +102,8 @@ def _reshape(node: Node, x: _Array) -> _Array:
     return x.reshape(node.attr("shape"))
 
 
-def _add(node: Node, x: _Array, y: _Array) -> _Array:
-    return np.asarray(real(x) + real(y))
-
-
-def _sub(node: Node, x: _Array, y: _Array) -> _Array:
-    return np.asarray(real(x) - real(y))
-
-
-def _mul(node: Node, x: _Array, y: _Array) -> _Array:
-    return np.asarray(real(x) * real(y))
+def _arithmetic(operation: Callable[..., Any], node: Node, x: _Array, y: _Array) -> _Array:
+    return np.asarray(operation(real(x), real(y)))
 
 
 def _concat(node: Node, *parts: _Array) -> _Array:
@@ -173,9 +166,9 @@ WEIGHTLESS: Mapping[str, Callable[..., _Array]] = {
     "identity": _identity,
     "flatten": _flatten,
     "reshape": _reshape,
-    "add": _add,
-    "sub": _sub,
-    "mul": _mul,
+    "add": partial(_arithmetic, np.add),
+    "sub": partial(_arithmetic, np.subtract),
+    "mul": partial(_arithmetic, np.multiply),
     "concat": _concat,
     "mean": _mean,
     "max": _max,
