@@ -19,7 +19,8 @@ from typing import Any, Final, cast
 import psycopg
 from psycopg import pq
 
-from ._errors import without_frames
+from pydedup.errors import without_frames
+
 from ._sessions import Connection, Session
 from ._values import Row
 

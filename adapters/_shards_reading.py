@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Final
 
-from pydedup.errors import PydedupError, StoreError, UnavailableError
+from pydedup.errors import PydedupError, StoreError, UnavailableError, without_frames
 
 from . import _again
 from ._dbapi import PAYLOADS_PER_READ
-from ._errors import ConnectionLostError, without_frames
+from ._errors import ConnectionLostError
 from ._postgres_copy import PostgresCopy
 from ._postgres_statement import Statement, run_together
 from ._sessions import READ, Session

@@ -13,10 +13,10 @@ import mysql.connector
 from mysql.connector.constants import ClientFlag
 
 from pydedup.adapter import Adapter, Capabilities
-from pydedup.errors import ArgumentError, PydedupError
+from pydedup.errors import ArgumentError, PydedupError, without_frames
 
 from ._connection import closed_on_error
-from ._errors import CrowdedError, without_frames
+from ._errors import CrowdedError
 from ._mysql_base import MysqlBase
 from ._mysql_cursors import PreparedConnection
 from ._mysql_errors import meaning

@@ -16,11 +16,11 @@ from psycopg.types.json import set_json_loads
 from psycopg.types.numeric import Int8BinaryDumper
 
 from pydedup.adapter import Adapter
-from pydedup.errors import ArgumentError, PydedupError, StoreError
+from pydedup.errors import ArgumentError, PydedupError, StoreError, without_frames
 
 from ._base import fetch_all
 from ._connection import closed_on_error
-from ._errors import CrowdedError, without_frames
+from ._errors import CrowdedError
 from ._postgres_base import CAPABILITIES, dialect_of
 from ._postgres_copy import PostgresCopy
 from ._postgres_cursor import BinaryCursor, json_or_text

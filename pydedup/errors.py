@@ -30,7 +30,7 @@ credentials.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, TypeVar
 
 from pydedup.text import clean, listed
 
@@ -58,6 +58,8 @@ __all__ = [
     "UnsupportedFormatError",
 ]
 
+_E = TypeVar("_E", bound=BaseException)
+
 
 def not_installed(what: str, error: ImportError, extra: str) -> str:
     """Return the message for where an extra is missing: what needs it, and how to get it.
@@ -68,6 +70,25 @@ def not_installed(what: str, error: ImportError, extra: str) -> str:
         f"{what} needs something that is not installed ({error}); install it with: "
         f"pip install 'pydedup[{extra}]'"
     )
+
+
+def without_frames(error: _E) -> _E:
+    """Return an error, and what led to it, without frames, whose variables it would keep.
+
+    Of what a driver raised as it connected these hold passwords, which tracebacks that show
+    variables, as those of rich and pytest do, would show. Of an error that is kept, frames of who
+    called have pages and arrays in use; some hold the error too, and in such a circle all of it
+    would stay until Python happens to look for circles.
+    """
+    ahead: list[BaseException | None] = [error]
+    seen = set[int]()  # a cause is most often the context as well
+    while ahead:
+        one = ahead.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            ahead += [one.__cause__, one.__context__]
+    return error
 
 
 class PydedupError(Exception):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydedup.errors import StoreError
+from pydedup.errors import StoreError, without_frames
 from pydedup.http import responses
 from pydedup.http.access import AccessLog, Gate
 from pydedup.http.bodies import DisconnectedError, Held, Room, read_body
@@ -22,7 +22,6 @@ from pydedup.http.options import ServeOptions
 from pydedup.http.paths import Route, route_of
 from pydedup.http.problems import RETRY_SOON, HttpError, busy, problem_of
 from pydedup.http.responses import Reply
-from pydedup.serving.predict import let_go
 from pydedup.sets import in_parts
 
 __all__ = ["Endpoint", "Exchange"]
@@ -156,7 +155,7 @@ class Endpoint:
             # Clients need not know where the store is.
             problem.message = problem.message.replace(self._secret, "the store")
             exchange.outcome = problem.outcome
-            let_go(error)
+            without_frames(error)
             return responses.error_reply(problem)
 
     async def _let_arrive(self, exchange: Exchange) -> None:

@@ -17,7 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup.arguments import as_array
 from pydedup.catalog import StoredModel
-from pydedup.errors import ArgumentError, NotFoundError, PydedupError, UnsupportedFormatError
+from pydedup.errors import (
+    ArgumentError,
+    NotFoundError,
+    PydedupError,
+    UnsupportedFormatError,
+    without_frames,
+)
 from pydedup.graph import Graph
 from pydedup.matmul import room_for
 from pydedup.pool import PagePool
@@ -31,7 +37,6 @@ __all__ = [
     "as_input",
     "as_predicted",
     "by_name",
-    "let_go",
     "no_graph",
     "predict",
     "predict_together",
@@ -202,26 +207,8 @@ def as_predicted(
                     else group[number].result(made[number])
                 )
             except PydedupError as error:
-                let_go(error)  # it may be kept while others are predicted
-                result = error
+                result = without_frames(error)  # it may be kept while others are predicted
             yield place, result
-
-
-def let_go(error: BaseException) -> None:
-    """Drop the tracebacks of an exception, and of those that led to it.
-
-    Their frames hold pages and arrays of a request, and some hold the exception, too: in such a
-    circle all of it would stay until Python happens to look for circles.
-    """
-    left: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while left:
-        one = left.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        one.__traceback__ = None
-        left += [one.__cause__, one.__context__]
 
 
 def _groups(requests: Sequence[Prediction], limit: int) -> list[list[int]]:

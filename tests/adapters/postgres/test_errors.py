@@ -22,7 +22,6 @@ from pydedup.adapters._errors import (
     CrowdedError,
     DeniedError,
     KeyTakenError,
-    without_frames,
 )
 from pydedup.adapters._postgres_errors import MissingDatabaseError
 from pydedup.adapters._postgres_said import said
@@ -36,6 +35,7 @@ from pydedup.errors import (
     StorageFullError,
     StoreError,
     UnavailableError,
+    without_frames,
 )
 from pydedup.testing._contract_base import add_random_pages, with_option
 from pydedup.testing.servers import as_user, unused_port
