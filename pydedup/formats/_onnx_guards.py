@@ -1,42 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes of an ONNX graph without which some inputs end the process that runs it.
 
-ONNX Runtime does not check everything before it computes: dividing the least of the integers by -1,
-and a transform of frames of length 0, are traps of the processor, which no exception tells of. A
-graph gets nodes that compute the first and refuse the second. Deliberately not here: values that
-make an operation fail, or take long.
+ONNX Runtime does not check everything before it computes: dividing integers by 0 (before 1.25), the
+least of them by -1, and a transform of frames of length 0 are traps of the processor, which no
+exception tells of. A graph gets nodes that compute the second and refuse the others. Deliberately
+not here: values that make an operation fail, or take long.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from pydedup.errors import FormatError
+from pydedup.formats._onnx_scopes import OWN, Inferred, Scope
 from pydedup.formats._onnx_tensors import all_nodes, graphs_in
 
 __all__ = ["guard"]
 
 #: Numbers of element types in ONNX.
-_INT32, _INT64, _DOUBLE = 6, 7, 11
-#: Operations whose results are int64; those that leave the type as it is.
-_INDICES = frozenset({"ArgMax", "ArgMin", "NonZero", "Shape", "Size"})
-_KEEPING = frozenset(
-    {
-        *("Abs", "Add", "Clip", "Compress", "Concat", "CumSum", "Div", "Expand", "Flatten"),
-        *("Gather", "GatherElements", "GatherND", "Identity", "Max", "Min", "Mod", "Mul", "Neg"),
-        *("Pad", "Pow", "Range", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape"),
-        *("ScatterElements", "ScatterND", "Sign", "Slice", "Squeeze", "Sub", "Sum", "Tile"),
-        *("Transpose", "Trilu", "Unsqueeze"),
-    }
-)
-#: Domains of ONNX's own operations.
-_OWN = ("", "ai.onnx")
-#: So many operations back from a division its type is looked for.
-_STEPS = 64
+_INT32, _INT64, _BOOL, _DOUBLE = 6, 7, 9, 11
+#: Of integers of any size, with a sign and without.
+_WHOLE = frozenset({2, 3, 4, 5, _INT32, _INT64, 12, 13})
 #: Since which version of ONNX's operations shapes of two inputs are made one.
 _WITH_BROADCASTING = 7
 #: And since which a value can be given the type of another one.
@@ -48,7 +35,7 @@ _DEEPEST, _MOST_NODES = 100, 1_000_000
 def guard(model: Any) -> None:
     """Put guards into a model. Raises FormatError for what no graph may have."""
     kinds = {node.op_type for each in (model.graph, *model.functions) for node in all_nodes(each)}
-    if kinds.isdisjoint({"Div", "STFT", "TfIdfVectorizer"}):
+    if kinds.isdisjoint({"Div", "Mod", "STFT", "TfIdfVectorizer"}):
         return
     if any(_divides(function) for function in model.functions):
         _inline(model)
@@ -59,17 +46,15 @@ def guard(model: Any) -> None:
     ):
         version = _version(versions)
         if version >= _WITH_BROADCASTING:
-            inferred = _Inferred(model if graph is model.graph else None, version)
-            _guard(graph, _Scope(graph, inferred), names)
+            inferred = Inferred(model if graph is model.graph else None, version)
+            _guard(graph, Scope(graph, inferred), names)
 
 
 def _divides(function: Any) -> bool:
     """Whether a function has a division that may be of integers: it has no types of its own."""
-    scope = _Scope(function, _Inferred(None, 0))
+    scope = Scope(function, Inferred(None, 0))
     return any(
-        node.op_type == "Div"
-        and len(node.input) > 1
-        and _may_be_minus_one(scope.constant(node.input[1]))
+        _is_division(node) and _may_trap(scope.constant(node.input[1]))
         for node in all_nodes(function)
     )
 
@@ -120,7 +105,7 @@ def _check_size(model: Any) -> None:
 
 
 def _version(versions: Any) -> int:
-    return max((int(one.version) for one in versions if one.domain in _OWN), default=0)
+    return max((int(one.version) for one in versions if one.domain in OWN), default=0)
 
 
 class _Names:
@@ -143,105 +128,13 @@ class _Names:
                 return name
 
 
-class _Inferred:
-    """Types that onnx infers of a model, when they are asked for; of functions it tells none."""
-
-    def __init__(self, model: Any, version: int) -> None:
-        self._model, self.version = model, version
-        self.is_of_model = model is not None
-
-    def type_of(self, name: str) -> int:
-        """Return the element type of a value, 0 where it is not known."""
-        return self._types.get(name, 0)
-
-    @functools.cached_property
-    def _types(self) -> dict[str, int]:
-        if self._model is None:
-            return {}
-        import onnx
-
-        try:
-            graph = onnx.shape_inference.infer_shapes(self._model).graph
-        except Exception:  # of several classes: what is wrong with the model, the runtime says
-            return {}
-        types: dict[str, int] = {}
-        within = [graph, *(inner for node in all_nodes(graph) for inner in graphs_in(node))]
-        for value in (value for each in within for value in each.value_info):
-            kind = value.type.tensor_type.elem_type
-            if types.setdefault(value.name, kind) != kind:  # of two graphs beside each other
-                types[value.name] = 0
-        return types
-
-    def is_whole(self, node: Any) -> bool:
-        """Whether what an operation of ONNX's own makes may be integers of 32 or 64 bits."""
-        import onnx
-
-        try:
-            output = onnx.defs.get_schema(node.op_type, self.version, "").outputs[0]
-        except Exception:  # it has none in this version: the runtime says so
-            return True
-        return not output.types.isdisjoint({"tensor(int32)", "tensor(int64)"})
-
-
-class _Scope:
-    """What the names in a graph mean, and in those around it."""
-
-    def __init__(self, graph: Any, inferred: _Inferred, outer: _Scope | None = None) -> None:
-        self._outer = outer
-        self.inferred = inferred
-        self._types = {
-            value.name: value.type.tensor_type.elem_type
-            for part in ("input", "value_info")
-            for value in getattr(graph, part, ())
-            if hasattr(value, "name")  # inputs of functions are names alone
-        }
-        self._constants = {tensor.name: tensor for tensor in getattr(graph, "initializer", ())}
-        self._makers = {name: node for node in graph.node for name in node.output}
-
-    def constant(self, name: str) -> Any:
-        """Return the tensor that a name stands for, ``None`` if it is computed or given."""
-        found = self._constants.get(name)
-        maker = self._makers.get(name)
-        if found is None and maker is not None and maker.op_type == "Constant":
-            found = next((one.t for one in maker.attribute if one.name == "value"), None)
-        if found is None and maker is None and name not in self._types and self._outer is not None:
-            return self._outer.constant(name)
-        return found
-
-    def type_of(self, name: str, steps: int = _STEPS) -> int:
-        """Return the element type of a value, 0 where it is not known."""
-        found = self.constant(name)
-        if found is not None:
-            return int(found.data_type)
-        if self._types.get(name):
-            return int(self._types[name])
-        maker = self._makers.get(name)
-        if maker is None:
-            return self._outer.type_of(name, steps) if self._outer is not None else 0
-        if maker.op_type in _INDICES:
-            return _INT64
-        if maker.op_type == "Cast":
-            return next((int(one.i) for one in maker.attribute if one.name == "to"), 0)
-        at = 0 if maker.op_type in _KEEPING else 1 if maker.op_type in ("Where", "CastLike") else -1
-        if at < 0 or at >= len(maker.input) or not steps:
-            return 0
-        return self.type_of(maker.input[at], steps - 1)
-
-    def may_be_whole(self, name: str) -> bool:
-        """Whether a value of unknown type may be integers, going by what makes it."""
-        maker = self._makers.get(name)
-        if maker is None:
-            return self._outer is None or self._outer.may_be_whole(name)
-        return maker.domain not in _OWN or self.inferred.is_whole(maker)
-
-
-def _guard(graph: Any, scope: _Scope, names: _Names) -> None:
+def _guard(graph: Any, scope: Scope, names: _Names) -> None:
     changed: list[Any] = []
     for node in graph.node:
         for inner in graphs_in(node):
-            _guard(inner, _Scope(inner, scope.inferred, scope), names)
-        if node.domain in _OWN:
-            if node.op_type == "Div" and len(node.input) == 2:  # else the runtime refuses it
+            _guard(inner, Scope(inner, scope.inferred, scope), names)
+        if node.domain in OWN:
+            if _is_division(node):
                 changed += _division(node, scope, names)
                 continue
             if node.op_type == "STFT":
@@ -254,15 +147,18 @@ def _guard(graph: Any, scope: _Scope, names: _Names) -> None:
         graph.node.extend(changed)
 
 
-def _division(node: Any, scope: _Scope, names: _Names) -> Iterator[Any]:
-    """Yield what computes a quotient of integers, and -a in the place of a / -1."""
+def _division(node: Any, scope: Scope, names: _Names) -> Iterator[Any]:
+    """Yield what divides integers, fails where one is divided by 0, and has -a in place of a / -1.
+
+    A node of that name says so: the runtime does it itself from 1.25 on.
+    """
     a, b = node.input
-    if not _may_be_minus_one(scope.constant(b)):
+    if not _may_trap(scope.constant(b)):
         yield node
         return
     inferred = scope.inferred
     kind = scope.type_of(b) or scope.type_of(a) or inferred.type_of(b) or inferred.type_of(a)
-    if kind in (_INT32, _INT64):
+    if kind in _WHOLE:
         yield from _division_of_whole(node, kind, names)
     elif not kind and scope.may_be_whole(a) and scope.may_be_whole(b):
         if inferred.version >= _WITH_CAST_LIKE:
@@ -284,19 +180,29 @@ def _division_of_whole(node: Any, kind: int, names: _Names) -> Iterator[Any]:
     import onnx
 
     make = onnx.helper.make_node
-    a, b = node.input
-    is_it, mask, twice, divisor, quotient, sign = (names.new() for _ in range(6))
-    numbers = {number: names.new() for number in (-1, 1, 2)}
+    b = node.input[1]
+    wide, is_zero, divisor = (names.new() for _ in range(3))
+    numbers = {number: names.new() for number in (0, -1)}
     for number, name in numbers.items():
-        value = onnx.helper.make_tensor(name, kind, (), [number])
+        value = onnx.helper.make_tensor(name, _INT64, (), [number])
         yield make("Constant", [], [name], value=value)
-    yield make("Equal", [b, numbers[-1]], [is_it])
+    yield make("Cast", [b], [wide], to=_INT64)
+    yield make("Equal", [wide, numbers[0]], [is_zero])
+    gate, nodes = _gate(is_zero, names)
+    yield from nodes
+    if kind not in (_INT32, _INT64):  # for which little else is there, and which -1 does no harm
+        shape, same = names.new(), names.new()
+        yield make("Shape", [b], [shape])
+        yield make("Mul", [shape, gate], [same])
+        yield make("Reshape", [b, same], [divisor])
+        node.input[1] = divisor
+        yield node
+        return
+    is_it, one, mask = (names.new() for _ in range(3))
+    yield make("Equal", [wide, numbers[-1]], [is_it])
     yield make("Cast", [is_it], [mask], to=kind)
-    yield make("Mul", [mask, numbers[2]], [twice])
-    yield make("Add", [b, twice], [divisor])  # 1 in the place of -1
-    yield make("Div", [a, divisor], [quotient], name=node.name)
-    yield make("Sub", [numbers[1], twice], [sign])
-    yield make("Mul", [quotient, sign], list(node.output))
+    yield make("Cast", [gate], [one], to=kind)
+    yield from _divided(node, one, mask, divisor, names)
 
 
 def _division_of_any(node: Any, names: _Names) -> Iterator[Any]:
@@ -304,31 +210,79 @@ def _division_of_any(node: Any, names: _Names) -> Iterator[Any]:
     import onnx
 
     make = onnx.helper.make_node
-    a, b = node.input
-    double, is_it, mask, twice, sign, divisor, quotient = (names.new() for _ in range(7))
-    numbers = {number: names.new() for number in (-1.0, 1.0)}
+    b = node.input[1]
+    double, is_it, is_zero, half, whole, of_whole, wrong = (names.new() for _ in range(7))
+    one, mask, divisor = (names.new() for _ in range(3))
+    numbers = {number: names.new() for number in (-1.0, 0.0, 0.5)}
     for number, name in numbers.items():
         value = onnx.helper.make_tensor(name, _DOUBLE, (), [number])
         yield make("Constant", [], [name], value=value)
-    one = names.new()
     yield make("Cast", [b], [double], to=_DOUBLE)
     yield make("Equal", [double, numbers[-1.0]], [is_it])
+    yield make("Equal", [double, numbers[0.0]], [is_zero])
+    yield make("CastLike", [numbers[0.5], b], [half])  # 0 among integers
+    yield make("Cast", [half], [whole], to=_DOUBLE)
+    yield make("Equal", [whole, numbers[0.0]], [of_whole])
+    yield make("And", [is_zero, of_whole], [wrong])
+    gate, nodes = _gate(wrong, names)
+    yield from nodes
     yield make("CastLike", [is_it, b], [mask])
-    yield make("CastLike", [numbers[1.0], b], [one])
+    yield make("CastLike", [gate, b], [one])
+    yield from _divided(node, one, mask, divisor, names)
+
+
+def _gate(wrong: str, names: _Names) -> tuple[str, list[Any]]:
+    """Return what is 1, and the nodes that make it, of which one fails if any of these is true."""
+    import onnx
+
+    make = onnx.helper.make_node
+    counted, count, some, at, ones, gate = (names.new() for _ in range(6))
+    value = onnx.helper.make_tensor(ones, _INT64, (1,), [1])
+    return gate, [
+        make("Cast", [wrong], [counted], to=_INT64),
+        make("ReduceSum", [counted], [count], keepdims=0),  # of nothing 0
+        make("Cast", [count], [some], to=_BOOL),
+        make("Cast", [some], [at], to=_INT64),
+        make("Constant", [], [ones], value=value),
+        # There is an entry 0, and none with the number 1.
+        make("Gather", [ones, at], [gate], name="division by zero"),
+    ]
+
+
+def _divided(node: Any, one: str, mask: str, divisor: str, names: _Names) -> Iterator[Any]:
+    """Yield a division by 1 in the place of -1, which ``mask`` says, and its other sign."""
+    import onnx
+
+    make = onnx.helper.make_node
+    a, b = node.input
+    twice, sign, quotient = (names.new() for _ in range(3))
     yield make("Add", [mask, mask], [twice])
     yield make("Sub", [one, twice], [sign])
     yield make("Mul", [b, sign], [divisor])
+    if node.op_type == "Mod":  # by -1 it is 0, as by 1
+        yield make("Mod", [a, divisor], list(node.output), name=node.name)
+        return
     yield make("Div", [a, divisor], [quotient], name=node.name)
     yield make("Mul", [quotient, sign], list(node.output))
 
 
-def _may_be_minus_one(tensor: Any) -> bool:
+def _is_division(node: Any) -> bool:
+    """Whether it is one that may be of integers; with other inputs, the runtime refuses it."""
+    if node.op_type not in ("Div", "Mod") or len(node.input) != 2:
+        return False
+    # As C's fmod, of floats.
+    return not any(one.name == "fmod" and one.i for one in node.attribute)
+
+
+def _may_trap(tensor: Any) -> bool:
+    """Whether a divisor, if it is known, may be 0 or -1."""
     if tensor is None:
         return True
     import onnx
 
     try:
-        return bool((onnx.numpy_helper.to_array(tensor) == -1).any())
+        values = onnx.numpy_helper.to_array(tensor)
+        return bool(((values == -1) | (values == 0)).any())
     except Exception:  # its values are elsewhere, or do not fit: the runtime says so
         return True
 
