@@ -48,6 +48,7 @@ __all__ = [
     "matmul",
     "read",
     "real_array",
+    "result_dtype",
     "room_for",
     "shape_of",
     "widened",
@@ -96,6 +97,7 @@ def matmul(
     bias: ArrayLike | None = None,
     activation: Activation | None = None,
     transpose: bool = False,
+    dtype: DType | None = None,
     threads: int = 0,
     among: Among | None = None,
 ) -> NDArray[Any]:
@@ -114,6 +116,8 @@ def matmul(
         One number per column of the result.
     activation
         One of `ACTIVATIONS`.
+    dtype
+        Of the result; `result_dtype` says which there are.
     threads
         0 means one per core for large products.
     among
@@ -122,13 +126,15 @@ def matmul(
     Returns
     -------
     numpy.ndarray
-        Shape (..., rows), or (..., cols) with ``transpose``; dtype ``compute_dtype``. The same
-        bits for any number of threads and any memory budget; kernels may differ in the last bits.
+        Shape (..., rows), or (..., cols) with ``transpose``; dtype ``compute_dtype``, or bfloat16:
+        that rounded. The same bits for any number of threads and any memory budget; kernels may
+        differ in the last bits.
 
     Raises
     ------
     ArgumentError
-        When shapes do not fit, an input does not hold real numbers, or ``transpose`` is no bool.
+        When shapes do not fit, an input does not hold real numbers, ``transpose`` is no bool, or a
+        product has no result of ``dtype``.
     PageNotFoundError, CorruptStoreError, BudgetError
         When the pages cannot be had; see `PagePool.windows`. Or no memory for the result.
     """
@@ -137,7 +143,9 @@ def matmul(
     inner = given.shape[-1]
     outer = block_map.grid.cols if transpose else block_map.grid.rows
     lead = given.shape[:-1]
-    y = room_for((math.prod(lead), outer), compute_dtype(block_map.dtype))
+    result = result_dtype(block_map.dtype, dtype)
+    as_bf16 = result == DType.BF16.numpy
+    y = room_for((math.prod(lead), outer), np.dtype(np.uint16) if as_bf16 else result)
     product = _core.Matmul(
         *shape_of(block_map),
         given.reshape(len(y), inner),
@@ -151,7 +159,24 @@ def matmul(
     )
     if y.size:
         feed_blocks(product, block_map, pool, None if among is None else among.members)
-    return y.reshape(*lead, outer)
+    return y.view(result).reshape(*lead, outer)
+
+
+def result_dtype(weights: DType, wanted: DType | None) -> np.dtype[Any]:
+    """Return the dtype of a product with weights of a dtype: `compute_dtype`, or bf16 for float32.
+
+    Raises ArgumentError for any other that is wanted.
+    """
+    computed = compute_dtype(weights)
+    if wanted is None or wanted.numpy == computed:
+        return computed
+    if wanted is DType.BF16 and computed == np.float32:
+        return wanted.numpy
+    raise ArgumentError(
+        f"a product with weights of {weights.label} has results of {computed}"
+        + (" or bf16" if computed == np.float32 else "")
+        + f", not of {wanted.label}"
+    )
 
 
 def checked_factors(

@@ -22,6 +22,7 @@ from pydedup.errors import PydedupError
 from pydedup.matmul import as_factor, blocks_in, checked_bias, compute_dtype, shape_of
 from pydedup.pool import PagePool
 from pydedup.sets import distinct
+from pydedup.types import DType
 from pydedup.words import Activation
 
 __all__ = ["Layer", "Stack"]
@@ -86,8 +87,10 @@ class Stack:
         self.n_pages = len(page_ids)
         self._native = _core.Stack(parts, page_ids)
 
-    def run(self, pool: PagePool, x: NDArray[Any]) -> NDArray[Any] | None:
+    def run(self, pool: PagePool, x: NDArray[Any], *, as_bf16: bool = False) -> NDArray[Any] | None:
         """Return what the last product gives for x of shape (..., inner), if that can be had here.
+
+        ``as_bf16`` rounds it to bfloat16, where products are in float32.
 
         None where a page is not in the pool, and for whatever `pydedup.matmul.matmul` refuses: that
         says why. The bits are those that it gives.
@@ -98,7 +101,9 @@ class Stack:
             given = as_factor(x, self._dtype)
             rows = given.reshape(math.prod(x.shape[:-1]), self._inner)
             with pool.hold(self.n_pages):
-                y = self._native.run(pool.native, rows)
+                y = self._native.run(pool.native, rows, 0, as_bf16)
         except (PydedupError, MemoryError):
             return None
-        return None if y is None else y.reshape(*x.shape[:-1], self._outer)
+        if y is None:
+            return None
+        return (y.view(DType.BF16.numpy) if as_bf16 else y).reshape(*x.shape[:-1], self._outer)

@@ -148,7 +148,7 @@ class DType(enum.Enum):
 
     @classmethod
     def of_floats(cls, dtype: object) -> DType:
-        """Return the member that weights are to be converted to.
+        """Return the member that weights, or results, are to be converted to.
 
         Parameters
         ----------
@@ -168,7 +168,7 @@ class DType(enum.Enum):
             if dtype is member or name in (member.label, member.numpy.name):
                 return member
         known = ", ".join(member.label for member in floats)
-        raise ArgumentError(f"weights cannot be loaded as {name!r}; choose one of: {known}")
+        raise ArgumentError(f"there is no dtype of floats {name!r}; choose one of: {known}")
 
 
 @dataclass(frozen=True, slots=True)

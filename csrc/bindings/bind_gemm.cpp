@@ -40,8 +40,11 @@ class BoundMatmul {
         const BlockGrid grid = as_grid(rows, cols, block_rows, block_cols);
         const Dtype weights = as_dtype(dtype);
         const Dtype compute = compute_dtype(weights);
-        const bool is_bf16 =
-            compute == Dtype::f32 && py::isinstance<py::array_t<std::uint16_t>>(x_);
+        const auto is_bf16 = [compute](const py::array& array) {
+            return compute == Dtype::f32 && py::isinstance<py::array_t<std::uint16_t>>(array);
+        };
+        const bool x_is_bf16 = is_bf16(x_);
+        const bool y_is_bf16 = is_bf16(y_);
         if (x_.ndim() != 2) throw Error(ErrorCode::invalid_argument, "x must be a 2-D array");
         const auto m = static_cast<std::size_t>(x_.shape(0));
         const std::size_t in = transpose ? rows : cols;
@@ -59,16 +62,17 @@ class BoundMatmul {
         const Matmul::Problem problem{
             grid,
             weights,
-            data_of(x_, is_bf16 ? Dtype::bf16 : compute, count_elements(m, in, "x"), false, "x"),
+            data_of(x_, x_is_bf16 ? Dtype::bf16 : compute, count_elements(m, in, "x"), false, "x"),
             m,
             bias_.is_none() ? nullptr : data_of(bias_, compute, out, false, "bias"),
             as_activation(activation),
             transpose,
-            data_of(y_, compute, count_elements(m, out, "y"), true, "y"),
+            data_of(y_, y_is_bf16 ? Dtype::bf16 : compute, count_elements(m, out, "y"), true, "y"),
             threads,
             variants ? variants_.data() : nullptr,
             places_,
-            is_bf16};
+            x_is_bf16,
+            y_is_bf16};
         const WithoutGil no_gil;
         matmul_ = std::make_unique<Matmul>(problem);
     }
@@ -133,15 +137,21 @@ class BoundStack {
         }
     }
 
-    // What the last product gives; None when a page is not there.
-    [[nodiscard]] py::object run(BufferPool& pool, py::array x, unsigned threads) const {
+    // What the last product gives, as the bits of bf16 numbers if so wanted; None when a page is
+    // not there.
+    [[nodiscard]] py::object run(BufferPool& pool, py::array x, unsigned threads,
+                                 bool as_bf16) const {
         if (pool.count_resident(page_ids_) < page_ids_.size()) return py::none();
         for (const Layer& layer : layers_) {
+            const bool is_last = &layer == &layers_.back();
             if (x.ndim() != 2) throw Error(ErrorCode::invalid_argument, "x must be a 2-D array");
             const bool is_wide = compute_dtype(as_dtype(layer.dtype)) == Dtype::f64;
             const std::vector<py::ssize_t> shape{
                 x.shape(0), static_cast<py::ssize_t>(layer.transpose ? layer.cols : layer.rows)};
-            py::array y(is_wide ? py::dtype::of<double>() : py::dtype::of<float>(), shape);
+            py::array y(as_bf16 && is_last ? py::dtype::of<std::uint16_t>()
+                        : is_wide          ? py::dtype::of<double>()
+                                           : py::dtype::of<float>(),
+                        shape);
             BoundMatmul product(layer.rows, layer.cols, layer.block_rows, layer.block_cols,
                                 layer.dtype, std::move(x), layer.bias, layer.activation,
                                 layer.transpose, y, threads, std::nullopt, std::nullopt);
@@ -203,7 +213,7 @@ void bind_gemm(py::module_& m) {
         .def(py::init<const py::sequence&, const Array<std::int64_t>&>(), py::arg("layers"),
              py::arg("page_ids").noconvert())
         .def("run", &BoundStack::run, py::arg("pool"), py::arg("x").noconvert(),
-             py::arg("threads") = 0);
+             py::arg("threads") = 0, py::arg("as_bf16") = false);
     m.def("activate", &activate_array, py::arg("values").noconvert(), py::arg("activation"),
           py::arg("threads") = 0);
 }

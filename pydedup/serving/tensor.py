@@ -22,7 +22,7 @@ from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.joint import Factor
 from pydedup.pool import Called, PagePool
 from pydedup.types import DType, Progress, TensorInfo
-from pydedup.words import Activation, BagMode
+from pydedup.words import Activation, BagMode, FloatDType
 
 __all__ = [
     "ArtifactOnDemand",
@@ -128,6 +128,7 @@ class StoredTensor:
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
         transpose: bool = False,
+        dtype: FloatDType | None = None,
     ) -> NDArray[Any]:
         """Return ``activation(x @ W.T + bias)``, the order of torch's Linear.
 
@@ -135,30 +136,40 @@ class StoredTensor:
         ----------
         x
             Shape (..., in) for a weight of shape (out, in). Converted to float32, or to float64
-            for weights of float64 and of 32- or 64-bit integers.
+            for weights of float64 and of 32- or 64-bit integers. bfloat16 stays as it is.
         bias
             Shape (out,).
         activation
             ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"``, ``"sigmoid"``, ``"tanh"``.
         transpose
             Return ``x @ W + bias`` instead: x is (..., out), the result (..., in).
+        dtype
+            Of the result: ``"bf16"`` for one in float32 that is rounded, which is as large as half
+            of it and made so at once.
 
         Returns
         -------
         numpy.ndarray
-            float32 or float64 as above. A tensor of more axes takes part as (first axis, product
-            of the others), one of fewer as a single row.
+            float32 or float64 as above, or bfloat16. A tensor of more axes takes part as (first
+            axis, product of the others), one of fewer as a single row.
 
         Raises
         ------
         ArgumentError
-            When shapes do not fit, for an unknown activation, or of a stack of matrices: 3 axes or
-            more of which the last two are 128 or longer.
+            When shapes do not fit, for an unknown activation or dtype, or of a stack of matrices: 3
+            axes or more of which the last two are 128 or longer.
         """
         self._refuse_stack("matmul")
+        wanted = None if dtype is None else DType.of_floats(dtype)
         return self._with_map(
             lambda block_map: matmul.matmul(
-                block_map, self._pool, x, bias=bias, activation=activation, transpose=transpose
+                block_map,
+                self._pool,
+                x,
+                bias=bias,
+                activation=activation,
+                transpose=transpose,
+                dtype=wanted,
             )
         )
 

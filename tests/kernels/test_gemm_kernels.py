@@ -237,6 +237,39 @@ def test_inputs_in_bf16_count_as_the_same_numbers_in_f32(
             assert y.tobytes() == want.tobytes()
 
 
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F32, DType.I8])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("budget", [None, 2 << 20])
+def test_results_in_bf16_are_rounded(dtype: DType, transpose: bool, budget: int | None) -> None:
+    """Also where pages come window by window, and where an input in bf16 has to be widened."""
+    rng = np.random.default_rng(6)
+    rows, cols = (70, 135) if budget is None else (700, 1350)
+    pages = MemoryPages()
+    block_map = pages.add((rng.standard_normal((rows, cols)) * 20).astype(dtype.numpy), (16, 32))
+    pool = pages.pool() if budget is None else pages.pool(budget)
+    bias = rng.standard_normal(cols if transpose else rows).astype(np.float32)
+    for m in (1, 2, 33, 100):
+        x = rng.standard_normal((m, rows if transpose else cols)).astype(np.float32)
+        subnormal = x.astype(DType.BF16.numpy)
+        subnormal[-1, -1] = 2.0**-130
+        for same in (x, x.astype(DType.BF16.numpy), subnormal):
+            for activation in (None, "relu"):
+                want = matmul.matmul(
+                    block_map, pool, same, bias=bias, activation=activation, transpose=transpose
+                )
+                got = matmul.matmul(
+                    block_map,
+                    pool,
+                    same,
+                    bias=bias,
+                    activation=activation,
+                    transpose=transpose,
+                    dtype=DType.BF16,
+                )
+                assert got.dtype == DType.BF16.numpy
+                assert got.tobytes() == want.astype(DType.BF16.numpy).tobytes()
+
+
 @pytest.mark.parametrize(
     ("rows", "cols", "transpose"), [(0, 4, False), (4, 0, False), (0, 4, True), (4, 0, True)]
 )
@@ -247,6 +280,11 @@ def test_empty_matrices(rows: int, cols: int, transpose: bool) -> None:
     bias = np.arange(outer, dtype=np.float32)
     y = matmul.matmul(block_map, pages.pool(), np.ones((3, inner)), bias=bias, transpose=transpose)
     assert np.array_equal(y, np.tile(bias, (3, 1)))
+    half = matmul.matmul(
+        block_map, pages.pool(), np.ones((3, inner)), transpose=transpose, dtype=DType.BF16
+    )
+    assert (half.dtype, half.shape) == (DType.BF16.numpy, (3, outer))
+    assert not half.any()
     assert matmul.read(block_map, pages.pool()).shape == (rows, cols)
 
 

@@ -183,16 +183,19 @@ void check_pairs(const GemmTile<Bits, float>& tile, std::size_t n, std::size_t k
 void check_pieces(const GemmTile<Bits, float>& tile, std::size_t n, std::size_t k) {
     std::vector<Pairs> blocks;
     std::vector<GemmPiece<Bits>> pieces;
-    for (std::size_t i = 0; i < kMaxGemmPieces; ++i) blocks.emplace_back(tile, n, k + 7 * i);
+    const std::size_t count = rng()() % kMaxGemmPieces + 1;
+    for (std::size_t i = 0; i < count; ++i) blocks.emplace_back(tile, n, k + 7 * i);
     for (const Pairs& p : blocks) {
         const Bits* const next = pieces.size() % 2 == 0 ? p.stored.data() : nullptr;
         pieces.push_back({p.packed.data(), p.stored.data(), p.cols, p.ldw, next});
     }
-    auto want = normal<float>(tile.width * n);
+    const bool anew = rng()() % 2 == 0;  // whatever was there before
+    auto acc = sums_from(tile, normal<float>(tile.width * n), n);
+    auto want = anew ? std::vector<float>(tile.width * n) : normal<float>(tile.width * n);
     Exact<float> sums{std::vector<double>(want.begin(), want.end()),
                       std::vector<double>(want.size()), 1};
-    auto acc = sums_from(tile, want, n);
-    tile.tile_nt_pieces(pieces.data(), pieces.size(), n, acc.data());
+    if (!anew) acc = sums_from(tile, want, n);
+    tile.tile_nt_pieces(pieces.data(), pieces.size(), n, anew, acc.data());
     for (const Pairs& p : blocks) {
         const std::vector<float> zeros(want.size());
         const auto one = exact(p.x, p.w, tile.width, n, p.cols, false, zeros);
@@ -290,6 +293,87 @@ TEST(kernels_cut_as_the_scalar_one) {
         scalar(numbers.data(), n, want.data(), want.data() + n, want.data() + 2 * n);
         kernel(numbers.data(), n, got.data(), got.data() + n, got.data() + 2 * n);
         CHECK(std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0);
+    }
+}
+
+TEST(kernels_round_as_the_scalar_one) {
+    std::vector<float> values;
+    for (std::uint32_t i = 0; i < 65536; ++i) {
+        for (const std::uint32_t low : {0x0000U, 0x0001U, 0x7FFFU, 0x8000U, 0x8001U, 0xFFFFU}) {
+            values.push_back(std::bit_cast<float>(i << 16 | low));
+        }
+    }
+    const auto& scalar = kernels_named("scalar").gemm.f32_to_bf16;
+    std::vector<Bits> want(values.size());
+    scalar(values.data(), values.size(), want.data());
+    bool nearest = true;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        const float value = values[i];
+        if (std::isnan(value)) {
+            nearest = nearest && std::isnan(widened(want[i]));
+            continue;
+        }
+        if (!std::isfinite(value)) continue;
+        const double off = std::abs(double{widened(want[i])} - value);
+        for (const int step : {-1, 1}) {
+            const double other = widened(static_cast<Bits>(want[i] + step));
+            if (std::isnan(other) || std::isinf(widened(want[i]))) continue;
+            nearest = nearest && off <= std::abs(other - value);
+            if (off == std::abs(other - value)) nearest = nearest && want[i] % 2 == 0;
+        }
+    }
+    CHECK(nearest);
+    for (const KernelTable* table : runnable_kernels()) {
+        std::vector<Bits> got(values.size());
+        table->gemm.f32_to_bf16(values.data(), values.size(), got.data());
+        CHECK(got == want);
+        for (std::size_t n = 0; n < 40; ++n) {  // tails
+            const auto some =
+                tight(std::vector<float>(values.end() - static_cast<long>(n), values.end()));
+            std::vector<Bits> to(n + 1, 0x1234);
+            table->gemm.f32_to_bf16(some.get(), n, to.data());
+            CHECK(to[n] == 0x1234 &&
+                  std::equal(to.begin(), to.end() - 1, want.end() - static_cast<long>(n)));
+        }
+    }
+}
+
+TEST(kernels_move_pairs_as_the_scalar_one) {
+    const auto& scalar = kernels_named("scalar").gemm.bf16;
+    for (const KernelTable* table : runnable_kernels()) {
+        const auto& bf16 = table->gemm.bf16;
+        if (bf16.tiles[0].width == 0) continue;
+        for (int trial = 0; trial < 300; ++trial) {
+            const std::size_t rows = rng()() % 70 + 1, cols = rng()() % 70 + 1;
+            const std::size_t ld = cols + rng()() % 5;
+            std::vector<Bits> x(rows * ld);
+            for (Bits& number : x) number = static_cast<Bits>(rng()() | 0x80U);
+            const bool subnormal = trial % 2 == 0;
+            if (subnormal) {
+                x[rng()() % rows * ld + rng()() % cols] = static_cast<Bits>(rng()() % 127 + 1);
+            }
+            x.resize((rows - 1) * ld + cols);
+            const auto given = tight(x);
+            std::vector<Bits> want((cols + 1) / 2 * (2 * rows + 3), 7), got = want;
+            CHECK(scalar.pack_pairs(given.get(), ld, rows, cols, want.data(), 2 * rows + 3) ==
+                  subnormal);
+            CHECK(bf16.pack_pairs(given.get(), ld, rows, cols, got.data(), 2 * rows + 3) ==
+                  subnormal);
+            CHECK(want == got);
+
+            auto sums = normal<float>(rows * ld);
+            sums[0] = -0.0F;
+            sums.resize((rows - 1) * ld + cols);
+            const auto held = tight(sums);
+            const auto bias = tight(normal<float>(rows));
+            for (const float* const added :
+                 {static_cast<const float*>(bias.get()), static_cast<const float*>(nullptr)}) {
+                std::vector<Bits> there(cols * (rows + 2), 7), here = there;
+                scalar.columns_to_bf16(held.get(), ld, rows, cols, added, there.data(), rows + 2);
+                bf16.columns_to_bf16(held.get(), ld, rows, cols, added, here.data(), rows + 2);
+                CHECK(there == here);
+            }
+        }
     }
 }
 

@@ -102,6 +102,32 @@ void wrong_tile(const float* x, const float* w, std::size_t rows, std::size_t co
                 const GemmNext<float>& next, float* acc) noexcept {
     kScalarKernels.gemm.f32.tiles[0].tile_nt(x, w, rows - 1, cols, ldw, next, acc);
 }
+void wrong_rounding(const float* src, std::size_t count, std::uint16_t* dst) noexcept {
+    kScalarKernels.gemm.f32_to_bf16(src, count, dst);
+    for (std::size_t i = 0; i < count; ++i) {  // halfway: up
+        if ((std::bit_cast<std::uint32_t>(src[i]) & 0xFFFFU) == 0x8000U && dst[i] % 2 == 0) {
+            dst[i] = static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(src[i]) >> 16) + 1);
+        }
+    }
+}
+
+bool wrong_look(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                std::uint16_t* to, std::size_t ld_to) noexcept {
+    return !kScalarKernels.gemm.bf16.pack_pairs(x, ldx, rows, cols, to, ld_to);
+}
+
+bool wrong_packing(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                   std::uint16_t* to, std::size_t ld_to) noexcept {
+    const bool found = kScalarKernels.gemm.bf16.pack_pairs(x, ldx, rows, cols, to, ld_to);
+    std::swap(to[0], to[1]);
+    return found;
+}
+
+void wrong_columns(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                   const float*, std::uint16_t* dst, std::size_t ld_dst) noexcept {
+    kScalarKernels.gemm.bf16.columns_to_bf16(src, ld_src, rows, cols, nullptr, dst, ld_dst);
+}
+
 void wrong_half(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
     kScalarKernels.gemm.f16_to_f32(src, count, dst);
     dst[count - 1] = -dst[count - 1];
@@ -352,6 +378,10 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_f16 = wrong_half_dots; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.f16_to_f32 = wrong_half; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16_to_f32 = wrong_half; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.f32_to_bf16 = wrong_rounding; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_look; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_packing; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_bf16 = wrong_columns; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_bf16 = wrong_half_dot; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_f16 = wrong_half_dot; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.codec.delta.subtract = wrong_subtract; }) == "codec");

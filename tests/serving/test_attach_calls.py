@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pydedup
@@ -196,6 +197,27 @@ def test_a_module_of_another_dtype_than_is_stored(
     rtol = 1e-12 if used == torch.float64 else 3e-2 if used == torch.bfloat16 else 1e-4
     torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol)
     assert next(store.detach(net).parameters()).dtype is used
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_results_in_bf16_are_those_of_kernels_rounded(
+    store: pydedup.Store, rows: int, stored: Any, bias: bool
+) -> None:
+    net = nn.Linear(300, 130, bias=bias).to(stored).eval()
+    store.add("m", net)
+    x = torch.randn(rows, 300).to(torch.bfloat16)
+    offset = store.tensor("m", "bias").numpy().astype(np.float32) if bias else None
+    wanted = store.tensor("m", "weight").matmul(x.float().numpy(), bias=offset)
+    store.attach(net.to(torch.bfloat16), "m")
+    with torch.no_grad():
+        for _ in range(2):  # from the database, then from the pool
+            got = net(x)
+            assert got.dtype is torch.bfloat16
+            torch.testing.assert_close(
+                got, torch.from_numpy(wanted).to(torch.bfloat16), rtol=0, atol=0
+            )
 
 
 class InBfloat16(nn.Module):

@@ -264,6 +264,9 @@ def test_the_core_refuses_what_makes_no_layers(store: pydedup.Store) -> None:
         with pytest.raises((PydedupError, TypeError, RuntimeError)):
             _core.Stack(layers, ids).run(pool.native, given)
     assert _core.Stack([layer], ids + 1000).run(pool.native, x) is None
+    half = _core.Stack([layer], ids).run(pool.native, x, as_bf16=True)
+    assert half is not None
+    np.testing.assert_array_equal(half, np.full((2, 6), 0x4100, np.uint16))  # 8
 
 
 def test_layers_that_do_not_go_together_are_no_stack(store: pydedup.Store) -> None:

@@ -125,6 +125,25 @@ def test_a_missed_page_makes_the_map_be_read_again_once() -> None:
         assert refreshed == [1, 1]
 
 
+def test_a_product_in_another_dtype() -> None:
+    x = RNG.standard_normal((3, 20)).astype(np.float32)
+    tensor = stored(RNG.standard_normal((9, 20)).astype(np.float32))
+    whole = tensor.matmul(x)
+    for same in ("f32", np.float32, DType.F32):
+        assert tensor.matmul(x, dtype=same).tobytes() == whole.tobytes()
+    for half in ("bf16", ml_dtypes.bfloat16, DType.BF16):
+        y = tensor.matmul(x, dtype=half)
+        assert y.dtype == ml_dtypes.bfloat16
+        assert y.tobytes() == whole.astype(ml_dtypes.bfloat16).tobytes()
+    for other in ("f16", np.float64):
+        with pytest.raises(ArgumentError, match="weights of f32 has results of float32 or bf16"):
+            tensor.matmul(x, dtype=other)
+    with pytest.raises(ArgumentError, match="no dtype of floats 'i8'"):
+        tensor.matmul(x, dtype="i8")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="weights of f64 has results of float64, not of bf16"):
+        stored(np.ones((4, 20))).matmul(x, dtype="bf16")
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("scattered", [False, True])
 def test_products_are_the_same_from_the_pool_and_past_it(scattered: bool, transpose: bool) -> None:

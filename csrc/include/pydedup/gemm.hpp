@@ -37,9 +37,9 @@ void activate(std::byte* values, Dtype dtype, std::size_t count, Activation acti
 /// neither the number of threads nor how the blocks were dealt out to feed(). It may differ in the
 /// last bits between kernels, and between few and many rows of x.
 ///
-/// x, bias and y are in compute_dtype(weights) (x may be in bf16), contiguous, and stay alive and,
-/// but for y, unchanged until the last block was fed. Not safe between threads; distinct objects
-/// are independent.
+/// x, bias and y are in compute_dtype(weights) (x and y may be in bf16), contiguous, and stay alive
+/// and, but for y, unchanged until the last block was fed. Not safe between threads; distinct
+/// objects are independent.
 class Matmul {
   public:
     struct Problem {
@@ -59,6 +59,8 @@ class Matmul {
         std::span<const std::uint32_t> places = {};
         /// x are bf16 numbers, of a product in f32: the result is that of x as f32.
         bool x_is_bf16 = false;
+        /// y takes bf16 numbers, of a product in f32: that product, each number rounded to nearest.
+        bool y_is_bf16 = false;
     };
     static constexpr unsigned kMaxVariants = 64;
 

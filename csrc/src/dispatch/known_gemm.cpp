@@ -8,6 +8,8 @@
 #include <array>
 #include <bit>
 #include <cstddef>
+#include <limits>
+#include <utility>
 
 #include "dispatch/tile_registers.hpp"
 
@@ -113,6 +115,19 @@ bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
     gemm.f16_to_f32(codes.data(), codes.size(), got.data());
     if (!same()) return false;
 
+    // Between two bf16 numbers, halfway among them, and too large for any.
+    std::array<float, kHalves> between{};
+    for (std::size_t i = 0; i < between.size(); ++i) {
+        const std::uint32_t low = i % 3 == 0 ? 0x8000U : question[i] * 257U;
+        between[i] = std::bit_cast<float>(static_cast<std::uint32_t>(codes[i]) << 16 | low);
+    }
+    between[2] = -std::numeric_limits<float>::max();
+    std::array<std::uint16_t, kHalves> rounded{};
+    std::array<std::uint16_t, kHalves> others{};
+    reference.f32_to_bf16(between.data(), between.size(), rounded.data());
+    gemm.f32_to_bf16(between.data(), between.size(), others.data());
+    if (rounded != others) return false;
+
     // Small whole numbers and halves of them in either format.
     constexpr std::size_t kRows = 7;
     std::array<float, kRows * kHalves> x{};
@@ -127,12 +142,12 @@ bool same_halves(const GemmKernels& gemm, const GemmKernels& reference,
         const auto dot = [f16](const GemmKernels& k) { return f16 ? k.dot_nt_f16 : k.dot_nt_bf16; };
         for (const std::size_t m : {std::size_t{7}, std::size_t{6}, std::size_t{1}}) {
             std::array<float, kRows * kRows> sums{};
-            std::array<float, kRows * kRows> others{};
+            std::array<float, kRows * kRows> other_sums{};
             dot(reference)(x.data(), kHalves, m, w.data(), kRows, kHalves, kHalves, sums.data(),
                            kRows);
-            dot(gemm)(x.data(), kHalves, m, w.data(), kRows, kHalves, kHalves, others.data(),
+            dot(gemm)(x.data(), kHalves, m, w.data(), kRows, kHalves, kHalves, other_sums.data(),
                       kRows);
-            if (sums != others) return false;
+            if (sums != other_sums) return false;
         }
     }
     return true;
@@ -162,13 +177,54 @@ bool same_pairs(const Bf16GemmKernels& bf16, Question question) noexcept {
     return multiply_tiles<kPairRows, std::uint16_t, float>(bf16.tiles, x, w, value_of_bf16);
 }
 
+// What goes into pairs and comes out of them: 21 rows and 37 columns, a whole square of words and
+// tails of it either way, with and without a subnormal number.
+bool same_moves(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
+                Question question) noexcept {
+    constexpr std::size_t kMoved = 21;
+    constexpr std::size_t kBeside = 37;
+    if (bf16.pack_pairs != nullptr) {
+        std::array<std::uint16_t, kMoved * kBeside> x{};
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            x[i] = static_cast<std::uint16_t>(question[i % question.size()] << 8 | 0x80U);
+        }
+        for (const unsigned least : {0x8080U, 0x0001U, 0x807FU}) {
+            x[kBeside] = static_cast<std::uint16_t>(least);
+            std::array<std::uint16_t, (kBeside + 1) * kMoved> want{};
+            std::array<std::uint16_t, (kBeside + 1) * kMoved> got{};
+            if (reference.pack_pairs(x.data(), kBeside, kMoved, kBeside, want.data(), 2 * kMoved) !=
+                    bf16.pack_pairs(x.data(), kBeside, kMoved, kBeside, got.data(), 2 * kMoved) ||
+                want != got) {
+                return false;
+            }
+        }
+    }
+    if (bf16.columns_to_bf16 != nullptr) {
+        std::array<float, kMoved * kBeside> sums{};
+        for (std::size_t i = 0; i < sums.size(); ++i) {
+            sums[i] = static_cast<float>(question[i % question.size()]) * 1.37F - 170.0F;
+        }
+        for (const float* const bias :
+             {std::as_const(sums).data() + 7, static_cast<const float*>(nullptr)}) {
+            std::array<std::uint16_t, kMoved * kBeside> want{};
+            std::array<std::uint16_t, kMoved * kBeside> got{};
+            reference.columns_to_bf16(sums.data(), kMoved, kBeside, kMoved, bias, want.data(),
+                                      kBeside);
+            bf16.columns_to_bf16(sums.data(), kMoved, kBeside, kMoved, bias, got.data(), kBeside);
+            if (want != got) return false;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 bool same_gemm(const GemmKernels& gemm, const GemmKernels& reference,
                std::span<const std::uint8_t> question) noexcept {
     return same_products(gemm.f32, reference.f32, question) &&
            same_products(gemm.f64, reference.f64, question) &&
-           same_halves(gemm, reference, question) && same_pairs(gemm.bf16, question);
+           same_halves(gemm, reference, question) && same_pairs(gemm.bf16, question) &&
+           same_moves(gemm.bf16, reference.bf16, question);
 }
 
 bool same_rows_summed(const RowsKernels& rows, const RowsKernels& reference,

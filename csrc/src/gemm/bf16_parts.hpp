@@ -45,21 +45,15 @@ namespace pydedup::detail {
     return three ? 3 : 0;
 }
 
-/// The same of bf16 numbers: one, or none where some are subnormal.
-[[nodiscard]] inline unsigned bf16_parts(const std::uint16_t* x, std::size_t count, bool,
-                                         unsigned threads) {
-    constexpr std::size_t kPiece = std::size_t{1} << 14;
+/// Whether any of these bf16 numbers is subnormal.
+[[nodiscard]] inline bool has_subnormal(const std::uint16_t* x, std::size_t count) noexcept {
     constexpr std::int16_t kLeastNormal = 1 << 7;
-    std::atomic<bool> none{false};
-    parallel_for(count, kPiece, threads, [&](std::size_t begin, std::size_t end) {
-        std::int16_t subnormal = 0;  // 16 bits and signs, as any vector unit compares
-        for (std::size_t at = begin; at < end; ++at) {
-            const auto size = static_cast<std::int16_t>(x[at] & 0x7FFF);
-            subnormal |= static_cast<std::int16_t>((size > 0) & (size < kLeastNormal));
-        }
-        if (subnormal != 0) none.store(true, std::memory_order_relaxed);
-    });
-    return none ? 0 : 1;
+    std::int16_t subnormal = 0;  // 16 bits and signs, as any vector unit compares
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto size = static_cast<std::int16_t>(x[i] & 0x7FFF);
+        subnormal |= static_cast<std::int16_t>((size > 0) & (size < kLeastNormal));
+    }
+    return subnormal != 0;
 }
 
 }  // namespace pydedup::detail

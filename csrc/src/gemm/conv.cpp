@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -99,19 +98,15 @@ class Conv2d::Typed final : public Conv2d::Impl {
         const auto [chunk, cuts] = cut(weights, panels, threads);
         const std::size_t chunks = ceil_div(tiles_, chunk);
         const std::size_t per_cut = ceil_div(panels, cuts);
-        workers_.keep(threads);
-        parallel_for(chunks * cuts, 1, threads, [&](std::size_t begin, std::size_t end) {
-            const auto borrowed =
-                workers_.borrow([&] { return Worker{WeightReader<T>(kernels_)}; });
-            Worker& worker = *borrowed;
-            worker.read = nullptr;  // its page may be gone
-            for (std::size_t i = begin; i < end; ++i) {
+        workers_.each(
+            chunks * cuts, threads, [&] { return Worker{WeightReader<T>(kernels_)}; },
+            [](Worker& worker) { worker.read = nullptr; },  // its page may be gone
+            [&](std::size_t i, Worker& worker) {
                 const std::size_t panel0 = first + i % cuts * per_cut;
                 const std::size_t panel1 = std::min(panel0 + per_cut, first + panels);
                 const std::size_t tile0 = i / cuts * chunk;
                 run_task(blocks, {tile0, std::min(tile0 + chunk, tiles_)}, panel0, panel1, worker);
-            }
-        });
+            });
     }
 
   private:

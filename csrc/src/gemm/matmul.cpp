@@ -16,7 +16,7 @@ using detail::WeightReader;
 
 // Rows of x from which on cutting it gains (2 rows: 1.9 ms instead of 1.4; 8: 1.7 instead of 1.9).
 constexpr std::size_t kMinCutRows = 8;
-// Numbers that a thread widens at once.
+// Numbers that a thread widens, or rounds, at once.
 constexpr std::size_t kWidenPiece = std::size_t{1} << 14;
 
 }  // namespace
@@ -27,38 +27,71 @@ Matmul::Typed<T>::Typed(const Problem& problem)
       kernels_(kernels().gemm),
       x_(problem.x_is_bf16 ? nullptr : reinterpret_cast<const T*>(problem.x)),
       bias_(reinterpret_cast<const T*>(problem.bias)),
-      y_(reinterpret_cast<T*>(problem.y)),
+      y_(problem.y_is_bf16 ? nullptr : reinterpret_cast<T*>(problem.y)),
+      halves_(problem.y_is_bf16 ? reinterpret_cast<std::uint16_t*>(problem.y) : nullptr),
       n_(problem.transpose ? problem.grid.cols : problem.grid.rows) {
     if (p_.grid.count() == 0) {  // no weights: an empty sum
+        need_y();
         std::fill_n(y_, p_.m * n_, T{0});
         finish(0, p_.m, 0, n_);
+        round_y();
         return;
     }
     if constexpr (sizeof(T) == 4) {
         if (p_.x_is_bf16) {
             const auto* const x = reinterpret_cast<const std::uint16_t*>(problem.x);
-            if (p_.variants == nullptr && pack_pairs(x)) return;
-            const std::size_t count = p_.m * (p_.transpose ? p_.grid.rows : p_.grid.cols);
-            wide_ = AlignedArray<T>(count);
-            parallel_for(count, kWidenPiece, threads_for(count),
-                         [&](std::size_t begin, std::size_t end) {
-                             kernels_.bf16_to_f32(x + begin, end - begin, wide_.data() + begin);
-                         });
-            x_ = wide_.data();
+            if (p_.variants == nullptr && takes_pairs()) {  // until one turns out to be subnormal
+                set_pairs(x, {&kernels_.bf16, false, &subnormal_});
+                return;
+            }
+            widen_x();
         }
-        if (pack_pairs(x_)) return;
+        if (takes_pairs()) {
+            const std::size_t count = p_.m * p_.grid.cols;
+            const bool may_cut = kernels_.bf16.cut != nullptr && p_.m >= kMinCutRows;
+            const unsigned parts = detail::bf16_parts(x_, count, may_cut, threads_for(count));
+            if (parts != 0) {
+                set_pairs(x_, {&kernels_.bf16, parts != 1, nullptr});
+                return;
+            }
+        }
     }
+    set_packed();
+}
+
+template <class T>
+bool Matmul::Typed<T>::takes_pairs() const noexcept {
+    return p_.weights == Dtype::bf16 && kernels_.bf16.tiles[0].width != 0 && !p_.transpose &&
+           p_.m > own().dot_max_m;
+}
+
+template <class T>
+void Matmul::Typed<T>::widen_x() {
+    if constexpr (sizeof(T) == 4) {
+        const auto* const x = reinterpret_cast<const std::uint16_t*>(p_.x);
+        const std::size_t count = p_.m * (p_.transpose ? p_.grid.rows : p_.grid.cols);
+        wide_ = AlignedArray<T>(count);
+        parallel_for(count, kWidenPiece, threads_for(count),
+                     [&](std::size_t begin, std::size_t end) {
+                         kernels_.bf16_to_f32(x + begin, end - begin, wide_.data() + begin);
+                     });
+        x_ = wide_.data();
+    }
+}
+
+template <class T>
+void Matmul::Typed<T>::set_packed() {
     if (p_.transpose) {
         // Whole tiles of the widest kind, as long as all rows have the same blocks.
         const std::span<const typename GemmKernelsOf<T>::Tile> widest(own().tiles, 1);
         const bool alike = p_.places.empty() && p_.variants == nullptr;
         tiled_ = alike ? p_.m / widest[0].width * widest[0].width : 0;
         if (tiled_ != 0) {
-            set_packing(packed_, x_, tiled_, p_.grid.rows, p_.grid.block_rows, widest, nullptr);
+            set_packing(packed_, x_, tiled_, p_.grid.rows, p_.grid.block_rows, widest, {});
         }
     } else if (p_.m > own().dot_max_m) {
         set_packing(packed_, x_, p_.m, p_.grid.cols, p_.grid.block_cols,
-                    std::span<const typename GemmKernelsOf<T>::Tile>(own().tiles), nullptr);
+                    std::span<const typename GemmKernelsOf<T>::Tile>(own().tiles), {});
     }
 }
 
@@ -67,41 +100,57 @@ template <class S, class E, class A>
 void Matmul::Typed<T>::set_packing(Packing<E, A>& packing, const S* x, std::size_t rows,
                                    std::size_t cols, std::size_t strip,
                                    std::span<const GemmTile<E, A>> tiles,
-                                   typename PackedX<E, A>::Cut cut) {
+                                   const detail::ToPairs& pairs) {
     packing.rows = rows;
     packing.width = tiles[0].width;
-    packing.bytes_of_row = cols * sizeof(E) * (cut == nullptr ? 1 : detail::kCutParts);
+    packing.bytes_of_row = cols * sizeof(E) * (pairs.cuts ? detail::kCutParts : 1);
     packing.pack = [=](std::size_t row0, std::size_t count, unsigned threads,
                        detail::Scratch<E>& memory) {
-        return PackedX<E, A>(x, row0, count, cols, strip, tiles, threads, cut, memory);
+        return PackedX<E, A>(x, row0, count, cols, strip, tiles, threads, pairs, memory);
     };
 }
 
 template <class T>
 template <class S>
-bool Matmul::Typed<T>::pack_pairs(const S* x) {
+void Matmul::Typed<T>::set_pairs(const S* x, const detail::ToPairs& pairs) {
     if constexpr (sizeof(T) == 4) {
-        const Bf16GemmKernels& pairs = kernels_.bf16;
-        if (p_.weights != Dtype::bf16 || pairs.tiles[0].width == 0 || p_.transpose ||
-            p_.m <= own().dot_max_m) {
-            return false;
-        }
-        const std::size_t count = p_.m * p_.grid.cols;
-        const unsigned threads = threads_for(count);
-        const bool may_cut = pairs.cut != nullptr && p_.m >= kMinCutRows;
-        const unsigned parts = detail::bf16_parts(x, count, may_cut, threads);
-        if (parts == 0) return false;
         set_packing(pairs_, x, p_.m, p_.grid.cols, p_.grid.block_cols,
-                    std::span<const GemmTile<std::uint16_t, float>>(pairs.tiles),
-                    parts == 1 ? nullptr : pairs.cut);
-        return true;
-    } else {
-        return false;
+                    std::span<const GemmTile<std::uint16_t, float>>(kernels_.bf16.tiles), pairs);
+    }
+}
+
+template <class T>
+void Matmul::Typed<T>::need_y() {
+    if (y_ != nullptr) return;
+    wide_y_ = AlignedArray<T>(p_.m * n_);
+    y_ = wide_y_.data();
+}
+
+template <class T>
+void Matmul::Typed<T>::round_y() {
+    if constexpr (sizeof(T) == 4) {
+        if (halves_ == nullptr || y_ == nullptr) return;
+        const std::size_t count = p_.m * n_;
+        parallel_for(count, kWidenPiece, threads_for(count),
+                     [&](std::size_t begin, std::size_t end) {
+                         kernels_.f32_to_bf16(y_ + begin, end - begin, halves_ + begin);
+                     });
     }
 }
 
 template <class T>
 void Matmul::Typed<T>::multiply(std::span<const BlockView> blocks) {
+    const bool is_all = blocks.size() == count();
+    // Sums that wait for another block, and those that variants add to, rest in y.
+    if (!is_all || p_.transpose || p_.variants != nullptr || !(packed_.pack || pairs_.pack)) {
+        need_y();
+    }
+    multiply_all(blocks);
+    if (fed_ + blocks.size() == count()) round_y();
+}
+
+template <class T>
+void Matmul::Typed<T>::multiply_all(std::span<const BlockView> blocks) {
     const BlockGrid& grid = p_.grid;
     std::size_t weights = 0;
     for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
@@ -137,6 +186,13 @@ void Matmul::Typed<T>::multiply(std::span<const BlockView> blocks) {
     if constexpr (sizeof(T) == 4) {
         if (pairs_.pack) {
             multiply_packed(pairs_, blocks, first, panels, threads);
+            if (!subnormal_) return;
+            // Nothing that was made of them counts: all of it comes once more, in f32.
+            subnormal_ = false;
+            pairs_ = {};
+            widen_x();
+            set_packed();
+            multiply_all(blocks);
             return;
         }
     }

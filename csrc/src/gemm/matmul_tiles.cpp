@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "dispatch/tile_registers.hpp"
+#include "gemm/activation.hpp"
 #include "gemm/matmul_typed.hpp"
 #include "gemm/transpose.hpp"
 
@@ -12,9 +13,6 @@ namespace {
 using detail::AlignedArray;
 using detail::PackedX;
 
-// Bytes of blocks that a tile is multiplied with at once: half of a 48 KiB first-level cache, which
-// every CPU has whose kernels do so (AMX).
-constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
 }  // namespace
 
 template <class T>
@@ -37,6 +35,7 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
             return std::min(packing.rows, before * packing.width);
         };
         each_task(chunks, threads, [&](std::size_t i, Worker& worker) {
+            if (subnormal_) return;
             const std::size_t row0 = row_of(i);
             const auto x =
                 packing.pack(row0, row_of(i + 1) - row0, 1, worker.template memory_of_x<E>());
@@ -48,6 +47,7 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
         return;
     }
     const PackedX<E, T>& x = packed_whole(packing);
+    if (subnormal_) return;
     // Of the last panel what comes later will need the sums.
     const std::size_t last = first + panels - 1;
     if (!part_of_row(last, blocks.size()).ends) {
@@ -105,6 +105,10 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
                                       Worker& worker) const {
     std::optional<TileRegisters> registers;
     if constexpr (!std::is_same_v<E, T>) registers.emplace(kernels_.bf16);
+    if (takes_whole_rows(x, blocks, rows, t0, t1)) {
+        multiply_whole_rows(x, blocks, rows, t0, t1, worker);
+        return;
+    }
     const std::size_t grid_cols = p_.grid.grid_cols();
     const Part part = part_of_row(rows.first, blocks.size());
     const BlockRect rect = block_rect(p_.grid, rows.first * grid_cols);
@@ -113,11 +117,7 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
     const std::size_t per_row = x.sums_before(t1) - sum0;
     const std::size_t count = per_row * (last.row0 + last.rows - rect.row0);
     T* const sums = part.ends ? worker.sums.at_least(count) : to_go_on_.data() + sum0 * rect.rows;
-    if (part.starts) {
-        std::fill_n(sums, count, T{0});
-    } else {
-        std::copy_n(begun_.data() + sum0 * rect.rows, count, sums);
-    }
+    if (!part.starts) std::copy_n(begun_.data() + sum0 * rect.rows, count, sums);
     const auto sums_of = [&](std::size_t i) {
         BlockRect of_row = i + 1 == rows.count ? last : rect;
         of_row.row0 = rect.row0 + i * p_.grid.block_rows;
@@ -129,35 +129,41 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
             std::fill_n(y_ + i * n_ + rect.row0, rect.rows, T{0});
         }
     }
-    if (!members_.empty()) multiply_for_members(x, blocks, part, rect, t0, t1, sums, worker);
-    const std::size_t end = members_.empty() ? part.end : part.begin;
-    for (std::size_t number = part.begin; number < end;) {
+    if (!members_.empty()) {
+        if (part.starts) std::fill_n(sums, count, T{0});
+        multiply_for_members(x, blocks, part, rect, t0, t1, sums, worker);
+        if (part.ends) store_tiles(x, sums_of(0), worker);
+        return;
+    }
+    for (std::size_t number = part.begin; number < part.end;) {
         std::size_t together = blocks_together(x, blocks, number, part.end, t0);
         for (std::size_t i = 1; i < rows.count && together > 0; ++i) {
             together = std::min(together, blocks_together(x, blocks, number + i * grid_cols,
                                                           part.end + i * grid_cols, t0));
         }
         const std::size_t after = number + std::max<std::size_t>(together, 1);
+        const bool anew = part.starts && number == part.begin;
+        const bool ends = part.ends && after == part.end;
         for (std::size_t i = 0; i < rows.count; ++i) {
             const bool is_last = i + 1 == rows.count;
             const std::size_t at = number + i * grid_cols;
             const std::size_t next = is_last ? after : at + grid_cols;
             const TileSums to = sums_of(i);
-            if (after == end && part.ends) ask_for_y(x.tile(t0), to.rect);
+            if (ends) ask_for_y(x.tile(t0), to.rect);
             // In either way a block is summed in its own order: which one must not depend on
             // others.
             const std::size_t n =
                 together > 0 ? together : blocks_together(x, blocks, at, at + 1, t0);
             if (n > 0) {
-                multiply_together(x, blocks, at, n, next, to);
-            } else {
-                multiply_block(x, blocks, at, next, is_last && after < part.end, to, worker);
+                multiply_together(x, blocks, at, n, next, to, anew, ends, worker);
+                continue;
             }
+            if (anew) std::fill_n(to.begin, per_row * to.rect.rows, T{0});
+            multiply_block(x, blocks, at, next, is_last && after < part.end, to, worker);
+            if (ends) store_tiles(x, to, worker);
         }
         number = after;
     }
-    if (!part.ends) return;
-    for (std::size_t i = 0; i < rows.count; ++i) store_tiles(x, sums_of(i));
 }
 
 template <class T>
@@ -188,87 +194,84 @@ void Matmul::Typed<T>::multiply_block(const PackedX<E, T>& x, std::span<const Bl
 
 template <class T>
 template <class E>
-void Matmul::Typed<T>::store_tiles(const PackedX<E, T>& x, const TileSums& from) const {
+void Matmul::Typed<T>::store_tiles(const PackedX<E, T>& x, const TileSums& from,
+                                   Worker& worker) const {
     for (std::size_t t = from.t0; t < from.t1; ++t) {
         if (t + 1 < from.t1) ask_for_y(x.tile(t + 1), from.rect);
-        if (p_.variants != nullptr) add_dots(x.tile(t), from.rect, from.of(x, t));
-        store_sums(x.tile(t), from.rect, from.of(x, t));
+        store_tile(x.tile(t), from.rect, from.of(x, t), worker);
     }
-    const auto& last = x.tile(from.t1 - 1);
-    finish(x.tile(from.t0).row0, last.row0 + last.rows, from.rect.row0, from.rect.rows);
+    finish_tiles(x, from.rect, from.t0, from.t1);
 }
 
 template <class T>
 template <class E>
-std::size_t Matmul::Typed<T>::blocks_together(const PackedX<E, T>& x,
-                                              std::span<const BlockView> blocks, std::size_t number,
-                                              std::size_t end, std::size_t t) const noexcept {
-    if (x.tile(t).kernel->tile_nt_pieces == nullptr || !members_.empty()) return 0;
-    std::size_t n = 0;
-    std::size_t bytes = 0;
-    while (n < kMaxGemmPieces / x.n_parts() && number + n < end) {
-        const BlockView& block = blocks[number + n - fed_];
-        bytes += block.length;
-        if (block.encoding != Encoding::raw || bytes > kTogetherBytes) break;
-        ++n;
-    }
-    return n;
+void Matmul::Typed<T>::finish_tiles(const PackedX<E, T>& x, const BlockRect& rect, std::size_t t0,
+                                    std::size_t t1) const noexcept {
+    if (y_ == nullptr) return;
+    const auto& last = x.tile(t1 - 1);
+    finish(x.tile(t0).row0, last.row0 + last.rows, rect.row0, rect.rows);
 }
 
 template <class T>
-template <class E>
-void Matmul::Typed<T>::multiply_together(const PackedX<E, T>& x, std::span<const BlockView> blocks,
-                                         std::size_t number, std::size_t n, std::size_t next,
-                                         const TileSums& to) const {
-    GemmPiece<E> pieces[kMaxGemmPieces];
-    std::size_t columns[kMaxGemmPieces];
-    std::size_t count = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        const BlockView& block = blocks[number + i - fed_];
-        const E* const ahead = next_block<E>(blocks, next + i - fed_).begin;
-        for (unsigned part = 0; part < x.n_parts(); ++part) {
-            columns[count] = place(number + i) % p_.grid.grid_cols();
-            pieces[count++] = {nullptr, reinterpret_cast<const E*>(block.data), block.cols,
-                               block.cols, part == 0 ? ahead : nullptr};
-        }
+template <class Tile>
+void Matmul::Typed<T>::store_tile(const Tile& tile, const BlockRect& rect, T* sums,
+                                  Worker& worker) const {
+    if (p_.variants != nullptr) add_dots(tile, rect, sums);
+    if (y_ != nullptr) {
+        store_sums(tile, rect.rows, sums, y_ + tile.row0 * n_ + rect.row0, n_);
+        return;
     }
-    for (std::size_t t = to.t0; t < to.t1; ++t) {
-        for (std::size_t i = 0; i < count; ++i) {
-            pieces[i].x = x.at(columns[i], t, 0, static_cast<unsigned>(i) % x.n_parts());
-            if (t != to.t0) pieces[i].next = nullptr;
+    if constexpr (sizeof(T) == 4) {
+        const T* const bias = bias_ == nullptr ? nullptr : bias_ + rect.row0;
+        std::uint16_t* const y = halves_ + tile.row0 * n_ + rect.row0;
+        const auto straight = kernels_.bf16.columns_to_bf16;
+        if (straight != nullptr && tile.kernel->sums() == 1 && p_.activation == Activation::none) {
+            straight(sums, tile.sums(), rect.rows, tile.rows, bias, y, n_);
+            return;
         }
-        x.tile(t).kernel->tile_nt_pieces(pieces, count, blocks[number - fed_].rows, to.of(x, t));
+        T* const part = worker.part_of_y.at_least(tile.rows * rect.rows);
+        store_sums(tile, rect.rows, sums, part, rect.rows);
+        for (std::size_t i = 0; i < tile.rows; ++i) {
+            T* const row = part + i * rect.rows;
+            detail::finish_row(row, rect.rows, bias, p_.activation);
+            kernels_.f32_to_bf16(row, rect.rows, y + i * n_);
+        }
     }
 }
 
 template <class T>
 template <class Tile>
 void Matmul::Typed<T>::ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept {
-    constexpr std::size_t kLine = 64 / sizeof(T);
-    for (std::size_t i = 0; i < tile.rows; ++i) {
-        const T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
-        for (std::size_t r = 0; r < rect.rows; r += kLine) __builtin_prefetch(y + r, 1, 2);
+    const auto ask = [&](const auto* y) {
+        constexpr std::size_t kLine = 64 / sizeof *y;
+        for (std::size_t i = 0; i < tile.rows; ++i) {
+            const auto* const row = y + (tile.row0 + i) * n_ + rect.row0;
+            for (std::size_t r = 0; r < rect.rows; r += kLine) __builtin_prefetch(row + r, 1, 2);
+        }
+    };
+    if (y_ != nullptr) {
+        ask(y_);
+    } else {
+        ask(halves_);
     }
 }
 
 template <class T>
 template <class Tile>
-void Matmul::Typed<T>::store_sums(const Tile& tile, const BlockRect& rect,
-                                  const T* sums) const noexcept {
+void Matmul::Typed<T>::store_sums(const Tile& tile, std::size_t columns, const T* sums, T* to,
+                                  std::size_t ld) noexcept {
     const std::size_t group = tile.kernel->sums();
     const std::size_t lanes = tile.sums();
     if (group == 1) {
-        detail::transpose_apart(sums, lanes, rect.rows, tile.rows, y_ + tile.row0 * n_ + rect.row0,
-                                n_);
+        detail::transpose_apart(sums, lanes, columns, tile.rows, to, ld);
         return;
     }
     for (std::size_t i = 0; i < tile.rows; ++i) {
-        T* const y = y_ + (tile.row0 + i) * n_ + rect.row0;
-        for (std::size_t r = 0; r < rect.rows; ++r) {
+        for (std::size_t r = 0; r < columns; ++r) {
             const T* const from = sums + r * lanes + i * group;
             T sum = from[0];
             for (std::size_t j = 1; j < group; ++j) sum += from[j];
-            y[r] = sum;
+            to[i * ld + r] = sum;
         }
     }
 }
@@ -282,5 +285,25 @@ template void Matmul::Typed<float>::multiply_packed(Packing<std::uint16_t, float
 template void Matmul::Typed<double>::multiply_packed(Packing<double, double>&,
                                                      std::span<const BlockView>, std::size_t,
                                                      std::size_t, unsigned);
+
+template void Matmul::Typed<float>::store_tile(const detail::RowTile<float, float>&,
+                                               const BlockRect&, float*, Worker&) const;
+template void Matmul::Typed<float>::finish_tiles(const PackedX<float, float>&, const BlockRect&,
+                                                 std::size_t, std::size_t) const noexcept;
+template void Matmul::Typed<float>::ask_for_y(const detail::RowTile<float, float>&,
+                                              const BlockRect&) const noexcept;
+template void Matmul::Typed<float>::store_tile(const detail::RowTile<std::uint16_t, float>&,
+                                               const BlockRect&, float*, Worker&) const;
+template void Matmul::Typed<float>::finish_tiles(const PackedX<std::uint16_t, float>&,
+                                                 const BlockRect&, std::size_t,
+                                                 std::size_t) const noexcept;
+template void Matmul::Typed<float>::ask_for_y(const detail::RowTile<std::uint16_t, float>&,
+                                              const BlockRect&) const noexcept;
+template void Matmul::Typed<double>::store_tile(const detail::RowTile<double, double>&,
+                                                const BlockRect&, double*, Worker&) const;
+template void Matmul::Typed<double>::finish_tiles(const PackedX<double, double>&, const BlockRect&,
+                                                  std::size_t, std::size_t) const noexcept;
+template void Matmul::Typed<double>::ask_for_y(const detail::RowTile<double, double>&,
+                                               const BlockRect&) const noexcept;
 
 }  // namespace pydedup

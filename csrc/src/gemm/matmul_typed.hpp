@@ -8,7 +8,8 @@
 // A panel that is cut by the end of a call keeps its sums, as they are.
 //
 // matmul.cpp has the frame and what takes few rows of x, matmul_tiles.cpp what takes x in tiles,
-// matmul_members.cpp rows of several variants, matmul_transposed.cpp x @ W.
+// matmul_together.cpp several blocks at once, matmul_members.cpp rows of several variants,
+// matmul_transposed.cpp x @ W.
 #pragma once
 
 #include <algorithm>
@@ -67,15 +68,24 @@ class Matmul::Typed final : public Matmul::Impl {
     void multiply(std::span<const BlockView> blocks) override;
 
   private:
+    // What multiply() does, but for y in bf16 that rests as T.
+    void multiply_all(std::span<const BlockView> blocks);
+
     [[nodiscard]] const GemmKernelsOf<T>& own() const noexcept {
         return detail::of_type<T>(kernels_);
     }
 
     [[nodiscard]] unsigned threads_for(std::size_t work) const noexcept;
 
-    // Packs x, in f32 or bf16, for products of pairs, where there are such and they lose nothing.
+    // Whether products are of pairs, if x allows.
+    [[nodiscard]] bool takes_pairs() const noexcept;
+    // x, in f32 or bf16, is packed for products of pairs;
     template <class S>
-    [[nodiscard]] bool pack_pairs(const S* x);
+    void set_pairs(const S* x, const detail::ToPairs& pairs);
+    // or as it is, if at all;
+    void set_packed();
+    // which x in bf16 is not: here it is widened.
+    void widen_x();
 
     // One panel by rows (or tiles of rows) of x [unit0, unit1).
     struct Task {
@@ -90,6 +100,7 @@ class Matmul::Typed final : public Matmul::Impl {
         detail::WeightReader<T> reader;
         detail::Scratch<T> sums;
         detail::Scratch<T> apart;
+        detail::Scratch<T> part_of_y;
         detail::Scratch<std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>> mask;
         std::vector<Use> dots, tiled;  // by the variant that has them; in order
         detail::Scratch<T> x;
@@ -122,7 +133,7 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class S, class E, class A>
     void set_packing(Packing<E, A>& packing, const S* x, std::size_t rows, std::size_t cols,
                      std::size_t strip, std::span<const GemmTile<E, A>> tiles,
-                     typename detail::PackedX<E, A>::Cut cut);
+                     const detail::ToPairs& pairs);
 
     // Elements that will be needed next.
     template <class E>
@@ -165,25 +176,20 @@ class Matmul::Typed final : public Matmul::Impl {
 
     template <class Body>
     void each_task(std::size_t count, unsigned threads, const Body& body) {
-        workers_.keep(threads);
-        // A thread borrows once: tasks of few rows take a microsecond, and threads that meet at a
-        // lock before each of them as long again.
-        const auto borrowers = static_cast<unsigned>(std::min<std::size_t>(threads, count));
-        std::atomic<std::size_t> next{0};
-        parallel_for(borrowers, 1, borrowers, [&](std::size_t, std::size_t) {
-            const auto worker = workers_.borrow([&] {
-                return Worker{detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}};
-            });
-            try {
-                for (std::size_t i = next++; i < count; i = next++) body(i, *worker);
-            } catch (...) {
-                next = count;  // the others need not go on
-                throw;
-            }
-        });
+        workers_.each(
+            count, threads,
+            [&] {
+                return Worker{detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}, {}};
+            },
+            [](Worker&) {}, body);
     }
 
     void finish(std::size_t i0, std::size_t i1, std::size_t j0, std::size_t count) const noexcept;
+
+    // Memory for y as T, if there is none yet.
+    void need_y();
+    // All of y in bf16, if that is wanted, of what it is as T.
+    void round_y();
 
     // The blocks of block row `row` that this call brings: numbers [begin, end).
     struct Part {
@@ -254,7 +260,7 @@ class Matmul::Typed final : public Matmul::Impl {
                         std::size_t number, std::size_t next, bool next_has_new_x,
                         const TileSums& to, Worker& worker) const;
     template <class E>
-    void store_tiles(const detail::PackedX<E, T>& x, const TileSums& from) const;
+    void store_tiles(const detail::PackedX<E, T>& x, const TileSums& from, Worker& worker) const;
     // n columns of a block by those of tile t of x, in all parts of it.
     template <class E>
     static void multiply_tile(const detail::PackedX<E, T>& x, std::size_t column, std::size_t t,
@@ -265,23 +271,43 @@ class Matmul::Typed final : public Matmul::Impl {
                                       part == 0 ? next : GemmNext<E>{}, sums);
         }
     }
+    // Sums are stored into rows that lie far apart: each line is a miss of its own.
+    template <class Tile>
+    void ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept;
+    template <class Tile>
+    void store_tile(const Tile& tile, const BlockRect& rect, T* sums, Worker& worker) const;
+    template <class E>
+    void finish_tiles(const detail::PackedX<E, T>& x, const BlockRect& rect, std::size_t t0,
+                      std::size_t t1) const noexcept;
+    template <class Tile>
+    static void store_sums(const Tile& tile, std::size_t columns, const T* sums, T* to,
+                           std::size_t ld) noexcept;
+
+    // ---- several blocks at once: matmul_together.cpp
+
     // How many blocks from `number` on tile t of x takes at once: such as lie as they are in their
     // pages. 0 where a kernel does not do that.
     template <class E>
     [[nodiscard]] std::size_t blocks_together(const detail::PackedX<E, T>& x,
                                               std::span<const BlockView> blocks, std::size_t number,
                                               std::size_t end, std::size_t t) const noexcept;
-    // n blocks by tiles of x, in all parts of it. For the first tile, blocks from `next` on are
-    // asked for: to spread that over all tiles takes longer (AMX, 32 rows: a sixth).
+    // n blocks by tiles of x, in all parts of it: sums begin `anew`, and where W's row of blocks
+    // `ends` go to y. For the first tile, blocks from `next` on are asked for: to spread that over
+    // all tiles takes longer (AMX, 32 rows: a sixth).
     template <class E>
     void multiply_together(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
-                           std::size_t number, std::size_t n, std::size_t next,
-                           const TileSums& to) const;
-    // Sums are stored into rows that lie far apart: each line is a miss of its own.
-    template <class Tile>
-    void ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept;
-    template <class Tile>
-    void store_sums(const Tile& tile, const BlockRect& rect, const T* sums) const noexcept;
+                           std::size_t number, std::size_t n, std::size_t next, const TileSums& to,
+                           bool anew, bool ends, Worker& worker) const;
+    // Where a row of W is short (AMX): rows of it stay in the first-level cache, all their blocks
+    // one after another, and sums go to y from there.
+    template <class E>
+    [[nodiscard]] bool takes_whole_rows(const detail::PackedX<E, T>& x,
+                                        std::span<const BlockView> blocks, const Rows& rows,
+                                        std::size_t t0, std::size_t t1) const noexcept;
+    template <class E>
+    void multiply_whole_rows(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                             const Rows& rows, std::size_t t0, std::size_t t1,
+                             Worker& worker) const;
 
     // ---- rows of several variants: matmul_members.cpp
 
@@ -367,12 +393,17 @@ class Matmul::Typed final : public Matmul::Impl {
     const T* x_;
     detail::AlignedArray<T> wide_;  // x_, where x came in bf16 and cannot stay that
     const T* const bias_;
-    T* const y_;
+    // y; where it is wanted in bf16 that is halves_, and y_ may be nullptr: then each tile is
+    // rounded as it is stored.
+    T* y_;
+    std::uint16_t* const halves_;
+    detail::AlignedArray<T> wide_y_;
     const std::size_t n_;    // columns of y
     std::size_t tiled_ = 0;  // rows of x that a transposed product takes by tiles
     // x as the kernels want it: none for dot products, pairs_ for products of bf16 numbers.
     Packing<T, T> packed_;
     Packing<std::uint16_t, float> pairs_;
+    std::atomic<bool> subnormal_{false};  // some of x, which pairs_ cannot have
     detail::Workers<Worker> workers_;
     // Sums of the panel that a call of feed() began or went on with, but did not end: of the call
     // before, and of this one.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -57,20 +58,28 @@ std::vector<RowTile<E, A>> cut_rows(std::size_t row, std::size_t left,
 
 inline constexpr unsigned kCutParts = 3;
 
+/// How numbers become bf16 numbers.
+struct ToPairs {
+    const Bf16GemmKernels* kernels = nullptr;
+    /// Whether each is cut into three (Bf16GemmKernels::cut); else it is one already.
+    bool cuts = false;
+    /// Set where bf16 numbers that are packed, not cut, are subnormal. nullptr: nobody asks.
+    std::atomic<bool>* subnormal = nullptr;
+};
+
 template <class E, class A>
 class PackedX {
   public:
     using Tile = RowTile<E, A>;
-    using Cut = decltype(Bf16GemmKernels::cut);
 
-    /// Rows [row0, row0 + rows) of x. Where E are bf16 numbers, `cut` makes of each of x, in A,
-    /// three of them; nullptr: it is one.
+    /// Rows [row0, row0 + rows) of x, as `pairs` says where E are bf16 numbers.
     template <class S>
     PackedX(const S* x, std::size_t row0, std::size_t rows, std::size_t cols, std::size_t strip,
-            std::span<const GemmTile<E, A>> kernels, unsigned threads, Cut cut, Scratch<E>& memory)
+            std::span<const GemmTile<E, A>> kernels, unsigned threads, const ToPairs& pairs,
+            Scratch<E>& memory)
         : cols_(cols),
           strip_(std::min(strip, cols)),
-          cut_(cut),
+          pairs_(pairs),
           tiles_(cut_rows(row0, rows, kernels)) {
         const std::size_t strips = ceil_div(cols, strip_);
         places_.reserve(2 * tiles_.size() + 2);
@@ -91,7 +100,7 @@ class PackedX {
         });
     }
 
-    [[nodiscard]] unsigned n_parts() const noexcept { return cut_ == nullptr ? 1 : kCutParts; }
+    [[nodiscard]] unsigned n_parts() const noexcept { return pairs_.cuts ? kCutParts : 1; }
     [[nodiscard]] std::size_t n_tiles() const noexcept { return tiles_.size(); }
     [[nodiscard]] const Tile& tile(std::size_t t) const noexcept { return tiles_[t]; }
 
@@ -133,7 +142,13 @@ class PackedX {
         const Tile& tile = tiles_[t];
         const std::size_t width = std::min(strip_, cols_ - s * strip_);
         const S* const from = x + tile.row0 * cols_ + s * strip_;
-        if (cut_ == nullptr) {
+        if constexpr (std::is_same_v<E, S> && !std::is_same_v<E, A>) {
+            if (pairs_.subnormal != nullptr) {
+                pack_and_look(from, width, tile, at(s, t, 0));
+                return;
+            }
+        }
+        if (!pairs_.cuts) {
             pack_tile(from, cols_, width, tile, at(s, t, 0));
             return;
         }
@@ -142,11 +157,33 @@ class PackedX {
             const AlignedArray<A> parts(kCutParts * count);
             for (std::size_t i = 0; i < tile.rows; ++i) {
                 A* const to = parts.data() + i * width;
-                cut_(from + i * cols_, width, to, to + count, to + 2 * count);
+                pairs_.kernels->cut(from + i * cols_, width, to, to + count, to + 2 * count);
             }
             for (unsigned part = 0; part < kCutParts; ++part) {
                 pack_tile(parts.data() + part * count, width, width, tile, at(s, t, 0, part));
             }
+        }
+    }
+
+    // Packs a tile of bf16 numbers, and looks at them.
+    void pack_and_look(const E* from, std::size_t width, const Tile& tile, E* to) const noexcept {
+        bool subnormal = false;
+        if (tile.kernel->group == 2) {
+            fill_up(width, tile, to);
+            subnormal =
+                pairs_.kernels->pack_pairs(from, cols_, tile.rows, width, to, tile.elements());
+        } else {
+            pack_tile(from, cols_, width, tile, to);
+            for (std::size_t i = 0; i < tile.rows && !subnormal; ++i) {
+                subnormal = has_subnormal(from + i * cols_, width);
+            }
+        }
+        if (subnormal) pairs_.subnormal->store(true, std::memory_order_relaxed);
+    }
+
+    static void fill_up(std::size_t width, const Tile& tile, E* to) noexcept {
+        if (width % tile.kernel->group != 0 || tile.rows < tile.kernel->width) {
+            std::fill_n(to, groups(width, tile) * tile.elements(), E{0});
         }
     }
 
@@ -156,10 +193,9 @@ class PackedX {
     static void pack_tile(const S* from, std::size_t ld, std::size_t width, const Tile& tile,
                           E* to) noexcept {
         const std::size_t group = tile.kernel->group;
+        const std::size_t lanes = tile.kernel->width;
         const std::size_t step = std::max(64 / sizeof(S), group);
-        if (width % group != 0 || tile.rows < tile.kernel->width) {
-            std::fill_n(to, groups(width, tile) * tile.elements(), E{0});
-        }
+        fill_up(width, tile, to);
         if constexpr (std::is_same_v<E, A>) {
             if (group == 1) {
                 transpose(from, ld, tile.rows, width, to, tile.elements());
@@ -179,9 +215,9 @@ class PackedX {
                 for (std::size_t c = c0; c < c1; c += group) {
                     const S* const end = line + std::min(c1, c + group);
                     if constexpr (std::is_same_v<E, A>) {
-                        std::copy(line + c, end, row + c * tile.kernel->width);
+                        std::copy(line + c, end, row + c * lanes);
                     } else {
-                        std::transform(line + c, end, row + c * tile.kernel->width,
+                        std::transform(line + c, end, row + c * lanes,
                                        [](S value) { return bf16_bits(value); });
                     }
                 }
@@ -191,7 +227,7 @@ class PackedX {
 
     std::size_t cols_;
     std::size_t strip_;
-    Cut cut_;
+    ToPairs pairs_;
     std::size_t part_elements_ = 0;
     std::vector<Tile> tiles_;
     // Where the tiles of a strip of full width begin, and its end; the same for the last strip.

@@ -52,7 +52,14 @@ struct alignas(64) Padded {
 
 // Registers: sums of 2 x 2 in 0 to 3, rows of w in 4 and 5, rows of x in 6 and 7.
 template <std::size_t R, std::size_t X>
-void load_sums(const float* acc) noexcept {
+void begin_sums(bool anew, const float* acc) noexcept {
+    if (anew) {
+        _tile_zero(0);
+        if constexpr (X == 2) _tile_zero(1);
+        if constexpr (R == 2) _tile_zero(2);
+        if constexpr (R == 2 && X == 2) _tile_zero(3);
+        return;
+    }
     constexpr std::size_t kStride = X * kSide * sizeof(float);
     _tile_loadd(0, acc, kStride);
     if constexpr (X == 2) _tile_loadd(1, acc + kSide, kStride);
@@ -107,8 +114,8 @@ struct LastColumns {
 // The 2 * 16 rows of w from row r on, or 16.
 template <std::size_t R, std::size_t X>
 void whole_rows(const Piece* pieces, std::size_t n_pieces, std::size_t r,
-                const LastColumns<X>* last, float* acc) noexcept {
-    load_sums<R, X>(acc + r * X * kSide);
+                const LastColumns<X>* last, bool anew, float* acc) noexcept {
+    begin_sums<R, X>(anew, acc + r * X * kSide);
     for (std::size_t p = 0; p < n_pieces; ++p) {
         const std::size_t ldw = pieces[p].ldw;
         const Bits* x = pieces[p].x;
@@ -144,12 +151,12 @@ void whole_rows(const Piece* pieces, std::size_t n_pieces, std::size_t r,
 // The rows of w from row r on, fewer than a register takes.
 template <std::size_t X>
 void last_rows(const Piece* pieces, std::size_t n_pieces, std::size_t r, std::size_t rows,
-               const LastColumns<X>* last, float* acc) noexcept {
+               const LastColumns<X>* last, bool anew, float* acc) noexcept {
     constexpr std::size_t kSums = X * kSide;
     alignas(64) float sums[kSide * kSums] = {};
-    __builtin_memcpy(sums, acc + r * kSums, (rows - r) * kSums * sizeof(float));
+    if (!anew) __builtin_memcpy(sums, acc + r * kSums, (rows - r) * kSums * sizeof(float));
     order_memory();
-    load_sums<1, X>(sums);
+    begin_sums<1, X>(anew, sums);
     Padded some;
     for (std::size_t p = 0; p < n_pieces; ++p) {
         const Bits* x = pieces[p].x;
@@ -175,17 +182,21 @@ void last_rows(const Piece* pieces, std::size_t n_pieces, std::size_t r, std::si
 
 // X * 16 rows of x.
 template <std::size_t X>
-void tile_pieces(const Piece* pieces, std::size_t n_pieces, std::size_t rows, float* acc) noexcept {
+void tile_pieces(const Piece* pieces, std::size_t n_pieces, std::size_t rows, bool anew,
+                 float* acc) noexcept {
     LastColumns<X> last[kMaxGemmPieces];
     for (std::size_t p = 0; p < n_pieces; ++p) last[p].fill(pieces[p]);
     order_memory();
     std::size_t r = 0;
-    for (; r + 2 * kSide <= rows; r += 2 * kSide) whole_rows<2, X>(pieces, n_pieces, r, last, acc);
+    for (; r + 2 * kSide <= rows; r += 2 * kSide) {
+        whole_rows<2, X>(pieces, n_pieces, r, last, anew, acc);
+    }
     if (r + kSide <= rows) {
-        whole_rows<1, X>(pieces, n_pieces, r, last, acc);
+        whole_rows<1, X>(pieces, n_pieces, r, last, anew, acc);
         r += kSide;
     }
-    if (r < rows) last_rows<X>(pieces, n_pieces, r, rows, last, acc);
+    if (r < rows) last_rows<X>(pieces, n_pieces, r, rows, last, anew, acc);
+    order_memory();
 }
 
 template <std::size_t X>
@@ -193,7 +204,7 @@ void tile_nt(const Bits* x, const Bits* w, std::size_t rows, std::size_t cols, s
              const GemmNext<Bits>& next, float* acc) noexcept {
     for (const Bits* at = next.w; at < next.w_end; at += 32) __builtin_prefetch(at, 0, 2);
     const Piece piece = {x, w, cols, ldw, nullptr};
-    tile_pieces<X>(&piece, 1, rows, acc);
+    tile_pieces<X>(&piece, 1, rows, false, acc);
 }
 
 void cut(const float* x, std::size_t count, float* high, float* middle, float* low) noexcept {
@@ -233,11 +244,15 @@ void cut(const float* x, std::size_t count, float* high, float* middle, float* l
     }
 }
 
+#include "kernels/gemm_pairs-inl.hpp"
+
 constexpr Bf16GemmKernels kGemm = {
     {{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>}, {kSide, tile_nt<1>, 2, 2, tile_pieces<1>}},
     cut,
     enter,
-    leave};
+    leave,
+    pack_pairs,
+    columns_to_bf16};
 
 }  // namespace
 }  // namespace pydedup::isa_amx

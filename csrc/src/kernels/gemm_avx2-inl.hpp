@@ -113,6 +113,19 @@ __m256 widen_bf16(__m128i bits) noexcept {
 
 __m256 widen_f16(__m128i bits) noexcept { return _mm256_cvtph_ps(bits); }
 
+void round_bf16(__m256 values, std::uint16_t* to) noexcept {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(to),
+        _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
+}
+
 constexpr std::size_t kDotRows4 = 2;  // 8 sums, 4 of x, 1 of w: 16 sums would not fit
 constexpr std::size_t kNnRows = 6;
 constexpr std::size_t kNnVectors = 2;
@@ -139,6 +152,7 @@ constexpr GemmKernels kGemm = {
     dot_nt<F32, F16Weight>,
     widen<Bf16Weight>,
     widen<F16Weight>,
+    f32_to_bf16,
 };
 
 }  // namespace

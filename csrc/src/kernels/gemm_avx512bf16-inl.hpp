@@ -47,6 +47,7 @@ struct Pairs {
     }
 };
 
+#include "kernels/gemm_pairs-inl.hpp"
 #include "kernels/gemm_tile-inl.hpp"
 
 constexpr Bf16GemmKernels kGemm = {{{32, tile_nt<Pairs, 2, 8, 2>, 2, 2},
@@ -54,7 +55,12 @@ constexpr Bf16GemmKernels kGemm = {{{32, tile_nt<Pairs, 2, 8, 2>, 2, 2},
                                     {8, tile_nt<Pairs, 2, 8, 8>, 8, 2},
                                     {4, tile_nt<Pairs, 2, 8, 16>, 16, 2},
                                     {2, tile_nt<Pairs, 2, 8, 32>, 32, 2},
-                                    {1, tile_nt<Pairs, 1, 8, 32>, 32, 2}}};
+                                    {1, tile_nt<Pairs, 1, 8, 32>, 32, 2}},
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   pack_pairs,
+                                   columns_to_bf16};
 
 }  // namespace
 }  // namespace pydedup::isa_avx512bf16

@@ -19,7 +19,7 @@ namespace pydedup {
 
 inline constexpr std::size_t kMaxGemmTiles = 6;
 
-inline constexpr std::size_t kMaxGemmPieces = 6;
+inline constexpr std::size_t kMaxGemmPieces = 24;
 
 /// What is needed next: of blocks, and of packed x. Each is [begin, end), and need not exist.
 template <class E>
@@ -55,9 +55,9 @@ struct GemmTile {
     std::size_t group = 1;    ///< neighbouring columns that lie beside each other in a vector
     std::size_t per_sum = 1;  ///< of them, neighbours that are added up at once; divides group
     /// tile_nt for up to kMaxGemmPieces blocks of as many rows, one after another, while the sums
-    /// stay in registers. nullptr where that gains nothing.
+    /// stay in registers; these start with acc, or `anew`. nullptr where that gains nothing.
     void (*tile_nt_pieces)(const GemmPiece<E>* pieces, std::size_t count, std::size_t rows,
-                           A* acc) noexcept = nullptr;
+                           bool anew, A* acc) noexcept = nullptr;
 
     [[nodiscard]] constexpr std::size_t sums() const noexcept { return group / per_sum; }
 };
@@ -90,6 +90,17 @@ struct Bf16GemmKernels {
     /// back, registers that nothing else uses meanwhile. nullptr where there are none.
     void (*enter)() noexcept = nullptr;
     void (*leave)() noexcept = nullptr;
+    /// Of bf16 numbers, pairs of columns side by side in rows: to[c / 2 * ld_to + 2 * r + c % 2] of
+    /// x[r * ldx + c], for r < rows and c < cols; zero where the last column has no other. Whether
+    /// any of them is subnormal.
+    bool (*pack_pairs)(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                       std::uint16_t* to, std::size_t ld_to) noexcept = nullptr;
+    /// Sums as bf16 numbers, with rows and columns exchanged and, unless nullptr, `bias` added:
+    /// dst[c * ld_dst + r] of src[r * ld_src + c] + bias[r], for r < rows and c < cols, rounded as
+    /// by f32_to_bf16. This and pack_pairs are there where there are tiles.
+    void (*columns_to_bf16)(const float* src, std::size_t ld_src, std::size_t rows,
+                            std::size_t cols, const float* bias, std::uint16_t* dst,
+                            std::size_t ld_dst) noexcept = nullptr;
 };
 
 struct GemmKernels {
@@ -104,6 +115,8 @@ struct GemmKernels {
                        std::size_t ldy) noexcept;
     void (*bf16_to_f32)(const std::uint16_t* src, std::size_t count, float* dst) noexcept;
     void (*f16_to_f32)(const std::uint16_t* src, std::size_t count, float* dst) noexcept;
+    /// Rounds to nearest, ties to even; a NaN stays one.
+    void (*f32_to_bf16)(const float* src, std::size_t count, std::uint16_t* dst) noexcept;
     Bf16GemmKernels bf16{};  ///< none where the CPU has no such instruction
 };
 

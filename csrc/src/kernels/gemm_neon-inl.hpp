@@ -70,6 +70,15 @@ float32x4_t widen_bf16(uint16x4_t bits) noexcept {
 // The conversion is part of every ARMv8; arithmetic in halves, which is not, is not used.
 float32x4_t widen_f16(uint16x4_t bits) noexcept { return vcvt_f32_f16(vreinterpret_f16_u16(bits)); }
 
+void round_bf16(float32x4_t values, std::uint16_t* to) noexcept {
+    const uint32x4_t bits = vreinterpretq_u32_f32(values);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), odd);
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x00400000));
+    const uint32x4_t result = vbslq_u32(vceqq_f32(values, values), rounded, quiet);
+    vst1_u16(to, vshrn_n_u32(result, 16));
+}
+
 constexpr std::size_t kDotRows4 = 4;
 constexpr std::size_t kNnRows = 6;
 constexpr std::size_t kNnVectors = 4;
@@ -89,6 +98,7 @@ constexpr GemmKernels kGemm = {
     dot_nt<F32, F16Weight>,
     widen<Bf16Weight>,
     widen<F16Weight>,
+    f32_to_bf16,
 };
 
 }  // namespace

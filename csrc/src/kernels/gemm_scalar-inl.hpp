@@ -126,11 +126,51 @@ void cut(const float* x, std::size_t count, float* high, float* middle, float* l
     }
 }
 
+void f32_to_bf16(const float* src, std::size_t count, std::uint16_t* dst) noexcept {
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::uint32_t bits = bits_of(src[i]);
+        if (src[i] != src[i]) {
+            dst[i] = static_cast<std::uint16_t>(bits >> 16 | 0x40U);
+        } else {
+            dst[i] = static_cast<std::uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
+        }
+    }
+}
+
+bool pack_pairs(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                std::uint16_t* to, std::size_t ld_to) noexcept {
+    bool subnormal = false;
+    for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t c = 0; c < cols; ++c) {
+            const std::uint16_t number = x[r * ldx + c];
+            to[c / 2 * ld_to + 2 * r + c % 2] = number;
+            subnormal = subnormal || ((number & 0x7F80U) == 0 && (number & 0x7FU) != 0);
+        }
+        if (cols % 2 != 0) to[cols / 2 * ld_to + 2 * r + 1] = 0;
+    }
+    return subnormal;
+}
+
+void columns_to_bf16(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                     const float* bias, std::uint16_t* dst, std::size_t ld_dst) noexcept {
+    for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t c = 0; c < cols; ++c) {
+            const float sum = src[r * ld_src + c];
+            const float value = bias == nullptr ? sum : sum + bias[r];
+            f32_to_bf16(&value, 1, dst + c * ld_dst + r);
+        }
+    }
+}
+
 template <class T>
 constexpr GemmKernelsOf<T> kGemmOf = {dot_nt<T>, block_nn<T>, {{kWidth, tile_nt<T>}}, 4};
 
-constexpr GemmKernels kGemm = {kGemmOf<float>, kGemmOf<double>, dot_nt_bf16, dot_nt_f16,
-                               bf16_to_f32,    f16_to_f32,      {{}, cut}};
+constexpr GemmKernels kGemm = {
+    kGemmOf<float>, kGemmOf<double>,
+    dot_nt_bf16,    dot_nt_f16,
+    bf16_to_f32,    f16_to_f32,
+    f32_to_bf16,    {{}, cut, nullptr, nullptr, pack_pairs, columns_to_bf16},
+};
 
 }  // namespace
 }  // namespace pydedup::isa_scalar

@@ -109,6 +109,8 @@ def as_numpy(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> N
 
 def as_result(y: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     """Return what a kernel gave as a tensor of this dtype, whose memory is counted."""
+    if y.dtype == DType.BF16.numpy:  # which torch does not take from numpy
+        return made(torch.from_numpy(y.view(np.int16)).view(torch.bfloat16))
     result = made(torch.from_numpy(y))
     return result if result.dtype is dtype else result.to(dtype)
 
@@ -178,15 +180,19 @@ def _product(
         # Kernels keep a copy of x beside the result.
         needed(x_bytes + x_bytes // max(inner, 1) * outer)
         weights = weight.attachment.weights()
+        as_bf16 = x.dtype is torch.bfloat16 and compute_dtype(stored.dtype) == np.float32
         if bias is None:
-            y = weights.matmul(weight.number, given, None, transpose=transpose)
+            y = weights.matmul(weight.number, given, None, transpose=transpose, as_bf16=as_bf16)
         elif _is_beside(bias, weight) and _shape(bias) == (outer,):
-            y = weights.matmul(weight.number, given, bias.number, transpose=transpose)
+            y = weights.matmul(
+                weight.number, given, bias.number, transpose=transpose, as_bf16=as_bf16
+            )
         else:
             offset = _bias(bias, weight)
             if offset is not None and offset.size == 1:  # torch adds it to every column
                 offset = offset.repeat(outer)
-            y = stored.matmul(given, bias=offset, transpose=transpose)
+            dtype = DType.BF16 if as_bf16 else None
+            y = stored.matmul(given, bias=offset, transpose=transpose, dtype=dtype)
         return as_result(y, x.dtype)
     rows = weight.lines()
     outer, inner = rows[1] - rows[0], stored.shape[-1]

@@ -33,6 +33,7 @@ from pydedup.serving.attached.slots import Slot, find_slots
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
 from pydedup.stack import Layer, Stack
 from pydedup.text import listed
+from pydedup.types import DType
 
 __all__ = ["Attachment", "Rows", "Weights"]
 
@@ -134,7 +135,7 @@ class Weights:
         return found
 
     def matmul(
-        self, number: int, x: NDArray[Any], bias: int | None, *, transpose: bool
+        self, number: int, x: NDArray[Any], bias: int | None, *, transpose: bool, as_bf16: bool
     ) -> NDArray[Any]:
         """Return the product of x and the matrix of a slot; ``bias`` is the slot of a vector.
 
@@ -146,9 +147,10 @@ class Weights:
         product = self._products.get(key)
         if product is None or product.state != self.model.state or product.bias is not offset:
             product = self._products[key] = self._product(number, offset, transpose)
-        y = None if product.stack is None else product.stack.run(self._pool, x)
+        y = None if product.stack is None else product.stack.run(self._pool, x, as_bf16=as_bf16)
         if y is None:
-            y = self._stored[number].matmul(x, bias=offset, transpose=transpose)
+            dtype = DType.BF16 if as_bf16 else None
+            y = self._stored[number].matmul(x, bias=offset, transpose=transpose, dtype=dtype)
         return y
 
     # ---- inside -------------------------------------------------------------------------------

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// What goes into products of bf16 numbers, in pairs, and their sums back in bf16: written once for
+// AVX-512, and compiled where such products are. An -inl file includes this INSIDE its own
+// anonymous namespace.
+
+// Sixteen numbers, each rounded to the upper half of its word.
+inline __m512i rounded_to_bf16(__m512 values) noexcept {
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x00400000));
+}
+
+// Rows to columns, of 16 x 16 words: pairs, fours, then quarters of registers.
+inline void transpose_words(__m512i (&w)[16]) noexcept {
+    __m512i t[16];
+    for (std::size_t i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+    }
+    for (std::size_t i = 0; i < 16; i += 4) {
+        for (std::size_t j = 0; j < 2; ++j) {
+            w[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            w[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    }
+    for (std::size_t i = 0; i < 16; i += 8) {
+        for (std::size_t j = 0; j < 4; ++j) {
+            t[i + j] = _mm512_shuffle_i32x4(w[i + j], w[i + 4 + j], 0x88);
+            t[i + 4 + j] = _mm512_shuffle_i32x4(w[i + j], w[i + 4 + j], 0xDD);
+        }
+    }
+    for (std::size_t j = 0; j < 8; ++j) {
+        w[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+        w[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xDD);
+    }
+}
+
+// A word holds neighbours of what becomes a row, so half as many words are moved.
+inline void columns_to_bf16(const float* src, std::size_t ld_src, std::size_t rows,
+                            std::size_t cols, const float* bias, std::uint16_t* dst,
+                            std::size_t ld_dst) noexcept {
+    constexpr std::size_t kRows = 32;
+    constexpr std::size_t kCols = 16;
+    for (std::size_t r0 = 0; r0 < rows; r0 += kRows) {
+        const std::size_t n_rows = rows - r0 < kRows ? rows - r0 : kRows;
+        const auto some = static_cast<__mmask32>((std::uint64_t{1} << n_rows) - 1U);
+        for (std::size_t c0 = 0; c0 < cols; c0 += kCols) {
+            const std::size_t n_cols = cols - c0 < kCols ? cols - c0 : kCols;
+            const auto there = static_cast<__mmask16>((1U << n_cols) - 1U);
+            const auto row = [=](std::size_t r) noexcept {
+                if (r >= n_rows) return _mm512_setzero_si512();
+                __m512 values = _mm512_maskz_loadu_ps(there, src + (r0 + r) * ld_src + c0);
+                if (bias != nullptr) {
+                    values = _mm512_add_ps(values, _mm512_set1_ps(bias[r0 + r]));
+                }
+                return rounded_to_bf16(values);
+            };
+            __m512i words[kCols];
+            for (std::size_t i = 0; i < kCols; ++i) {
+                words[i] = _mm512_mask_blend_epi16(0xAAAAAAAAU, _mm512_srli_epi32(row(2 * i), 16),
+                                                   row(2 * i + 1));
+            }
+            transpose_words(words);
+            for (std::size_t c = 0; c < n_cols; ++c) {
+                _mm512_mask_storeu_epi16(dst + (c0 + c) * ld_dst + r0, some, words[c]);
+            }
+        }
+    }
+}
+
+inline bool pack_pairs(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                       std::uint16_t* to, std::size_t ld_to) noexcept {
+    constexpr std::size_t kRows = 16;
+    constexpr std::size_t kCols = 32;
+    const __m512i one = _mm512_set1_epi16(1);
+    const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
+    __m512i least = _mm512_set1_epi16(-1);  // of the magnitudes less one: zero is the largest
+    for (std::size_t r0 = 0; r0 < rows; r0 += kRows) {
+        const std::size_t n_rows = rows - r0 < kRows ? rows - r0 : kRows;
+        const auto there = static_cast<__mmask16>((1U << n_rows) - 1U);
+        for (std::size_t c0 = 0; c0 < cols; c0 += kCols) {
+            const std::size_t n_cols = cols - c0 < kCols ? cols - c0 : kCols;
+            const auto some = static_cast<__mmask32>((std::uint64_t{1} << n_cols) - 1U);
+            __m512i words[kRows];
+            for (std::size_t r = 0; r < kRows; ++r) {
+                words[r] = r < n_rows ? _mm512_maskz_loadu_epi16(some, x + (r0 + r) * ldx + c0)
+                                      : _mm512_setzero_si512();
+                const __m512i size = _mm512_and_si512(words[r], magnitude);
+                least = _mm512_min_epu16(least, _mm512_sub_epi16(size, one));
+            }
+            transpose_words(words);
+            for (std::size_t i = 0; i < (n_cols + 1) / 2; ++i) {
+                _mm512_mask_storeu_epi32(to + (c0 / 2 + i) * ld_to + 2 * r0, there, words[i]);
+            }
+        }
+    }
+    constexpr int kLeastNormal = 1 << 7;
+    return _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(kLeastNormal - 1)) != 0;
+}
