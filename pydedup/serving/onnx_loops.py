@@ -15,7 +15,7 @@ from _thread import allocate_lock, start_new_thread
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pydedup.serving.onnx_values import run_options
+from pydedup.serving.onnx_values import import_onnxruntime
 
 __all__ = ["run_with_loops"]
 
@@ -27,7 +27,7 @@ def run_with_loops(
     runtime: Any, outputs: Sequence[str], given: Mapping[str, Any], seconds: float | None
 ) -> list[Any]:
     """Return the outputs of a session. Raises TimeoutError when it takes longer than this."""
-    options = run_options()
+    options = import_onnxruntime().RunOptions()
     # The runtime reads the arrays where they are, whatever the caller does.
     feed = dict(given)
     begun: list[bool] = []

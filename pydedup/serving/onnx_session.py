@@ -26,7 +26,7 @@ from pydedup.serving.engine import Tensors, check_inputs
 from pydedup.serving.onnx_kept import Held, Runner, Session, content_key, opened_graph, runner_of
 from pydedup.serving.onnx_loops import run_with_loops
 from pydedup.serving.onnx_own import Own
-from pydedup.serving.onnx_values import as_output, as_runtime_input, check_outputs, run_options
+from pydedup.serving.onnx_values import as_output, as_runtime_input, check_outputs
 from pydedup.serving.predict import by_name
 
 __all__ = ["run_onnx"]
@@ -159,7 +159,7 @@ def _run(
         if graph.has_loops:
             found = run_with_loops(session.runtime, list(outputs), given, seconds)
         else:
-            found = session.runtime.run(list(outputs), given, run_options())
+            found = session.runtime.run(list(outputs), given)
     except TimeoutError as exc:
         raise ArgumentError(
             f"{model.address} did not end within {seconds:g} seconds: for these inputs a loop of "

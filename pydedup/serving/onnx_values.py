@@ -28,7 +28,6 @@ __all__ = [
     "is_installed",
     "never_end",
     "new_session",
-    "run_options",
 ]
 
 #: ONNX's number of the only type of inputs that numpy lacks.
@@ -131,6 +130,8 @@ def new_session(model: bytes, constants: Mapping[str, Any]) -> Any:
     if "PYDEDUP_THREADS" in os.environ:
         options.intra_op_num_threads = config.threads()
     options.log_severity_level = 4  # what goes wrong is raised, and need not be printed too
+    # One keeps the most that the first call of its session took, for as long as this lives.
+    options.enable_cpu_mem_arena = False
     # A spinning thread would take the core that our kernels use next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if constants:
@@ -147,10 +148,3 @@ def inputs_and_outputs(session: Any) -> tuple[dict[str, Any], dict[str, str]]:
 def never_end(session: Any) -> None:
     """Keep a session to the end of the process and beyond: Python, too, clears what it can."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-
-
-def run_options() -> Any:
-    """Return how a session is run: it would keep the most that one of its calls ever took."""
-    options = import_onnxruntime().RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    return options
