@@ -31,8 +31,8 @@ from pydedup.serving.predict import by_name
 
 __all__ = ["run_onnx"]
 
-#: What the runtime says where there is no memory for what it computes.
-_NO_MEMORY = "Failed to allocate memory"
+#: What the runtime says where there is no memory for what it computes, and what we make of it.
+_NO_MEMORY, _TOLD_AS = "std::bad_alloc", "there is no memory for what it computes"
 
 
 def run_onnx(
@@ -166,7 +166,8 @@ def _run(
             "its graph takes longer, or never ends"
         ) from exc
     except Exception as exc:  # of many classes, by the runtime's own numbering
-        told = f"ONNX Runtime cannot run {model.address}: {exc}"
+        said = str(exc).replace(_NO_MEMORY, _TOLD_AS)
+        told = f"ONNX Runtime cannot run {model.address}: {said}"
         is_full = isinstance(exc, MemoryError) or _NO_MEMORY in str(exc)
         raise (BudgetError(told) if is_full else ArgumentError(told)) from exc
     finally:  # who waits for this call wants the room
