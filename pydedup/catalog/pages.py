@@ -10,7 +10,7 @@ import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
-from pydedup.adapter import Adapter
+from pydedup.adapter import LIVE, RETIRED, Adapter
 from pydedup.adapter_options import RecordedPagesAdapter, only_sound_rows
 from pydedup.errors import UnavailableError
 from pydedup.pool import PagePool
@@ -61,7 +61,12 @@ def expect_pages(pool: PagePool, adapter: Adapter, tags: Mapping[int, bytes]) ->
     once, so the tables went back to what they were earlier, and what is in memory is of pages that
     are no more. Where the row of a page does not say so, it is the record that is damaged.
     """
-    others = pool.expect(tags)
+
+    def there() -> list[int]:
+        with only_sound_rows(adapter):
+            return adapter.page_ids(LIVE) + adapter.page_ids(RETIRED)
+
+    others = pool.expect(tags, there)
     now = tags_of(adapter, others)
     if any(now.get(page_id) == tags[page_id] for page_id in others):
         raise another_store(adapter)

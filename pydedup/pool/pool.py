@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -47,6 +47,10 @@ _T = TypeVar("_T")
 _PART: AbstractContextManager[None] = nullcontext()
 # Models whose last walks are remembered.
 _REMEMBERED_CALLS = 256
+#: So many models are known to be known to the policy; then all are told anew when they are called.
+_MOST_TOLD = 1 << 16
+#: Pages that are expected to be as they were recorded before those are forgotten that are gone.
+_MANY_EXPECTED = 1 << 16
 # A block may need its page and that of its base. Who gets no more asks again for fewer.
 _FEW_PAGES = 2
 # For so long nothing is read ahead after no connection was to be had for it, which is waited for.
@@ -124,6 +128,7 @@ class PagePool(Walks):
         self._read_into = read_into
         self._explain = explain
         self._expected: dict[int, bytes] = {}
+        self._most_expected = _MANY_EXPECTED
         self._plans = Plans()
         self._wholes = Plans()
         self._shares = Shares(memory_bytes, scratch_bytes, lambda: self._loader.largest)
@@ -187,11 +192,14 @@ class PagePool(Walks):
             ]
         return pages  # type: ignore[return-value]  # no None is left
 
-    def expect(self, tags: Mapping[int, bytes]) -> list[int]:
+    def expect(
+        self, tags: Mapping[int, bytes], there: Callable[[], Iterable[int]] | None = None
+    ) -> list[int]:
         """Refuse other pages under these ids: those whose checksum does not begin so.
 
         A page never changes, and what was read of it before this was known is looked at again.
-        Returns the ids under which other pages are expected already, which stays so.
+        Returns the ids under which other pages are expected already, which stays so. Of many pages,
+        those are forgotten that ``there`` does not return, which is asked for all that there are.
         """
         known = self._expected
         new = [page_id for page_id in tags if page_id not in known]
@@ -201,6 +209,9 @@ class PagePool(Walks):
             pages = zip(new, self._core.pin(np.array(new, np.int64), True), strict=True)
             other = [n for n, page in pages if page and not self.is_expected(n, page.checksum)]
             self.drop(other)
+        if there is not None and len(known) > self._most_expected:
+            self._expected = {page_id: known[page_id] for page_id in there() if page_id in known}
+            self._most_expected = max(2 * len(self._expected), _MANY_EXPECTED)
         return others
 
     def expected(self, page_id: int) -> bytes:
@@ -250,8 +261,11 @@ class PagePool(Walks):
         for model in models:
             if self._told.get(model.owner) != model.state:
                 self._core.owns(model.owner, model.pages())
+                if len(self._told) >= _MOST_TOLD:
+                    self._told.clear()
                 self._told[model.owner] = model.state
-            self._core.call(model.owner)
+            if not self._core.call(model.owner):  # not called for so long that it was forgotten
+                self._core.owns(model.owner, model.pages())
         owner = tuple(sorted(model.owner for model in models))
         core = self._core
         call = Call(self._last.get(owner, []), self._load_ahead, self._room_ahead)

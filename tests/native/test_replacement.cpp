@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The buffer pool: which page goes first, by each policy, and what of uses is recorded.
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
@@ -143,6 +144,65 @@ TEST(sets_of_owners_that_no_page_has_any_more_are_forgotten) {
     const long before = pieces;
     for (int owner = 1; owner <= kOwners; ++owner) replacement.owns(owner, pages);
     CHECK(pieces - before < 2 * kOwners);  // one for each owner, not one for each set as well
+}
+
+// A server of nightly versions has called thousands that are gone, all of them on the same bases.
+TEST(models_that_were_not_called_for_long_are_forgotten) {
+    constexpr int kNights = 4000;
+    constexpr int kPages = 20;
+    Replacement replacement(ReplacementPolicy::reuse);
+    std::vector<PageId> bases;
+    std::vector<Replacement::History*> pages;
+    for (PageId id = 0; id < kPages; ++id) {
+        bases.push_back(id);
+        pages.push_back(&replacement.take_in(id));
+    }
+    const auto uses = [&](int count) {
+        for (int i = 0; i < count; ++i)
+            replacement.use(*pages[static_cast<std::size_t>(i) % kPages]);
+    };
+    long most = 0;
+    for (int night = 1; night <= kNights; ++night) {
+        const std::vector<PageId> own{1000 + night};  // a page that is never in memory
+        replacement.owns(night, bases);
+        replacement.owns(night, own);
+        CHECK(replacement.call(night));
+        CHECK(replacement.call(night));
+        uses(1024);  // a horizon
+        if (night % 500 != 0) continue;
+        if (night == 1000) most = pieces;
+        CHECK(night <= 1000 || pieces < most + 1000);
+    }
+    CHECK(replacement.call(kNights - 1));
+    CHECK(!replacement.call(1));  // it is to be said anew what it reads
+    replacement.owns(1, bases);
+    CHECK(replacement.call(1));
+    for (const auto* page : pages) CHECK(page->group == pages.front()->group && page->group != 0);
+}
+
+TEST(what_is_known_of_pages_stays_when_models_are_forgotten) {
+    const auto rates = [](int replaced) {
+        Replacement replacement(ReplacementPolicy::locality);
+        const std::vector<PageId> hot{1}, cold{2}, busy{1, 3};
+        for (const PageId id : {1, 2, 3}) static_cast<void>(replacement.take_in(id));
+        Replacement::History& page = replacement.take_in(1);
+        replacement.owns(7, busy);
+        replacement.owns(8, cold);
+        replacement.call(8);
+        for (int model = 100; model < 100 + replaced; ++model) {
+            replacement.owns(model, hot);
+            replacement.call(model);
+            for (int i = 0; i < 100; ++i) {
+                if (!replacement.call(7)) replacement.owns(7, busy);
+                replacement.use(page);
+            }
+        }
+        return std::array{replacement.worth(replacement.take_in(1), 1),
+                          replacement.worth(replacement.take_in(3), 1),
+                          replacement.worth(replacement.take_in(2), 1)};
+    };
+    const auto [hot, busy, cold] = rates(2000);
+    CHECK(hot > 0.5 && busy > 0.5 && cold > 0 && cold < 0.01);
 }
 
 TEST(uses_are_recorded) {

@@ -24,7 +24,7 @@ from pydedup.errors import (
     PageNotFoundError,
     UnavailableError,
 )
-from pydedup.pool import Fetched, PagePool
+from pydedup.pool import Called, Fetched, PagePool
 from pydedup.testing.memory_pages import MemoryPages
 from pydedup.windows import Window
 
@@ -53,6 +53,48 @@ def test_pages_come_in_the_order_asked_for() -> None:
     assert pool.pages([]) == []
     stats = pool.stats()
     assert (stats["inserts"], stats["pages"], stats["pinned_bytes"]) == (5, 5, 0)
+
+
+def test_a_model_that_was_not_called_for_long_is_asked_for_its_pages_again() -> None:
+    """Those that are gone stayed owners of what they shared, which took time and memory."""
+    pages, _ = pages_of(2)
+    pool = pages.pool()
+    asked: list[int] = []
+
+    def call(owner: int) -> None:
+        def pages_of_it() -> NDArray[np.int64]:
+            asked.append(owner)
+            return np.array([1, 2])
+
+        with pool.call(Called(owner, 0, pages_of_it)):
+            pool.pages([1, 2])
+
+    for owner in range(300):
+        call(owner)
+        call(owner)
+    assert asked == list(range(300))
+    for _ in range(5000):  # some ten thousand uses of pages
+        call(0)
+    for owner in range(300, 600):
+        call(owner)
+    for owner in (0, 1, 1, 599):
+        call(owner)
+    assert asked[300:] == [*range(300, 600), 1]
+
+
+def test_what_is_expected_of_pages_that_are_gone_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of all pages that a process had ever met it was kept, while vacuums replace them nightly."""
+    monkeypatch.setattr("pydedup.pool.pool._MANY_EXPECTED", 10)
+    pages, _ = pages_of(1)
+    pool = pages.pool()
+    for first in range(0, 1000, 5):
+        ids = range(first, first + 5)
+        there = range(first - 2, first + 5)
+        assert pool.expect(dict.fromkeys(ids, b"tag"), lambda there=there: there) == []
+        assert pool.expected(first) == b"tag"
+    assert [bool(pool.expected(n)) for n in (0, 500, 960, 999)] == [False, False, False, True]
 
 
 def test_what_is_read_into_memory_is_held_against_checksums() -> None:

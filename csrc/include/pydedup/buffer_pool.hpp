@@ -92,9 +92,10 @@ class BufferPool {
     /// insert() does. Throws Error{out_of_budget} when pinned pages leave too little room.
     [[nodiscard]] Reservation reserve(std::size_t bytes);
 
-    /// For the policy: a model reads these pages; a prediction of a model begins.
+    /// For the policy: a model reads these pages; a prediction of a model begins. If it is not
+    /// known which pages the model reads, or not any more, `call` returns false.
     void owns(std::int64_t owner, std::span<const PageId> pages);
-    void call(std::int64_t owner);
+    bool call(std::int64_t owner);
 
     /// Records up to so many uses from now on; 0 ends that. What was recorded before is forgotten.
     void record(std::size_t max_uses);

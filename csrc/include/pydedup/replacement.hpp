@@ -50,18 +50,21 @@ class Replacement {
         bool resident = false;
     };
 
-    explicit Replacement(ReplacementPolicy policy) : policy_(policy), groups_(1) {
+    explicit Replacement(ReplacementPolicy policy)
+        : policy_(policy), models_(1, Model{1, 1, 0}), groups_(1) {
         numbers_of_groups_.emplace(std::vector<std::size_t>(), 0);
     }
     Replacement(const Replacement&) = delete;
     Replacement& operator=(const Replacement&) = delete;
 
     /// Says that a model reads these pages. Kept are about 50 bytes for each page, and for each set
-    /// of models that some page has as its owners 8 bytes per member.
+    /// of models that some page has as its owners 8 bytes per member. Once there are many models,
+    /// those that were not called for long are forgotten: versions that were replaced add up.
     void owns(Owner owner, std::span<const PageId> pages);
 
-    /// A prediction begins.
-    void call(Owner owner);
+    /// A prediction begins. Returns whether it is known which pages the model reads: whether it
+    /// was called, or `owns` was, and it was not forgotten since.
+    bool call(Owner owner);
 
     /// A page comes into memory, unused. The result is valid until `give_up`.
     History& take_in(PageId id);
@@ -107,6 +110,7 @@ class Replacement {
     [[nodiscard]] double rate_of_group(std::uint32_t group);
     [[nodiscard]] std::uint32_t group_with(std::uint32_t group, std::size_t model);
     void leave_group(std::uint32_t group) noexcept;
+    void forget_stale();
 
     const ReplacementPolicy policy_;
     std::uint64_t now_ = 0;
@@ -117,7 +121,8 @@ class Replacement {
     // Owners of a page are one of few sets, named by number; 0 is the empty one. A number without
     // pages is given to the next set.
     std::unordered_map<Owner, std::size_t> numbers_;
-    std::vector<Model> models_;
+    std::vector<Model> models_;  // the first one stands for all that were forgotten
+    std::size_t most_models_ = 0;
     std::vector<Group> groups_;
     std::map<std::vector<std::size_t>, std::uint32_t> numbers_of_groups_;
     std::vector<std::uint32_t> free_groups_;

@@ -121,9 +121,9 @@ class BufferPool::State : public std::enable_shared_from_this<BufferPool::State>
         pages_.owns(owner, pages);
     }
 
-    void call(std::int64_t owner) {
+    bool call(std::int64_t owner) {
         const std::scoped_lock lock(mutex_);
-        pages_.call(owner);
+        return pages_.call(owner);
     }
 
     void record(std::size_t max_uses) {
@@ -274,7 +274,7 @@ void BufferPool::owns(std::int64_t owner, std::span<const PageId> pages) {
     state_->owns(owner, pages);
 }
 
-void BufferPool::call(std::int64_t owner) { state_->call(owner); }
+bool BufferPool::call(std::int64_t owner) { return state_->call(owner); }
 
 void BufferPool::record(std::size_t max_uses) { state_->record(max_uses); }
 

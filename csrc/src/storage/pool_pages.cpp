@@ -100,10 +100,11 @@ void PoolPages::use(Place place) noexcept {
     }
 }
 
-void PoolPages::call(std::int64_t owner) {
-    replacement_.call(owner);
+bool PoolPages::call(std::int64_t owner) {
+    const bool is_known = replacement_.call(owner);
     ++calls_;
     if (is_recording()) trace_.owners.push_back(owner);
+    return is_known;
 }
 
 void PoolPages::record(BufferPool::Trace fresh, std::size_t max_uses) noexcept {

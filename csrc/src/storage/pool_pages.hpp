@@ -98,7 +98,7 @@ class PoolPages {
     void owns(std::int64_t owner, std::span<const PageId> pages) {
         replacement_.owns(owner, pages);
     }
-    void call(std::int64_t owner);
+    bool call(std::int64_t owner);
     /// `fresh` has room for `max_uses`.
     void record(BufferPool::Trace fresh, std::size_t max_uses) noexcept;
     [[nodiscard]] const BufferPool::Trace& recorded() const noexcept { return trace_; }

@@ -28,6 +28,10 @@ constexpr double kReadBytes = 64 << 10;
 // Pages that are remembered after they went: so many times those in memory, and at least so many.
 constexpr std::size_t kRememberedTimes = 4;
 constexpr std::size_t kRemembered = 1024;
+// Models from which on those are forgotten that were not called for so many horizons: nothing is
+// left of what their calls said.
+constexpr std::size_t kManyModels = 256;
+constexpr double kStaleHorizons = 8;
 
 struct Named {
     std::string_view name;
@@ -61,6 +65,7 @@ std::optional<ReplacementPolicy> replacement_named(std::string_view name) noexce
 }
 
 void Replacement::owns(Owner owner, std::span<const PageId> pages) {
+    if (models_.size() > std::max(most_models_, kManyModels)) forget_stale();
     const auto [at, is_new] = numbers_.try_emplace(owner, models_.size());
     if (is_new) models_.emplace_back();
     const std::size_t model = at->second;
@@ -101,7 +106,70 @@ void Replacement::leave_group(std::uint32_t group) noexcept {
     free_groups_.push_back(group);
 }
 
-void Replacement::call(Owner owner) {
+// Puts the first model in the place of those that were not called for long, in all sets of owners.
+// All is made anew, at the latest when there are twice as many models as the last time.
+void Replacement::forget_stale() {
+    const double stale = kStaleHorizons * horizon();
+    std::vector<Model> models(1, models_.front());
+    std::vector<std::size_t> new_model(models_.size(), 0);
+    for (std::size_t i = 1; i < models_.size(); ++i) {
+        const Model& model = models_[i];
+        // Of one that was never called it is not known how long ago that is.
+        if (model.last != 0 && model.last < now_ && ticks(model.last, now_) > stale) continue;
+        new_model[i] = models.size();
+        models.push_back(model);
+    }
+    std::unordered_map<Owner, std::size_t> numbers;
+    for (const auto& [owner, number] : numbers_) {
+        if (new_model[number] != 0) numbers.emplace(owner, new_model[number]);
+    }
+    std::vector<Group> groups(1);
+    std::map<std::vector<std::size_t>, std::uint32_t> numbers_of_groups;
+    numbers_of_groups.emplace(std::vector<std::size_t>(), 0);
+    std::vector<std::uint32_t> new_group(groups_.size(), 0);
+    for (std::size_t i = 1; i < groups_.size(); ++i) {
+        if (groups_[i].pages == 0) continue;
+        std::vector<std::size_t> owners;
+        for (const std::size_t model : groups_[i].owners) owners.push_back(new_model[model]);
+        std::sort(owners.begin(), owners.end());
+        owners.erase(std::unique(owners.begin(), owners.end()), owners.end());
+        const auto [at, is_new] =
+            numbers_of_groups.try_emplace(owners, static_cast<std::uint32_t>(groups.size()));
+        if (is_new) groups.push_back({std::move(owners), 0, 0, 0});
+        new_group[i] = at->second;
+    }
+    std::vector<std::uint32_t> free_groups;
+    free_groups.reserve(groups.size());
+
+    // Nothing fails from here on.
+    most_models_ = 2 * models.size();
+    models_.swap(models);
+    numbers_.swap(numbers);
+    groups_.swap(groups);
+    numbers_of_groups_.swap(numbers_of_groups);
+    free_groups_.swap(free_groups);
+    for (auto at = group_of_.begin(); at != group_of_.end();) {
+        const std::uint32_t group = new_group[at->second];
+        const auto known = known_.find(at->first);
+        const auto& owners = groups_[group].owners;
+        if (known == known_.end() && owners.size() == 1 && owners.front() == 0) {
+            at = group_of_.erase(at);  // perhaps of a page that is no more
+            continue;
+        }
+        if (known != known_.end()) known->second->group = group;
+        ++groups_[group].pages;
+        at->second = group;
+        ++at;
+    }
+    for (std::size_t i = 1; i < groups_.size(); ++i) {
+        if (groups_[i].pages != 0) continue;
+        numbers_of_groups_.erase(groups_[i].owners);
+        groups_[i] = {};
+        free_groups_.push_back(static_cast<std::uint32_t>(i));
+    }
+}
+
+bool Replacement::call(Owner owner) {
     ++call_;
     const auto [at, is_new] = numbers_.try_emplace(owner, models_.size());
     if (is_new) models_.emplace_back();
@@ -109,6 +177,7 @@ void Replacement::call(Owner owner) {
     if (model.first == 0) model.first = now_ + 1;
     model.calls = decayed(model.calls, model.last) + 1;
     model.last = now_ + 1;
+    return !is_new;
 }
 
 Replacement::History& Replacement::take_in(PageId id) {
