@@ -7,9 +7,9 @@ A weight of 4096 x 4096, two threads on all sides (numpy takes what it finds: OP
 on a larger machine), everything in memory. f32: x @ W.T beside the three. bf16: the weight in bf16
 beside our own f32 and beside torch, both given x in bf16; and given x in f32, which torch cannot
 take. transposed: x @ W. batches: layers of a small transformer (MiniLM's) with the rows of a large
-batch, f32 and bf16 beside torch. avx2: f32 and bf16 once more in another process, where both sides
-may use no more than AVX2 (PYDEDUP_KERNEL, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, and for Intel's
-CPUs MKL_ENABLE_INSTRUCTIONS).
+batch beside torch: all in f32, and all in bf16, results as well. avx2: f32 and bf16 once more in
+another process, where both sides may use no more than AVX2 (PYDEDUP_KERNEL, ATEN_CPU_CAPABILITY,
+ONEDNN_MAX_CPU_ISA, and for Intel's CPUs MKL_ENABLE_INSTRUCTIONS).
 
 The products of every side are held against float64 before they are timed.
 """
@@ -227,7 +227,7 @@ def batches(seconds: float) -> Iterator[Row]:
                 for kind, ours, used, theirs, exact, within in kinds:
                     given = torch.from_numpy(x).to(theirs.dtype)
                     sides: dict[str, Callable[[], object]] = {
-                        "pydedup": lambda t=ours, x=used: t.matmul(x),  # type: ignore[misc]
+                        "pydedup": lambda t=ours, x=used, k=kind: t.matmul(x, dtype=k),  # type: ignore[misc]
                         "torch": lambda g=given, w=theirs: torch.nn.functional.linear(g, w),  # type: ignore[misc]
                     }
                     for name, side in sides.items():

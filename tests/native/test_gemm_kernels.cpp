@@ -365,6 +365,10 @@ TEST(kernels_move_pairs_as_the_scalar_one) {
             sums[0] = -0.0F;
             sums.resize((rows - 1) * ld + cols);
             const auto held = tight(sums);
+            std::vector<float> whole(cols * (rows + 2), 7.0F), moved = whole;
+            scalar.columns_to_f32(held.get(), ld, rows, cols, whole.data(), rows + 2);
+            bf16.columns_to_f32(held.get(), ld, rows, cols, moved.data(), rows + 2);
+            CHECK(std::memcmp(whole.data(), moved.data(), whole.size() * sizeof(float)) == 0);
             const auto bias = tight(normal<float>(rows));
             for (const float* const added :
                  {static_cast<const float*>(bias.get()), static_cast<const float*>(nullptr)}) {

@@ -123,6 +123,12 @@ bool wrong_packing(const std::uint16_t* x, std::size_t ldx, std::size_t rows, st
     return found;
 }
 
+void wrong_square(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                  float* dst, std::size_t ld_dst) noexcept {
+    kScalarKernels.gemm.bf16.columns_to_f32(src, ld_src, rows, cols, dst, ld_dst);
+    std::swap(dst[0], dst[1]);
+}
+
 void wrong_columns(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
                    const float*, std::uint16_t* dst, std::size_t ld_dst) noexcept {
     kScalarKernels.gemm.bf16.columns_to_bf16(src, ld_src, rows, cols, nullptr, dst, ld_dst);
@@ -381,6 +387,7 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.f32_to_bf16 = wrong_rounding; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_look; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_packing; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_f32 = wrong_square; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_bf16 = wrong_columns; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_bf16 = wrong_half_dot; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_f16 = wrong_half_dot; }) == "gemm");

@@ -199,6 +199,15 @@ bool same_moves(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
             }
         }
     }
+    if (bf16.columns_to_f32 != nullptr) {
+        std::array<float, kMoved * kBeside> sums{};
+        for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = static_cast<float>(i);
+        std::array<float, kMoved * kBeside> want{};
+        std::array<float, kMoved * kBeside> got{};
+        reference.columns_to_f32(sums.data(), kMoved, kBeside, kMoved, want.data(), kBeside);
+        bf16.columns_to_f32(sums.data(), kMoved, kBeside, kMoved, got.data(), kBeside);
+        if (want != got) return false;
+    }
     if (bf16.columns_to_bf16 != nullptr) {
         std::array<float, kMoved * kBeside> sums{};
         for (std::size_t i = 0; i < sums.size(); ++i) {

@@ -218,7 +218,14 @@ void Matmul::Typed<T>::store_tile(const Tile& tile, const BlockRect& rect, T* su
                                   Worker& worker) const {
     if (p_.variants != nullptr) add_dots(tile, rect, sums);
     if (y_ != nullptr) {
-        store_sums(tile, rect.rows, sums, y_ + tile.row0 * n_ + rect.row0, n_);
+        T* const y = y_ + tile.row0 * n_ + rect.row0;
+        if constexpr (!std::is_same_v<Tile, detail::RowTile<T, T>>) {
+            if (tile.kernel->sums() == 1) {
+                kernels_.bf16.columns_to_f32(sums, tile.sums(), rect.rows, tile.rows, y, n_);
+                return;
+            }
+        }
+        store_sums(tile, rect.rows, sums, y, n_);
         return;
     }
     if constexpr (sizeof(T) == 4) {

@@ -252,6 +252,7 @@ constexpr Bf16GemmKernels kGemm = {
     enter,
     leave,
     pack_pairs,
+    columns_to_f32,
     columns_to_bf16};
 
 }  // namespace

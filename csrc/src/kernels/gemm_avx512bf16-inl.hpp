@@ -60,6 +60,7 @@ constexpr Bf16GemmKernels kGemm = {{{32, tile_nt<Pairs, 2, 8, 2>, 2, 2},
                                    nullptr,
                                    nullptr,
                                    pack_pairs,
+                                   columns_to_f32,
                                    columns_to_bf16};
 
 }  // namespace

@@ -95,9 +95,12 @@ struct Bf16GemmKernels {
     /// any of them is subnormal.
     bool (*pack_pairs)(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::size_t cols,
                        std::uint16_t* to, std::size_t ld_to) noexcept = nullptr;
-    /// Sums as bf16 numbers, with rows and columns exchanged and, unless nullptr, `bias` added:
-    /// dst[c * ld_dst + r] of src[r * ld_src + c] + bias[r], for r < rows and c < cols, rounded as
-    /// by f32_to_bf16. This and pack_pairs are there where there are tiles.
+    /// Sums with rows and columns exchanged: dst[c * ld_dst + r] of src[r * ld_src + c], for
+    /// r < rows and c < cols.
+    void (*columns_to_f32)(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                           float* dst, std::size_t ld_dst) noexcept = nullptr;
+    /// The same of src[r * ld_src + c] + bias[r], unless that is nullptr, rounded as by
+    /// f32_to_bf16. These and pack_pairs are there where there are tiles.
     void (*columns_to_bf16)(const float* src, std::size_t ld_src, std::size_t rows,
                             std::size_t cols, const float* bias, std::uint16_t* dst,
                             std::size_t ld_dst) noexcept = nullptr;

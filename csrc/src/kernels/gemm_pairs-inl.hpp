@@ -38,6 +38,28 @@ inline void transpose_words(__m512i (&w)[16]) noexcept {
     }
 }
 
+inline void columns_to_f32(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                           float* dst, std::size_t ld_dst) noexcept {
+    constexpr std::size_t kWords = 16;
+    const auto first = [](std::size_t n) noexcept {
+        return static_cast<__mmask16>(n < kWords ? (1U << n) - 1U : 0xFFFFU);
+    };
+    for (std::size_t c0 = 0; c0 < cols; c0 += kWords) {
+        for (std::size_t r0 = 0; r0 < rows; r0 += kWords) {
+            __m512i words[kWords];
+            for (std::size_t r = 0; r < kWords; ++r) {
+                words[r] = r0 + r < rows ? _mm512_maskz_loadu_epi32(first(cols - c0),
+                                                                    src + (r0 + r) * ld_src + c0)
+                                         : _mm512_setzero_si512();
+            }
+            transpose_words(words);
+            for (std::size_t c = c0; c < cols && c < c0 + kWords; ++c) {
+                _mm512_mask_storeu_epi32(dst + c * ld_dst + r0, first(rows - r0), words[c - c0]);
+            }
+        }
+    }
+}
+
 // A word holds neighbours of what becomes a row, so half as many words are moved.
 inline void columns_to_bf16(const float* src, std::size_t ld_src, std::size_t rows,
                             std::size_t cols, const float* bias, std::uint16_t* dst,

@@ -151,6 +151,13 @@ bool pack_pairs(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::
     return subnormal;
 }
 
+void columns_to_f32(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                    float* dst, std::size_t ld_dst) noexcept {
+    for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t c = 0; c < cols; ++c) dst[c * ld_dst + r] = src[r * ld_src + c];
+    }
+}
+
 void columns_to_bf16(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
                      const float* bias, std::uint16_t* dst, std::size_t ld_dst) noexcept {
     for (std::size_t r = 0; r < rows; ++r) {
@@ -169,7 +176,7 @@ constexpr GemmKernels kGemm = {
     kGemmOf<float>, kGemmOf<double>,
     dot_nt_bf16,    dot_nt_f16,
     bf16_to_f32,    f16_to_f32,
-    f32_to_bf16,    {{}, cut, nullptr, nullptr, pack_pairs, columns_to_bf16},
+    f32_to_bf16,    {{}, cut, nullptr, nullptr, pack_pairs, columns_to_f32, columns_to_bf16},
 };
 
 }  // namespace
