@@ -49,3 +49,30 @@ def test_pages_of_later_models_are_not_taken_for_those_before(tmp_path: Path) ->
     with pydedup.open(live, mode="r") as reader:
         assert reader.load("new")["w"].tobytes() == model(3)["w"].tobytes()
         assert reader.verify().ok
+
+
+def test_a_vacuum_writes_no_page_that_was_in_memory_before(tmp_path: Path) -> None:
+    """It copied blocks of lost models into new pages, in the place of those of others."""
+    live, dump = tmp_path / "store.db", tmp_path / "dump.db"
+    kept = {"w": model(3)["w"][:100]}
+    with pydedup.open(live) as writer:
+        writer.add("first", model(1))
+    copy_database(live, dump)
+    with pydedup.open(live) as old:
+        old.add("lost", model(2))
+        old.load("lost")
+        copy_database(dump, live)
+        with pydedup.open(live) as writer:
+            writer.add("twin", model(1))
+            writer.add("new", {"w": kept["w"], "other": model(3)["w"][100:]})
+            writer.add("kept", kept)
+            writer.remove("new")
+        with pydedup.open(live, mode="r") as reader:
+            assert reader.vacuum(dry_run=True).rewritten_pages
+        said = old.vacuum().not_repacked
+        assert said is not None
+        assert "restored to what they were earlier; open it again" in said
+    with pydedup.open(live) as store:
+        assert store.load("kept")["w"].tobytes() == kept["w"].tobytes()
+        assert store.vacuum().rewritten_pages
+        assert store.verify().ok
