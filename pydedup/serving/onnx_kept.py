@@ -277,9 +277,10 @@ class Runner:
                 self._held.popitem(last=False)
                 return True
             else:
+                # A list: a generator would keep the session that it stopped at.
                 sessions = self._sessions.items()
-                large = (key for key, s in sessions if s.reservation.nbytes >= _LARGE_BYTES)
-                session = self._sessions.pop(next(large, b""), None)
+                large = [key for key, s in sessions if s.reservation.nbytes >= _LARGE_BYTES]
+                session = self._sessions.pop(large[0]) if large else None
         forgotten = own or session
         if forgotten is None:
             return False

@@ -131,6 +131,29 @@ def test_a_session_that_made_room_is_made_anew(
         assert not runner._sessions
 
 
+def test_a_session_that_makes_room_is_gone_when_memory_goes_back(
+    store: pydedup.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is shared was freed only after free memory had been given back."""
+    monkeypatch.setattr(onnx_kept, "_LARGE_BYTES", 0)
+    weights = {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)}
+    store.add("m", stack(tmp_path, "m.onnx", weights))
+    for _ in range(2):
+        store.predict("m", X)
+    runner = onnx_kept.runner_of(store._pool)
+    left = [weakref.ref(one.runtime) for one in (*runner._own.values(), *runner._sessions.values())]
+    alive: list[int] = []
+
+    def give_back() -> None:
+        alive.append(sum(session() is not None for session in left))
+
+    monkeypatch.setattr(onnx_kept, "give_back_freed", give_back)
+    assert len(left) == 2, "one with the weights inside, and the shared one"
+    while runner.give_up():
+        pass
+    assert alive == [1, 0]
+
+
 def test_what_was_not_used_for_longest_makes_room(store: pydedup.Store, tmp_path: Path) -> None:
     for number in range(2):
         weights = {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)}
