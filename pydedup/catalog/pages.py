@@ -7,12 +7,15 @@ So may the row: of each page that it reads, a model has a tag in its certificate
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from pydedup.adapter import LIVE, RETIRED, Adapter
 from pydedup.adapter_options import RecordedPagesAdapter, only_sound_rows
-from pydedup.errors import UnavailableError
+from pydedup.catalog.rows import recorded_certificate
+from pydedup.certificates import PAGES
+from pydedup.errors import CorruptStoreError, UnavailableError
 from pydedup.pool import PagePool
 from pydedup.sets import in_parts
 
@@ -59,7 +62,8 @@ def expect_pages(pool: PagePool, adapter: Adapter, tags: Mapping[int, bytes]) ->
 
     Raises UnavailableError where other pages were recorded under these ids before: ids are given
     once, so the tables went back to what they were earlier, and what is in memory is of pages that
-    are no more. Where the row of a page does not say so, it is the record that is damaged.
+    are no more. Where the row of a page does not say so, it is the record that is damaged; where a
+    model still has the other one recorded, that is.
     """
 
     def there() -> list[int]:
@@ -68,8 +72,24 @@ def expect_pages(pool: PagePool, adapter: Adapter, tags: Mapping[int, bytes]) ->
 
     others = pool.expect(tags, there)
     now = tags_of(adapter, others)
-    if any(now.get(page_id) == tags[page_id] for page_id in others):
+    others = [page_id for page_id in others if now.get(page_id) == tags[page_id]]
+    if not others:
+        return
+    before = {page_id: pool.expected(page_id) for page_id in others}
+    if not _are_recorded(adapter, before):
         raise another_store(adapter)
+    pool.expect_instead({page_id: tags[page_id] for page_id in others})
+
+
+def _are_recorded(adapter: Adapter, tags: Mapping[int, bytes]) -> bool:
+    """Whether models that are there have each of these recorded of a page that they read."""
+    left = dict(tags)
+    for model_id in sorted({model_id for model_id, _ in adapter.readers_of(list(tags))}):
+        row = adapter.model(model_id)
+        with contextlib.suppress(CorruptStoreError):
+            known = tags_in(recorded_certificate(row).get(PAGES)) if row is not None else {}
+            left = {page_id: tag for page_id, tag in left.items() if known.get(page_id) != tag}
+    return not left
 
 
 def another_store(adapter: Adapter) -> UnavailableError:

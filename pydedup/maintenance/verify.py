@@ -63,7 +63,7 @@ def _verified(
             if progress is not None:
                 progress("checking models", number + 1, len(rows))
         pages.note_doubts()
-        pages.note_others(models.tags)
+        pages.note_others(models.tags, models.disputed)
         verify_meta(adapter, report)
         verify_names(adapter, rows, damaged["models"], report)
         _note_leftovers(adapter, damaged["models"], report)

@@ -43,8 +43,9 @@ class ModelChecks:
         self._contents = contents
         self._report = report
         self._parsed = ParsedMaps()
-        #: What models recorded of the pages that they read.
+        #: What models recorded of pages that they read, and those of which not all did the same.
         self.tags: dict[int, bytes] = {}
+        self.disputed: set[int] = set()
 
     def check(self, row: ModelRow) -> None:
         """Check all that is recorded of a model."""
@@ -57,7 +58,9 @@ class ModelChecks:
         except CorruptStoreError as exc:
             self._report.add_error(str(exc))
         else:
-            self.tags.update(model.page_tags())
+            for page_id, tag in model.page_tags().items():
+                if self.tags.setdefault(page_id, tag) != tag:
+                    self.disputed.add(page_id)
             self._check_content(model)
 
     def _check_content(self, model: StoredModel) -> None:

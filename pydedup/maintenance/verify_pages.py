@@ -134,10 +134,17 @@ class PageChecks:
             if page_id in report.damaged_pages:
                 report.unrecorded_blocks.pop(page_id, None)
 
-    def note_others(self, tags: Mapping[int, bytes]) -> None:
-        """Say which pages are others than these tags tell, where nothing else of them is wrong."""
-        report, rows = self._report, self._rows
-        others = [row.id for row in rows if not row.checksum.startswith(tags.get(row.id, b""))]
+    def note_others(self, tags: Mapping[int, bytes], disputed: Collection[int]) -> None:
+        """Say which pages are others than these tags tell, where nothing else of them is wrong.
+
+        Of those that are disputed others tell so, to readers that need not be all.
+        """
+        report = self._report
+        others = [
+            row.id
+            for row in self._rows
+            if row.id in disputed or not row.checksum.startswith(tags.get(row.id, b""))
+        ]
         for page_id in others:
             if page_id not in report.damaged_pages:
                 self.damage.note(page_id, ": its row is that of another page")

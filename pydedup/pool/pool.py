@@ -214,6 +214,11 @@ class PagePool(Walks):
             self._most_expected = max(2 * len(self._expected), _MANY_EXPECTED)
         return others
 
+    def expect_instead(self, tags: Mapping[int, bytes]) -> None:
+        """Expect these pages from now on: what was recorded under their ids before is wrong."""
+        self._expected.update(tags)
+        self.drop(list(tags))
+
     def expected(self, page_id: int) -> bytes:
         """Return how the checksum of a page begins, as far as that is known."""
         return self._expected.get(page_id, b"")

@@ -282,6 +282,33 @@ def test_a_page_that_all_but_its_readers_know_for_what_it_is(
         is_there(store, *MODELS)
 
 
+def test_what_one_reader_of_several_knows_wrong(store_url: str, tmp_path: Path) -> None:
+    """Its siblings were refused as of another store, and so was an add; `verify` saw nothing."""
+    fill(store_url)
+    with pydedup.open(store_url) as store:
+        store.backup(tmp_path / "before.db")
+        store.add("like two", MODELS["two"])
+        row = store._adapter.models(name="two")[0]
+        certificate = json.loads(row.certificate)
+        certificate["pages"] = dict.fromkeys(certificate["pages"], "AAAA")
+        with store._adapter.transaction():
+            store._adapter.update_model(row.id, certificate=json.dumps(certificate))
+    with pydedup.open(store_url) as store:
+        told = r"page \d+: its row is that of another page; read by like two@1, two@1"
+        with pytest.raises(CorruptStoreError, match=told):
+            store.load("two")
+        is_there(store, "one", "three")
+        for name, array in store.load("like two").items():
+            assert array.tobytes() == MODELS["two"][name].tobytes()
+        (error,) = store.verify().errors
+        assert re.match(told, error)
+        assert store.add("new", MODELS["two"]).shared_blocks > 0
+        store.verify(repair_from=tmp_path / "before.db")
+    with pydedup.open(store_url) as store:
+        assert store.verify().ok
+        is_there(store, *MODELS)
+
+
 def test_what_is_recorded_of_pages_is_one_entry_for_a_run() -> None:
     tags = {page_id: bytes([page_id, 0, 255]) for page_id in (7, 3, 4, 5, 100, 101)}
     assert tags_in(page_tags(tags)) == tags
