@@ -19,7 +19,14 @@ from pydedup.catalog.digests import (
     with_other_maps,
 )
 from pydedup.catalog.model import SourceHashes, StoredModel, grid_of
-from pydedup.catalog.pages import TAG_BYTES, page_tags, recorded_pages, tags_in, tags_of
+from pydedup.catalog.pages import (
+    TAG_BYTES,
+    another_store,
+    page_tags,
+    recorded_pages,
+    tags_in,
+    tags_of,
+)
 from pydedup.catalog.parsed import ParsedMaps
 from pydedup.catalog.rows import (
     ARTIFACT_DTYPE,
@@ -47,6 +54,7 @@ __all__ = [
     "StoredModel",
     "added_as",
     "aliases_of",
+    "another_store",
     "artifact_digests",
     "certificate_of",
     "check_row",

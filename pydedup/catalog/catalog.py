@@ -179,7 +179,7 @@ class Catalog:
         """
         model = self._models.get(row.id)
         if model is not None and _is_other(model.row, row):
-            raise another_store(self._adapter)
+            raise another_store(self._adapter, self._pool)
         return model
 
     def _refuse_another_store(self) -> None:
@@ -192,7 +192,7 @@ class Catalog:
         if self._store_id is None:
             self._store_id = found
         elif found != self._store_id:
-            raise another_store(self._adapter)
+            raise another_store(self._adapter, self._pool)
 
     def infos(self, name: str | None = None) -> list[ModelInfo]:
         """Return what the store knows of its live models, ordered by name, then age."""

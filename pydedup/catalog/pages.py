@@ -77,7 +77,7 @@ def expect_pages(pool: PagePool, adapter: Adapter, tags: Mapping[int, bytes]) ->
         return
     before = {page_id: pool.expected(page_id) for page_id in others}
     if not _are_recorded(adapter, before):
-        raise another_store(adapter)
+        raise another_store(adapter, pool)
     pool.expect_instead({page_id: tags[page_id] for page_id in others})
 
 
@@ -92,8 +92,13 @@ def _are_recorded(adapter: Adapter, tags: Mapping[int, bytes]) -> bool:
     return not left
 
 
-def another_store(adapter: Adapter) -> UnavailableError:
-    """Return the error that what was read is not of the tables as they are now."""
+def another_store(adapter: Adapter, pool: PagePool | None) -> UnavailableError:
+    """Return the error that what was read is not of the tables as they are now.
+
+    It is noted in the pool, whose pages are those of before.
+    """
+    if pool is not None:
+        pool.outdated = True
     return UnavailableError(
         f"{adapter.url} is another store than the one that was opened: its tables were made anew, "
         "or restored to what they were earlier; open it again"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
-from pydedup.catalog import StoredModel
+from pydedup.catalog import StoredModel, another_store
 from pydedup.errors import BudgetError, CorruptStoreError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
@@ -226,8 +226,14 @@ class ServedStore(Store):
         return ""
 
     def ping(self) -> None:
-        """Ask the database something small. Raises UnavailableError when it does not answer."""
+        """Ask the database something small.
+
+        Raises UnavailableError when it does not answer, and once it was found to be another store
+        than the one that was opened, or one that was restored since.
+        """
         self._adapter.epoch()
+        if self._pool.outdated:
+            raise another_store(self._adapter, self._pool)
 
     def cool(self, address: str) -> int:
         """Forget the pages that only this model reads; returns how many there are."""

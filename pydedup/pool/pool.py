@@ -99,6 +99,11 @@ class PagePool(Walks):
     read_into
         Reads pages without a copy, as far as that can be; ``fetch`` is asked for the rest.
 
+    Attributes
+    ----------
+    outdated
+        Whether pages were found to be of tables that are no more, so that it has to be made anew.
+
     Raises
     ------
     ArgumentError
@@ -127,6 +132,7 @@ class PagePool(Walks):
         self._copies = copies
         self._read_into = read_into
         self._explain = explain
+        self.outdated = False
         self._expected: dict[int, bytes] = {}
         self._most_expected = _MANY_EXPECTED
         self._plans = Plans()

@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -364,3 +366,31 @@ def test_a_database_that_goes_away(start: Start, own_postgres: Any) -> None:
     own_postgres.start()
     until(lambda: server.ask("GET", "/v2/health/ready").status == 200)
     assert server.infer("dense", GOOD).status == 200
+
+
+def test_a_database_that_is_restored_under_a_server(start: Start, tmp_path: Path) -> None:
+    """Pages in memory are of models that are lost: it says so, and is ready no more."""
+    live, dump = tmp_path / "store.db", tmp_path / "dump.db"
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+
+    def add(name: str, value: float) -> None:
+        with pydedup.open(live) as store:
+            store.add(name, {"w": np.full((3, 4), value, np.float32)}, graph=graph)
+
+    add("first", 1.0)
+    with sqlite3.connect(live) as source, sqlite3.connect(dump) as copy:
+        source.backup(copy)
+    server = start(str(live))
+    add("lost", 2.0)
+    for name in ("first", "lost"):
+        assert server.infer(name, GOOD).status == 200
+    with sqlite3.connect(dump) as copy, sqlite3.connect(live) as target:
+        copy.backup(target)
+    add("twin", 1.0)  # has the number of the model that is lost, and no page
+    add("new", 3.0)
+    assert server.infer("first", GOOD).status == 200
+    assert server.ask("GET", "/v2/health/ready").status == 200
+    assert server.infer("new", GOOD).status == 503
+    until(lambda: any("restored to what they were earlier" in line for line in server.errors))
+    assert server.ask("GET", "/v2/health/ready").status == 503
+    assert server.ask("GET", "/v2/health/live").status == 200
