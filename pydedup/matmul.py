@@ -144,7 +144,7 @@ def matmul(
     outer = block_map.grid.cols if transpose else block_map.grid.rows
     lead = given.shape[:-1]
     result = result_dtype(block_map.dtype, dtype)
-    as_bf16 = result == DType.BF16.numpy
+    as_bf16 = dtype is DType.BF16
     y = room_for((math.prod(lead), outer), np.dtype(np.uint16) if as_bf16 else result)
     product = _core.Matmul(
         *shape_of(block_map),
@@ -159,7 +159,8 @@ def matmul(
     )
     if y.size:
         feed_blocks(product, block_map, pool, None if among is None else among.members)
-    return y.view(result).reshape(*lead, outer)
+    y = y.reshape(*lead, outer)
+    return y.view(result) if as_bf16 else y
 
 
 def result_dtype(weights: DType, wanted: DType | None) -> np.dtype[Any]:
