@@ -205,17 +205,7 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
             self._query(f"VACUUM (ANALYZE) {self._sql.dialect.name(table)}")
 
     def integrity_errors(self) -> list[str]:
-        """Return which indexes are not to be used, and what amcheck finds where it may run.
-
-        Also of which tables rows may be hidden from this user, which then seem to be lost.
-        """
-        tables = self._of_tables("c.relname, row_security_active(c.oid)")
-        hidden = [
-            f"row-level security may hide rows of {name} from this user, so what seems to be "
-            "missing may be there; let the owner of the tables verify them"
-            for name, hides in sorted(tables)
-            if hides
-        ]
+        """Return which indexes are not to be used, and what amcheck finds where it may run."""
         check = self._query(
             "SELECT p.oid::regproc::text FROM pg_proc p JOIN pg_extension e "
             "ON e.extnamespace = p.pronamespace WHERE e.extname = 'amcheck' "
@@ -236,15 +226,25 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
             ):
                 complaints[index] = complaint
         if not complaints:
-            return hidden
+            return []
         # Who makes an index CONCURRENTLY has one that is not valid until it is complete; what that
         # takes the place of gets another name, is not valid any more, and goes.
         in_work = self._indexes_in_work()
         there = self._indexes()
-        return hidden + [
+        return [
             complaint
             for index, complaint in complaints.items()
             if index in there and (index[2] or index[1] not in in_work)
+        ]
+
+    def hidden_rows(self) -> list[str]:
+        """Return what there is to say of tables that row-level security is active of."""
+        tables = self._of_tables("c.relname, row_security_active(c.oid)")
+        return [
+            f"row-level security may hide rows of {name} from this user, so what seems to be "
+            "missing may be there; let the owner of the tables verify them"
+            for name, hides in sorted(tables)
+            if hides
         ]
 
     def _indexes(self) -> list[Row]:

@@ -19,6 +19,7 @@ __all__ = [
     "CopiesAdapter",
     "ExpectingAdapter",
     "FunctionsAdapter",
+    "HiddenRowsAdapter",
     "KeyRange",
     "NumberingAdapter",
     "PlacesAdapter",
@@ -174,6 +175,14 @@ class ChangeMarkAdapter(Protocol):
         One mark may stand for a state on this thread alone. ``None`` where none is to be had now:
         in a transaction or snapshot, and where damaged rows are left out.
         """
+
+
+@runtime_checkable
+class HiddenRowsAdapter(Protocol):
+    """Rows that are there and that a user does not see, optional for an adapter."""
+
+    def hidden_rows(self) -> list[str]:
+        """Return what there is to say of each table of which this user may not see all rows."""
 
 
 @runtime_checkable
