@@ -35,10 +35,10 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
             return std::min(packing.rows, before * packing.width);
         };
         each_task(chunks, threads, [&](std::size_t i, Worker& worker) {
-            if (subnormal_) return;
             const std::size_t row0 = row_of(i);
             const auto x =
                 packing.pack(row0, row_of(i + 1) - row0, 1, worker.template memory_of_x<E>());
+            if (subnormal_) return;  // found here, or by another thread
             const std::size_t together = panels_together(x, panels, p_.grid.block_rows, 1);
             for (std::size_t row = 0; row < panels; row += together) {
                 multiply_panels(x, row, std::min(panels, row + together), 0, x.n_tiles(), worker);
@@ -105,7 +105,7 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
                                       Worker& worker) const {
     std::optional<TileRegisters> registers;
     if constexpr (!std::is_same_v<E, T>) registers.emplace(kernels_.bf16);
-    if (takes_whole_rows(x, blocks, rows, t0, t1)) {
+    if (takes_whole_rows(x, blocks, rows)) {
         multiply_whole_rows(x, blocks, rows, t0, t1, worker);
         return;
     }

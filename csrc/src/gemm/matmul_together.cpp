@@ -14,11 +14,14 @@ using detail::PackedX;
 // every CPU has whose kernels do so (AMX).
 constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
 // Rows of W that fill two such registers: as many, if they are no longer than this, stay in that
-// cache while they are multiplied with all tiles, or with the only one, and their sums are in
-// registers from the first block to the last.
+// cache while they are multiplied with all tiles, and their sums are in registers from the first
+// block to the last. Twice as long, or with an x in parts, they and a tile no longer fit (384
+// columns, 32 rows of x: half as long again).
 constexpr std::size_t kWholeRows = 32;
 constexpr std::size_t kWholeRowBytes = 512;
-constexpr std::size_t kWholeRowBytesOfOne = std::size_t{1} << 10;
+// Columns of W that fill such a register. What does not is copied into zeros, for each of those
+// rows anew (blocks of 65 columns: a third longer).
+constexpr std::size_t kWholeColumns = 32;
 
 }  // namespace
 
@@ -73,12 +76,10 @@ void Matmul::Typed<T>::multiply_together(const PackedX<E, T>& x, std::span<const
 template <class T>
 template <class E>
 bool Matmul::Typed<T>::takes_whole_rows(const PackedX<E, T>& x, std::span<const BlockView> blocks,
-                                        const Rows& rows, std::size_t t0,
-                                        std::size_t t1) const noexcept {
-    if (x.tile(t0).kernel->tile_nt_pieces == nullptr || p_.variants != nullptr ||
-        !p_.places.empty() ||
-        p_.grid.cols * sizeof(E) > (t1 - t0 == 1 ? kWholeRowBytesOfOne : kWholeRowBytes) ||
-        p_.grid.grid_cols() * x.n_parts() > kMaxGemmPieces) {
+                                        const Rows& rows) const noexcept {
+    if (x.tile(0).kernel->tile_nt_pieces == nullptr || x.n_parts() != 1 || p_.variants != nullptr ||
+        !p_.places.empty() || p_.grid.cols * sizeof(E) > kWholeRowBytes ||
+        p_.grid.block_cols % kWholeColumns != 0 || p_.grid.grid_cols() > kMaxGemmPieces) {
         return false;
     }
     const Part first = part_of_row(rows.first, blocks.size());
@@ -86,10 +87,7 @@ bool Matmul::Typed<T>::takes_whole_rows(const PackedX<E, T>& x, std::span<const 
     return first.starts && last.ends &&
            std::all_of(blocks.begin() + static_cast<std::ptrdiff_t>(first.begin - fed_),
                        blocks.begin() + static_cast<std::ptrdiff_t>(last.end - fed_),
-                       [&](const BlockView& block) {
-                           return block.encoding == Encoding::raw &&
-                                  (x.n_parts() == 1 || block.length <= kTogetherBytes);
-                       });
+                       [](const BlockView& block) { return block.encoding == Encoding::raw; });
 }
 
 template <class T>
@@ -114,14 +112,11 @@ void Matmul::Typed<T>::multiply_whole_rows(const PackedX<E, T>& x,
                 const E* const next = is_last
                                           ? next_block<E>(blocks, number + grid_cols - fed_).begin
                                           : w + kWholeRows * block.cols;
-                for (unsigned k = 0; k < x.n_parts(); ++k) {
-                    pieces[count++] = {nullptr, w, block.cols, block.cols, k == 0 ? next : nullptr};
-                }
+                pieces[count++] = {nullptr, w, block.cols, block.cols, next};
             }
             for (std::size_t t = t0; t < t1; ++t) {
                 for (std::size_t i = 0; i < count; ++i) {
-                    const std::size_t column = place(part.begin + i / x.n_parts()) % grid_cols;
-                    pieces[i].x = x.at(column, t, 0, static_cast<unsigned>(i % x.n_parts()));
+                    pieces[i].x = x.at(i, t, 0);
                     if (t != t0) pieces[i].next = nullptr;
                 }
                 ask_for_y(x.tile(t), rect);
@@ -134,8 +129,8 @@ void Matmul::Typed<T>::multiply_whole_rows(const PackedX<E, T>& x,
 }
 
 template bool Matmul::Typed<float>::takes_whole_rows(const PackedX<float, float>&,
-                                                     std::span<const BlockView>, const Rows&,
-                                                     std::size_t, std::size_t) const noexcept;
+                                                     std::span<const BlockView>,
+                                                     const Rows&) const noexcept;
 template void Matmul::Typed<float>::multiply_whole_rows(const PackedX<float, float>&,
                                                         std::span<const BlockView>, const Rows&,
                                                         std::size_t, std::size_t, Worker&) const;
@@ -147,8 +142,8 @@ template void Matmul::Typed<float>::multiply_together(const PackedX<float, float
                                                       std::size_t, std::size_t, const TileSums&,
                                                       bool, bool, Worker&) const;
 template bool Matmul::Typed<float>::takes_whole_rows(const PackedX<std::uint16_t, float>&,
-                                                     std::span<const BlockView>, const Rows&,
-                                                     std::size_t, std::size_t) const noexcept;
+                                                     std::span<const BlockView>,
+                                                     const Rows&) const noexcept;
 template void Matmul::Typed<float>::multiply_whole_rows(const PackedX<std::uint16_t, float>&,
                                                         std::span<const BlockView>, const Rows&,
                                                         std::size_t, std::size_t, Worker&) const;
@@ -160,8 +155,8 @@ template void Matmul::Typed<float>::multiply_together(const PackedX<std::uint16_
                                                       std::size_t, std::size_t, const TileSums&,
                                                       bool, bool, Worker&) const;
 template bool Matmul::Typed<double>::takes_whole_rows(const PackedX<double, double>&,
-                                                      std::span<const BlockView>, const Rows&,
-                                                      std::size_t, std::size_t) const noexcept;
+                                                      std::span<const BlockView>,
+                                                      const Rows&) const noexcept;
 template void Matmul::Typed<double>::multiply_whole_rows(const PackedX<double, double>&,
                                                          std::span<const BlockView>, const Rows&,
                                                          std::size_t, std::size_t, Worker&) const;

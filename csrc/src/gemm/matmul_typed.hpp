@@ -302,8 +302,8 @@ class Matmul::Typed final : public Matmul::Impl {
     // one after another, and sums go to y from there.
     template <class E>
     [[nodiscard]] bool takes_whole_rows(const detail::PackedX<E, T>& x,
-                                        std::span<const BlockView> blocks, const Rows& rows,
-                                        std::size_t t0, std::size_t t1) const noexcept;
+                                        std::span<const BlockView> blocks,
+                                        const Rows& rows) const noexcept;
     template <class E>
     void multiply_whole_rows(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
                              const Rows& rows, std::size_t t0, std::size_t t1,

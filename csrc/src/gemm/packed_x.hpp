@@ -187,6 +187,28 @@ class PackedX {
         }
     }
 
+    // The columns of a group. What a call of memmove makes the loop around it keep on the stack
+    // would wait behind these stores, whose lines are another thread's from the product before
+    // (8 x 1024 by 1024 x 128, two threads: 23 us instead of 17).
+    static void copy_few(const E* from, std::size_t count, E* to) noexcept {
+        switch (count) {
+            case 2:
+                std::copy_n(from, 2, to);
+                break;
+            case 4:
+                std::copy_n(from, 4, to);
+                break;
+            case 8:
+                std::copy_n(from, 8, to);
+                break;
+            case 16:
+                std::copy_n(from, 16, to);
+                break;
+            default:
+                std::copy_n(from, count, to);
+        }
+    }
+
     // A cache line of columns at a time: rows of x may lie a power of two apart, and one element
     // of each would evict the next one's line.
     template <class S>
@@ -215,7 +237,8 @@ class PackedX {
                 for (std::size_t c = c0; c < c1; c += group) {
                     const S* const end = line + std::min(c1, c + group);
                     if constexpr (std::is_same_v<E, A>) {
-                        std::copy(line + c, end, row + c * lanes);
+                        copy_few(line + c, static_cast<std::size_t>(end - (line + c)),
+                                 row + c * lanes);
                     } else {
                         std::transform(line + c, end, row + c * lanes,
                                        [](S value) { return bf16_bits(value); });

@@ -19,7 +19,9 @@ namespace pydedup {
 
 inline constexpr std::size_t kMaxGemmTiles = 6;
 
-inline constexpr std::size_t kMaxGemmPieces = 24;
+// More do not pay: x of so many, with what fills it up to whole registers, has to stay in the
+// first-level cache (AMX, blocks of 16 x 16: 24 take half as long again).
+inline constexpr std::size_t kMaxGemmPieces = 6;
 
 /// What is needed next: of blocks, and of packed x. Each is [begin, end), and need not exist.
 template <class E>
