@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pydedup
+from pydedup.config import kernels
 
 pytest.importorskip("torch")
 
@@ -228,3 +229,31 @@ def test_a_batch_that_is_too_large_is_cut_where_rows_are_apart(wide: Path) -> No
     assert found["peak"] < (192 + 64) * mib, found
     assert found["error"] < 1e-4
     assert found["whole"] > (192 + 64) * mib, found  # with a hook that wants to see it whole
+
+
+HALVES = """
+import json, sys
+import ml_dtypes
+import numpy as np
+import pydedup
+from pydedup.testing.resident import ResidentMemory
+
+x = np.ones((10_000, 1024), ml_dtypes.bfloat16)  # 20 MiB
+w = np.random.default_rng(0).standard_normal((1024, 1024)).astype(ml_dtypes.bfloat16)
+with pydedup.open(sys.argv[1], memory="2MiB") as store, ResidentMemory() as memory:
+    store.add("m", {"w": w})  # more pages than are in memory at once
+    weight = store.tensor("m", "w")
+    weight.matmul(x[:2], dtype="bf16")
+    before = memory.now()
+    memory.forget()
+    weight.matmul(x, dtype="bf16")
+    print(json.dumps((memory.peak() - before) / (1 << 20)))
+"""
+
+
+def test_no_copy_of_x_is_beside_a_result_in_bf16(tmp_path: Path) -> None:
+    # Sums of 40 MiB that wait for more pages, and the result of 20 or packed x of 20 (or, without
+    # products of bf16 numbers, in f32 and widened before: twice 40).
+    peak = json.loads(run(HALVES, tmp_path / "m.db"))
+    kernel = kernels().in_use
+    assert peak < (70 if kernel in ("amx", "avx512bf16") else 130), (peak, kernel)

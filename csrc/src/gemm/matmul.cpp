@@ -130,6 +130,10 @@ template <class T>
 void Matmul::Typed<T>::round_y() {
     if constexpr (sizeof(T) == 4) {
         if (halves_ == nullptr || y_ == nullptr) return;
+        // x is needed no more, and would lie beside y in both dtypes.
+        packed_ = {};
+        pairs_ = {};
+        wide_ = {};
         const std::size_t count = p_.m * n_;
         parallel_for(count, kWidenPiece, threads_for(count),
                      [&](std::size_t begin, std::size_t end) {
