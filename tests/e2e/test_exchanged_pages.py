@@ -258,6 +258,15 @@ def test_a_damaged_page_of_a_model_that_is_damaged_itself_stays(
         is_there(store, "one", "three")
 
 
+def forget_pages(store: pydedup.Store, name: str) -> None:
+    """Let a model's record say of its pages that they are others."""
+    row = store._adapter.models(name=name)[0]
+    certificate = json.loads(row.certificate)
+    certificate["pages"] = dict.fromkeys(certificate["pages"], "AAAA")
+    with store._adapter.transaction():
+        store._adapter.update_model(row.id, certificate=json.dumps(certificate))
+
+
 def test_a_page_that_all_but_its_readers_know_for_what_it_is(
     store_url: str, tmp_path: Path
 ) -> None:
@@ -265,11 +274,7 @@ def test_a_page_that_all_but_its_readers_know_for_what_it_is(
     fill(store_url)
     with pydedup.open(store_url) as store:
         store.backup(tmp_path / "before.db")
-        row = store._adapter.models(name="two")[0]
-        certificate = json.loads(row.certificate)
-        certificate["pages"] = dict.fromkeys(certificate["pages"], "AAAA")
-        with store._adapter.transaction():
-            store._adapter.update_model(row.id, certificate=json.dumps(certificate))
+        forget_pages(store, "two")
     with pydedup.open(store_url) as store:
         told = r"page \d+: its row is that of another page; read by two@1"
         with pytest.raises(CorruptStoreError, match=told):
@@ -288,11 +293,7 @@ def test_what_one_reader_of_several_knows_wrong(store_url: str, tmp_path: Path) 
     with pydedup.open(store_url) as store:
         store.backup(tmp_path / "before.db")
         store.add("like two", MODELS["two"])
-        row = store._adapter.models(name="two")[0]
-        certificate = json.loads(row.certificate)
-        certificate["pages"] = dict.fromkeys(certificate["pages"], "AAAA")
-        with store._adapter.transaction():
-            store._adapter.update_model(row.id, certificate=json.dumps(certificate))
+        forget_pages(store, "two")
     with pydedup.open(store_url) as store:
         told = r"page \d+: its row is that of another page; read by like two@1, two@1"
         with pytest.raises(CorruptStoreError, match=told):

@@ -81,7 +81,10 @@ def fail(*arguments: object, status: int, run: Run = run_here, **options: Any) -
         (["load", "m.db", "a", "-t", "v", "-t", "w"], "2 are given; name one, or leave it out"),
         (["load", "m.db", "a", "-t", "w", "-o", "-", "--json"], "and --json a document"),
         (["load", "m.db", "a", "--dtype", "f33"], "f33"),
-        (["load", "m.db", "a", "--dtype", "int8"], "loaded as 'int8'; choose one of: f64, f32"),
+        (
+            ["load", "m.db", "a", "--dtype", "int8"],
+            "no dtype of floats 'int8'; choose one of: f64, f32",
+        ),
         (["export", "m.db", "a", "x", "--format", "gguf"], "gguf"),
         (["export", "m.db", "a", "-"], "'PATH': this is not written to standard output"),
         (["backup", "m.db", "-"], "'FILE': this is not written to standard output"),
