@@ -59,6 +59,7 @@ class _Watch:
         self._seconds, self._what = seconds, what
         self._thread = ctypes.c_ulong(threading.get_ident())
         self._begun: list[bool] = []
+        self._sent: list[bool] = []
         self._over: list[bool] = []
         self._finished: list[bool] = []
         self._wake, self._done = allocate_lock(), allocate_lock()
@@ -68,11 +69,11 @@ class _Watch:
     def run(self) -> None:
         self._begun.append(True)
         wait = min(self._seconds, threading.TIMEOUT_MAX)
-        sent = 0
         while not self._over and not self._wake.acquire(timeout=wait):
-            _send(self._thread, Overtime)
-            wait, sent = _PAUSE_SECONDS, sent + 1
-            if sent == 2:
+            self._sent.append(True)
+            _send(self._thread)
+            wait = _PAUSE_SECONDS
+            if len(self._sent) == 2:
                 _LOG.warning(
                     "%s takes longer than %.0f seconds, and does not let itself be ended",
                     self._what,
@@ -82,16 +83,22 @@ class _Watch:
         self._done.release()
 
     def end(self) -> None:
-        """Send nothing any more, and take back what did not arrive."""
+        """Send nothing any more, and take what did not arrive."""
         self._over.append(True)
         with contextlib.suppress(RuntimeError):  # it was done before
             self._wake.release()
         # One that begins only now sees that it is over.
         while self._begun and not self._finished:
             self._done.acquire(timeout=_LOOK_SECONDS)
-        _send(self._thread, None)
+        if not self._sent:
+            return
+        # Taken back, what did not arrive would be looked for at every step from then on: CPython
+        # 3.11 is slower for good, and hangs where a profiler is set.
+        with contextlib.suppress(Overtime):
+            _send(self._thread)
+            while True:  # there is one on its way
+                pass
 
 
-def _send(thread: ctypes.c_ulong, kind: type[BaseException] | None) -> None:
-    error = None if kind is None else ctypes.py_object(kind)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
+def _send(thread: ctypes.c_ulong) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Overtime))

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -48,10 +50,11 @@ def test_one_whose_standard_output_is_closed_serves(store_url: str) -> None:
         ["bash", "-c", 'exec "$@" <&- >&-', "bash", *words], stderr=subprocess.PIPE, text=True
     )
 
-    def is_served() -> bool:
+    def is_served() -> bool:  # an answer: it listens before it takes signals
         assert process.poll() is None
-        with socket.socket() as client:
-            return client.connect_ex(("127.0.0.1", port)) == 0
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/v2/health/live") as answer:
+            return bool(answer.status == 200)
+        return False
 
     try:
         until(is_served)

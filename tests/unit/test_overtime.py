@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 
@@ -71,3 +73,29 @@ def test_who_catches_it_is_sent_it_again_and_it_is_told(
         ended_after(0.01, stubborn, "evaluate")
     (record,) = caplog.records
     assert record.getMessage().startswith("evaluate takes longer than 0 seconds, and does not")
+
+
+@pytest.mark.parametrize("call", ["ended_after(600, int, 'it')", "over()"])
+def test_the_interpreter_looks_for_nothing_afterwards(call: str) -> None:
+    """An error that was taken back was looked for at each step: under a profiler that hung."""
+    code = f"""
+import contextlib, sys
+from pydedup.ingest.overtime import Overtime, ended_after
+
+def endless():
+    while True:
+        pass
+
+def over():
+    with contextlib.suppress(Overtime):
+        ended_after(0.01, endless, "it")
+
+def numbers():
+    yield 1
+
+{call}
+sys.setprofile(lambda *event: None)
+list(numbers())
+sys.setprofile(None)
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=100)
