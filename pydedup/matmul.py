@@ -212,7 +212,8 @@ def as_factor(x: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
     Raises ArgumentError, BudgetError as `real_array`.
     """
     given = as_array(x, "x")
-    # Asked in this order: most are float32.
+    if given.dtype == dtype and given.flags.carray:
+        return given  # most are: at once
     if given.dtype != dtype and dtype == np.float32 and given.dtype == DType.BF16.numpy:
         return real_array(given, given.dtype, "x").view(np.uint16)
     return real_array(given, dtype, "x")

@@ -98,12 +98,14 @@ class Stack:
         if x.ndim == 0 or x.shape[-1] != self._inner or not x.size:
             return None
         try:
-            given = as_factor(x, self._dtype)
-            rows = given.reshape(math.prod(x.shape[:-1]), self._inner)
+            rows = as_factor(x, self._dtype)
+            if x.ndim != 2:
+                rows = rows.reshape(math.prod(x.shape[:-1]), self._inner)
             with pool.hold(self.n_pages):
                 y = self._native.run(pool.native, rows, 0, as_bf16)
         except (PydedupError, MemoryError):
             return None
         if y is None:
             return None
-        return (y.view(DType.BF16.numpy) if as_bf16 else y).reshape(*x.shape[:-1], self._outer)
+        made: NDArray[Any] = y.view(DType.BF16.numpy) if as_bf16 else y
+        return made if x.ndim == 2 else made.reshape(*x.shape[:-1], self._outer)

@@ -178,7 +178,7 @@ class Catalog:
         anew, and what is cached, pages too, is of the store before.
         """
         model = self._models.get(row.id)
-        if model is not None and _is_other(model.row, row):
+        if model is not None and model.row is not row and _is_other(model.row, row):
             raise another_store(self._adapter, self._pool)
         return model
 

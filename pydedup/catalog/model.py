@@ -101,6 +101,8 @@ class StoredModel:
         self._graph: Graph | None = None
         self._graph_is_known = False  # also that there is none
         self._layers_key: object = None
+        #: What those who predict with it keep of it, by a name of theirs.
+        self.memo: dict[str, Any] = {}
         #: How often its block maps were forgotten: its pages are the same as long as this is.
         self.state = 0
         added_as = self._recorded_digest(ADDRESS)

@@ -110,10 +110,17 @@ class Gate:
 
     A thread that is inside already is always let in: making it wait for others, who may wait for
     it, could go on forever. Then the budget itself decides.
+
+    ``changed`` is told what is used, one thread at a time, as long as that is more than ``quiet``,
+    and once when it is no more.
     """
 
-    def __init__(self, limit: int, changed: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, limit: int, changed: Callable[[int], None] | None = None, quiet: int = 0
+    ) -> None:
         self._limit = limit
+        self._quiet = quiet
+        self._is_loud = False  # told of more than that
         self._taken = 0  # until it is given back
         self._holders: dict[object, tuple[int, int]] = {}  # ticket -> thread, amount
         self._waiting: deque[object] = deque()
@@ -121,7 +128,7 @@ class Gate:
         # that begins would leave it locked.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._told = changed  # called with what is used, one thread at a time
+        self._told = changed
 
     @property
     def limit(self) -> int:
@@ -149,8 +156,7 @@ class Gate:
             if waits and self._has_others(thread):
                 self._wait_for(ticket, amount)
             self._holders[ticket] = thread, amount
-            if self._told is not None:
-                self._tell()
+            self._tell()
 
     def is_crowded(self, amount: int) -> bool:
         """Whether this thread would wait now for so much."""
@@ -174,7 +180,7 @@ class Gate:
     def leave(self, ticket: object) -> None:
         """Give back what the ticket has; on any thread."""
         self._holders.pop(ticket, None)
-        if self._told is not None or self._waiting:
+        if self._is_loud or self._waiting:
             with self._lock:
                 self._tell()
                 self._changed.notify_all()
@@ -237,8 +243,15 @@ class Gate:
         return self._taken + sum([amount for _, amount in self._held()])
 
     def _tell(self) -> None:
-        if self._told is not None:
-            self._told(self.used)
+        if self._told is None:
+            return
+        used = self.used
+        if used > self._quiet:
+            self._is_loud = True
+            self._told(used)
+        elif self._is_loud:
+            self._told(used)
+            self._is_loud = False
 
 
 class Shadow:
@@ -298,7 +311,7 @@ class Shares:
             # A delta needs its page and that of its base at once.
             lambda: min(self._left // 2, self._left - 2 * self._largest()),
         )
-        self._activations = Gate(self._scratch + self._budget // 2, shadow.follow)
+        self._activations = Gate(self._scratch + self._budget // 2, shadow.follow, self._scratch)
         self._process = os.getpid()
         self._inherited, self._carried = self._reserved, core.reserve(0)
         self._widen(0)

@@ -267,8 +267,12 @@ class PagePool(Walks):
         """
         return self._begun(models) if self._calling() is None else _PART
 
-    @contextmanager
-    def _begun(self, models: Sequence[Called]) -> Iterator[None]:
+    def count_call(self, model: Called) -> None:
+        """Count a prediction of one model that read nothing, and so needed no `call`."""
+        if self._calling() is None:
+            self._count((model,))
+
+    def _count(self, models: Sequence[Called]) -> None:
         for model in models:
             if self._told.get(model.owner) != model.state:
                 self._core.owns(model.owner, model.pages())
@@ -277,6 +281,10 @@ class PagePool(Walks):
                 self._told[model.owner] = model.state
             if not self._core.call(model.owner):  # not called for so long that it was forgotten
                 self._core.owns(model.owner, model.pages())
+
+    @contextmanager
+    def _begun(self, models: Sequence[Called]) -> Iterator[None]:
+        self._count(models)
         owner = tuple(sorted(model.owner for model in models))
         core = self._core
         call = Call(self._last.get(owner, []), self._load_ahead, self._room_ahead)

@@ -124,6 +124,8 @@ def features_of(values: Sequence[object], names: Sequence[str], kind: InputKind)
         are = "is" if len(values) == 1 else "are"
         given = plural(len(values), "feature")
         raise ArgumentError(f"there {are} {given}, and the model takes {kind.width}")
+    if not kind.ids and not kind.as_given and _are_plain(values):
+        return np.array(values, np.float32)
     return _checked([_number(v, name) for v, name in zip(values, names, strict=True)], kind, names)
 
 
@@ -160,6 +162,15 @@ def plain_rows(rows: Sequence[Sequence[object]], kind: InputKind) -> Array | Non
         return numbers
     # NaN is no smaller than anything.
     return numbers.astype(np.float32) if (np.abs(numbers) <= _FLOAT32_MAX).all() else None
+
+
+def _are_plain(values: Sequence[Any]) -> bool:
+    """Whether nothing is wrong with some numbers; False also where each has to be looked at."""
+    if not values or not {int, float}.issuperset(map(type, values)):
+        return False
+    # Of NaN, comparisons say anything, and a sum of such numbers is finite only without.
+    fit = min(values) >= -_FLOAT32_MAX and max(values) <= _FLOAT32_MAX
+    return fit and math.isfinite(sum(values))
 
 
 def _plain_vectors(values: Sequence[bytes], kind: InputKind) -> Array | None:

@@ -86,6 +86,10 @@ class Plan:
         row = max(self.nbytes * part // max(whole, 1) for part, whole in shares)
         return max(row - nbytes, 0)
 
+    def fits_in(self, nbytes: int) -> bool:
+        """Whether it runs as a whole where pieces may take so much."""
+        return self.nbytes <= nbytes or self.rows is None or self.rows < 2
+
     def end(self, first: int, nbytes: int) -> int:
         """Return where a piece of about so many bytes ends that begins here; it has a row."""
         assert self.rows is not None

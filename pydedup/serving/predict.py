@@ -7,10 +7,9 @@ Deliberately not here: what layers compute (:mod:`pydedup.serving.engine`).
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +28,7 @@ from pydedup.matmul import room_for
 from pydedup.pool import PagePool
 from pydedup.serving.engine import Tensors, run_graph, run_together
 from pydedup.serving.plan import Plan, is_planned_by_shapes, plan_run
-from pydedup.serving.stacks import stacks_of
+from pydedup.serving.stacks import known_stacks, stacks_of
 from pydedup.serving.tensor import TensorOf, called
 
 __all__ = [
@@ -82,21 +81,20 @@ class Prediction:
         return outputs[self.graph.outputs[0]]
 
 
-#: Plans of models for inputs of some shapes, where they depend on nothing else.
-_plans: weakref.WeakKeyDictionary[StoredModel, dict[_Shapes, Plan | None]]
-_plans = weakref.WeakKeyDictionary()
+#: Of a model, its plans for inputs of some shapes, where they depend on nothing else.
+_MEMO: Final = "plans"
 
 
 def _plan_of(model: StoredModel, graph: Graph, inputs: Mapping[str, _Array]) -> Plan | None:
     """Return `plan_run`, which for small models takes a quarter of the time, once per shape."""
     shapes = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
-    known = _plans.get(model)
+    known: dict[_Shapes, Plan | None] | None = model.memo.get(_MEMO)
     if known is not None and shapes in known:
         return known[shapes]
     plan = plan_run(graph, model.tensor, inputs)
     if is_planned_by_shapes(graph):
         if known is None or len(known) == _MOST_SHAPES:
-            _plans[model] = known = {}
+            model.memo[_MEMO] = known = {}
         known[shapes] = plan
     return plan
 
@@ -146,30 +144,46 @@ def predict(request: Prediction, tensor_of: TensorOf, pool: PagePool, *, ahead: 
 
     Raises what `pydedup.serving.engine.run_graph` does.
     """
-    with pool.call(called(request.model)) if ahead else contextlib.nullcontext():
-        return request.result(_run(request, tensor_of, pool))
+    made = _at_once(request, pool)
+    if made is None:
+        with pool.call(called(request.model)) if ahead else contextlib.nullcontext():
+            made = _run(request, tensor_of, pool)
+    elif ahead:
+        pool.count_call(called(request.model))
+    return request.result(made)
+
+
+def _at_once(request: Prediction, pool: PagePool) -> dict[str, _Array] | None:
+    """Return what a model gives that is one chain whose pages are all in memory, else None.
+
+    For a small one, all else takes longer than its products.
+    """
+    plan, stacks = request.plan, known_stacks(request.model)
+    if plan is None or stacks is None or not plan.fits_in(_most(pool)):
+        return None
+    with pool.activations(plan.nbytes):
+        return stacks.run_whole(request.inputs)
+
+
+def _most(pool: PagePool) -> int:
+    """Return how many bytes the activations of one prediction take: two can predict at a time."""
+    return pool.activation_bytes // 2
 
 
 def _run(request: Prediction, tensor_of: TensorOf, pool: PagePool) -> dict[str, _Array]:
-    model, plan = request.model, request.plan
-    nbytes = 0 if plan is None else plan.nbytes
+    model, graph, plan = request.model, request.graph, request.plan
     tensors = _tensors(model, tensor_of)
-    stacks = stacks_of(model, request.graph, tensor_of, pool)
-
-    def run(inputs: dict[str, _Array]) -> dict[str, _Array]:
-        made = stacks.run_whole(inputs)
-        return run_graph(request.graph, tensors, inputs, stacks) if made is None else made
-
-    most = pool.activation_bytes // 2  # so that two can predict at a time
-    if plan is None or plan.rows is None or plan.rows < 2 or plan.nbytes <= most:
-        with pool.activations(nbytes):
-            return run(request.inputs)
+    stacks = stacks_of(model, graph, tensor_of, pool)
+    most = _most(pool)
+    if plan is None or plan.rows is None or plan.fits_in(most):
+        with pool.activations(0 if plan is None else plan.nbytes):
+            return run_graph(graph, tensors, request.inputs, stacks)
     outputs: dict[str, _Array] = {}
     stop = 0
     while stop < plan.rows:
         at, stop = stop, plan.end(stop, most)
         with pool.activations(plan.share(at, stop)):
-            part = run(plan.part(request.inputs, at, stop))
+            part = run_graph(graph, tensors, plan.part(request.inputs, at, stop), stacks)
         for name, value in part.items():
             if name not in outputs:
                 outputs[name] = room_for((plan.rows, *value.shape[1:]), value.dtype)

@@ -7,7 +7,6 @@ it cannot run, as when a page is not in memory, the engine takes its layers one 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +23,7 @@ from pydedup.serving.tensor import TensorOf
 from pydedup.serving.weightless import activation_of
 from pydedup.stack import Layer, Stack
 
-__all__ = ["Stacks", "chains", "fusable", "stacks_of"]
+__all__ = ["Stacks", "chains", "fusable", "known_stacks", "stacks_of"]
 
 _Array: TypeAlias = NDArray[Any]
 
@@ -116,6 +115,12 @@ def chains(graph: Graph) -> list[Chain]:
     return found
 
 
+def known_stacks(model: StoredModel) -> Stacks | None:
+    """Return `stacks_of` if they are there, and one of them is all of the model."""
+    state, stacks = model.memo.get(_MEMO, (None, None))
+    return stacks if state == model.state and stacks is not None and stacks.whole else None
+
+
 def stacks_of(
     model: StoredModel,
     graph: Graph,
@@ -126,32 +131,26 @@ def stacks_of(
 
     Nothing for a model that is asked for the first time: its pages have to be read.
     """
-    known = _known.get(model)
-    if known is None or known.state != model.state:
-        _known[model] = _Known(model.state)
+    state, stacks = model.memo.get(_MEMO, (None, None))
+    if state != model.state:
+        model.memo[_MEMO] = model.state, None
         return Stacks({}, pool)
-    if known.stacks is None:
+    if stacks is None:
         try:
-            known.stacks = _made(model, graph, tensor_of, pool)
-            known.whole = _whole(graph, known.stacks)
+            made = _made(model, graph, tensor_of, pool)
         except PydedupError:  # the engine meets it, and says what it is
             return Stacks({}, pool)
-    return Stacks(known.stacks, pool, known.whole)
+        stacks = Stacks(made, pool, _whole(graph, made))
+        model.memo[_MEMO] = state, stacks
+    found: Stacks = stacks
+    return found
 
 
 # ---- inside -------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Known:
-    """What runs chains of a model in one state of its pages; None: not looked for."""
-
-    state: int
-    stacks: Mapping[str, tuple[Chain, Stack]] | None = None
-    whole: str | None = None
-
-
-_known: weakref.WeakKeyDictionary[StoredModel, _Known] = weakref.WeakKeyDictionary()
+#: Of a model, what runs chains of it in one state of its pages; None: not looked for.
+_MEMO: Final = "stacks"
 
 
 def _made(

@@ -43,6 +43,23 @@ def one_by_one(rows: list[tuple[Any, ...]], kind: InputKind) -> list[Any] | None
         return None
 
 
+class _Float(float):
+    """A number that is looked at by itself, as all of a subclass are."""
+
+
+@given(row=st.lists(st.one_of(NUMBERS, EASY, st.sampled_from([2.0**128, -(2**128)])), min_size=1))
+def test_numbers_of_one_row_are_looked_at_together(row: list[Any]) -> None:
+    def told(values: list[Any]) -> Any:
+        try:
+            return features_of(values, names, InputKind(ids=False, width=None))
+        except ArgumentError as error:
+            return str(error)
+
+    names = [f"f{i}" for i in range(len(row))]
+    singly = told([_Float(value) if isinstance(value, float) else value for value in row])
+    np.testing.assert_array_equal(told(row), singly, strict=True)
+
+
 @given(rows=tables(), kind=KINDS)
 def test_numbers(rows: list[tuple[Any, ...]], kind: InputKind) -> None:
     at_once = plain_rows(rows, kind)

@@ -218,6 +218,23 @@ def test_deltas(store: pydedup.Store) -> None:
 # ---- where they cannot run ----------------------------------------------------------------------
 
 
+def test_calls_that_read_nothing_count(tmp_path: Path) -> None:
+    """Which pages stay is by how often their models are called."""
+    with pydedup.open(tmp_path / "s.db", memory="8MiB") as store:
+        for name in "abcdef":
+            weight = RNG.standard_normal((512, 1024)).astype(np.float32)
+            store.add(name, {"a.weight": weight}, graph=net(A))
+        x = np.ones((1, 1024), np.float32)
+        for _ in range(300):
+            store.predict("a", x)
+        for name in "bcdef":
+            for _ in range(4):  # more often than without the last ones of those
+                store.predict(name, x)
+        pages = [store._catalog.model(name).page_ids() for name in "ab"]
+        there = [store._pool.native.count_resident(ids) for ids in pages]
+        assert there[0] > there[1]
+
+
 def test_what_is_wrong_is_told_as_ever(store: pydedup.Store) -> None:
     store.add("m", weights([np.float32] * 2, [8, 6, 5], None, False), graph=net(A, RA, B))
     wrong: list[tuple[Any, str]] = [
