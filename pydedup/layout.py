@@ -37,6 +37,7 @@ __all__ = [
     "even_shares",
     "filled_capacity",
     "fitting",
+    "have_factors",
     "joined",
     "least_pages",
     "map_at",
@@ -154,7 +155,7 @@ def block_forms(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
     """Return how many bytes each of these blocks has on its page, and its encoding.
 
-    Also whether its page has deltas with factors: then it may have others on another page.
+    Also whether it is a delta with factors: then it may have others on another page.
     """
     lengths = np.empty(len(places), np.int64)
     encodings = np.empty(len(places), np.uint8)
@@ -164,8 +165,18 @@ def block_forms(
         entries = slot_entries(pages, page_index, slots[rows])
         lengths[rows] = entries["length"]
         encodings[rows] = entries["encoding"]
-        factored[rows] = np.array([page.has_factors for page in pages])[page_index]
+        for number, page in enumerate(pages):
+            if page.has_factors:
+                here = rows[page_index == number]
+                factored[here] = have_factors(page)[slots[here]]
     return lengths, encodings, factored
+
+
+def have_factors(page: codec.Page) -> NDArray[np.bool_]:
+    """Return which blocks on a page are deltas with factors."""
+    slots, arena = page.slots, np.frombuffer(page.payload, np.uint8)
+    offsets, lengths = (slots[field].astype(np.int64) for field in ("offset", "length"))
+    return codec.EncodedBlocks(arena, offsets, lengths, slots["encoding"].copy()).have_factors()
 
 
 def block_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:

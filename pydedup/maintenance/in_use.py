@@ -20,6 +20,7 @@ from pydedup.errors import CorruptStoreError
 from pydedup.layout import (
     NO_PLACE,
     block_forms,
+    even_shares,
     joined,
     places_of,
     split_place,
@@ -46,7 +47,7 @@ class Places:
     lengths, encodings
         Of each block, as it is to be stored.
     factored
-        Whether its page has deltas with factors.
+        Whether it is a delta with factors.
     bases
         The number of each one's base, `NO_PLACE` for blocks that are no deltas.
     origins
@@ -84,6 +85,16 @@ class Places:
         """Which blocks are to be stored anew: these always move."""
         anew: NDArray[np.bool_] = self.origins != NO_PLACE
         return anew
+
+    @property
+    def costs(self) -> NDArray[np.int64]:
+        """What each block takes of its page.
+
+        Factors, which the first on a page that needs them has for all, count for all evenly.
+        """
+        costs = codec.page_cost(self.lengths)
+        shared = np.flatnonzero(self.factored)
+        return even_shares(costs, shared, self.page_at[shared]) if len(shared) else costs
 
     @property
     def unused(self) -> NDArray[np.float64]:

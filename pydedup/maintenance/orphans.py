@@ -27,7 +27,9 @@ from pydedup.layout import (
     NO_PLACE,
     are_deltas,
     base_places,
+    have_factors,
     joined,
+    slot_entries,
     split_places,
 )
 from pydedup.maintenance.anew import slots_of, stored_anew
@@ -116,13 +118,29 @@ def _pays(
     try:
         with adapter.snapshot():
             before = codec.page_cost(slots_of(pool, orphans[some])["length"])
-            own = slots_of(pool, deltas[chosen])["length"]
+            own = _delta_costs(pool, deltas[chosen])
             lengths, _, _ = stored_anew(pool, deltas[chosen], orphans[some][of], starts[of])
     except CorruptStoreError:
         return False  # verify tells what is damaged
-    before += np.bincount(of, codec.page_cost(own)).astype(np.int64)
+    before += np.bincount(of, own).astype(np.int64)
     after = np.bincount(of, codec.page_cost(lengths))
     return bool(np.minimum(after, before).sum() <= (1 - _LEAST_OF_BLOCKS) * before.sum())
+
+
+def _delta_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what deltas take of their pages, with factors as `Places.costs` counts them."""
+    costs = np.empty(len(places), np.int64)
+    page_ids, slots = split_places(places)
+    for rows, pages, page_index in pool.windows(page_ids):
+        lengths = slot_entries(pages, page_index, slots[rows])["length"].astype(np.int64)
+        for number, page in enumerate(pages):
+            if page.has_factors:
+                factored = have_factors(page)
+                share = int(page.slots["length"][factored].mean())
+                here = np.flatnonzero(page_index == number)
+                lengths[here[factored[slots[rows[here]]]]] = share
+        costs[rows] = codec.page_cost(lengths)
+    return costs
 
 
 def _on_pages_that_go(
@@ -148,14 +166,20 @@ def _on_pages_that_go(
 
 
 def without_orphans(
-    adapter: Adapter, pool: PagePool, models: Sequence[StoredModel], places: Places
+    adapter: Adapter,
+    pool: PagePool,
+    models: Sequence[StoredModel],
+    places: Places,
+    goes: NDArray[np.bool_] | None = None,
 ) -> Places | None:
     """Return the blocks in use without bases that they had better do without, if there are such.
 
-    In a snapshot: reads and encodes deltas on bases of nobody. Memory: some MiB, and some 100
-    bytes for each.
+    ``goes`` says which pages are written anew whatever becomes of these. In a snapshot: reads and
+    encodes deltas on bases of nobody. Memory: some MiB, and some 100 bytes for each.
     """
-    groups = _Groups.of(places, _values(adapter, models))
+    if goes is None:
+        goes = np.zeros(len(places.pages), np.bool_)
+    groups = _Groups.of(places, _values(adapter, models), goes)
     if not len(groups.deltas):
         return None
     first = groups.starts[groups.group]
@@ -168,7 +192,7 @@ def without_orphans(
     if hash_keys(digests) != [places.hashes[number] for number in groups.deltas.tolist()]:
         return None
     after = np.bincount(groups.group, codec.page_cost(lengths)).astype(np.int64)
-    is_better = groups.on_pages_that_go(places, after < groups.before)
+    is_better = groups.on_pages_that_go(places, after < groups.before, goes)
     if not is_better.any():
         return None
     chosen = np.flatnonzero(is_better[groups.group])
@@ -210,16 +234,20 @@ class _Groups:
     starts: NDArray[np.int64]
     before: NDArray[np.int64]
 
-    def on_pages_that_go(self, places: Places, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def on_pages_that_go(
+        self, places: Places, wanted: NDArray[np.bool_], goes: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
         """Return what `_on_pages_that_go` does of these."""
+        # Nothing is left of a page that is written anew.
+        litter = np.where(goes, places.sizes, places.litter)
         bases = places.bases[self.deltas[self.starts]]
         numbers = np.concatenate([bases, self.deltas])
         group = np.concatenate([np.arange(len(bases)), self.group])
-        costs, page_at = codec.page_cost(places.lengths[numbers]), places.page_at[numbers]
-        return _on_pages_that_go(wanted, group, page_at, costs, places.litter, places.sizes)
+        costs, page_at = places.costs[numbers], places.page_at[numbers]
+        return _on_pages_that_go(wanted, group, page_at, costs, litter, places.sizes)
 
     @classmethod
-    def of(cls, places: Places, values: Sequence[int]) -> _Groups:
+    def of(cls, places: Places, values: Sequence[int], goes: NDArray[np.bool_]) -> _Groups:
         """Return the groups that may be worth it; ``values`` as `_values` gives them."""
         deltas = np.flatnonzero(places.bases != NO_PLACE)
         deltas = deltas[~places.is_own[places.bases[deltas]]]
@@ -231,11 +259,12 @@ class _Groups:
             lowest[owned] = np.minimum(lowest[owned], value)
             highest[owned] = np.maximum(highest[owned], value)
         deltas = deltas[np.lexsort((-deltas, -newest[deltas], places.bases[deltas]))]
+        costs = places.costs
         for _ in range(2):  # all, and those that are left
             bases, starts, group = np.unique(
                 places.bases[deltas], return_index=True, return_inverse=True
             )
-            costs, counts = codec.page_cost(places.lengths), np.bincount(group)
+            counts = np.bincount(group)
             of_deltas = np.bincount(group, costs[deltas]).astype(np.int64)
             groups = cls(deltas, group, starts, costs[bases] + of_deltas)
             if not len(deltas):
@@ -245,7 +274,7 @@ class _Groups:
             of_one = np.minimum.reduceat(lowest[deltas], starts) == np.maximum.reduceat(
                 highest[deltas], starts
             )
-            wanted = groups.on_pages_that_go(places, may_pay & (of_one | (counts == 1)))
+            wanted = groups.on_pages_that_go(places, may_pay & (of_one | (counts == 1)), goes)
             deltas = deltas[wanted[group]]
         return groups
 
@@ -270,7 +299,7 @@ def _values(adapter: Adapter, models: Sequence[StoredModel]) -> list[int]:
 
 def _changed(places: Places, anew: _StoredAnew, dropped: NDArray[np.int64], saved: int) -> Places:
     """Return the blocks in use as they are when these are stored anew, without those bases."""
-    costs = codec.page_cost(places.lengths)
+    costs = places.costs
     lengths, encodings = places.lengths.copy(), places.encodings.copy()
     factored, bases, origins = places.factored.copy(), places.bases.copy(), places.origins.copy()
     lengths[anew.numbers], encodings[anew.numbers] = anew.lengths, anew.encodings

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,6 @@ from pydedup.layout import (
     PAGE_CAPACITY,
     base_places,
     block_place,
-    even_shares,
     filled_capacity,
     fitting,
     joined,
@@ -82,6 +82,13 @@ class RepackPlan:
         """The ids of the pages that stay, in ascending order."""
         ids: list[int] = self.places.pages[self.stays].tolist()
         return ids
+
+    @property
+    def orphans_move(self) -> bool:
+        """Whether deltas on bases of nobody are copied to new pages as they are."""
+        bases = self.places.bases
+        deltas = np.flatnonzero((bases != NO_PLACE) & ~self.stays[self.places.page_at])
+        return not self.places.is_own[bases[deltas]].all()
 
     @property
     def pages(self) -> int:
@@ -146,27 +153,39 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
     if not len(as_stored.places):
         return None
     pages_now = live_pages + sum(len(distinct(as_stored.page_at[o])) for o in as_stored.owners)
-    best, plan = 0.0, None
-    for places in [as_stored] if anew is None else [anew, as_stored]:
-        choices = [_good_pages(places), _staying(places, places.unused < UNUSED_PART)]
-        for stays in (*(stays for stays in choices if stays.any()), np.zeros_like(choices[0])):
-            layout = _layout_beside(places, stays)
-            gain = _gain(places, layout, stays, pages_now)
-            if gain > best and layout.stored_pages <= live_pages:
-                best, plan = gain, RepackPlan(epoch, models, places, layout, stays)
-    if plan is None:
+
+    def worth(plan: RepackPlan) -> float:
+        return _gain(plan, pages_now) if plan.layout.stored_pages <= live_pages else 0.0
+
+    plan = max(_plans(epoch, models, as_stored if anew is None else anew), key=worth)
+    if anew is not None:
+        plan = max(chain([plan], _plans(epoch, models, as_stored)), key=worth)
+    if worth(plan) <= 0:
         return None
+    if plan.orphans_move:
+        # That their pages are written anew was not known before.
+        with adapter.snapshot():
+            more = without_orphans(adapter, pool, models, as_stored, ~plan.stays)
+        if more is not None and (anew is None or more.anew_saves > anew.anew_saves):
+            plan = max(chain([plan], _plans(epoch, models, more)), key=worth)
     plan = replace(plan, layout=_settled(pool, plan.places, plan.layout, plan.stays))
-    gain = _gain(plan.places, plan.layout, plan.stays, pages_now)
-    return plan if gain > 0 and plan.layout.stored_pages <= live_pages else None
+    return plan if worth(plan) > 0 else None
 
 
-def _gain(places: Places, layout: Layout, stays: NDArray[np.bool_], pages_now: int) -> float:
+def _plans(epoch: int, models: list[StoredModel], places: Places) -> Iterator[RepackPlan]:
+    """Yield the layouts that are tried: beside the pages that had better stay, and of all."""
+    choices = [_good_pages(places), _staying(places, places.unused < UNUSED_PART)]
+    for stays in (*(stays for stays in choices if stays.any()), np.zeros_like(choices[0])):
+        yield RepackPlan(epoch, models, places, _layout_beside(places, stays), stays)
+
+
+def _gain(plan: RepackPlan, pages_now: int) -> float:
     """Return how many pages fewer are stored and read, less what it costs to write new ones."""
+    places, layout = plan.places, plan.layout
     saved = pages_now - layout.stored_pages - int(layout.page_reads.sum())
     # What is stored anew is new, while what it was before is litter.
     anew = int(codec.page_cost(places.lengths[places.anew]).sum()) / PAGE_CAPACITY
-    unused = float(places.unused[~stays].sum()) - anew
+    unused = float(places.unused[~plan.stays].sum()) - anew
     return saved + unused - _LEAST_GAIN * len(layout.pages)
 
 
@@ -239,10 +258,8 @@ def _layout_beside(places: Places, stays: NDArray[np.bool_]) -> Layout:
     there = np.flatnonzero(stays[places.page_at] & ~places.anew)
     ends = np.cumsum(np.bincount(places.page_at[there], minlength=len(stays))[stays])
     existing = (np.concatenate([[0], ends]), there)  # places ascend by page
-    sizes, capacity = codec.page_cost(places.lengths), PAGE_CAPACITY
+    sizes, capacity = places.costs, PAGE_CAPACITY
     if places.factored.any():
-        shared = np.flatnonzero(places.factored & (places.bases != NO_PLACE))
-        sizes = even_shares(sizes, shared, places.page_at[shared])
         capacity = filled_capacity(sizes)
     return pack(places.owners, capacity, sizes=sizes, existing=existing)
 

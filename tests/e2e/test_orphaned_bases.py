@@ -365,3 +365,52 @@ def test_pages_that_are_mostly_in_use_are_not_written_anew_for_it(tmp_path: Path
         assert len(before.intersection(store._adapter.page_ids("live"))) >= len(before) - 2
         assert same_bits(store, "second", second)
         assert store.verify().ok
+
+
+@pytest.mark.parametrize("kib", [64, 1024])
+def test_a_merged_adapter_takes_what_it_would_alone(
+    store: pydedup.Store, tmp_path: Path, kib: int
+) -> None:
+    """Its factors are with the first block of a page alone, which seemed to be the one to mend."""
+    with small_pages(kib):
+        store.add("base", dense())
+        merged = adapted(dense(), 4)
+        store.add("merged", merged)
+        store.remove("base")
+        done = store.vacuum()
+        again = store.vacuum()
+        alone = page_bytes_of(f"sqlite:///{tmp_path}/alone.db", {"merged": merged})
+    assert done.reencoded_blocks == sum(t.blocks for t in store.explain("merged").tensors)
+    assert done.page_bytes_after <= 1.01 * alone < done.page_bytes_before
+    assert done.page_bytes_before - done.page_bytes_after == pytest.approx(
+        done.reencoded_saves_bytes, rel=0.05
+    )
+    assert (again.rewritten_pages, again.freed_pages) == (0, 0)
+    assert same_bits(store, "merged", merged)
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
+
+
+def test_deltas_among_other_blocks_on_a_page_that_goes_anyway(store: pydedup.Store) -> None:
+    """They were left for the page to stay, which is written anew for what is read of it."""
+    rng = np.random.default_rng(8)
+
+    def drawn(rows: int) -> Model:
+        return {"w": rng.standard_normal((rows, 256)).astype("f4")}
+
+    first = drawn(80)
+    models = {"m@2": night(first, 1), "large@1": drawn(600)}
+    store.add("m@1", first)
+    store.add_many(models)
+    for address in ("s@1", "t@1"):
+        models[address] = drawn(20)
+        store.add(address, models[address])
+    store.remove("m@1")
+    done = store.vacuum()
+    assert (done.rewritten_pages, done.pages_after) == (4, 1)
+    assert done.reencoded_blocks == sum(t.blocks for t in store.explain("m").tensors)
+    again = store.vacuum()
+    assert (again.rewritten_pages, again.freed_pages) == (0, 0)
+    assert all(same_bits(store, address, model) for address, model in models.items())
+    report = store.verify()
+    assert (report.errors, report.notes) == ([], [])
