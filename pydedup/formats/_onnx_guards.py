@@ -116,14 +116,15 @@ class _Names:
             name
             for each in (model.graph, *model.functions)
             for node in all_nodes(each)
-            for name in (*node.input, *node.output)
+            for name in (node.name, *node.input, *node.output)
         }
         self._count = 0
 
-    def new(self) -> str:
+    def new(self, says: str = "guard") -> str:
+        """Return one that begins so; of a node too, whose name the runtime tells of an error."""
         while True:
             self._count += 1
-            name = f"guard_{self._count}"
+            name = f"{says}_{self._count}"
             if name not in self._taken:
                 return name
 
@@ -245,7 +246,7 @@ def _gate(wrong: str, names: _Names) -> tuple[str, list[Any]]:
         make("Cast", [some], [at], to=_INT64),
         make("Constant", [], [ones], value=value),
         # There is an entry 0, and none with the number 1.
-        make("Gather", [ones, at], [gate], name="division by zero"),
+        make("Gather", [ones, at], [gate], name=names.new("division by zero")),
     ]
 
 
@@ -308,7 +309,8 @@ def _frames(node: Any, names: _Names) -> Iterator[Any]:
     yield make("Less", [least, one], [is_less])
     yield make("Cast", [is_less], [at], to=_INT64)
     # There is an entry 0, and none with the number 1.
-    yield make("Gather", [ones, at], [gate], name="the frames of STFT must not be empty")
+    says = names.new("the frames of STFT must not be empty")
+    yield make("Gather", [ones, at], [gate], name=says)
     yield make("CastLike", [gate, node.input[1]], [factor])
     yield make("Mul", [node.input[1], factor], [step])
     node.input[1] = step

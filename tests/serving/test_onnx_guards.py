@@ -57,6 +57,25 @@ def test_the_least_integer_divided_by_minus_one(
         store.predict("m", {"a": a, "b": 0 * b})
 
 
+@pytest.mark.parametrize("kind", [_UINT8, _INT32, _INT64])
+def test_several_divisions(store: pydedup.Store, tmp_path: Path, kind: int) -> None:
+    """The runtime takes no graph of which two nodes are called alike."""
+    nodes = [
+        node("Div", "a b", "q", name="guard_3"),
+        node("Mod", "a b", "r", name="division by zero_9"),
+        node("Div", "q r", "y"),
+    ]
+    inputs = [value("a", kind, [None]), value("b", kind, [None])]
+    path = save(tmp_path / "m.onnx", nodes, {}, inputs, kind=kind)
+    store.add("m", path)
+    dtype = {_UINT8: np.uint8, _INT32: np.int32, _INT64: np.int64}[kind]
+    given = {"a": np.array([90, 75, 11], dtype), "b": np.array([13, 10, 4], dtype)}
+    np.testing.assert_array_equal(store.predict("m", given)["y"], run(path, **given))
+    for wrong in ([13, 0, 4], [13, 5, 4]):  # also of the second division
+        with pytest.raises(ArgumentError, match="division by zero"):
+            store.predict("m", {**given, "b": np.array(wrong, dtype)})
+
+
 def in_functions(path: Path, kind: int, opset: int) -> Path:
     """Save a model of a // b by a function that calls another, whose types nothing tells."""
     make = onnx.helper
@@ -267,7 +286,8 @@ def frames(path: Path, *, with_window: bool) -> Path:
     other = value("w", 1, [None]) if with_window else value("length", _INT32, [])
     kind = _INT64 if with_window else _INT32
     inputs = [value("x", 1, [1, None, 1]), value("step", kind, []), other]
-    return save(path, [make.make_node("STFT", names, ["y"])], {}, inputs)
+    both = [make.make_node("STFT", names, [output]) for output in "st"]
+    return save(path, [*both, node("Add", "s t", "y")], {}, inputs)
 
 
 def test_frames_of_no_elements(store: pydedup.Store, tmp_path: Path) -> None:
