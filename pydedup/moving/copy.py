@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copying models from one store to another, one by one, each published when it is complete.
+"""Copying models from one store to another in order, each published when it is complete.
 
-So a copy that ends early leaves whole models, and the next one goes on behind them. What arrived
-is read back and compared with its hashes before it is published.
+So a copy that ends early leaves whole models, and the next one goes on behind them; of small
+models, several are published together. What arrived is read back and compared with its hashes
+before it is published.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 
@@ -24,10 +25,10 @@ from pydedup.errors import (
     CorruptStoreError,
     DuplicateError,
     NotFoundError,
+    QuotaError,
 )
 from pydedup.ingest.artifacts import match_artifacts
 from pydedup.ingest.match import Matcher
-from pydedup.ingest.pages import settled
 from pydedup.ingest.publish import publish_batch
 from pydedup.ingest.quota import BasesRefusedError, check_quotas
 from pydedup.ingest.spool import NO_BASE, Spool
@@ -36,16 +37,25 @@ from pydedup.jobs import Job
 from pydedup.layout import NO_PLACE, joined, split_places
 from pydedup.maintenance.vacuum import collect_abandoned
 from pydedup.moving.arrival import check_arrival
-from pydedup.moving.known import Known, Scope, Whereabouts
+from pydedup.moving.known import Known, Met, Scope, Whereabouts
 from pydedup.moving.plan import SKIPPING, Item, same_model
 from pydedup.moving.progress import CopyProgress
 from pydedup.moving.quota import check_room
-from pydedup.moving.resolve import NotWholeError, Resolved, Resolver
+from pydedup.moving.resolve import NotWholeError, Resolver
 from pydedup.moving.signatures import CarriedSegments, SourceIndex
-from pydedup.moving.source import End, SourceModel, read_model
+from pydedup.moving.source import End, read_model
 from pydedup.moving.staged import MovedModel, matched_parts, set_aliases
 from pydedup.moving.survey import look_at_target, survey
-from pydedup.sets import distinct, is_among, without
+from pydedup.moving.together import (
+    MOST_BYTES,
+    AloneError,
+    Moved,
+    gathered,
+    lay_out,
+    nothing_done,
+    report,
+)
+from pydedup.sets import is_among
 from pydedup.signatures import read_segments
 from pydedup.types import CopiedModel, CopyReport, Progress
 
@@ -70,8 +80,8 @@ def copy_models(
 
     Memory: the two pools, some 200 bytes for each page of the source and 250 for each of the
     destination, 40 for each block that models share with later ones, and for each block of the
-    largest model 300 (whole pages) or 700; what an add takes of a tensor that is matched anew, or
-    of a large artifact that the source has in a row.
+    largest model, or of small ones that come together, 300 (whole pages) or 700; what an add takes
+    of a tensor that is matched anew, or of a large artifact that the source has in a row.
     """
     started = time.monotonic()
     _refuse_same_store(source.adapter, target.adapter)
@@ -80,7 +90,7 @@ def copy_models(
     with nullcontext() if damaged is None else suppress(CorruptStoreError):
         check_room(source, target, items)
     copier = _Copier(source, target, items, damaged, progress)
-    models = [copier.copy(item) for item in items]
+    models = list(copier.copy(items))
     aliases = set_aliases(target.adapter, items)
     target.adapter.checkpoint()  # once: what a small model writes takes less than this
     return CopyReport(
@@ -118,7 +128,7 @@ def _job_ids(adapter: Adapter) -> set[str]:
 
 
 class _Copier:
-    """Copies one model after the other."""
+    """Copies one model after the other, small ones several at a time."""
 
     def __init__(
         self,
@@ -133,6 +143,7 @@ class _Copier:
         self._damaged = damaged
         self._left = [item for item in items if item.is_wanted]
         self._known = Known()
+        self._come_alone = False
         self._there = look_at_target(target.adapter, source.adapter)
         self._look()
         nbytes = sum(self._survey.sizes.values())
@@ -157,18 +168,46 @@ class _Copier:
                 self._damaged.append(str(error))
             return 0
 
-    def copy(self, item: Item) -> CopiedModel:
-        """Copy one model, if that is to be done, and say what became of it."""
-        started = time.monotonic()
+    def copy(self, items: Sequence[Item]) -> Iterator[CopiedModel]:
+        """Copy models, those that are to be, and say what became of each."""
+        done = 0
+        while done < len(items):
+            some = items[done : done + 1] if self._come_alone else gathered(items, done)
+            copied = self._copy_together(some) if len(some) > 1 else [self._copy_one(some[0])]
+            yield from copied
+            done += len(copied)
+
+    def _copy_together(self, items: Sequence[Item]) -> list[CopiedModel]:
+        """Copy the first of some models: as many as are of not too many bytes.
+
+        Whatever is in the way of one of them, they are copied one by one.
+        """
+        self._catch_up()
+        try:
+            copied = self._attempt(items, set(), keeps_bases=True, takes_pages=True)
+        except AloneError:  # and so are others of its family
+            self._come_alone, copied = True, None
+        except (NotWholeError, CorruptStoreError, NotFoundError, DuplicateError, QuotaError):
+            copied = None
+        if copied is None:
+            self._there.epoch = -1
+            return [self._copy_one(item) for item in items]
+        del self._left[: len(copied)]
+        return copied
+
+    def _copy_one(self, item: Item) -> CopiedModel:
         if not item.is_wanted:
-            return _nothing_done(item)
+            return nothing_done(item)
+        started = time.monotonic()
         not_whole: set[int] = set()
         keeps_bases = takes_pages = True
         for _ in range(_ATTEMPTS):
             self._catch_up()
             epochs = self._epoch(), self._there.epoch
             try:
-                copied = self._attempt(item, not_whole, keeps_bases, takes_pages)
+                copied = self._attempt(
+                    [item], not_whole, keeps_bases=keeps_bases, takes_pages=takes_pages
+                )
             except NotWholeError as error:
                 not_whole.update(error.page_ids)
                 continue
@@ -189,20 +228,20 @@ class _Copier:
                 if said not in self._damaged:  # of a page that several models read
                     self._damaged.append(said)
                 item.status = "damaged"
-                copied = _nothing_done(item)
+                copied = [nothing_done(item)]
             except NotFoundError:
                 if self._source.adapter.model(item.row.id) is not None:
                     raise
                 item.status = "gone"
-                copied = _nothing_done(item)
+                copied = [nothing_done(item)]
             except DuplicateError:
                 if not self._was_copied(item):
                     raise
                 item.status = "there"  # by somebody who copies the same at the same time
-                copied = _nothing_done(item)
+                copied = [nothing_done(item)]
             if copied is not None:
                 self._left.remove(item)
-                return replace(copied, seconds=time.monotonic() - started)
+                return replace(copied[0], seconds=time.monotonic() - started)
             self._there.epoch = -1
         raise ConflictError(
             f"other writers changed what {item.address} needs {_ATTEMPTS} times in a row; copy "
@@ -232,80 +271,108 @@ class _Copier:
         return row is not None and same_model(ours, item.row, theirs, row)
 
     def _attempt(
-        self, item: Item, not_whole: set[int], keeps_bases: bool, takes_pages: bool
-    ) -> CopiedModel | None:
-        """Copy once, whole pages if these may be taken; ``None`` when that must be done anew."""
+        self, items: Sequence[Item], not_whole: set[int], *, keeps_bases: bool, takes_pages: bool
+    ) -> list[CopiedModel] | None:
+        """Copy the first of these models together, whole pages if these may be taken.
+
+        Returns what became of these; ``None`` when that must be done anew.
+        """
+        started = time.monotonic()
         source, target = self._source, self._target
-        epoch = self._there.epoch
-        model = read_model(source.adapter, item.row)
-        sizes = self._survey.sizes
-        new = [page_id for page_id in model.page_ids.tolist() if page_id not in self._known]
-        self._progress.begin(sum(sizes.get(page_id, 0) for page_id in new))
+        epoch, sizes = self._there.epoch, self._survey.sizes
         with Spool(_SPOOL_MEMORY_BYTES, elsewhere=source.pool) as spool:
             matcher = Matcher(target.adapter, target.pool, spool, keeps_bases=keeps_bases)
             used = self._survey.used if takes_pages and self._there.is_bare else {}
-            scope = Scope(self._known, self._there.twins, used, not_whole)
-            resolver = Resolver(
-                source, target, matcher, spool, model, scope, self._progress.advance
-            )
-            resolved = resolver.run()
-            parts, count = matched_parts(model, resolved.references), len(model.stored.tensors)
-            copy = MovedModel(item, model.stored, parts[:count], parts[count:])
-            before = spool.count
-            match_artifacts(matcher, copy)
-            resolved.places.append(np.full(spool.count - before, NO_PLACE))
+            scope = Scope(self._known, Met(), self._there.twins, used, not_whole)
+            moved, new = self._resolved(items, matcher, scope)
             spool.freeze()
-            places = joined(resolved.places)
+            places = scope.met.spooled()
             stager = Stager(
                 matcher,
-                [copy],
+                [one.copy for one in moved],
                 self._progress.wrote,
                 kind="copy",
                 segments=CarriedSegments(source, self._index, spool, places),
             )
-            first = np.array([numbers[0] for numbers in resolved.whole], np.int64)
-            whole = split_places(places[first])[0].tolist()
+            first = [numbers[0] for one in moved for numbers in one.resolved.whole]
+            whole = split_places(places[np.array(first, np.int64)])[0].tolist()
             more = sum(sizes.get(page_id, 0) for page_id in set(whole).difference(new))
             self._progress.grow(more)
 
             def plan() -> list[NDArray[np.int64]]:
-                references = copy.references(matcher.reader)
-                return _lay_out(references, resolved, spool)
+                return lay_out(moved, matcher.reader, spool)
 
-            def lay_out() -> list[NDArray[np.int64]]:
+            def planned() -> list[NDArray[np.int64]]:
                 self._progress.will_write(sum(sizes.get(page_id, 0) for page_id in whole))
                 return plan()
 
             def check(layout: list[NDArray[np.int64]]) -> None:
                 check_arrival(target, stager, spool, layout, self._progress.checked)
 
-            said = f"a copy of {item.address}"
+            said = f"a copy of {moved[0].item.address}"  # a quota refuses none but single ones
             if not spool.lists:
                 if spool.factored.any():
                     plan()  # what blocks take is known then
-                check_quotas(matcher, [copy], epoch, said)
-            layout = publish_batch(stager, lay_out, epoch, check, said)
+                check_quotas(matcher, stager.models, epoch, said)
+            layout = publish_batch(stager, planned, epoch, check, said)
             if layout is None:
                 return None
             self._progress.end()
             # What was seen at the start still holds when nobody but us published since, and no
             # model was replaced, which may have taken pages along.
-            if stager.epoch == epoch + 1 and not item.replaces:
+            if stager.epoch == epoch + 1 and not any(one.item.replaces for one in moved):
                 self._there.epoch = stager.epoch
-                self._remember(model, resolved, places, matcher, stager)
+                for one in moved:
+                    self._remember(one, places, matcher, stager)
             else:
                 self._there.epoch = -1
-            return _report(item, copy, resolved, layout, spool, matcher)
+            return report(moved, layout, spool, matcher, time.monotonic() - started)
+
+    def _resolved(
+        self, items: Sequence[Item], matcher: Matcher, scope: Scope
+    ) -> tuple[list[Moved], set[int]]:
+        """Resolve the first of these models; also return the pages that earlier ones did not read.
+
+        So many as are of not too many bytes: what a copy that ends here has done in vain.
+        """
+        source, target, spool, met = self._source, self._target, matcher.spool, scope.met
+        moved: list[Moved] = []
+        new: set[int] = set()
+        nbytes = 0
+        self._progress.begin(0)
+        for item in items:
+            model = read_model(source, item.row)
+            more = {n for n in model.page_ids.tolist() if n not in self._known and n not in new}
+            more_bytes = sum(self._survey.sizes.get(page_id, 0) for page_id in more)
+            nbytes += more_bytes
+            if moved and nbytes > MOST_BYTES:
+                break
+            new |= more
+            self._progress.grow(more_bytes)
+            resolver = Resolver(
+                source, target, matcher, spool, model, scope, self._progress.advance
+            )
+            resolved = resolver.run()
+            if resolved.anew and len(items) > 1:
+                raise AloneError
+            parts, count = matched_parts(model, resolved.references), len(model.stored.tensors)
+            copy = MovedModel(item, model.stored, parts[:count], parts[count:])
+            before = spool.count
+            match_artifacts(matcher, copy)
+            met.spool(np.full(spool.count - before, NO_PLACE))
+            moved.append(Moved(item, model, copy, resolved))
+            if len(items) > 1:
+                whole = joined(resolved.whole)
+                references = np.concatenate([resolved.references, whole])
+                at = np.concatenate([model.places, met.spooled()[whole]])
+                met.note(at, references, matcher.reader.bases_of(references) != NO_BASE)
+        return moved, new
 
     def _remember(
-        self,
-        model: SourceModel,
-        resolved: Resolved,
-        places: NDArray[np.int64],
-        matcher: Matcher,
-        stager: Stager,
+        self, moved: Moved, places: NDArray[np.int64], matcher: Matcher, stager: Stager
     ) -> None:
         """Note where blocks are that later models need, and forget those that none does."""
+        model, resolved = moved.source, moved.resolved
         whole = joined(resolved.whole)
         at, first = np.unique(np.concatenate([model.places, places[whole]]), return_index=True)
         references = np.concatenate([resolved.references, whole])[first]
@@ -323,53 +390,3 @@ class _Copier:
         found.base_costs[is_delta] = matcher.reader.costs_of(bases[is_delta])
         self._known.note(at, found)
         self._known.forget(last.tolist())
-
-
-def _lay_out(
-    references: NDArray[np.int64], resolved: Resolved, spool: Spool
-) -> list[NDArray[np.int64]]:
-    """Return the new pages: whole ones, then all other new blocks in the order of the source."""
-    pages = list(resolved.whole)
-    rest = without(references[references >= 0], joined(pages))
-
-    def pages_of(sizes: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
-        filled = []
-        ends = np.cumsum(sizes[rest])
-        start = 0
-        while start < len(rest):
-            before = int(ends[start - 1]) if start else 0
-            stop = int(np.searchsorted(ends, before + capacity, side="right"))
-            stop = max(stop, start + 1)
-            filled.append(rest[start:stop])
-            start = stop
-        return filled
-
-    return pages + settled(spool, pages_of)
-
-
-def _nothing_done(item: Item) -> CopiedModel:
-    return CopiedModel(item.address, item.status, item.row.logical_bytes)
-
-
-def _report(
-    item: Item,
-    copy: MovedModel,
-    resolved: Resolved,
-    layout: Sequence[NDArray[np.int64]],
-    spool: Spool,
-    matcher: Matcher,
-) -> CopiedModel:
-    references = copy.references()
-    new = references[references >= 0]
-    written = joined(layout)
-    return CopiedModel(
-        model=item.address,
-        status="replaced" if item.replaces else "copied",
-        logical_bytes=item.row.logical_bytes,
-        stored_bytes=int(spool.lengths[written].sum()),
-        blocks=len(references),
-        shared_blocks=len(references) - len(distinct(new)),
-        delta_blocks=int((matcher.reader.bases_of(references) != NO_BASE).sum()),
-        pages=len(layout),
-        whole_pages=len(resolved.whole),
-    )

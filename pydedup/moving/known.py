@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.layout import NO_PLACE, by_page, split_places
+from pydedup.ingest.spool import NO_BASE
+from pydedup.layout import NO_PLACE, by_page, joined, split_places
 from pydedup.sets import find_among, is_among
 
-__all__ = ["Known", "Scope", "Whereabouts"]
+__all__ = ["Known", "Met", "Scope", "Whereabouts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,11 @@ class Known:
             if page_id in self._pages:
                 before, others = self._pages[page_id]
                 old = np.flatnonzero(~is_among(before, noted))
-                joined = np.concatenate([before[old], noted])
-                both = Whereabouts.nowhere(len(joined))
+                every = np.concatenate([before[old], noted])
+                both = Whereabouts.nowhere(len(every))
                 both.put(np.arange(len(old)), others.take(old))
-                both.put(np.arange(len(old), len(joined)), entries)
-                noted, entries = joined, both
+                both.put(np.arange(len(old), len(every)), entries)
+                noted, entries = every, both
             order = np.argsort(noted)
             self._pages[page_id] = noted[order], entries.take(order)
 
@@ -94,6 +95,50 @@ class Known:
         self._pages.clear()
 
 
+class Met:
+    """References of what models have that are copied together, by place at the source."""
+
+    def __init__(self) -> None:
+        self._places = np.empty(0, np.int64)
+        self._references = np.empty(0, np.int64)
+        self._are_deltas = np.empty(0, np.bool_)
+        self._spooled: list[NDArray[np.int64]] = []
+
+    def spool(self, places: NDArray[np.int64]) -> None:
+        """Note where the next blocks on the spool are, `NO_PLACE` for what was made anew."""
+        self._spooled.append(places)
+
+    def spooled(self) -> NDArray[np.int64]:
+        """Return where all blocks on the spool are, by number."""
+        self._spooled = [joined(self._spooled)]
+        return self._spooled[0]
+
+    def note(
+        self,
+        places: NDArray[np.int64],
+        references: NDArray[np.int64],
+        are_deltas: NDArray[np.bool_],
+    ) -> None:
+        """Remember what blocks at these places are; some may be noted already, as the same."""
+        every = np.concatenate([self._places, places])
+        self._places, first = np.unique(every, return_index=True)
+        self._references = np.concatenate([self._references, references])[first]
+        self._are_deltas = np.concatenate([self._are_deltas, are_deltas])[first]
+
+    def look_up(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return references of blocks at these places, `NO_BASE` where none are noted."""
+        entries, there = find_among(self._places, places)
+        references = np.full(len(places), NO_BASE, np.int64)
+        references[there] = self._references[entries[there]]
+        return references
+
+    def can_be_bases(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether blocks at these places are noted, and as no deltas."""
+        entries, there = find_among(self._places, places)
+        there[there] = ~self._are_deltas[entries[there]]
+        return there
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """What the resolving of a model may count on.
@@ -102,6 +147,8 @@ class Scope:
     ----------
     known
         What was brought before.
+    met
+        What comes together with it.
     twins
         Live pages of the destination by checksum, that others brought.
     used
@@ -112,6 +159,7 @@ class Scope:
     """
 
     known: Known
+    met: Met
     twins: Mapping[bytes, int]
     used: Mapping[int, int]
     not_whole: set[int] = field(default_factory=set)

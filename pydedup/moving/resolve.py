@@ -27,7 +27,7 @@ from pydedup.ingest.low_rank import Looks
 from pydedup.ingest.match import LOOKUP_BLOCKS, Hints, Matcher
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.transposed import Transposed
-from pydedup.layout import NO_PLACE, block_places, by_page, joined, places_of, split_places
+from pydedup.layout import NO_PLACE, block_places, by_page, places_of, split_places
 from pydedup.moving.known import Scope, Whereabouts
 from pydedup.moving.pieces import Piece, stored_pieces
 from pydedup.moving.source import End, SourceModel, recorded
@@ -59,13 +59,13 @@ class Resolved:
         Of each of the model's places, int64 (n,).
     whole
         The pages that go whole: per page, the numbers of its blocks on the spool, by slot.
-    places
-        Of all blocks on the spool by number, where they are at the source.
+    anew
+        Whether some were matched anew.
     """
 
     references: NDArray[np.int64]
     whole: list[NDArray[np.int64]] = field(default_factory=list)
-    places: list[NDArray[np.int64]] = field(default_factory=list)
+    anew: bool = False
 
 
 class Resolver:
@@ -101,8 +101,10 @@ class Resolver:
             When the source does not hold what it recorded.
         """
         out, model = self._out, self._model
+        out.references[:] = self._scope.met.look_up(model.places)
         known = self._scope.known.look_up(model.places)
-        self._refer(np.flatnonzero(known.places != NO_PLACE), known)
+        is_known = (known.places != NO_PLACE) & (out.references == NO_BASE)
+        self._refer(np.flatnonzero(is_known), known)
         if self._scope.twins:
             self._find_twins()
         rest = np.flatnonzero(out.references == NO_BASE)
@@ -120,6 +122,7 @@ class Resolver:
         self._list_whole(whole, deltas=True)
         self._take(rest[is_delta], digests[is_delta], deltas=True)
         if (out.references == NO_BASE).any():
+            out.anew = True
             self._match_anew()
         self._note_costs()
         return out
@@ -202,7 +205,7 @@ class Resolver:
             if wrong.any():
                 raise NotWholeError(distinct(page_ids[wrong]))
         numbers = self._spool.list_blocks(page_ids, slots, rows.digests[chosen], bases)
-        self._out.places.append(places)
+        self._scope.met.spool(places)
         mine, is_mine = find_among(self._model.places, places)
         self._out.references[mine[is_mine]] = numbers[is_mine]
         if deltas:
@@ -211,8 +214,7 @@ class Resolver:
 
     def _numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the numbers on the spool of blocks at these places, -1 where there is none."""
-        spooled = joined(self._out.places)
-        self._out.places = [spooled]
+        spooled = self._scope.met.spooled()
         order = np.argsort(spooled, kind="stable")
         at, is_there = find_among(spooled[order], places)
         numbers = np.full(len(places), -1, np.int64)
@@ -227,9 +229,14 @@ class Resolver:
         others = np.flatnonzero(~is_mine)
         if len(others):  # of deltas that come along with the model
             references[others] = self._numbers(places[others])
-            known = others[references[others] < 0]
-            found = self._scope.known.look_up(places[known])
-            references[known] = self._matcher.stored.references_at(found.places, found.costs)
+            rest = others[references[others] < 0]
+            references[rest] = self._scope.met.look_up(places[rest])
+            rest = rest[references[rest] == NO_BASE]
+            found = self._scope.known.look_up(places[rest])
+            there = np.flatnonzero(found.places != NO_PLACE)
+            references[rest[there]] = self._matcher.stored.references_at(
+                found.places[there], found.costs[there]
+            )
         lost = np.flatnonzero(references == NO_BASE)
         if len(lost):
             (page_id,), (slot,) = split_places(places[lost[:1]])
@@ -280,7 +287,7 @@ class Resolver:
                 base_references[first],
                 piece.entries["base"][first].astype(np.uint64),
             )
-            self._out.places.append(self._model.places[rows[first]])
+            self._scope.met.spool(self._model.places[rows[first]])
             missing = missing[references[missing] == NO_BASE]
             if len(missing):
                 references[missing] = self._matcher.find(view, digests)[missing]
@@ -331,7 +338,7 @@ class Resolver:
             ),
         )
         made = self._spool.count - before
-        self._out.places.append(np.full(made, NO_PLACE, np.int64))
+        self._scope.met.spool(np.full(made, NO_PLACE, np.int64))
         self._out.references[at] = found.references
 
     def _note_costs(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter
+from pydedup.ingest.spool import NO_BASE
 from pydedup.layout import NO_PLACE, by_page, split_places
 from pydedup.moving.known import Scope
 from pydedup.moving.source import Recorded, recorded
@@ -35,7 +36,7 @@ class WholePages:
     there
         Those of them that the destination has.
     scope
-        What earlier models of this copy brought, and which pages may go whole.
+        What other models of this copy brought, and which pages may go whole.
 
     Attributes
     ----------
@@ -68,6 +69,7 @@ class WholePages:
         page_ids, slots = split_places(rows.places)
         taken = is_among(rows.places, self._there)
         taken |= self._scope.known.look_up(rows.places).places != NO_PLACE
+        taken |= self._scope.met.look_up(rows.places) != NO_BASE
         for page_id, entries in by_page(page_ids):
             if (
                 self._scope.used.get(page_id) == len(entries)
@@ -110,6 +112,7 @@ class WholePages:
         here = is_among(bases, self._places) | is_among(bases, self.rows.places[every])
         found = self._scope.known.look_up(bases)
         here |= (found.places != NO_PLACE) & (found.bases == NO_PLACE)
+        here |= self._scope.met.can_be_bases(bases)
         missing = bases[~here & (bases != NO_PLACE)]
         if not len(missing):
             return {}

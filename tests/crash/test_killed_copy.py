@@ -19,6 +19,7 @@ import pydedup
 from pydedup import policies
 from pydedup.adapter import LIVE
 from pydedup.ingest import pages
+from pydedup.moving import together
 from pydedup.moving.copy import copy_models
 from pydedup.moving.plan import plan_copy
 from pydedup.store import Store
@@ -57,7 +58,7 @@ def source(_small_pages: None, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def copy(source: Path, target: Store) -> list[str]:
     """Copy all models to an open store; return those that were not there."""
-    pages.PAGES_PER_TRANSACTION = 1
+    pages.PAGES_PER_TRANSACTION = together._MOST_MODELS = 1
     with pydedup.open(source, mode="r", memory="64MiB") as store:
         items = plan_copy(
             store._adapter, target._adapter, None, all_versions=False, on_conflict="error"

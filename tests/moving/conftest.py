@@ -18,6 +18,7 @@ from pydedup import policies, registry
 from pydedup.adapter import LIVE, STAGING, Adapter
 from pydedup.graph import Graph, Node
 from pydedup.layout import block_costs, map_places, pages_read
+from pydedup.moving import together
 from pydedup.store import Store
 
 Model = dict[str, np.ndarray]
@@ -53,6 +54,12 @@ def fill(store: Store) -> None:
 @pytest.fixture(autouse=True)
 def _pages_for_the_family(small_pages: None) -> None:
     """Its models have several pages each."""
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are copied each by itself, small ones too."""
+    monkeypatch.setattr(together, "_MOST_MODELS", 1)
 
 
 @pytest.fixture

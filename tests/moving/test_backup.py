@@ -159,7 +159,8 @@ SCRIPT = """
 import sys, time
 import pydedup
 from pydedup.ingest import pages
-pages.PAGES_PER_TRANSACTION = 1
+from pydedup.moving import together
+pages.PAGES_PER_TRANSACTION = together._MOST_MODELS = 1
 count = 0
 def slowly(stage, done, total):
     global count

@@ -100,8 +100,9 @@ def test_backup_and_restore(
 INTERRUPTED = """
 import os, signal, sys
 from pydedup.cli.app import main
-from pydedup.moving import copy
+from pydedup.moving import copy, together
 from pydedup.store import Store
+together._MOST_MODELS = 1
 original = copy.check_arrival
 count = 0
 def check(*arguments):

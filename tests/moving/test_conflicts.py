@@ -195,6 +195,7 @@ def test_another_graph_is_another_model(
             np.testing.assert_array_equal(target.predict("m@1", x), store.predict("m@1", x))
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("has_others", [False, True])  # then no page goes as it is
 def test_a_quota_holds_for_copies(
     has_others: bool, filled: New, new_store: New, family: Callable[..., Any]

@@ -60,6 +60,7 @@ def blocks_and_hashes(adapter: Adapter) -> tuple[int, int]:
     return len(rows), len({row.hash128 for row in rows})
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_another_adds_meanwhile_is_not_stored_twice(
     filled: New, new_store: New, family: Callable[..., Any], assert_same: Any, backend: str
@@ -121,6 +122,7 @@ def test_a_vacuum_of_the_source_meanwhile(
     assert_same(source_url, url)
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_what_is_there_is_found_after_a_vacuum_of_the_source(
     new_store: New, assert_same: Any
 ) -> None:
@@ -253,6 +255,7 @@ def test_a_removed_model_that_was_named(filled: New, new_store: New) -> None:
             store.copy_to(new_store("sqlite"), ["exact"])
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_goes_while_another_model_is_published_is_not_relied_upon(
     new_store: New, backend: str
