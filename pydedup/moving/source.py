@@ -92,14 +92,16 @@ class Recorded:
         return entries
 
 
-def read_model(adapter: Adapter, row: ModelRow) -> SourceModel:
-    """Read what is recorded of a model.
+def read_model(source: End, row: ModelRow) -> SourceModel:
+    """Read what is recorded of a model, and let the pool expect its pages.
 
-    Raises NotFoundError when it was removed, CorruptStoreError when it does not fit together.
+    Raises NotFoundError when it was removed, CorruptStoreError when it does not fit together, and
+    UnavailableError when the pool has pages of an earlier state of the database.
     """
+    adapter = source.adapter
     check_row(row)  # else a backup that replaces another would have what is damaged for good
     with adapter.snapshot():
-        model = StoredModel(adapter, row)
+        model = StoredModel(adapter, row, source.pool)
         maps = model.block_maps()
         hashes = SourceHashes(adapter, model)
         if not hashes.are_as_added():

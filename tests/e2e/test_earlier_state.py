@@ -76,3 +76,30 @@ def test_a_vacuum_writes_no_page_that_was_in_memory_before(tmp_path: Path) -> No
         assert store.load("kept")["w"].tobytes() == kept["w"].tobytes()
         assert store.vacuum().rewritten_pages
         assert store.verify().ok
+
+
+def test_a_copy_takes_no_page_that_was_in_memory_before(tmp_path: Path) -> None:
+    """It called the store damaged, and with ``skip_damaged`` left out models that are sound."""
+    live, dump = tmp_path / "store.db", tmp_path / "dump.db"
+    with pydedup.open(live) as writer:
+        writer.add("first", model(1))
+    copy_database(live, dump)
+    with pydedup.open(live, mode="r") as old:
+        with pydedup.open(live) as writer:
+            writer.add("lost", model(2))
+        old.load("lost")
+        copy_database(dump, live)
+        with pydedup.open(live) as writer:
+            writer.add("twin", model(1))
+            writer.add("new", model(3))
+        for skips in (False, True):
+            with pytest.raises(UnavailableError, match=r"restored .* earlier; open it again"):
+                old.backup(tmp_path / "backup.db", skip_damaged=skips)
+            with pytest.raises(UnavailableError, match=r"restored .* earlier; open it again"):
+                old.copy_to(tmp_path / "copy.db", skip_damaged=skips)
+    with pydedup.open(live, mode="r") as reader:
+        reader.backup(tmp_path / "backup.db")
+        reader.copy_to(tmp_path / "copy.db")
+    for path in ("backup.db", "copy.db"):
+        with pydedup.open(tmp_path / path, mode="r") as copied:
+            assert copied.load("new")["w"].tobytes() == model(3)["w"].tobytes()
