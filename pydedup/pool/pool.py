@@ -216,8 +216,11 @@ class PagePool(Walks):
             other = [n for n, page in pages if page and not self.is_expected(n, page.checksum)]
             self.drop(other)
         if there is not None and len(known) > self._most_expected:
-            self._expected = {page_id: known[page_id] for page_id in there() if page_id in known}
-            self._most_expected = max(2 * len(self._expected), _MANY_EXPECTED)
+            # What other threads add from here on, they saw later than it is asked for.
+            before = list(known)
+            for page_id in set(before).difference(there()):
+                known.pop(page_id, None)
+            self._most_expected = max(2 * len(known), _MANY_EXPECTED)
         return others
 
     def expect_instead(self, tags: Mapping[int, bytes]) -> None:

@@ -97,6 +97,22 @@ def test_what_is_expected_of_pages_that_are_gone_is_forgotten(
     assert [bool(pool.expected(n)) for n in (0, 500, 960, 999)] == [False, False, False, True]
 
 
+def test_what_another_thread_expects_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was added after the database was asked which pages there are, so it seemed to be gone."""
+    monkeypatch.setattr("pydedup.pool.pool._MANY_EXPECTED", 10)
+    pages, _ = pages_of(1)
+    pool = pages.pool()
+
+    def there() -> list[int]:
+        other = threading.Thread(target=pool.expect, args=({100: b"new"},))
+        other.start()
+        other.join()
+        return [19]
+
+    pool.expect(dict.fromkeys(range(20), b"tag"), there)
+    assert [bool(pool.expected(n)) for n in (0, 19, 100)] == [False, True, True]
+
+
 def test_what_is_read_into_memory_is_held_against_checksums() -> None:
     pages, size = pages_of(8)
     asked: list[list[int]] = []
