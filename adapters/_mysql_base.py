@@ -190,7 +190,8 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
                     made = statement.replace("CREATE VIEW", "CREATE SQL SECURITY INVOKER VIEW")
                     self._define(made)
             except (RefusedError, DeniedError) as error:
-                raise ReadOnlyError(f"{self._url} holds no store; {self._grant()}") from error
+                said = f"{self._url} holds no store; {self._grant(self._who())}"
+                raise ReadOnlyError(said) from error
             with self._committed(session, self._sql.dialect.begin_write):
                 self._fill_meta(meta)
 
@@ -221,12 +222,15 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         rows = self._query("SHOW GRANTS")
         ((database,),) = self._query("SELECT DATABASE()")  # as the server spells it
         may = may_create([text(row[0]) for row in rows], text(database))
-        if may or self._may_look():
-            return MissingStoreError(f"{self._url} holds no store", "" if may else self._grant())
+        if may:
+            return MissingStoreError(f"{self._url} holds no store", "")
+        who = self._who()
+        if self._may_look():
+            return MissingStoreError(f"{self._url} holds no store", self._grant(who))
         return MissingStoreError(
             f"{self._url} holds no store that this user may read",
-            f"if there is one, let an administrator run GRANT SELECT {self._to_user()}; if not, "
-            f"{self._grant()}",
+            f"if there is one, let an administrator run GRANT SELECT {self._to(who)}; if not, "
+            f"{self._grant(who)}",
         )
 
     def _may_look(self) -> bool:
@@ -238,18 +242,21 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
             return True
         return True
 
-    def _grant(self) -> str:
-        """Say what an administrator must run for this user to create a store."""
+    def _who(self) -> str:
+        """Return what the server calls this user."""
         ((who,),) = self._query("SELECT CURRENT_USER()")
+        return text(who)
+
+    def _grant(self, who: str) -> str:
+        """Say what an administrator must run for this user to create a store."""
         return (
-            f"user {text(who)} may not create one: connect as one who may, or let an administrator "
-            f"run GRANT {CREATOR} {self._to_user()}"
+            f"user {who} may not create one: connect as one who may, or let an administrator "
+            f"run GRANT {CREATOR} {self._to(who)}"
         )
 
-    def _to_user(self) -> str:
+    def _to(self, who: str) -> str:
         """Return where and to whom something is to be granted."""
-        ((who,),) = self._query("SELECT CURRENT_USER()")
-        name, _, host = text(who).replace("'", "''").rpartition("@")
+        name, _, host = who.replace("'", "''").rpartition("@")
         return f"ON `{self._place.database.replace('`', '``')}`.* TO '{name}'@'{host}'"
 
     @contextlib.contextmanager

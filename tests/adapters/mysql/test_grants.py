@@ -12,6 +12,7 @@ import pytest
 
 import pydedup
 from pydedup import registry
+from pydedup.adapters._mysql_base import MysqlBase
 from pydedup.adapters._schema import TABLES, VIEWS
 from pydedup.errors import MissingStoreError, NotAStoreError, ReadOnlyError, StoreError
 
@@ -23,6 +24,20 @@ def hint(user: Any) -> str:
     with pytest.raises(MissingStoreError, match="holds no store") as caught:
         registry.connect(user.url, mode="r")
     return str(caught.value)
+
+
+def test_the_server_is_asked_once_who_a_user_is(user: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    user.grant("SELECT")
+    asked: list[str] = []
+    query = MysqlBase._query
+
+    def noted(self: MysqlBase, sql: str, *parameters: Any) -> Any:
+        asked.append(sql)
+        return query(self, sql, *parameters)
+
+    monkeypatch.setattr(MysqlBase, "_query", noted)
+    assert f"TO '{user.name}'@'%'" in hint(user)
+    assert sum("CURRENT_USER" in sql for sql in asked) == 1
 
 
 @pytest.mark.parametrize(
