@@ -2,7 +2,8 @@
 """Restores the blocks of damaged pages, and puts them where models find them.
 
 Of a damaged page, most blocks are usually as they were: whatever still decodes to what was recorded
-is taken from there, the rest looked for elsewhere by its hash (blocks_from.py). Bases come first,
+is taken from there, the rest looked for elsewhere by its hash: on sound pages of the store
+(blocks_here.py), then in what it is repaired from (blocks_from.py). Bases come first,
 then the deltas on them; a delta that cannot be had, or whose base cannot, is looked for by what it
 stands for. Where its base is there, it is the delta that it was found as, on a base of the same
 content, or one made anew, without factors; else it is stored without a base. All of it is staged on
@@ -40,6 +41,7 @@ from pydedup.maintenance.blocks_from import (
     page_of_slot,
     read_block,
 )
+from pydedup.maintenance.blocks_here import HereFirst
 from pydedup.maintenance.relocate import Moves, relocate
 from pydedup.maintenance.survey import Lost, survey
 from pydedup.pool import PagePool
@@ -80,7 +82,7 @@ class RepairReport:
     kept_blocks
         Blocks that were still as recorded on their damaged page.
     found_blocks
-        Blocks that came from elsewhere.
+        Blocks that came from elsewhere, or from other pages.
     new_pages
         Pages that these were written to.
     missing
@@ -130,6 +132,7 @@ def repair(
     pool.drop(sorted(damaged))
     found = survey(adapter, damaged)
     job = Job(adapter, "repair")
+    source = HereFirst(adapter, pool, damaged, source)
     work = _Repair(adapter, pool, source, job, len(found.lost), progress)
     try:
         bases = {place: block for place, block in found.lost.items() if block.base is None}
