@@ -238,13 +238,14 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
         ]
 
     def hidden_rows(self) -> list[str]:
-        """Return what there is to say of tables that row-level security is active of."""
+        """Return a sentence about the tables that row-level security is active of, if any are."""
         tables = self._of_tables("c.relname, row_security_active(c.oid)")
+        names = ", ".join(str(name) for name, hides in sorted(tables) if hides)
+        if not names:
+            return []
         return [
-            f"row-level security may hide rows of {name} from this user, so what seems to be "
+            f"row-level security may hide rows of {names} from this user, so what seems to be "
             "missing may be there; let the owner of the tables verify them"
-            for name, hides in sorted(tables)
-            if hides
         ]
 
     def _indexes(self) -> list[Row]:

@@ -8,11 +8,11 @@ it, and raises an error or does without where it is not.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from pydedup.errors import PydedupError
+from pydedup.errors import CorruptStoreError, PydedupError
 
 __all__ = [
     "ChangeMarkAdapter",
@@ -33,8 +33,10 @@ __all__ = [
     "SoundRowsAdapter",
     "StagingAdapter",
     "TellRow",
+    "hidden_rows",
     "only_sound_rows",
     "page_copies",
+    "telling_hidden",
     "telling_rows",
 ]
 
@@ -182,7 +184,26 @@ class HiddenRowsAdapter(Protocol):
     """Rows that are there and that a user does not see, optional for an adapter."""
 
     def hidden_rows(self) -> list[str]:
-        """Return what there is to say of each table of which this user may not see all rows."""
+        """Return what there is to say of tables of which this user may not see all rows."""
+
+
+def hidden_rows(adapter: object) -> list[str]:
+    """Return what there is to say of rows that this user may not see."""
+    return adapter.hidden_rows() if isinstance(adapter, HiddenRowsAdapter) else []
+
+
+@contextmanager
+def telling_hidden(adapter: object) -> Iterator[None]:
+    """Let errors of damage say, too, that rows may be there that this user does not see."""
+    try:
+        yield
+    except CorruptStoreError as error:
+        hidden: list[str] = []
+        with suppress(PydedupError):  # that of a connection tells less
+            hidden = hidden_rows(adapter)
+        if hidden:
+            error.args = (f"{error}; but {'; '.join(hidden)}", *error.args[1:])
+        raise
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pydedup import config
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import telling_hidden
 from pydedup.adding import StoreAdds
 from pydedup.arguments import as_dtype
 from pydedup.catalog import Catalog, StoredModel
@@ -157,9 +158,10 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         others stay as they are. Raises NotFoundError, CorruptStoreError; ArgumentError for a dtype
         that is not of floating point.
         """
-        model = self._catalog.model(name)
-        wanted = None if dtype is None else DType.of_floats(dtype)
-        return {info.name: self._read(model, info.name, wanted) for info in model.tensors}
+        with telling_hidden(self._adapter):
+            model = self._catalog.model(name)
+            wanted = None if dtype is None else DType.of_floats(dtype)
+            return {info.name: self._read(model, info.name, wanted) for info in model.tensors}
 
     def load_torch(
         self, name: str, dtype: FloatDType | None = None, device: Device | None = None
@@ -291,7 +293,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """Return one model in numbers. Raises NotFoundError."""
         from pydedup.report.figures import model_figures
 
-        return model_figures(self._adapter, self._catalog, name)
+        with telling_hidden(self._adapter):
+            return model_figures(self._adapter, self._catalog, name)
 
     @overload
     def stats(self) -> StoreStats: ...
@@ -341,7 +344,8 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """
         from pydedup.report.compare import explain_model
 
-        return explain_model(self._adapter, self._catalog, self._pool, name)
+        with telling_hidden(self._adapter):
+            return explain_model(self._adapter, self._catalog, self._pool, name)
 
     def diff(self, a: str, b: str, *, progress: Progress | None = None) -> Diff:
         """Compare two models tensor by tensor. Raises NotFoundError, CorruptStoreError."""

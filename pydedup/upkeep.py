@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pydedup import registry
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import hidden_rows, telling_hidden
 from pydedup.catalog import Catalog
 from pydedup.errors import ArgumentError, CorruptStoreError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS
@@ -258,12 +259,13 @@ class StoreUpkeep(abc.ABC):
             on_conflict=on_conflict,
             damaged=damaged,
         )
-        plan(None)  # what is wrong with the names must not create a store
-        with open_end(target, mode="a", memory=memory, schema=schema) as other:
-            check_writable(other.adapter, "copy models there")
-            items = plan(other.adapter)
-            report = copy_models(self._end(), other, items, damaged=damaged, progress=progress)
-        return _copied(report)
+        with telling_hidden(self._adapter):
+            plan(None)  # what is wrong with the names must not create a store
+            with open_end(target, mode="a", memory=memory, schema=schema) as other:
+                check_writable(other.adapter, "copy models there")
+                items = plan(other.adapter)
+                report = copy_models(self._end(), other, items, damaged=damaged, progress=progress)
+        return self._copied(report)
 
     def backup(
         self,
@@ -285,15 +287,16 @@ class StoreUpkeep(abc.ABC):
         from pydedup.moving.backup import backup_store
 
         check_progress(progress)
-        report = backup_store(
-            self._end(),
-            path,
-            _other_end,
-            replace=replace,
-            skip_damaged=skip_damaged,
-            progress=progress,
-        )
-        return _copied(report)
+        with telling_hidden(self._adapter):
+            report = backup_store(
+                self._end(),
+                path,
+                _other_end,
+                replace=replace,
+                skip_damaged=skip_damaged,
+                progress=progress,
+            )
+        return self._copied(report)
 
     def restore(
         self, path: str | os.PathLike[str], *, progress: Progress | None = None
@@ -307,7 +310,7 @@ class StoreUpkeep(abc.ABC):
 
         check_progress(progress)
         check_writable(self._adapter, "restore a backup")
-        return _copied(restore_store(path, self._end(), _other_end, progress=progress))
+        return self._copied(restore_store(path, self._end(), _other_end, progress=progress))
 
     # ---- inside -------------------------------------------------------------------------------
 
@@ -315,6 +318,15 @@ class StoreUpkeep(abc.ABC):
         from pydedup.moving.source import End
 
         return End(self._adapter, self._pool)
+
+    def _copied(self, report: CopyReport) -> CopyReport:
+        """Return it, once the copy's memory is free again."""
+        from pydedup._memory import give_back_after
+
+        give_back_after(report.stored_bytes)
+        if not report.damaged:
+            return report
+        return replace(report, damaged=(*hidden_rows(self._adapter), *report.damaged))
 
     def _repaired(self, place: str, progress: Progress | None) -> VerifyReport:
         """Verify, repair what is damaged, and verify again."""
@@ -348,11 +360,3 @@ class StoreUpkeep(abc.ABC):
 
 def _other_end(url: str, mode: OpenMode) -> AbstractContextManager[End]:
     return open_end(url, mode=mode, memory=_OTHER_END_BYTES)
-
-
-def _copied(report: CopyReport) -> CopyReport:
-    """Return it, once the copy's memory is free again."""
-    from pydedup._memory import give_back_after
-
-    give_back_after(report.stored_bytes)
-    return report

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from pydedup.adapter import LIVE, RETIRED, STAGING, Adapter
-from pydedup.adapter_options import HiddenRowsAdapter, only_sound_rows
+from pydedup.adapter_options import hidden_rows, only_sound_rows
 from pydedup.errors import CorruptStoreError, StoreError
 from pydedup.maintenance.damage import VerifyReport, sound_rows, unreadable_pages
 from pydedup.maintenance.rows import lost_models
@@ -67,10 +67,9 @@ def _verified(
         verify_meta(adapter, report)
         verify_names(adapter, rows, damaged["models"], report)
         _note_leftovers(adapter, damaged["models"], report)
-    if isinstance(adapter, HiddenRowsAdapter):
-        hidden = [f"database: {said}" for said in adapter.hidden_rows()]
-        # That rows may be hidden is no damage, and comes before what seems to be some by it.
-        (report.errors if report.errors else report.notes)[:0] = hidden
+    hidden = [f"database: {said}" for said in hidden_rows(adapter)]
+    # That rows may be hidden is no damage, and comes before what seems to be some by it.
+    (report.errors if report.errors else report.notes)[:0] = hidden
     return report
 
 

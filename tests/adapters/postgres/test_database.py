@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ from pydedup import registry
 from pydedup.adapter import LIVE, RETIRED, Adapter
 from pydedup.errors import (
     ConflictError,
+    CorruptStoreError,
     NotAStoreError,
     ReadOnlyError,
     StoreError,
@@ -311,6 +313,40 @@ def test_who_does_not_see_all_rows_writes_none(schema: str, url: str, role: str,
             theirs.remove("a")
         assert [model.name for model in store.models()] == ["b"]
         assert store.verify().errors == []
+
+
+@pytest.mark.parametrize("table", ["tensors", "block_maps", "models", "distinct_blocks"])
+def test_what_seems_to_be_missing_may_be_hidden(
+    schema: str, url: str, role: str, sql: Any, tmp_path: Path, table: str
+) -> None:
+    """Only verify said so; others told users to restore a backup."""
+    with pydedup.open(url) as store:
+        store.add("a", {"w": np.full(70_000, 1, np.float32)})
+        sql(f'GRANT USAGE ON SCHEMA {schema} TO "{role}"')
+        sql(f'GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO "{role}"')
+        theirs = pydedup.open(as_role(url, role), mode="r")
+        sql(f"ALTER TABLE {schema}.{table} ENABLE ROW LEVEL SECURITY")
+        said = f"may hide rows of {table} from this user"
+        with theirs:
+            for take in (
+                lambda: theirs.backup(tmp_path / "backup.db"),
+                lambda: theirs.copy_to(tmp_path / "copy.db"),
+            ):
+                with pytest.raises(CorruptStoreError, match=said):
+                    take()
+            if table in ("tensors", "block_maps"):
+                with pytest.raises(CorruptStoreError, match=said):
+                    theirs.load("a")
+            if table == "tensors":
+                for look in (theirs.info, theirs.explain):
+                    with pytest.raises(CorruptStoreError, match=said):
+                        look("a")
+            report = theirs.copy_to(tmp_path / "copy.db", skip_damaged=True)
+            assert said in report.damaged[0]
+            assert len(report.damaged) > 1
+            sql(f"CREATE POLICY everybody ON {schema}.{table} USING (true)")
+            assert theirs.copy_to(tmp_path / "copy.db", skip_damaged=True).damaged == ()
+            sql(f"ALTER TABLE {schema}.{table} DISABLE ROW LEVEL SECURITY")
 
 
 def test_reading_alone_is_held_by_the_server_too(adapter: Adapter, url: str) -> None:
