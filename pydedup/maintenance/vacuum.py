@@ -70,7 +70,8 @@ class VacuumReport:
     ``pages_*`` and ``page_bytes_*`` count live pages, ``freed_*`` also what dead adds and earlier
     vacuums left. ``rewritten_pages`` are those whose blocks go to the ``repacked_pages``, which are
     new and have ``repacked_bytes``; all others stay as they are. After a dry run
-    ``stored_bytes_after`` is an estimate: what the database needs beside pages is not foreseen.
+    ``stored_bytes_after`` is an estimate: what the database needs beside pages is not foreseen, nor
+    how much room for new ones there is in files that never shrink.
     Where ``stored_bytes_exact`` is false, both ``stored_bytes_*`` are the least that the store may
     occupy. ``not_repacked`` says why pages stayed where they are though a new layout may pay: a
     part of the database that it needs was away, or others published all the time.
@@ -250,6 +251,8 @@ def plan_vacuum(
         freed = due if grace_seconds > 0 else due + newly
         stored = adapter.stored_bytes()
         new_pages, new_bytes = (0, 0) if plan is None else (plan.pages, plan.page_bytes)
+        # Where files do not shrink, what is freed in them is for what comes next.
+        given_back = _bytes_of(freed) if adapter.capabilities.shrinks else 0
         return VacuumReport(
             abandoned_adds=len(abandoned),
             freed_pages=len(freed),
@@ -265,7 +268,7 @@ def plan_vacuum(
             amplification_before=worst_amplification(reads_before),
             amplification_after=worst_amplification(reads_after),
             stored_bytes_before=stored,
-            stored_bytes_after=stored - _bytes_of(freed) + new_bytes,
+            stored_bytes_after=stored + new_bytes - given_back,
             stored_bytes_exact=adapter.size_is_exact(),
             models=_model_reads(adapter, reads_before, reads_after),
             dry_run=True,

@@ -227,6 +227,21 @@ def test_pages_published_before_the_plan_count(
     assert report.rewritten_pages == len(before - live_pages(store))
 
 
+def test_files_that_never_shrink_are_not_foreseen_to(store_url: str) -> None:
+    """Servers keep what is freed; the new pages come before the old ones go."""
+    with pydedup.open(store_url) as store:
+        add_family(store, 6)
+        for number in (0, 2):
+            store.remove(f"tenant-{number}")
+        dry = store.vacuum(dry_run=True)
+        wet = store.vacuum()
+        shrinks = store._adapter.capabilities.shrinks
+    same_but_for_the_file(dry, wet)
+    assert dry.freed_bytes > dry.repacked_bytes > 0
+    freed = dry.freed_bytes if shrinks else 0
+    assert dry.stored_bytes_after == dry.stored_bytes_before + dry.repacked_bytes - freed
+
+
 def test_a_repack_saves_what_was_foreseen(store: pydedup.Store) -> None:
     add_family(store, 6)
     for number in (0, 2):
