@@ -7,13 +7,14 @@ option or connection without an exact counterpart gives no graph.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydedup.errors import ArgumentError
 from pydedup.graph import AttrValue, Graph, Node
 
-__all__ = ["infer_from_keras"]
+__all__ = ["infer_from_keras", "unknown_layers"]
 
 _DROPPED = {
     "Dropout",
@@ -61,6 +62,22 @@ def infer_from_keras(
     ):
         # The config is foreign JSON: whatever does not look as expected is unknown.
         return None
+
+
+def unknown_layers(payload: bytes) -> list[str]:
+    """Return the classes of layers that have no graph in any case, of a config as Keras wrote it.
+
+    None for a config that is not as expected.
+    """
+    try:
+        config = json.loads(payload)["config"]
+        # Keras before 2.2.3 wrote the layers of a Sequential model as they are.
+        layers = config["layers"] if isinstance(config, dict) else config
+        kinds = {layer["class_name"] for layer in layers}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []
+    known = {"InputLayer", "Concatenate", *_DROPPED, *_MERGES, *_TRANSLATE}
+    return sorted(kind for kind in kinds - known if isinstance(kind, str))
 
 
 class _Translation:

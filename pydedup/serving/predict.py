@@ -30,6 +30,7 @@ from pydedup.serving.engine import Tensors, run_graph, run_together
 from pydedup.serving.plan import Plan, is_planned_by_shapes, plan_run
 from pydedup.serving.stacks import known_stacks, stacks_of
 from pydedup.serving.tensor import TensorOf, called
+from pydedup.text import listed
 
 __all__ = [
     "Prediction",
@@ -129,7 +130,17 @@ def as_input(x: ArrayLike, name: str) -> _Array:
 
 def no_graph(model: StoredModel, needed: str = "") -> NotFoundError:
     """Return the error of a model that has no graph, or raise that it was removed."""
+    from pydedup.formats.infer_keras import unknown_layers  # of use here alone
+    from pydedup.formats.keras import CONFIG
+
     model.check_live()
+    layers = unknown_layers(model.artifact(CONFIG) or b"")
+    if layers:
+        return NotFoundError(
+            f"{model.address} has no graph to predict with{needed}, as pydedup does not run its "
+            f"Keras layers {listed(layers)}; export it with model.export('model.onnx', "
+            "format='onnx'), and add that"
+        )
     return NotFoundError(
         f"{model.address} has no graph to predict with{needed}; add it from an ONNX file, or from "
         "Keras or a torch.nn.Sequential of layers that pydedup knows, describe its layers by "

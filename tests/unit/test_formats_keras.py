@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pydedup.errors import ArgumentError, FormatError, UnsupportedFormatError
+import pydedup
+from pydedup.errors import ArgumentError, FormatError, NotFoundError, UnsupportedFormatError
 from pydedup.formats.keras import CONFIG, STRUCTURE
 from pydedup.formats.registry import open_source, write_model
 
@@ -89,13 +90,15 @@ def write_legacy(file: Any, *, whole: bool) -> None:
             group[name] = array
 
 
-def write_archive(path: Path, compression: int = zipfile.ZIP_STORED) -> None:
+def write_archive(
+    path: Path, compression: int = zipfile.ZIP_STORED, config: object = CONFIG_3
+) -> None:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         write_keras_3(file)
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("metadata.json", '{"keras_version": "3.15.1"}')
-        archive.writestr("config.json", json.dumps(CONFIG_3))
+        archive.writestr("config.json", json.dumps(config))
         archive.writestr("model.weights.h5", buffer.getvalue())
         archive.writestr("assets/layers/words/vocabulary.txt", "a\nb\n")
 
@@ -213,6 +216,28 @@ def test_layers_are_inferred(kind: str, tmp_path: Path) -> None:
     graph.validate(shapes)
     assert json.loads(artifacts[CONFIG]) == CONFIG_3
     assert STRUCTURE in artifacts
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (["Dense", "LSTM"], r"layers LSTM; export it with model\.export\('model\.onnx'"),
+        (["LSTM", "Conv2D", "LSTM"], r"layers Conv2D, LSTM; export it"),
+        (["Dense"], "from an ONNX file, or from Keras"),  # of which another option is not known
+        ([None], "from an ONNX file, or from Keras"),
+        ([["Dense"]], "from an ONNX file, or from Keras"),
+    ],
+)
+def test_layers_that_are_not_run_are_named(kinds: list[Any], said: str, tmp_path: Path) -> None:
+    layers = [{"class_name": kind, "config": {}} for kind in kinds]
+    write_archive(tmp_path / "m.keras", config={"class_name": "Sequential", "config": layers})
+    layers = {"layers": layers}  # type: ignore[assignment]
+    write_archive(tmp_path / "n.keras", config={"class_name": "Functional", "config": layers})
+    with pydedup.open(tmp_path / "s.db") as store:
+        for name in "mn":
+            store.add(name, tmp_path / f"{name}.keras")
+            with pytest.raises(NotFoundError, match=said):
+                store.predict(name, np.ones((1, 2), np.float32))
 
 
 def test_renamed_layers_are_not_guessed(tmp_path: Path) -> None:
