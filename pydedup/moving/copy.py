@@ -43,7 +43,7 @@ from pydedup.moving.progress import CopyProgress
 from pydedup.moving.quota import check_room
 from pydedup.moving.resolve import NotWholeError, Resolver
 from pydedup.moving.signatures import CarriedSegments, SourceIndex
-from pydedup.moving.source import End, read_model
+from pydedup.moving.source import End, read_models
 from pydedup.moving.staged import MovedModel, matched_parts, set_aliases
 from pydedup.moving.survey import look_at_target, survey
 from pydedup.moving.together import (
@@ -340,8 +340,8 @@ class _Copier:
         new: set[int] = set()
         nbytes = 0
         self._progress.begin(0)
-        for item in items:
-            model = read_model(source, item.row)
+        models = read_models(source, [item.row for item in items])
+        for item, model in zip(items, models, strict=True):
             more = {n for n in model.page_ids.tolist() if n not in self._known and n not in new}
             more_bytes = sum(self._survey.sizes.get(page_id, 0) for page_id in more)
             nbytes += more_bytes

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import BlockMap
-from pydedup.catalog import SourceHashes, StoredModel, check_row
+from pydedup.catalog import ModelsAhead, SourceHashes, StoredModel, check_row
 from pydedup.errors import CorruptStoreError
 from pydedup.hashing import digests_of
 from pydedup.layout import (
@@ -30,7 +30,7 @@ from pydedup.layout import (
 from pydedup.pool import PagePool
 from pydedup.sets import distinct, find_among, in_parts
 
-__all__ = ["End", "Recorded", "SourceModel", "read_model", "recorded"]
+__all__ = ["End", "Recorded", "SourceModel", "read_models", "recorded"]
 
 _PAGES_AT_ONCE = 64
 
@@ -92,24 +92,29 @@ class Recorded:
         return entries
 
 
-def read_model(source: End, row: ModelRow) -> SourceModel:
-    """Read what is recorded of a model, and let the pool expect its pages.
+def read_models(source: End, rows: Sequence[ModelRow]) -> list[SourceModel]:
+    """Read what is recorded of models, and let the pool expect their pages.
 
-    Raises NotFoundError when it was removed, CorruptStoreError when it does not fit together, and
+    Raises NotFoundError when one was removed, CorruptStoreError when it does not fit together, and
     UnavailableError when the pool has pages of an earlier state of the database.
     """
-    adapter = source.adapter
-    check_row(row)  # else a backup that replaces another would have what is damaged for good
-    with adapter.snapshot():
-        model = StoredModel(adapter, row, source.pool)
-        maps = model.block_maps()
-        hashes = SourceHashes(adapter, model)
-        if not hashes.are_as_added():
-            raise CorruptStoreError(
-                f"{model.address}: its tensors are not those that it was added with; run verify on "
-                "the store"
-            )
-        digests = [digests_of(hashes.of(ordinal)) for ordinal in range(len(maps))]
+    for row in rows:
+        check_row(row)  # else a backup that replaces another would have what is damaged for good
+    with source.adapter.snapshot():
+        ahead = ModelsAhead(source.adapter, rows)
+        return [_read_model(source, row, ahead) for row in rows]
+
+
+def _read_model(source: End, row: ModelRow, ahead: ModelsAhead) -> SourceModel:
+    model = StoredModel(source.adapter, row, source.pool, ahead=ahead)
+    maps = model.block_maps()
+    hashes = SourceHashes(source.adapter, model)
+    if not hashes.are_as_added():
+        raise CorruptStoreError(
+            f"{model.address}: its tensors are not those that it was added with; run verify on "
+            "the store"
+        )
+    digests = [digests_of(hashes.of(ordinal)) for ordinal in range(len(maps))]
     places = used_places(maps)
     bases = np.full(len(places), NO_PLACE, np.int64)
     for block_map in maps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from pydedup.adapter import LIVE, Adapter, ModelRow, PageRow
 from pydedup.adapter_options import only_sound_rows
-from pydedup.catalog import ParsedMaps, StoredModel
+from pydedup.catalog import ModelsAhead, StoredModel
 from pydedup.errors import CorruptStoreError, NotFoundError
 from pydedup.layout import joined, split_places, used_places
 from pydedup.sets import distinct, in_parts
@@ -20,6 +21,7 @@ from pydedup.sets import distinct, in_parts
 __all__ = ["Survey", "Target", "look_at_target", "survey"]
 
 _PAGES_AT_ONCE = 4096
+_MODELS_AT_ONCE = 64
 
 
 @dataclass(slots=True)
@@ -66,19 +68,13 @@ def _survey(source: Adapter, rows: Sequence[ModelRow], epoch: int, blocks: bool)
     needed = np.empty(0, np.int64)
     further: list[NDArray[np.int64]] = []
     count = 0
-    parsed = ParsedMaps()
     for row in rows:
         found.readers.update(page_id for _, page_id, _, _ in source.model_pages(row.id))
-        if blocks:
-            try:
-                with source.snapshot():
-                    places = used_places(StoredModel(source, row, parsed=parsed).block_maps())
-            except (NotFoundError, CorruptStoreError):
-                continue  # it was removed meanwhile, or is damaged, which its copy will say
-            further.append(places)
-            count += len(places)
-            if count > len(needed):  # so that thousands of models do not sort all of it each
-                needed, further, count = distinct(joined([needed, *further])), [], 0
+    for places in _used(source, rows) if blocks else ():
+        further.append(places)
+        count += len(places)
+        if count > len(needed):  # so that thousands of models do not sort all of it each
+            needed, further, count = distinct(joined([needed, *further])), [], 0
     needed = distinct(joined([needed, *further]))
     page_ids = list(found.readers)
     for some in in_parts(page_ids, _PAGES_AT_ONCE):
@@ -87,6 +83,25 @@ def _survey(source: Adapter, rows: Sequence[ModelRow], epoch: int, blocks: bool)
     ids, counts = np.unique(split_places(needed)[0], return_counts=True)
     found.used = dict(zip(ids.tolist(), counts.tolist(), strict=True))
     return found
+
+
+def _used(source: Adapter, rows: Sequence[ModelRow]) -> Iterator[NDArray[np.int64]]:
+    """Yield the places that each of these models reads; some more than once."""
+    for some in in_parts(rows, _MODELS_AT_ONCE):
+        try:
+            yield from _places(source, some)
+        except (NotFoundError, CorruptStoreError):
+            for row in some:
+                # It was removed meanwhile, or is damaged, which its copy will say.
+                with suppress(NotFoundError, CorruptStoreError):
+                    yield from _places(source, [row])
+
+
+def _places(source: Adapter, rows: Sequence[ModelRow]) -> Iterator[NDArray[np.int64]]:
+    with source.snapshot():
+        ahead = ModelsAhead(source, rows)
+        for row in rows:
+            yield used_places(StoredModel(source, row, ahead=ahead).block_maps())
 
 
 @dataclass(slots=True)

@@ -71,6 +71,20 @@ def test_a_transaction_publishes_many(
     assert_same(source_url, url)
 
 
+def test_the_source_is_asked_about_many_at_a_time(source_url: str, new_store: New) -> None:
+    url = new_store("sqlite")
+    with pydedup.open(url):
+        pass
+    source, control = inject(registry.connect(source_url, mode="r"))
+    target = registry.connect(url, mode="a")
+    with Store(source, 64 << 20) as ours, Store(target, 64 << 20) as theirs:
+        items = plan_copy(source, target, None, all_versions=False, on_conflict="error")
+        control.calls.clear()
+        copy_models(ours._end(), theirs._end(), items)
+    asked = ("snapshot", "tensors", "block_maps", "tensors_of", "block_maps_of")
+    assert sum(control.calls[method] for method in asked) < COUNT // 5
+
+
 @pytest.mark.parametrize("into", ["empty", "others", "some"])
 def test_it_is_what_they_are_one_by_one(
     source_url: str, new_store: New, monkeypatch: pytest.MonkeyPatch, into: str
