@@ -96,7 +96,9 @@ class StoreUpkeep(abc.ABC):
             check_writable(self._adapter, "repair")
             source = check_path(repair_from, "repair_from", or_url=True)
             report = self._repaired(source, progress)
-        for name, function in asked.items():
+        for number, (name, function) in enumerate(asked.items()):
+            if progress is not None:  # it may take hours, and is not ours
+                progress(f"evaluating {name}", number, len(asked))
             try:
                 model = self._catalog.model(name)
                 recheck(model, self.load(model.address), function, report)

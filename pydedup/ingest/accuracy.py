@@ -85,7 +85,7 @@ def choose(
     *,
     shared: Mapping[str, Sequence[Area]] | None = None,
     row_axes: Mapping[str, int] = MappingProxyType({}),
-    tell: Callable[[int], None] | None = None,
+    tell: Callable[[str, int], None] | None = None,
 ) -> Choice:
     """Replace what the policy allows, and leave the chosen state in ``weights``.
 
@@ -104,7 +104,7 @@ def choose(
         By name, how many of a tensor's axes are the rows of its matrix view, where that is not what
         its shape tells.
     tell
-        Told, before each evaluation, which one it is.
+        Told, before each evaluation, which one it is, and of fine-tuning.
 
     Returns
     -------
@@ -144,7 +144,7 @@ def choose(
     unreached = [search(shares, last=not deepest and policy.finetune is None)]
     finetuned: frozenset[str] = frozenset()
     if policy.finetune is not None:
-        finetuned = _finetune(trial, policy, shared or {})
+        finetuned = _finetune(trial, policy, shared or {}, tell)
         if finetuned:
             unreached = [search(shares, last=not deepest)]
     for level in range(1, deepest + 1):
@@ -255,7 +255,10 @@ def _ordered(
 
 
 def _finetune(
-    trial: Trial, policy: Accuracy, shared: Mapping[str, Sequence[Area]]
+    trial: Trial,
+    policy: Accuracy,
+    shared: Mapping[str, Sequence[Area]],
+    tell: Callable[[str, int], None] | None,
 ) -> frozenset[str]:
     """Let the user train what is not replaced; return the tensors that changed, if it helped."""
     assert policy.finetune is not None
@@ -263,6 +266,8 @@ def _finetune(
         return frozenset()
     weights = trial.weights
     masks = trial.frozen(shared)
+    if tell is not None:
+        tell("fine-tuning", 0)
     try:
         result = policy.finetune(read_only(weights), read_only(masks))
     except PydedupError:

@@ -209,9 +209,9 @@ class _Add:
             previous.settle_costs(model.references(matcher.reader), matcher.reader)
         return model
 
-    def _tell_of_evaluation(self, policy: Accuracy, count: int) -> None:
-        if self.progress is not None:  # evaluations may take minutes
-            self.progress("evaluating", count, policy.max_evaluations)
+    def _tell_of_evaluation(self, policy: Accuracy, stage: str, count: int) -> None:
+        if self.progress is not None:  # evaluations may take minutes, fine-tuning hours
+            self.progress(stage, count, policy.max_evaluations if count else 0)
 
     def _reports(
         self,

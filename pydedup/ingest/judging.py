@@ -63,7 +63,7 @@ class Scorer:
         self,
         evaluate: Evaluate,
         weights: Mapping[str, NDArray[Any]],
-        tell: Callable[[int], None] | None = None,
+        tell: Callable[[str, int], None] | None = None,
     ) -> None:
         self._evaluate = evaluate
         self._tell = tell
@@ -95,7 +95,7 @@ class Scorer:
                 self._prints[id(array)] = _fingerprint(array)
         self.evaluations += 1
         if self._tell is not None:
-            self._tell(self.evaluations)
+            self._tell("evaluating", self.evaluations)
         arrays = read_only(self._weights if others is None else others)
         began = time.monotonic()
         try:

@@ -105,11 +105,11 @@ def choose_blocks(
     policy: Accuracy,
     previous: Previous | None,
     advance: Callable[[int], None],
-    tell: Callable[[int], None],
+    tell: Callable[[str, int], None],
 ) -> Chosen:
     """Search for what may be replaced.
 
-    ``advance`` is told the bytes of each tensor looked at, ``tell`` which evaluation comes next.
+    ``advance`` is told the bytes of each tensor looked at, ``tell`` what comes next.
     """
     chosen = Chosen()
     same: dict[str, str] = {}  # of tied tensors, the name of the first

@@ -103,7 +103,7 @@ class Trial:
         replacements: Sequence[Replacement],
         policy: Accuracy,
         row_axes: Mapping[str, int],
-        tell: Callable[[int], None] | None = None,
+        tell: Callable[[str, int], None] | None = None,
     ) -> None:
         self.weights = weights
         self.policy = policy

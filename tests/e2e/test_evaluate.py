@@ -226,6 +226,43 @@ def test_what_progress_raises_is_not_laid_to_evaluate(store: pydedup.Store) -> N
     assert store.models() == []
 
 
+def test_an_add_says_that_it_is_fine_tuned(store: pydedup.Store) -> None:
+    """It said for hours that it was evaluated."""
+    told: list[str] = []
+    seen: list[str] = []
+
+    def finetune(
+        arrays: Mapping[str, NDArray[Any]], _: Mapping[str, NDArray[Any]]
+    ) -> Mapping[str, NDArray[Any]]:
+        seen.append(told[-1])
+        return arrays
+
+    def evaluate(arrays: Mapping[str, NDArray[Any]]) -> float:
+        assert told[-1] == "evaluating"
+        return good(arrays)
+
+    store.add("near", {"w": weights()})
+    policy = policies.Accuracy(evaluate, 0.1, finetune=finetune)
+    store.add("m", {"w": moved(weights())}, policy=policy, progress=lambda *at: told.append(at[0]))
+    assert seen == ["fine-tuning"]
+
+
+def test_verify_says_which_model_it_evaluates(store: pydedup.Store) -> None:
+    """It said that pages were checked, all of them, for as long as that took."""
+    for name in "ab":
+        store.add(name, {"w": weights()}, policy=policies.Accuracy(good, 0.1))
+    told: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int]] = []
+
+    def evaluate(arrays: Mapping[str, np.ndarray]) -> float:
+        seen.append(told[-1])
+        return good(arrays)
+
+    metrics = dict.fromkeys(("a", "b@1"), evaluate)
+    store.verify(evaluate=metrics, progress=lambda *state: told.append(state))
+    assert seen == [("evaluating a", 0, 2), ("evaluating b@1", 1, 2)]
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_metric_that_guards_nothing_is_warned_of(store: pydedup.Store, dry_run: bool) -> None:
     store.add("base", {"w": weights()})
