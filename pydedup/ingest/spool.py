@@ -338,9 +338,11 @@ class _OpenPage:
 
     def image(self) -> bytes:
         if self._image is None:
-            columns = [np.concatenate(column) for column in zip(*self._columns, strict=True)]
-            arena = self._arena[0] if len(self._arena) == 1 else np.concatenate(self._arena)
-            self._image = codec.build_page(arena, *columns)
+            # Kept joined: it is asked for again, while some blocks of small tensors are added each.
+            self._columns = [tuple(map(np.concatenate, zip(*self._columns, strict=True)))]
+            if len(self._arena) > 1:
+                self._arena = [np.concatenate(self._arena)]
+            self._image = codec.build_page(self._arena[0], *self._columns[0])
         return self._image
 
 
