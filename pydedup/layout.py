@@ -37,11 +37,11 @@ __all__ = [
     "even_shares",
     "filled_capacity",
     "fitting",
-    "have_factors",
     "joined",
     "least_pages",
     "map_at",
     "map_places",
+    "numbered",
     "page_bytes",
     "pages_read",
     "places_of",
@@ -168,11 +168,11 @@ def block_forms(
         for number, page in enumerate(pages):
             if page.has_factors:
                 here = rows[page_index == number]
-                factored[here] = have_factors(page)[slots[here]]
+                factored[here] = _have_factors(page)[slots[here]]
     return lengths, encodings, factored
 
 
-def have_factors(page: codec.Page) -> NDArray[np.bool_]:
+def _have_factors(page: codec.Page) -> NDArray[np.bool_]:
     """Return which blocks on a page are deltas with factors."""
     slots, arena = page.slots, np.frombuffer(page.payload, np.uint8)
     offsets, lengths = (slots[field].astype(np.int64) for field in ("offset", "length"))
@@ -201,12 +201,18 @@ def even_shares(
     """Return what blocks take where some of a page share evenly what they take together.
 
     As those should that have factors, which the first of them has for all. ``chosen`` are these
-    blocks, and ``page_at`` is which page each of them is on, numbers from 0.
+    blocks, and ``page_at`` is which page each of them is on, or with which it shares, numbers
+    from 0.
     """
     shares = costs.copy()
     totals, counts = np.bincount(page_at, costs[chosen]), np.bincount(page_at)
     shares[chosen] = np.ceil(totals / np.maximum(counts, 1)).astype(np.int64)[page_at]
     return shares
+
+
+def numbered(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a number from 0 for each pair, the same for the same ones."""
+    return np.unique(np.stack([first, second]), axis=1, return_inverse=True)[1].ravel()
 
 
 def filled_capacity(sizes: NDArray[np.int64]) -> int:

@@ -22,6 +22,7 @@ from pydedup.layout import (
     block_forms,
     even_shares,
     joined,
+    numbered,
     places_of,
     split_place,
     split_places,
@@ -90,11 +91,17 @@ class Places:
     def costs(self) -> NDArray[np.int64]:
         """What each block takes of its page.
 
-        Factors, which the first on a page that needs them has for all, count for all evenly.
+        Factors, which the first on a page that needs them has for all, count evenly for all of
+        the same model.
         """
         costs = codec.page_cost(self.lengths)
         shared = np.flatnonzero(self.factored)
-        return even_shares(costs, shared, self.page_at[shared]) if len(shared) else costs
+        if not len(shared):
+            return costs
+        newest = np.zeros(len(costs), np.int64)
+        for number, owned in enumerate(self.owners):
+            newest[owned] = number
+        return even_shares(costs, shared, numbered(self.page_at[shared], newest[shared]))
 
     @property
     def unused(self) -> NDArray[np.float64]:

@@ -27,9 +27,10 @@ from pydedup.layout import (
     NO_PLACE,
     are_deltas,
     base_places,
-    have_factors,
+    block_forms,
+    even_shares,
     joined,
-    slot_entries,
+    numbered,
     split_places,
 )
 from pydedup.maintenance.anew import slots_of, stored_anew
@@ -96,7 +97,9 @@ def may_pay_without(adapter: Adapter, pool: PagePool, live: Sequence[PageRow]) -
     concerned = sizes[distinct(page_at[wanted[both]])].sum()
     if not wanted.any() or saved[wanted].sum() < _LEAST_OF_PAGES * concerned:
         return False
-    return _pays(adapter, pool, orphans, all_deltas[is_orphan], group, np.flatnonzero(wanted))
+    owners = np.repeat(np.arange(len(deltas)), [len(of) for of in deltas])[first][is_orphan]
+    chosen = all_deltas[is_orphan]
+    return _pays(adapter, pool, orphans, chosen, owners, group, np.flatnonzero(wanted))
 
 
 def _pays(
@@ -104,12 +107,14 @@ def _pays(
     pool: PagePool,
     orphans: NDArray[np.int64],
     deltas: NDArray[np.int64],
+    owners: NDArray[np.int64],
     group: NDArray[np.int64],
     wanted: NDArray[np.int64],
 ) -> bool:
     """Return whether deltas on some of the wanted bases take less without these.
 
-    ``group`` is which of the ``orphans`` each delta is on. All are places.
+    ``owners`` are the models that deltas are of, ``group`` is which of the ``orphans`` each is on.
+    These, and ``deltas``, are places.
     """
     some = distinct(wanted[np.linspace(0, len(wanted) - 1, _GROUPS_ASKED).astype(np.int64)])
     chosen = np.flatnonzero(is_among(group, some))
@@ -118,29 +123,30 @@ def _pays(
     try:
         with adapter.snapshot():
             before = codec.page_cost(slots_of(pool, orphans[some])["length"])
-            own = _delta_costs(pool, deltas[chosen])
+            # Those of other groups may have the factors.
+            on_page = split_places(deltas)[0]
+            beside = np.flatnonzero(is_among(on_page, on_page[chosen]))
+            own = np.zeros(len(deltas), np.int64)
+            own[beside] = _delta_costs(pool, deltas[beside], owners[beside])
             lengths, _, _ = stored_anew(pool, deltas[chosen], orphans[some][of], starts[of])
     except CorruptStoreError:
         return False  # verify tells what is damaged
-    before += np.bincount(of, own).astype(np.int64)
+    before += np.bincount(of, own[chosen]).astype(np.int64)
     after = np.bincount(of, codec.page_cost(lengths))
     return bool(np.minimum(after, before).sum() <= (1 - _LEAST_OF_BLOCKS) * before.sum())
 
 
-def _delta_costs(pool: PagePool, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return what deltas take of their pages, with factors as `Places.costs` counts them."""
-    costs = np.empty(len(places), np.int64)
-    page_ids, slots = split_places(places)
-    for rows, pages, page_index in pool.windows(page_ids):
-        lengths = slot_entries(pages, page_index, slots[rows])["length"].astype(np.int64)
-        for number, page in enumerate(pages):
-            if page.has_factors:
-                factored = have_factors(page)
-                share = int(page.slots["length"][factored].mean())
-                here = np.flatnonzero(page_index == number)
-                lengths[here[factored[slots[rows[here]]]]] = share
-        costs[rows] = codec.page_cost(lengths)
-    return costs
+def _delta_costs(
+    pool: PagePool, deltas: NDArray[np.int64], owners: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return what deltas take of their pages, with factors as `Places.costs` counts them.
+
+    ``owners`` are the numbers of models that they are of.
+    """
+    lengths, _, factored = block_forms(pool, deltas)
+    costs, shared = codec.page_cost(lengths), np.flatnonzero(factored)
+    with_whom = numbered(split_places(deltas[shared])[0], owners[shared])
+    return even_shares(costs, shared, with_whom) if len(shared) else costs
 
 
 def _on_pages_that_go(

@@ -414,3 +414,24 @@ def test_deltas_among_other_blocks_on_a_page_that_goes_anyway(store: pydedup.Sto
     assert all(same_bits(store, address, model) for address, model in models.items())
     report = store.verify()
     assert (report.errors, report.notes) == ([], [])
+
+
+def test_the_factors_of_another_adapter_on_the_page_are_not_its_own(store: pydedup.Store) -> None:
+    """They made one of a low rank seem larger than it is, as soon as both were on one page."""
+    bases = {
+        f"base{i}@1": {"w": np.random.default_rng(i).normal(0, 0.02, (768, 384)).astype("f4")}
+        for i in range(2)
+    }
+    ranks = {"a@1": (0, 32), "b@1": (0, 2), "c@1": (1, 2)}
+    models = {
+        address: adapted(bases[f"base{i}@1"], rank, seed=40 + rank)
+        for address, (i, rank) in ranks.items()
+    }
+    for address, model in (bases | models).items():
+        store.add(address, model)
+    for address in bases:
+        store.remove(address)
+    done, again = store.vacuum(), store.vacuum()
+    assert done.rewritten_pages > 0
+    assert (again.rewritten_pages, again.freed_pages) == (0, 0)
+    assert all(same_bits(store, address, model) for address, model in models.items())
