@@ -211,8 +211,10 @@ def even_shares(
 
 
 def numbered(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a number from 0 for each pair, the same for the same ones."""
-    return np.unique(np.stack([first, second]), axis=1, return_inverse=True)[1].ravel()
+    """Return a number from 0 for each pair, the same for the same ones; ``second`` are from 0."""
+    # Not unique(axis=1), which takes 20 times as long.
+    ranks = np.unique(first, return_inverse=True)[1]
+    return np.unique(ranks * (second.max(initial=0) + 1) + second, return_inverse=True)[1]
 
 
 def filled_capacity(sizes: NDArray[np.int64]) -> int:
