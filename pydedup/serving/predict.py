@@ -279,6 +279,9 @@ def _run_group(
         runs.append((_tensors(first.model, tensor_of), inputs))
     models = {request.model.row.id: request.model for request in group}
     nbytes = sum(plan.nbytes for plan in plans if plan is not None)
+    if len(runs) > 1:
+        # Rows of several models are put together, and packed once more for what one alone has.
+        nbytes *= 2
     with pool.call(*map(called, models.values())), pool.activations(nbytes):
         model, graph = group[0].model, group[0].graph
         stacks = stacks_of(model, graph, tensor_of, pool) if len(runs) == 1 else None

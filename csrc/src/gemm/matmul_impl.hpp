@@ -75,9 +75,14 @@ class Matmul::Impl {
                                         p_.places.begin());
     }
 
+    /// The variants that have block `number`, which is one of this call.
+    [[nodiscard]] std::uint64_t members_of(std::size_t number) const noexcept {
+        return members_.empty() ? ~std::uint64_t{0} : members_[number - fed_];
+    }
+
     /// Whether a row of x has block `number`, which is one of this call.
     [[nodiscard]] bool has(std::size_t number, std::size_t row) const noexcept {
-        return (members_[number - fed_] >> p_.variants[row] & 1) != 0;
+        return (members_of(number) >> p_.variants[row] & 1) != 0;
     }
 
     /// Calls use(begin, end) for each run of rows within [i0, i1) that have the block.

@@ -48,18 +48,20 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
     }
     const PackedX<E, T>& x = packed_whole(packing);
     if (subnormal_) return;
+    pack_alone(packing, threads);
+    const bool is_one_task = !packing.alone.empty();
     // Of the last panel what comes later will need the sums.
     const std::size_t last = first + panels - 1;
     if (!part_of_row(last, blocks.size()).ends) {
-        to_go_on_ = AlignedArray<T>(x.sums_before(x.n_tiles()) *
+        to_go_on_ = AlignedArray<T>((x.sums_before(x.n_tiles()) + packing.sums_alone) *
                                     block_rect(p_.grid, last * p_.grid.grid_cols()).rows);
     }
     const std::size_t together = panels_together(x, panels, p_.grid.block_rows, threads);
-    run(detail::ceil_div(panels, together), x.n_tiles(), packing.width, threads,
+    run(detail::ceil_div(panels, together), is_one_task ? 1 : x.n_tiles(), packing.width, threads,
         [&](const Task& task, Worker& worker) {
             const std::size_t row = task.panel * together;
             multiply_panels(x, first + row, first + std::min(panels, row + together), task.unit0,
-                            task.unit1, worker);
+                            is_one_task ? x.n_tiles() : task.unit1, worker);
         });
     begun_ = std::move(to_go_on_);
 }
@@ -105,6 +107,10 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
                                       Worker& worker) const {
     std::optional<TileRegisters> registers;
     if constexpr (!std::is_same_v<E, T>) registers.emplace(kernels_.bf16);
+    if (p_.variants != nullptr) {
+        multiply_for_members(x, blocks, rows, t0, t1, worker);
+        return;
+    }
     if (takes_whole_rows(x, blocks, rows)) {
         multiply_whole_rows(x, blocks, rows, t0, t1, worker);
         return;
@@ -123,18 +129,6 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
         of_row.row0 = rect.row0 + i * p_.grid.block_rows;
         return TileSums{sums + per_row * i * p_.grid.block_rows, of_row, t0, t1};
     };
-    if (p_.variants != nullptr && part.starts) {  // dot products are added to it
-        const std::size_t end = x.tile(t1 - 1).row0 + x.tile(t1 - 1).rows;
-        for (std::size_t i = x.tile(t0).row0; i < end; ++i) {
-            std::fill_n(y_ + i * n_ + rect.row0, rect.rows, T{0});
-        }
-    }
-    if (!members_.empty()) {
-        if (part.starts) std::fill_n(sums, count, T{0});
-        multiply_for_members(x, blocks, part, rect, t0, t1, sums, worker);
-        if (part.ends) store_tiles(x, sums_of(0), worker);
-        return;
-    }
     for (std::size_t number = part.begin; number < part.end;) {
         std::size_t together = blocks_together(x, blocks, number, part.end, t0);
         for (std::size_t i = 1; i < rows.count && together > 0; ++i) {
@@ -293,6 +287,19 @@ template void Matmul::Typed<double>::multiply_packed(Packing<double, double>&,
                                                      std::span<const BlockView>, std::size_t,
                                                      std::size_t, unsigned);
 
+template void Matmul::Typed<float>::store_tiles(const PackedX<float, float>&, const TileSums&,
+                                                Worker&) const;
+template void Matmul::Typed<float>::store_tiles(const PackedX<std::uint16_t, float>&,
+                                                const TileSums&, Worker&) const;
+template void Matmul::Typed<double>::store_tiles(const PackedX<double, double>&, const TileSums&,
+                                                 Worker&) const;
+template void Matmul::Typed<float>::store_sums(const detail::RowTile<float, float>&, std::size_t,
+                                               const float*, float*, std::size_t) noexcept;
+template void Matmul::Typed<float>::store_sums(const detail::RowTile<std::uint16_t, float>&,
+                                               std::size_t, const float*, float*,
+                                               std::size_t) noexcept;
+template void Matmul::Typed<double>::store_sums(const detail::RowTile<double, double>&, std::size_t,
+                                                const double*, double*, std::size_t) noexcept;
 template void Matmul::Typed<float>::store_tile(const detail::RowTile<float, float>&,
                                                const BlockRect&, float*, Worker&) const;
 template void Matmul::Typed<float>::finish_tiles(const PackedX<float, float>&, const BlockRect&,

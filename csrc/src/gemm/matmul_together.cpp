@@ -77,9 +77,9 @@ template <class T>
 template <class E>
 bool Matmul::Typed<T>::takes_whole_rows(const PackedX<E, T>& x, std::span<const BlockView> blocks,
                                         const Rows& rows) const noexcept {
-    if (x.tile(0).kernel->tile_nt_pieces == nullptr || x.n_parts() != 1 || p_.variants != nullptr ||
-        !p_.places.empty() || p_.grid.cols * sizeof(E) > kWholeRowBytes ||
-        p_.grid.block_cols % kWholeColumns != 0 || p_.grid.grid_cols() > kMaxGemmPieces) {
+    if (x.tile(0).kernel->tile_nt_pieces == nullptr || x.n_parts() != 1 || !p_.places.empty() ||
+        p_.grid.cols * sizeof(E) > kWholeRowBytes || p_.grid.block_cols % kWholeColumns != 0 ||
+        p_.grid.grid_cols() > kMaxGemmPieces) {
         return false;
     }
     const Part first = part_of_row(rows.first, blocks.size());

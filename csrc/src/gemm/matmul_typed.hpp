@@ -91,18 +91,22 @@ class Matmul::Typed final : public Matmul::Impl {
     struct Task {
         std::size_t panel, unit0, unit1;
     };
-    // A block, the variants that have it, and a tile of which `having` rows are theirs.
+    // A block, the variants that have it, where in the grid it belongs (the row counted from the
+    // first of a task), and a tile of which `having` rows are theirs.
     struct Use {
         std::uint64_t members;
-        std::size_t number, tile, having;
+        std::size_t number, row, column, tile, having;
+    };
+    // Which of so many.
+    struct Turn {
+        std::size_t number, of;
     };
     struct Worker {
         detail::WeightReader<T> reader;
         detail::Scratch<T> sums;
         detail::Scratch<T> apart;
         detail::Scratch<T> part_of_y;
-        detail::Scratch<std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>> mask;
-        std::vector<Use> dots, tiled;  // by the variant that has them; in order
+        std::vector<Use> alone, dots, tiled;  // two by the variant that has them; one in order
         detail::Scratch<T> x;
         detail::Scratch<std::uint16_t> x_pairs;
 
@@ -128,6 +132,15 @@ class Matmul::Typed final : public Matmul::Impl {
         std::size_t bytes_of_row = 0;  // and bytes of a row, packed
         detail::Scratch<E> memory = {};
         std::optional<Packed> all = {};  // once they are
+        // Rows of one variant each, for blocks that it alone has: a tile of `all` would have rows
+        // of others, and take as long for all of them.
+        struct Alone {
+            detail::Scratch<E> memory = {};
+            std::optional<Packed> x = {};
+            std::size_t sum0 = 0;  // sums of those before, for one row of W
+        };
+        std::vector<Alone> alone = {};  // by variant; none where rows are not taken so
+        std::size_t sums_alone = 0;     // of all of these, for one row of W
     };
 
     template <class S, class E, class A>
@@ -311,21 +324,46 @@ class Matmul::Typed final : public Matmul::Impl {
 
     // ---- rows of several variants: matmul_members.cpp
 
-    // A row of blocks, each for those rows of tiles [t0, t1) that have it: what one variant alone
-    // has, by dot products that go straight to y, one variant after another, as its blocks lie
-    // together in memory; the rest by tiles. Either way a row's blocks come in their order.
+    // Packs rows of one variant each, where all rows are one task and several are its own.
+    template <class E>
+    void pack_alone(Packing<E, T>& packing, unsigned threads) const;
+    template <class E>
+    [[nodiscard]] const Packing<E, T>& packing() const noexcept {
+        if constexpr (std::is_same_v<E, T>) {
+            return packed_;
+        } else {
+            return pairs_;
+        }
+    }
+    // Rows of blocks, each block for those rows of tiles [t0, t1) that have it: what one variant
+    // alone has, one variant after another, as its blocks lie together in memory, by tiles of its
+    // own rows or by dot products that go straight to y; the rest by tiles of all rows. In any way
+    // blocks of a row come in their order.
     template <class E>
     void multiply_for_members(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
-                              const Part& part, const BlockRect& rect, std::size_t t0,
-                              std::size_t t1, T* sums, Worker& worker) const;
+                              const Rows& rows, std::size_t t0, std::size_t t1,
+                              Worker& worker) const;
     template <class E>
-    void find_uses(const detail::PackedX<E, T>& x, const Part& part, std::size_t t0, std::size_t t1,
-                   Worker& worker) const;
-    // A block for those rows of a tile that have it. Where these are some, its sums are formed
-    // apart, so that nothing of it, not even a NaN, gets into those of other rows.
+    void find_uses(const detail::PackedX<E, T>& x, const Rows& rows, std::size_t n_blocks,
+                   std::size_t t0, std::size_t t1, Worker& worker) const;
+    // What a variant has alone: by tiles of its own rows, with the sums of all of these for a row
+    // of blocks,
+    template <class E>
+    void multiply_alone(std::span<const BlockView> blocks,
+                        const std::function<T*(std::size_t row)>& sums_of, Worker& worker) const;
+    // or by dot products.
+    template <class E>
+    void multiply_dots_of(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                          Worker& worker) const;
+    // These sums go to y.
+    template <class E>
+    void store_alone(const BlockRect& rect, const T* sums) const noexcept;
+    // A block for those rows of a tile that have it: nothing of it, not even a NaN, stays in the
+    // sums of others.
     template <class E>
     void multiply_tile_for(const detail::PackedX<E, T>& x, const Use& use, const BlockView& block,
-                           const E* w, const Next<E>& next, T* sums, Worker& worker) const;
+                           const E* w, const Next<E>& next, const Turn& turn, T* sums,
+                           Worker& worker) const;
     // Adds the dot products in y to the sums of a tile, which take their place there.
     template <class Tile>
     void add_dots(const Tile& tile, const BlockRect& rect, T* sums) const noexcept;
@@ -356,8 +394,9 @@ class Matmul::Typed final : public Matmul::Impl {
                                               unsigned threads) const noexcept {
         const auto& kernel = *x.tile(0).kernel;
         const std::size_t tiles = std::min(x.n_tiles(), detail::kMaxTaskRows / kernel.width);
-        if (p_.variants != nullptr || x.bytes(0, tiles) <= detail::kCachedBytes) return 1;
-        const std::size_t sums = x.sums_before(tiles) * columns * sizeof(T);
+        if (x.bytes(0, tiles) <= detail::kCachedBytes) return 1;
+        const std::size_t sums =
+            (x.sums_before(tiles) + packing<E>().sums_alone) * columns * sizeof(T);
         const std::size_t most =
             kernel.tile_nt_pieces == nullptr ? detail::kSumBytes : detail::kSumBytesTogether;
         const std::size_t pieces = threads == 1 ? 1 : detail::kPiecesPerThread * threads;
