@@ -182,6 +182,9 @@ class Gate:
         self._holders.pop(ticket, None)
         if self._is_loud or self._waiting:
             with self._lock:
+                # Where `_wait_for` was broken off as it ended: all behind it would wait for ever.
+                if ticket in self._waiting:
+                    self._waiting.remove(ticket)
                 self._tell()
                 self._changed.notify_all()
 
@@ -245,12 +248,12 @@ class Gate:
     def _tell(self) -> None:
         if self._told is None:
             return
+        # Before it is looked: who leaves from here on says so, after this.
+        was_loud, self._is_loud = self._is_loud, True
         used = self.used
-        if used > self._quiet:
-            self._is_loud = True
+        if was_loud or used > self._quiet:
             self._told(used)
-        elif self._is_loud:
-            self._told(used)
+        if used <= self._quiet:
             self._is_loud = False
 
 
