@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self, TypeVar
 
-from pydedup.text import clean, listed
+from pydedup.text import clean, listed, plural
 
 __all__ = [
     "ArgumentError",
@@ -223,8 +223,10 @@ class PageNotFoundError(CorruptStoreError):
     @classmethod
     def of(cls, page_ids: Sequence[int]) -> Self:
         """Return the error for pages that do not exist."""
+        do = "does" if len(page_ids) == 1 else "do"
+        ids = listed([str(number) for number in page_ids])
         error = cls(
-            f"{len(page_ids)} pages do not exist: {listed([str(number) for number in page_ids])}; "
+            f"{plural(len(page_ids), 'page')} {do} not exist: {ids}; "
             "if this stays so after reopening the store, run verify on it"
         )
         error.page_ids = tuple(page_ids)

@@ -94,7 +94,7 @@ def _plan_of(model: StoredModel, graph: Graph, inputs: Mapping[str, _Array]) -> 
         return known[shapes]
     plan = plan_run(graph, model.tensor, inputs)
     if is_planned_by_shapes(graph):
-        if known is None or len(known) == _MOST_SHAPES:
+        if known is None or len(known) >= _MOST_SHAPES:
             model.memo[_MEMO] = known = {}
         known[shapes] = plan
     return plan

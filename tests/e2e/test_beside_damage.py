@@ -31,7 +31,7 @@ DAMAGES = {
     "the metadata of two@1": "UPDATE {models} SET metadata = '[' WHERE name = 'two'",
     "two@1, tensor 'w': a block map": "DELETE FROM {block_maps} WHERE model_id = 2",
     "the certificate of two@1": "UPDATE {models} SET certificate = '[' WHERE name = 'two'",
-    "1 pages do not exist": "DELETE FROM {pages} WHERE id = 2",
+    "1 page does not exist": "DELETE FROM {pages} WHERE id = 2",
 }
 
 
@@ -238,7 +238,7 @@ def test_usage_is_counted_beside_damage(
         known = {value.value: value for value in usage.values}
         assert known["one"].logical_bytes == MODELS["one"]["w"].nbytes
         assert usage.keys == ("tenant",)
-        if said.startswith("1 pages"):
+        if said.startswith("1 page"):
             return
         assert [said in each for each in usage.damaged] == [True for _ in left_out]
         assert ("two" in known) is not bool(left_out)
@@ -282,7 +282,7 @@ def test_explain_leaves_out_a_damaged_neighbour(
             "two@1, tensor 'w': a block map holds 0 blocks",
             "DELETE FROM {block_maps} WHERE model_id = 2",
         ),
-        (r"1 pages do not exist: 2; .* \(read by two@1\)", "DELETE FROM {pages} WHERE id = 2"),
+        (r"1 page does not exist: 2; .* \(read by two@1\)", "DELETE FROM {pages} WHERE id = 2"),
         ("page 2: .*; read by two@1", "UPDATE {pages} SET payload = checksum WHERE id = 2"),
     ],
 )

@@ -138,7 +138,7 @@ def test_missing_and_wrong_pages_are_reported() -> None:
     pages = MemoryPages()
     block_map = pages.add(w, (2, 9), per_page=2)
     lost = pages.payloads.pop(2)
-    with pytest.raises(PageNotFoundError, match="1 pages do not exist: 2"):
+    with pytest.raises(PageNotFoundError, match="1 page does not exist: 2"):
         conv.conv2d(block_map, pages.pool(), X, kernel=3)
     pages.payloads[2] = lost
     other = BlockMap(block_map.grid, DType.I32, block_map.page_ids, block_map.slots)

@@ -138,7 +138,7 @@ DAMAGE: list[tuple[Callable[[Pair], BlockMap], type[Exception], str]] = [
     (wrong_block, CorruptStoreError, "not the base that it was made from"),
     (no_such_slot, CorruptStoreError, "slot"),
     (other_shape, CorruptStoreError, "its base has"),
-    (no_such_page, PageNotFoundError, "do not exist"),
+    (no_such_page, PageNotFoundError, "does not exist"),
 ]
 
 

@@ -333,7 +333,7 @@ def test_what_is_stored_must_be_what_the_map_says() -> None:
     with pytest.raises(BudgetError, match="more memory"):
         matmul.matmul(block_map, pages.pool(10), np.ones((1, 8)))
     del pages.payloads[1]
-    with pytest.raises(PageNotFoundError, match="1 pages do not exist: 1;"):
+    with pytest.raises(PageNotFoundError, match="1 page does not exist: 1;"):
         matmul.matmul(block_map, pages.pool(), np.ones((1, 8)))
 
 

@@ -150,7 +150,7 @@ def test_what_is_read_into_memory_is_held_against_checksums() -> None:
     assert (asked, pages.fetches) == ([ids], [ids[1:]])
     assert [number_on(page) for page in pool.pages(ids)] == ids
     assert len(asked) == 1
-    with pytest.raises(PageNotFoundError, match="1 pages do not exist: 9;"):
+    with pytest.raises(PageNotFoundError, match="1 page does not exist: 9;"):
         PagePool(pages.fetch, size, read_into=lambda _ids, _memory: ()).pages([9])
     del held, pool
     gc.collect()
