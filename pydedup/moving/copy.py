@@ -186,14 +186,15 @@ class _Copier:
         try:
             copied = self._attempt(items, set(), keeps_bases=True, takes_pages=True)
         except AloneError:  # and so are others of its family
-            self._come_alone, copied = True, None
+            self._come_alone = True
         except (NotWholeError, CorruptStoreError, NotFoundError, DuplicateError, QuotaError):
-            copied = None
-        if copied is None:
+            pass  # what was seen at both ends still holds: pages still go whole
+        else:
+            if copied is not None:
+                del self._left[: len(copied)]
+                return copied
             self._there.epoch = -1
-            return [self._copy_one(item) for item in items]
-        del self._left[: len(copied)]
-        return copied
+        return [self._copy_one(item) for item in items]
 
     def _copy_one(self, item: Item) -> CopiedModel:
         if not item.is_wanted:

@@ -168,6 +168,31 @@ def test_one_that_is_damaged_is_named_and_leaves_the_others(new_store: New, skip
         assert store.verify().ok
 
 
+def test_one_that_is_damaged_lets_the_pages_of_others_go_whole(
+    new_store: New, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source_url = new_store("sqlite")
+    models = [{"w": np.random.default_rng(n).standard_normal((64, 64))} for n in range(7)]
+    with pydedup.open(source_url) as store:
+        store.add_many({"part@1": models[5], "left@1": models[6]})  # no page of these goes whole
+        for n in range(5):
+            store.add(f"m{n}@1", models[n])
+        adapter = store._adapter
+        ids = {row.address: row.id for row in adapter.models()}
+        with adapter.transaction():
+            (page,) = (page for _, page, _, _ in adapter.model_pages(ids["m1@1"]))
+            adapter.delete_pages([page])
+    found = []
+    for most in (2, 1):
+        monkeypatch.setattr(together, "_MOST_MODELS", most)
+        url = new_store("sqlite")
+        with pydedup.open(source_url, mode="r") as store:
+            report = store.copy_to(url, ["part", *(f"m{n}" for n in range(5))], skip_damaged=True)
+        found.append([(model.model, model.status, model.whole_pages) for model in report.models])
+    assert found[0] == found[1]
+    assert sum(whole for _, _, whole in found[0]) == 4
+
+
 def test_a_quota_lets_in_as_many_as_one_by_one(
     source_url: str, new_store: New, monkeypatch: pytest.MonkeyPatch
 ) -> None:
