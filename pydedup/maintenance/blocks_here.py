@@ -7,7 +7,7 @@ had to be a base. So a repair looks here before it asks a source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from pydedup.adapter import Adapter, BlockRow
 from pydedup.adapter_options import only_sound_rows
@@ -23,15 +23,24 @@ _HASHES_AT_ONCE = 4096
 
 
 class HereFirst:
-    """The store that is repaired, but for its damaged pages; then a source (a `BlockSource`)."""
+    """The store that is repaired, but for its damaged pages; then a source (a `BlockSource`).
+
+    ``moved`` says where blocks of damaged pages are by now, by place, as it grows.
+    """
 
     def __init__(
-        self, adapter: Adapter, pool: PagePool, damaged: Collection[int], source: BlockSource
+        self,
+        adapter: Adapter,
+        pool: PagePool,
+        damaged: Collection[int],
+        source: BlockSource,
+        moved: Mapping[int, int],
     ) -> None:
         self._adapter = adapter
         self._pool = pool
         self._damaged = damaged
         self._source = source
+        self._moved = moved
         self.damage = source.damage
         self.unreadable = source.unreadable
 
@@ -58,7 +67,8 @@ class HereFirst:
     def _read(self, row: BlockRow) -> EncodedBlock | None:
         """Return a block by itself; None where it, or its base, cannot be read."""
         try:
-            base = None if row.base_id is None else block_at(self._pool, row.base_id)
+            at = row.base_id
+            base = None if at is None else block_at(self._pool, self._moved.get(at, at))
             return read_block(self._pool.pages([row.page_id])[0], row.slot, base)
         except (CorruptStoreError, SchemaVersionError, UnavailableError):
             return None

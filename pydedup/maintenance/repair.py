@@ -132,8 +132,9 @@ def repair(
     pool.drop(sorted(damaged))
     found = survey(adapter, damaged)
     job = Job(adapter, "repair")
-    source = HereFirst(adapter, pool, damaged, source)
-    work = _Repair(adapter, pool, source, job, len(found.lost), progress)
+    moves = Moves()
+    source = HereFirst(adapter, pool, damaged, source, moves.places)
+    work = _Repair(adapter, pool, source, moves, job, len(found.lost), progress)
     try:
         bases = {place: block for place, block in found.lost.items() if block.base is None}
         work.name_dtypes(bases, found.dependents, damaged)
@@ -204,6 +205,7 @@ class _Repair:
         adapter: Adapter,
         pool: PagePool,
         source: BlockSource,
+        moves: Moves,
         job: Job,
         total: int,
         progress: Progress | None,
@@ -217,7 +219,7 @@ class _Repair:
         self._full: list[list[_Placed]] = []
         self._page: list[_Placed] = []
         self._bytes = 0
-        self.moves = Moves()
+        self.moves = moves
         self.new_pages: list[int] = []
         self.lost_bases: Collection[int] = frozenset()
         self.kept = self.found = 0

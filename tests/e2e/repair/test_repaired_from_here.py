@@ -59,3 +59,26 @@ def test_the_source_is_asked_for_what_is_damaged_twice(
         assert (report.repair.damaged_pages, report.repair.missing) == (2, ())
         assert_holds(store, "own")
         assert_holds_as(store, "again", "own")
+
+
+def test_a_delta_that_is_here_once_more_on_a_base_that_was_damaged_too(
+    new_store: Callable[[str], str], change_page: Change, tmp_path: Path
+) -> None:
+    """Its base came back, and was still looked for where it had been."""
+    url = new_store("sqlite")
+    fill(url)
+    first = max(pages_of(url, "near"))
+    change_page(url, first, flip_last)
+    with pydedup.open(url) as store:
+        assert store.add("again", family()["near"]).delta_blocks > 0
+    for page in pages_of(url, "base"):
+        if page != first:
+            change_page(url, page, flip_last)
+    np.savez(tmp_path / "base.npz", **family()["base"])
+    with pydedup.open(url) as store:
+        report = store.verify(repair_from=tmp_path / "base.npz")
+        assert report.repair is not None
+        assert report.repair.damaged_pages > 1
+        assert not [gone for gone in report.repair.missing if "near@1" in gone.models]
+        assert_holds(store, "near")
+        assert_holds_as(store, "again", "near")
