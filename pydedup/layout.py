@@ -34,6 +34,7 @@ __all__ = [
     "by_kind",
     "by_page",
     "copy_page",
+    "costs_of_owned",
     "even_shares",
     "filled_capacity",
     "fitting",
@@ -41,7 +42,6 @@ __all__ = [
     "least_pages",
     "map_at",
     "map_places",
-    "numbered",
     "page_bytes",
     "pages_read",
     "places_of",
@@ -210,7 +210,24 @@ def even_shares(
     return shares
 
 
-def numbered(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+def costs_of_owned(
+    lengths: NDArray[np.int64],
+    factored: NDArray[np.bool_],
+    page_ids: NDArray[np.int64],
+    owners: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Return what blocks of these lengths take of their pages.
+
+    Factors, which the first on a page that needs them has for all, count evenly for all of the same
+    model. ``owners`` are numbers of models from 0.
+    """
+    costs, shared = codec.page_cost(lengths), np.flatnonzero(factored)
+    if not len(shared):
+        return costs
+    return even_shares(costs, shared, _numbered(page_ids[shared], owners[shared]))
+
+
+def _numbered(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return a number from 0 for each pair, the same for the same ones; ``second`` are from 0."""
     # Not unique(axis=1), which takes 20 times as long.
     ranks = np.unique(first, return_inverse=True)[1]

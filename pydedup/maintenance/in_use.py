@@ -20,9 +20,8 @@ from pydedup.errors import CorruptStoreError
 from pydedup.layout import (
     NO_PLACE,
     block_forms,
-    even_shares,
+    costs_of_owned,
     joined,
-    numbered,
     places_of,
     split_place,
     split_places,
@@ -89,19 +88,11 @@ class Places:
 
     @property
     def costs(self) -> NDArray[np.int64]:
-        """What each block takes of its page.
-
-        Factors, which the first on a page that needs them has for all, count evenly for all of
-        the same model.
-        """
-        costs = codec.page_cost(self.lengths)
-        shared = np.flatnonzero(self.factored)
-        if not len(shared):
-            return costs
-        newest = np.zeros(len(costs), np.int64)
-        for number, owned in enumerate(self.owners):
+        """What each block takes of its page, with factors as of the newest model that has it."""
+        newest = np.zeros(len(self.lengths), np.int64)
+        for number, owned in enumerate(self.owners if self.factored.any() else ()):
             newest[owned] = number
-        return even_shares(costs, shared, numbered(self.page_at[shared], newest[shared]))
+        return costs_of_owned(self.lengths, self.factored, self.page_at, newest)
 
     @property
     def unused(self) -> NDArray[np.float64]:

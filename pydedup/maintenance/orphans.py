@@ -28,9 +28,8 @@ from pydedup.layout import (
     are_deltas,
     base_places,
     block_forms,
-    even_shares,
+    costs_of_owned,
     joined,
-    numbered,
     split_places,
 )
 from pydedup.maintenance.anew import slots_of, stored_anew
@@ -127,26 +126,14 @@ def _pays(
             on_page = split_places(deltas)[0]
             beside = np.flatnonzero(is_among(on_page, on_page[chosen]))
             own = np.zeros(len(deltas), np.int64)
-            own[beside] = _delta_costs(pool, deltas[beside], owners[beside])
+            sizes, _, factored = block_forms(pool, deltas[beside])
+            own[beside] = costs_of_owned(sizes, factored, on_page[beside], owners[beside])
             lengths, _, _ = stored_anew(pool, deltas[chosen], orphans[some][of], starts[of])
     except CorruptStoreError:
         return False  # verify tells what is damaged
     before += np.bincount(of, own[chosen]).astype(np.int64)
     after = np.bincount(of, codec.page_cost(lengths))
     return bool(np.minimum(after, before).sum() <= (1 - _LEAST_OF_BLOCKS) * before.sum())
-
-
-def _delta_costs(
-    pool: PagePool, deltas: NDArray[np.int64], owners: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return what deltas take of their pages, with factors as `Places.costs` counts them.
-
-    ``owners`` are the numbers of models that they are of.
-    """
-    lengths, _, factored = block_forms(pool, deltas)
-    costs, shared = codec.page_cost(lengths), np.flatnonzero(factored)
-    with_whom = numbered(split_places(deltas[shared])[0], owners[shared])
-    return even_shares(costs, shared, with_whom) if len(shared) else costs
 
 
 def _on_pages_that_go(

@@ -157,9 +157,8 @@ def plan_repack(adapter: Adapter, pool: PagePool, *, live_pages: int) -> RepackP
     def worth(plan: RepackPlan) -> float:
         return _gain(plan, pages_now) if plan.layout.stored_pages <= live_pages else 0.0
 
-    plan = max(_plans(epoch, models, as_stored if anew is None else anew), key=worth)
-    if anew is not None:
-        plan = max(chain([plan], _plans(epoch, models, as_stored)), key=worth)
+    tried = [as_stored] if anew is None else [anew, as_stored]
+    plan = max(chain.from_iterable(_plans(epoch, models, some) for some in tried), key=worth)
     if worth(plan) <= 0:
         return None
     if plan.orphans_move:
