@@ -117,7 +117,7 @@ class DType(enum.Enum):
         for member in cls:
             if member.numpy == native:
                 return member
-        raise ArgumentError(f"dtype {dtype} {cls.refusal()}")
+        raise ArgumentError(f"dtype {dtype} {cls.refusal(in_pairs=dtype.kind == 'c')}")
 
     @classmethod
     def of_code(cls, code: int) -> DType:
@@ -137,11 +137,15 @@ class DType(enum.Enum):
         raise ArgumentError(f"unknown dtype {label!r}; choose one of: {known}")
 
     @classmethod
-    def refusal(cls, *, in_bytes: bool = False) -> str:
+    def refusal(cls, *, in_bytes: bool = False, in_pairs: bool = False) -> str:
         """Say of a dtype that is none of these that it cannot be stored, and what can.
 
-        ``in_bytes`` is whether torch has its values in a byte each, or several of them in one.
+        ``in_bytes`` is whether torch has its values in a byte each, or several of them in one,
+        ``in_pairs`` whether they are complex: converting them would drop the imaginary part.
         """
+        if in_pairs:
+            parts = "torch.view_as_real(tensor), or array.real and array.imag"
+            return f"cannot be stored; give its real and imaginary parts ({parts})"
         known = ", ".join(member.label for member in cls)
         view = "give its bytes, which keep the bits (tensor.view(torch.uint8)), or " * in_bytes
         return f"cannot be stored; {view}convert it to one of: {known}"

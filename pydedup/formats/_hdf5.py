@@ -353,6 +353,7 @@ def _copy_inline(item: Any, target: Any, path: str, where: str) -> Any:
 
 
 def _refused(dataset: Any, path: str, where: str) -> UnsupportedFormatError:
+    refusal = DType.refusal(in_pairs=dataset.dtype.kind == "c")
     return UnsupportedFormatError(
-        f"{where}: dataset {path!r} has dtype {dataset.dtype}, which {DType.refusal()}"
+        f"{where}: dataset {path!r} has dtype {dataset.dtype}, which {refusal}"
     )

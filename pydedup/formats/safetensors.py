@@ -218,7 +218,7 @@ def _tensor_info(where: str, name: str, info: object) -> tuple[DType, tuple[int,
     if isinstance(label, str) and label in _UNSTORABLE:
         raise UnsupportedFormatError(
             f"{where}: tensor {name!r} has dtype {label}, which "
-            f"{DType.refusal(in_bytes=label != 'C64')}"
+            f"{DType.refusal(in_bytes=label != 'C64', in_pairs=label == 'C64')}"
         )
     if not isinstance(label, str) or label not in _DTYPES:
         raise FormatError(f"{where}: tensor {name!r} has the unknown dtype {label!r:.40}")

@@ -58,7 +58,9 @@ def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
         raise UnsupportedFormatError(f"{where} is a lazily negated view; clone() it first")
     dtype = dtypes().get(tensor.dtype)
     if dtype is None:
-        refusal = DType.refusal(in_bytes=tensor.dtype.itemsize == 1)
+        refusal = DType.refusal(
+            in_bytes=tensor.dtype.itemsize == 1, in_pairs=tensor.dtype.is_complex
+        )
         raise UnsupportedFormatError(f"{where} has dtype {tensor.dtype}, which {refusal}")
     shape = tuple(tensor.shape)
     key: Hashable = name

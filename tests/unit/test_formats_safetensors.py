@@ -255,6 +255,7 @@ def test_dtypes_no_store_keeps_are_named(dtype: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedFormatError, match=f"'odd' has dtype {dtype}") as caught:
         open_source(path)
     assert ("tensor.view(torch.uint8)" in str(caught.value)) == (dtype != "C64")
+    assert ("imaginary" in str(caught.value)) == (dtype == "C64")
 
 
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:
