@@ -48,7 +48,9 @@ _LARGEST_READ = 256 << 20
 _MOST_NAMES = 10_000
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 #: Weights in formats that pydedup does not read.
-_FOREIGN_SUFFIXES = {".gguf", ".mlmodel", ".msgpack", ".onnx_data", ".ot", ".pb", ".tflite"}
+_FOREIGN_SUFFIXES = {
+    *(".distcp", ".gguf", ".mlmodel", ".msgpack", ".onnx_data", ".ot", ".pb", ".tflite"),
+}
 _WEIGHT_SUFFIXES = {
     *(SAFE_SUFFIX, *_TORCH_SUFFIXES, ".ckpt", ".h5", ".keras", ".npy", ".npz", ".onnx"),
     *_FOREIGN_SUFFIXES,

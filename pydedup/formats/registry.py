@@ -188,6 +188,11 @@ def detect(path: Path) -> str:
     except (OSError, ValueError) as exc:  # a name too long, a zero byte, no permission
         reason = getattr(exc, "strerror", None) or exc
         raise FormatError(f"{str(path)!r:.200} cannot be read: {reason}") from exc
+    if path.name.endswith(".index.json"):
+        raise FormatError(
+            f"{path} is the index of a model that lies in several files; give its folder, "
+            f"{str(path.parent)!r}"
+        )
     with open_raw(path) as raw:
         if raw.size == 0:
             raise FormatError(f"{path} is empty")

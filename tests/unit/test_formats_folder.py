@@ -334,10 +334,21 @@ def test_no_file_is_named_that_would_be_refused(folder: Path) -> None:
     (folder / "saved_model.pb").write_bytes(b"\x08\x01")
     with pytest.raises(FormatError, match=r"that we read \('saved_model\.pb' is in none"):
         open_source(folder)
+    (folder / "saved_model.pb").rename(folder / "__0_0.distcp")  # of torch.distributed.checkpoint
+    with pytest.raises(FormatError, match=r"that we read \('__0_0\.distcp' is in none"):
+        open_source(folder)
     (folder / "flax_model.msgpack").write_bytes(b"\x81")
     (folder / "tf_model.h5").write_bytes(b"")
     with pytest.raises(FormatError, match=r"give the path of a file, such as 'tf_model\.h5'"):
         open_source(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_the_index_of_a_folder_names_the_folder(name: str, folder: Path) -> None:
+    """It was said to be in no format that pydedup knows."""
+    (folder / name).write_text('{"metadata": {}, "weight_map": {}}')
+    with pytest.raises(FormatError, match=f"several files; give its folder, '{folder}'$"):
+        open_source(folder / name)
 
 
 def test_a_folder_of_checkpoints_is_told_to_be_one(folder: Path) -> None:
