@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import abc
 import functools
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 
@@ -166,6 +167,24 @@ def test_what_a_store_need_not_have(store: pydedup.Store) -> None:
     torch.testing.assert_close(store.attach(module, "m")(X), wanted)
     assert list(store.detach(module).state_dict()) == list(state)
     assert module.num_batches_tracked == 7
+
+
+class ExtraTensor(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return torch.ones(2)
+
+    def set_extra_state(self, state: Any) -> None:
+        raise AssertionError
+
+
+def test_extra_state_that_is_a_tensor(store: pydedup.Store) -> None:
+    """A module could be added, and not be attached to what it had become."""
+    module = nn.Sequential(ExtraTensor(80, 5)).eval()
+    store.add("m", module)
+    assert torch.equal(store.load_torch("m")["0._extra_state"], torch.ones(2))
+    wanted = module(X)
+    torch.testing.assert_close(store.attach(module, "m")(X), wanted)
+    assert "0._extra_state" in store.detach(module).state_dict()
 
 
 # ---- what fits ----------------------------------------------------------------------------------
@@ -357,11 +376,22 @@ def test_a_class_that_cannot_be_replaced(
     assert torch.equal(module(X), wanted)
 
 
-def test_a_class_that_keeps_account_of_its_subclasses(store: pydedup.Store) -> None:
-    """It had the class of attached modules among them, by the name of what that stands in for."""
+class Slotted:
+    __slots__ = ()
+
+
+T = TypeVar("T")
+
+
+@pytest.mark.parametrize("before", [(), (abc.ABC,), (Generic[T],), (Slotted,)], ids=repr)
+def test_a_class_that_keeps_account_of_its_subclasses(store: pydedup.Store, before: Any) -> None:
+    """It had the class of attached modules among them, by the name of what that stands in for.
+
+    What stands before ``nn.Module`` and has no ``__dict__`` could not be attached at all.
+    """
     known: dict[str, type] = {}
 
-    class Kept(nn.Module):
+    class Kept(*before, nn.Module):  # type: ignore[misc]
         def __init_subclass__(cls, *, size: int) -> None:
             known[cls.__name__] = cls
 
@@ -373,10 +403,15 @@ def test_a_class_that_keeps_account_of_its_subclasses(store: pydedup.Store) -> N
         def forward(self, x: Any) -> Any:
             return self.layer(x)
 
+        def __call__(self, x: Any) -> Any:
+            return super().__call__(x) + 1
+
     module, wanted = Own().eval(), Own().eval()
     store.add("m", wanted)
     torch.testing.assert_close(store.attach(module, "m")(X), wanted(X))
     assert known == {"Own": Own}
+    with pytest.raises(ArgumentError, match=r"Own, attached to m, has no state_dict"):
+        module.state_dict()
     with pytest.raises(TypeError, match="size"):
 
         class WithoutSize(type(module)):

@@ -12,6 +12,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NoReturn, Self
 
 import torch
@@ -29,30 +30,39 @@ __all__ = ["attachment_of", "enclose", "release"]
 _KEY = "_pydedup_attachment"
 
 
-class _Attached(nn.Module):
-    """First base of the class of every module of an attached tree that has weights or children."""
+class _Any:
+    """What the classes of all modules of an attached tree have that have weights or children."""
+
+    __slots__ = ()
+
+
+class _Attached(nn.Module, _Any):
+    """First base of these classes, or what it has (`_first_base`)."""
+
+    #: The first base of this very class, where ``super`` begins.
+    _pydedup_first: Any
 
     # Slices of nn.Sequential are new objects of its class, and have no attachment.
 
     def __init_subclass__(cls, **options: Any) -> None:
         # Of a class that stands in for another one, the other's own shall know nothing: it may
         # register subclasses by their names, or wrap what they have.
-        if cls.__bases__[0] is not _Attached:
-            super().__init_subclass__(**options)
+        if not _stands_in(cls):
+            super(cls._pydedup_first, cls).__init_subclass__(**options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _Attached not in type(self).__mro__:  # detached, and compiled by torch before that
+        if _Any not in type(self).__mro__:  # detached, and compiled by torch before that
             return self(*args, **kwargs)
         attachment: Attachment | None = self.__dict__.get(_KEY)
         if attachment is None:
-            return super().__call__(*args, **kwargs)
+            return super(self._pydedup_first, self).__call__(*args, **kwargs)
         if self.training:
             raise ArgumentError(
                 f"{self._label()} is in training mode; attached modules only predict: call eval()"
             )
         inside = attachment.inside
         if inside.is_call:
-            return super().__call__(*args, **kwargs)
+            return super(self._pydedup_first, self).__call__(*args, **kwargs)
         _check_surroundings(self._label())
         if "torch._dynamo" in sys.modules:  # somebody compiles: what is ours is not to be traced
             return _untraced()(self, attachment, *args, **kwargs)
@@ -66,7 +76,7 @@ class _Attached(nn.Module):
         inside.weights, inside.is_call = weights, True
         try:
             with weights.call():
-                call = super().__call__
+                call = super(self._pydedup_first, self).__call__
                 n_rows = None if kwargs else attachment.rows_at_once(self, args, weights)
                 if n_rows is not None:
                     return in_pieces(
@@ -138,7 +148,7 @@ def _untraced() -> Callable[..., Any]:
 
 def attachment_of(module: object) -> Attachment | None:
     """Return the attachment of an attached module, also of one inside of an attached tree."""
-    found = module.__dict__.get(_KEY) if isinstance(module, _Attached) else None
+    found = module.__dict__.get(_KEY) if isinstance(module, _Any) else None
     return found if isinstance(found, Attachment) else None
 
 
@@ -164,9 +174,9 @@ def release(module: nn.Module) -> None:
 
     Raises ArgumentError, and leaves them as they are, for a class that was made of an attached one.
     """
-    attached = [(path, m) for path, m in named_modules(module) if isinstance(m, _Attached)]
+    attached = [(path, m) for path, m in named_modules(module) if isinstance(m, _Any)]
     for path, inner in attached:
-        if type(inner).__bases__[0] is not _Attached:
+        if not _stands_in(type(inner)):
             raise ArgumentError(
                 f"{name_in_tree(path)} has become a {type(inner).__name__} since it was attached; "
                 "undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
@@ -191,10 +201,46 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
         if callable(getattr(base, "generate", None)):
             names["generate"] = _in_one_version(base)
         metaclass: Any = type(base)
-        made = metaclass(base.__name__, (_Attached, base), names)
+        first = _first_base(_root_of(base).__base__ or object)
+        made = metaclass(base.__name__, (first, base), names)
         assert made is not None
         _classes[base] = made
     return made
+
+
+def _stands_in(cls: type) -> bool:
+    """Return whether a class is one that stands in for another one."""
+    return "_pydedup_first" in vars(cls.__bases__[0])
+
+
+def _root_of(base: type) -> type:
+    """Return the class that gave objects of ``base`` their ``__dict__``."""
+    while base.__base__ is not None and base.__base__.__dictoffset__:
+        base = base.__base__
+    return base
+
+
+@functools.cache
+def _first_base(layout: type) -> type[nn.Module]:
+    """Return what has the methods of `_Attached`, and adds a ``__dict__`` to ``layout``.
+
+    Python lets an object change its class only where both classes did that to the same one. It is
+    ``object``, or what stands before ``nn.Module`` and has no ``__dict__``, as ``abc.ABC`` and
+    ``typing.Generic``.
+    """
+    if layout is object:
+        return _Attached
+    metaclass: Any = type(layout)
+    own = vars(_Attached).items()
+    names: dict[str, Any] = {"__orig_bases__": ()}  # Generic wants some
+    names.update((n, value) for n, value in own if isinstance(value, FunctionType | classmethod))
+    made = metaclass("_Attached", (layout, nn.Module, _Any), names)
+    made._pydedup_first = made
+    first: type[nn.Module] = made
+    return first
+
+
+_Attached._pydedup_first = _Attached
 
 
 def _in_one_version(base: Any) -> Callable[..., Any]:

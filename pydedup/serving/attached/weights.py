@@ -241,6 +241,8 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
                 differ.append(f"{name} is {info.dtype.label}, not {slot.dtype}")
         if not differ and not _are_one(model, present):
             differ.append(f"{listed(present)} are one tensor in the module, and not here")
+    # What `get_extra_state` gave is no weight: the module keeps its own, as where it is no tensor.
+    known.update(name for name in stored if name.rpartition(".")[2] == "_extra_state")
     unexpected = [name for name in stored if name.startswith(prefix) and name not in known]
     problems = [
         f"{what}: {listed(names)}"
