@@ -27,6 +27,8 @@ Shape: TypeAlias = tuple[int, ...]
 
 # Arrays of the size of its result that an operation needs beside it, for a while.
 _SCRATCH = {"softmax": 2, "log_softmax": 2, "layer_norm": 2, "batch_norm": 1, "elu": 2, "gelu": 1}
+# Bytes of a number of x as products want it: on AMX three bf16 numbers for one of f32.
+_PER_FACTOR = 6
 # Operations whose result is a view of their input.
 _VIEWS = {"identity", "flatten", "reshape", "transpose"}
 # Bytes beside its result that a look-up needs: ids as the core wants them, and without padding;
@@ -174,7 +176,9 @@ def plan_run(
 
 def _scratch(node: Node, x: Shape, shape: Shape, width: int) -> int:
     """Return the bytes that an operation needs beside its result, for a while."""
-    if node.op in ("linear", "conv2d"):
+    if node.op == "linear":
+        return math.prod(x) * max(width, _PER_FACTOR)
+    if node.op == "conv2d":
         return math.prod(x) * width  # x as the kernels want it
     if node.op == "embedding":
         return math.prod(x) * _PER_ID

@@ -192,7 +192,7 @@ TEST(rows_of_x_do_not_influence_each_other) {
     const BlockGrid grid{70, 90, 16, 32};
     const auto w = normal<float>(grid.rows * grid.cols);
     const Stored stored = store(w, grid, Dtype::f32, false);
-    for (const std::size_t m : {2, 9, 50}) {
+    for (const std::size_t m : {2, 9, 50, 140}) {
         auto x = normal<float>(m * grid.cols);
         const auto clean = multiply(stored, x, m, false);
         x[3] = std::numeric_limits<float>::quiet_NaN();
@@ -206,8 +206,11 @@ TEST(rows_of_x_do_not_influence_each_other) {
 }
 
 TEST(stored_nan_and_infinity_come_through) {
-    const BlockGrid grid{67, 41, 16, 16};
-    for (const std::size_t m : {1, 3, 6, 40}) {
+    for (const auto& [m, grid] : {std::pair{std::size_t{1}, BlockGrid{67, 41, 16, 16}},
+                                  {3, {67, 41, 16, 16}},
+                                  {6, {67, 41, 16, 16}},
+                                  {40, {67, 41, 16, 16}},
+                                  {150, {67, 41, 16, 32}}}) {
         auto w = normal<float>(grid.rows * grid.cols);
         w[5 * grid.cols + 40] = std::numeric_limits<float>::quiet_NaN();
         w[66 * grid.cols + 0] = std::numeric_limits<float>::infinity();
@@ -224,6 +227,66 @@ TEST(stored_nan_and_infinity_come_through) {
             }
         }
         CHECK(holds);
+    }
+}
+
+// f32 numbers that are cut on AMX: of any size, and what cannot be cut, in x and W. A row is the
+// same whatever is in the others, and all are whatever threads and pieces there are.
+TEST(many_rows_of_any_size) {
+    const BlockGrid grid{150, 330, 64, 64};
+    for (const auto& [m, transpose] : {std::pair{std::size_t{112}, false},
+                                       {130, true},
+                                       {260, false},
+                                       {335, true},
+                                       {700, false}}) {
+        const std::size_t n = transpose ? grid.cols : grid.rows;
+        const std::size_t k = transpose ? grid.rows : grid.cols;
+        auto x = normal<float>(m * k);
+        auto w = normal<float>(grid.rows * grid.cols);
+        const auto scale = [](auto& numbers, std::size_t from, std::size_t count, int exponent) {
+            for (std::size_t i = from; i < from + count; ++i) {
+                numbers[i] = std::ldexp(numbers[i], exponent);
+            }
+        };
+        for (std::size_t i = 0; i < m; ++i) {
+            scale(x, i * k, k, static_cast<int>(rng()() % 110) - 60);
+        }
+        for (std::size_t r = 0; r < grid.rows; ++r) {
+            scale(w, r * grid.cols, grid.cols, static_cast<int>(rng()() % 60) - 30);
+        }
+        // A block of tiny numbers, and one with a number that is too large; rows of x as well.
+        for (std::size_t r = 64; r < 128; ++r) scale(w, r * grid.cols + 64, 64, -90);
+        w[130 * grid.cols + 300] = 0x1p127F;
+        scale(x, 5 * k, k, -60);
+        scale(x, 40 * k, k, -300);
+        x[40 * k + 70] = -0x1p127F;
+        scale(x, 41 * k, k, -300);
+        scale(x, 42 * k + 70, 1, -300);
+        const Stored stored = store(w, grid, Dtype::f32, false);
+        const auto y = multiply(stored, x, m, transpose);
+        const auto want = exact(x, w, m, n, k, transpose, std::vector<float>(m * n));
+        bool right = true;
+        for (std::size_t i = 0; i < y.size(); ++i) {
+            if (want.magnitude[i] > std::numeric_limits<float>::max() / 4) continue;
+            // Products, six for each, and sums of them that are subnormal count as zero.
+            const double lost = static_cast<double>(6 * k) * std::numeric_limits<float>::min();
+            right = right && std::abs(y[i] - want.value[i]) <=
+                                 bound<float>(want.terms, want.magnitude[i]) + lost;
+        }
+        CHECK(right);
+        for (const unsigned threads : {1, 3}) {
+            for (const std::size_t piece : {1, 7, 1000}) {
+                CHECK(same_bits(y, multiply(stored, x, m, transpose, Activation::none,
+                                            static_cast<const float*>(nullptr), threads, piece)));
+            }
+        }
+        x[50 * k + 9] = std::numeric_limits<float>::quiet_NaN();
+        auto dirty = multiply(stored, x, m, transpose);
+        const auto row = dirty.begin() + static_cast<std::ptrdiff_t>(50 * n);
+        CHECK(std::all_of(row, row + static_cast<std::ptrdiff_t>(n),
+                          [](float v) { return std::isnan(v); }));
+        std::copy_n(y.begin() + static_cast<std::ptrdiff_t>(50 * n), n, row);
+        CHECK(same_bits(y, dirty));
     }
 }
 

@@ -11,6 +11,7 @@
 
 #include "check.hpp"
 #include "dispatch/tile_registers.hpp"
+#include "gemm/aligned_array.hpp"
 #include "gemm_reference.hpp"
 #include "kernels.hpp"
 
@@ -293,6 +294,138 @@ TEST(kernels_cut_as_the_scalar_one) {
         scalar(numbers.data(), n, want.data(), want.data() + n, want.data() + 2 * n);
         kernel(numbers.data(), n, got.data(), got.data() + n, got.data() + 2 * n);
         CHECK(std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0);
+    }
+}
+
+// Any numbers: most of one size, so that they may be cut; some rows of others.
+std::vector<float> rows_to_cut(std::size_t rows, std::size_t cols) {
+    auto numbers = normal<float>(rows * cols);
+    for (std::size_t r = 0; r < rows; ++r) {
+        float* const row = numbers.data() + r * cols;
+        const auto at = rng()() % cols;
+        switch (rng()() % 12) {
+            case 0:
+                row[at] = -INFINITY;
+                break;
+            case 1:
+                row[at] = std::bit_cast<float>(0x7F800001U);
+                break;
+            case 2:
+                row[at] = 0x1p127F;
+                break;
+            case 3:
+                for (std::size_t c = 0; c < cols; ++c) row[c] *= 0x1p-120F;
+                break;
+            case 4:
+                std::fill_n(row, cols, -0.0F);
+                break;
+            case 5:
+                row[at] = std::bit_cast<float>(0x7EFFFFFFU);
+                break;
+            case 6:
+                for (std::size_t c = 0; c < cols; ++c) row[c] *= 0x1p-80F;
+                break;
+            default:
+                row[at] = std::bit_cast<float>(static_cast<std::uint32_t>(rng()()) & 0xBFFFFFFFU);
+        }
+    }
+    return numbers;
+}
+
+TEST(kernels_cut_both_factors_as_the_scalar_one) {
+    const auto& scalar = kernels_named("scalar").gemm.bf16;
+    for (const KernelTable* table : runnable_kernels()) {
+        const auto& bf16 = table->gemm.bf16;
+        if (bf16.cut_block == nullptr) continue;
+        for (const std::size_t rows : {1, 2, 15, 16, 17, 31, 32}) {
+            for (const std::size_t cols : {1, 2, 31, 32, 33, 64, 101}) {
+                if (!sampled()) continue;
+                const std::size_t ldx = cols + rng()() % 3;
+                const auto x = tight(rows_to_cut(rows, ldx));
+                const std::size_t ld_to = 2 * rows + 2;
+                const std::size_t part = (cols + 1) / 2 * ld_to;
+                std::vector<Bits> want(3 * part, 0x1234), got = want;
+                CHECK(scalar.pack_cut(x.get(), ldx, rows, cols, want.data(), part, ld_to) ==
+                      bf16.pack_cut(x.get(), ldx, rows, cols, got.data(), part, ld_to));
+                CHECK(want == got);
+
+                const std::size_t filled = cut_elements(rows, cols);
+                const detail::AlignedArray<Bits> plain(3 * filled), other(3 * filled);
+                const bool may = scalar.cut_block(x.get(), rows, cols, ldx, plain.data());
+                CHECK(may == bf16.cut_block(x.get(), rows, cols, ldx, other.data()));
+                CHECK(!may || std::equal(plain.data(), plain.data() + 3 * filled, other.data()));
+            }
+        }
+    }
+}
+
+TEST(three_parts_add_up_to_a_number) {
+    const auto& scalar = kernels_named("scalar").gemm.bf16;
+    const detail::AlignedArray<Bits> to(3 * cut_elements(1, 1));
+    bool right = true;
+    for (std::size_t i = 0; i < 5000; ++i) {
+        const auto number = std::bit_cast<float>(static_cast<std::uint32_t>(rng()()));
+        const bool may = scalar.cut_block(&number, 1, 1, 1, to.data());
+        const float size = std::abs(number);
+        right = right && may == ((size >= 0x1p-90F && size < 0x1p127F) || size == 0);
+        double sum = 0;
+        for (std::size_t k = 0; k < 3; ++k) sum += widened(to[k * cut_elements(1, 1)]);
+        if (may) right = right && sum == number;
+    }
+    CHECK(right);
+}
+
+// All columns of a block, or from a later one on.
+TEST(cut_products_agree_with_long_sums) {
+    for (const KernelTable* table : runnable_kernels()) {
+        const auto& bf16 = table->gemm.bf16;
+        const TileRegisters registers(bf16);
+        for (const auto& tile : bf16.tiles) {
+            if (tile.width == 0 || tile.tile_nt_cut == nullptr) break;
+            for (const std::size_t n : {1, 8, 15, 16, 17, 31, 32, 33, 48, 64, 70}) {
+                for (const std::size_t k : {1, 2, 3, 15, 31, 32, 33, 64, 70, 300}) {
+                    if (!sampled()) continue;
+                    const std::size_t from = k > 64 && rng()() % 2 == 0 ? 32 : 0;
+                    const std::size_t m = tile.width - rng()() % 3;
+                    const auto x = normal<float>(m * k);
+                    const auto w = normal<float>(n * k);
+                    const std::size_t ld = 2 * tile.width;
+                    const std::size_t columns = (k + 1) / 2 * ld;
+                    const std::size_t part = columns + 16 * ld;
+                    // What lies behind the last column, NaN here, must not count.
+                    const auto packed = tight(std::vector<Bits>(3 * part, 0x7FC0));
+                    for (const std::size_t i : {0, 1, 2}) {
+                        std::fill_n(packed.get() + i * part, columns, Bits{0});
+                    }
+                    CHECK(bf16.pack_cut(x.data(), k, m, k, packed.get(), part, ld) == 0);
+                    const std::size_t filled = cut_elements(n, k);
+                    const detail::AlignedArray<Bits> cut(3 * filled);
+                    CHECK(bf16.cut_block(w.data(), n, k, k, cut.data()));
+                    const auto start = normal<float>(n * tile.width);
+                    const auto acc = tight(start);
+                    const bool ahead = rng()() % 2 == 0;
+                    tile.tile_nt_cut(packed.get() + from / 2 * ld, part,
+                                     cut.data() + cut_elements(n, from), filled, n, k - from,
+                                     ahead ? GemmNext<Bits>{cut.data(), cut.data() + filled,
+                                                            packed.get(), packed.get() + part}
+                                           : GemmNext<Bits>{},
+                                     acc.get());
+                    std::vector<float> y(m * n), y0(m * n), some_x, some_w;
+                    for (std::size_t i = 0; i < m; ++i) {
+                        for (std::size_t r = 0; r < n; ++r) {
+                            y[i * n + r] = acc.get()[r * tile.width + i];
+                            y0[i * n + r] = start[r * tile.width + i];
+                        }
+                        for (std::size_t c = from; c < k; ++c) some_x.push_back(x[i * k + c]);
+                    }
+                    for (std::size_t r = 0; r < n; ++r) {
+                        for (std::size_t c = from; c < k; ++c) some_w.push_back(w[r * k + c]);
+                    }
+                    const auto want = exact(some_x, some_w, m, n, k - from, false, y0);
+                    CHECK(want.agrees(y));
+                }
+            }
+        }
     }
 }
 

@@ -134,6 +134,26 @@ void wrong_columns(const float* src, std::size_t ld_src, std::size_t rows, std::
     kScalarKernels.gemm.bf16.columns_to_bf16(src, ld_src, rows, cols, nullptr, dst, ld_dst);
 }
 
+std::uint32_t wrong_rows(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                         std::uint16_t* to, std::size_t part, std::size_t ld_to) noexcept {
+    return kScalarKernels.gemm.bf16.pack_cut(x, ldx, rows, cols, to, part, ld_to) & 1U;
+}
+
+std::uint32_t wrong_parts(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                          std::uint16_t* to, std::size_t part, std::size_t ld_to) noexcept {
+    const std::uint32_t uncut =
+        kScalarKernels.gemm.bf16.pack_cut(x, ldx, rows, cols, to, part, ld_to);
+    std::fill_n(to + 2 * part, part, std::uint16_t{0});
+    return uncut;
+}
+
+bool wrong_cut(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+               std::uint16_t* to) noexcept {
+    const bool may = kScalarKernels.gemm.bf16.cut_block(w, rows, cols, ldw, to);
+    to[2 * cut_elements(rows, cols)] ^= 1U;
+    return may;
+}
+
 void wrong_half(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
     kScalarKernels.gemm.f16_to_f32(src, count, dst);
     dst[count - 1] = -dst[count - 1];
@@ -387,6 +407,9 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.f32_to_bf16 = wrong_rounding; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_look; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_packing; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_cut = wrong_rows; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_cut = wrong_parts; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.cut_block = wrong_cut; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_f32 = wrong_square; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_bf16 = wrong_columns; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_bf16 = wrong_half_dot; }) == "gemm");

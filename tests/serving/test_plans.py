@@ -37,8 +37,8 @@ def planned(nodes: list[Node], *shapes: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize(
     ("node", "shape", "rows", "elements"),
     [
-        (Node("linear", ("x",), "o", weights={"weight": "w"}), (5, 6), 5, 5 * (8 + 6)),
-        (Node("linear", ("x",), "o", weights={"weight": "w"}), (6,), None, 8 + 6),
+        (Node("linear", ("x",), "o", weights={"weight": "w"}), (5, 6), 5, 5 * (8 + 9)),
+        (Node("linear", ("x",), "o", weights={"weight": "w"}), (6,), None, 8 + 9),
         (Node("embedding", ("x",), "o", weights={"weight": "e"}), (5, 7), 5, 5 * 7 * (6 + 2)),
         (
             Node("embedding_bag", ("x",), "o", weights={"weight": "e"}),

@@ -177,6 +177,71 @@ bool same_pairs(const Bf16GemmKernels& bf16, Question question) noexcept {
     return multiply_tiles<kPairRows, std::uint16_t, float>(bf16.tiles, x, w, value_of_bf16);
 }
 
+// Numbers of three parts: 33 rows and 55 columns, as above, of either factor alone, as products of
+// lower parts do not count.
+bool same_cuts(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
+               Question question) noexcept {
+    constexpr std::size_t kCutXRows = 21;
+    constexpr std::size_t kCutWRows = 39;
+    constexpr std::size_t kCutCols = 55;
+    constexpr std::size_t kPart = cut_elements(kCutWRows, kCutCols);
+    constexpr std::size_t kSums = 32;
+    if (bf16.cut_block == nullptr) return true;
+    std::array<float, kCutXRows * kCutCols> x{};
+    std::array<float, kCutWRows * kCutCols> w{};
+    for (const bool parts_of_w : {false, true}) {
+        const auto fill = [&](auto& numbers, bool parts, std::size_t from) {
+            for (std::size_t i = 0; i < numbers.size(); ++i) {
+                const unsigned drawn = question[(from + i) % question.size()];
+                const unsigned size = parts ? 0x20101U >> drawn % 4 : drawn % 2 + 1;
+                numbers[i] = static_cast<float>(size) * (drawn / 4 % 2 != 0 ? -1.0F : 1.0F);
+            }
+        };
+        fill(x, !parts_of_w, 0);
+        fill(w, parts_of_w, 100);
+        alignas(64) std::array<std::uint16_t, 3 * kPart> want_w{};
+        alignas(64) std::array<std::uint16_t, 3 * kPart> got_w{};
+        if (!reference.cut_block(w.data(), kCutWRows, kCutCols, kCutCols, want_w.data()) ||
+            !bf16.cut_block(w.data(), kCutWRows, kCutCols, kCutCols, got_w.data()) ||
+            want_w != got_w) {
+            return false;
+        }
+        for (const std::size_t width : {kSums, kSums / 2}) {
+            // Two rows have a number that is not cut: they are zeros.
+            const std::size_t rows = std::min(width, kCutXRows);
+            auto odd = x;
+            odd[0] = std::numeric_limits<float>::infinity();
+            odd[kCutCols + 7] = std::numeric_limits<float>::quiet_NaN();
+            constexpr std::size_t kPartOfX = (kCutCols + 1) * kSums;
+            std::array<std::uint16_t, 3 * kPartOfX> want{};
+            std::array<std::uint16_t, 3 * kPartOfX> got{};
+            const auto pack = [&](const Bf16GemmKernels& by, auto& to) {
+                return by.pack_cut(odd.data(), kCutCols, rows, kCutCols, to.data(), kPartOfX,
+                                   2 * width);
+            };
+            if (pack(reference, want) != 3 || pack(bf16, got) != 3 || want != got) return false;
+            const auto* const tile =
+                std::ranges::find(bf16.tiles, width, &GemmTile<std::uint16_t, float>::width);
+            if (tile == std::end(bf16.tiles) || tile->tile_nt_cut == nullptr) continue;
+            std::array<float, kCutWRows * kSums> sums{};
+            const TileRegisters registers(bf16);
+            tile->tile_nt_cut(got.data(), kPartOfX, got_w.data(), kPart, kCutWRows, kCutCols,
+                              {got_w.data(), got_w.data() + kPart, got.data(), got.data() + 512},
+                              sums.data());
+            for (std::size_t r = 0; r < kCutWRows; ++r) {
+                for (std::size_t i = 0; i < width; ++i) {
+                    float sum = 0.0F;
+                    for (std::size_t c = 0; c < kCutCols && i >= 2 && i < rows; ++c) {
+                        sum += x[i * kCutCols + c] * w[r * kCutCols + c];
+                    }
+                    if (sums[r * width + i] != sum) return false;
+                }
+            }
+        }
+    }
+    return true;
+}
+
 // What goes into pairs and comes out of them: 21 rows and 37 columns, a whole square of words and
 // tails of it either way, with and without a subnormal number.
 bool same_moves(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
@@ -233,7 +298,8 @@ bool same_gemm(const GemmKernels& gemm, const GemmKernels& reference,
     return same_products(gemm.f32, reference.f32, question) &&
            same_products(gemm.f64, reference.f64, question) &&
            same_halves(gemm, reference, question) && same_pairs(gemm.bf16, question) &&
-           same_moves(gemm.bf16, reference.bf16, question);
+           same_moves(gemm.bf16, reference.bf16, question) &&
+           same_cuts(gemm.bf16, reference.bf16, question);
 }
 
 bool same_rows_summed(const RowsKernels& rows, const RowsKernels& reference,

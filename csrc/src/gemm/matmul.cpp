@@ -16,6 +16,8 @@ using detail::WeightReader;
 
 // Rows of x from which on cutting it gains (2 rows: 1.9 ms instead of 1.4; 8: 1.7 instead of 1.9).
 constexpr std::size_t kMinCutRows = 8;
+// Rows of x from which on cutting W gains, too.
+constexpr std::size_t kMinRowsOfCuts = 112;
 // Numbers that a thread widens, or rounds, at once.
 constexpr std::size_t kWidenPiece = std::size_t{1} << 14;
 
@@ -41,17 +43,21 @@ Matmul::Typed<T>::Typed(const Problem& problem)
         if (p_.x_is_bf16) {
             const auto* const x = reinterpret_cast<const std::uint16_t*>(problem.x);
             if (p_.variants == nullptr && takes_pairs()) {  // until one turns out to be subnormal
-                set_pairs(x, {&kernels_.bf16, false, &subnormal_});
+                set_pairs(x, {&kernels_.bf16, false, false, &subnormal_});
                 return;
             }
             widen_x();
+        }
+        if (takes_cuts()) {
+            set_cuts();
+            return;
         }
         if (takes_pairs()) {
             const std::size_t count = p_.m * p_.grid.cols;
             const bool may_cut = kernels_.bf16.cut != nullptr && p_.m >= kMinCutRows;
             const unsigned parts = detail::bf16_parts(x_, count, may_cut, threads_for(count));
             if (parts != 0) {
-                set_pairs(x_, {&kernels_.bf16, parts != 1, nullptr});
+                set_pairs(x_, {&kernels_.bf16, parts != 1, false, nullptr});
                 return;
             }
         }
@@ -66,6 +72,19 @@ bool Matmul::Typed<T>::takes_pairs() const noexcept {
 }
 
 template <class T>
+bool Matmul::Typed<T>::takes_cuts() const noexcept {
+    if (kernels_.bf16.tiles[0].tile_nt_cut == nullptr || p_.m < kMinRowsOfCuts ||
+        p_.variants != nullptr || (p_.transpose ? !p_.places.empty() : takes_pairs())) {
+        return false;
+    }
+    // What fills a block up to whole registers must not take longer than that saves.
+    const BlockGrid& grid = p_.grid;
+    const std::size_t filled = p_.transpose ? cut_elements(grid.block_cols, grid.block_rows)
+                                            : cut_elements(grid.block_rows, grid.block_cols);
+    return 4 * filled <= 5 * std::size_t{grid.block_rows} * grid.block_cols;
+}
+
+template <class T>
 void Matmul::Typed<T>::widen_x() {
     if constexpr (sizeof(T) == 4) {
         const auto* const x = reinterpret_cast<const std::uint16_t*>(p_.x);
@@ -76,6 +95,17 @@ void Matmul::Typed<T>::widen_x() {
                          kernels_.bf16_to_f32(x + begin, end - begin, wide_.data() + begin);
                      });
         x_ = wide_.data();
+    }
+}
+
+template <class T>
+void Matmul::Typed<T>::set_cuts() {
+    if constexpr (sizeof(T) == 4) {
+        const detail::ToPairs pairs{&kernels_.bf16, true, true, nullptr};
+        if (!p_.transpose) return set_pairs(x_, pairs);
+        const std::span<const GemmTile<std::uint16_t, float>> widest(kernels_.bf16.tiles, 1);
+        tiled_ = p_.m / widest[0].width * widest[0].width;
+        set_packing(pairs_, x_, tiled_, p_.grid.rows, p_.grid.block_rows, widest, pairs);
     }
 }
 
@@ -160,16 +190,20 @@ void Matmul::Typed<T>::multiply_all(std::span<const BlockView> blocks) {
     for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
     const unsigned threads = threads_for(weights * p_.m);
     if (p_.transpose) {
-        if (packed_.pack) {
-            const auto& x = packed_whole(packed_);
+        const auto multiply_tiled = [&](auto& packing) {
+            const auto& x = packed_whole(packing);
             const std::size_t group =
                 panels_together(x, grid.grid_cols(), grid.block_cols, threads);
-            run(ceil_div(grid.grid_cols(), group), x.n_tiles(), packed_.width, threads,
+            run(ceil_div(grid.grid_cols(), group), x.n_tiles(), packing.width, threads,
                 [&](const Task& task, Worker& worker) {
                     const std::size_t column = task.panel * group;
-                    multiply_nn_tiles(blocks, column, std::min(column + group, grid.grid_cols()),
+                    multiply_nn_tiles(x, blocks, column, std::min(column + group, grid.grid_cols()),
                                       task.unit0, task.unit1, worker);
                 });
+        };
+        if (packed_.pack) multiply_tiled(packed_);
+        if constexpr (sizeof(T) == 4) {
+            if (pairs_.pack) multiply_tiled(pairs_);
         }
         if (tiled_ == p_.m) return;
         const std::size_t group = columns_together(threads);

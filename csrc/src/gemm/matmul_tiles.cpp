@@ -74,15 +74,23 @@ std::size_t Matmul::Typed<T>::chunks_of(const Packing<E, T>& packing,
     if (p_.variants != nullptr || blocks.size() != count()) return 0;
     const std::size_t tiles = detail::ceil_div(packing.rows, packing.width);
     const auto tiles_of = [&](std::size_t rows) { return detail::ceil_div(rows, packing.width); };
-    const std::size_t fitting = detail::kChunkBytes / (packing.bytes_of_row * packing.width);
-    // What has to be decoded, or widened, is so once for each chunk.
+    // What has to be decoded, widened or cut is so once for each chunk.
     const bool is_here = std::ranges::all_of(blocks, [](const BlockView& block) {
         return detail::WeightReader<T>::template is_here<E>(block);
     });
+    std::size_t bytes = detail::kChunkBytes;
     const std::size_t wanted = is_here ? detail::kMinChunkRows : detail::kMaxTaskRows;
-    const std::size_t least = is_here ? detail::kLeastChunkRows : detail::kMaxTaskRows * 3 / 4;
+    std::size_t least = is_here ? detail::kLeastChunkRows : detail::kMaxTaskRows * 3 / 4;
+    std::size_t enough = threads == 1 ? 1 : 2 * threads;
+    if (is_here && cuts_w<E>()) {
+        // Cutting is for all of W, the way of x between cores for all of x.
+        bytes = detail::kCutChunkBytes;
+        least = std::clamp(detail::kCutRowsOfPanel * p_.grid.grid_rows(), detail::kLeastCutRows,
+                           detail::kEnoughCutRows);
+        enough = threads;
+    }
+    const std::size_t fitting = bytes / (packing.bytes_of_row * packing.width);
     const std::size_t most = std::clamp(fitting, tiles_of(wanted), tiles_of(detail::kMaxTaskRows));
-    const std::size_t enough = threads == 1 ? 1 : 2 * threads;
     const std::size_t chunks =
         std::max(detail::round_up(detail::ceil_div(tiles, most), std::size_t{threads}), enough);
     return packing.rows < chunks * least ? 0 : chunks;
@@ -153,7 +161,11 @@ void Matmul::Typed<T>::multiply_tiles(const PackedX<E, T>& x, std::span<const Bl
                 continue;
             }
             if (anew) std::fill_n(to.begin, per_row * to.rect.rows, T{0});
-            multiply_block(x, blocks, at, next, is_last && after < part.end, to, worker);
+            if (cuts_w<E>()) {
+                multiply_cut(x, blocks, at, next, is_last && after < part.end, to, worker);
+            } else {
+                multiply_block(x, blocks, at, next, is_last && after < part.end, to, worker);
+            }
             if (ends) store_tiles(x, to, worker);
         }
         number = after;

@@ -30,7 +30,7 @@ template <class E>
 std::size_t Matmul::Typed<T>::blocks_together(const PackedX<E, T>& x,
                                               std::span<const BlockView> blocks, std::size_t number,
                                               std::size_t end, std::size_t t) const noexcept {
-    if (x.tile(t).kernel->tile_nt_pieces == nullptr || !members_.empty()) return 0;
+    if (x.tile(t).kernel->tile_nt_pieces == nullptr || !members_.empty() || cuts_w<E>()) return 0;
     std::size_t n = 0;
     std::size_t bytes = 0;
     while (n < kMaxGemmPieces / x.n_parts() && number + n < end) {

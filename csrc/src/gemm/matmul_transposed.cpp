@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // x @ W: columns of blocks.
+#include "dispatch/tile_registers.hpp"
 #include "gemm/matmul_typed.hpp"
 #include "gemm/transpose.hpp"
 
@@ -24,10 +25,12 @@ std::size_t Matmul::Typed<T>::columns_together(unsigned threads) const noexcept 
 }
 
 template <class T>
-void Matmul::Typed<T>::multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column0,
-                                         std::size_t column1, std::size_t t0, std::size_t t1,
-                                         Worker& worker) const {
-    const PackedX<T, T>& x = *packed_.all;
+template <class E>
+void Matmul::Typed<T>::multiply_nn_tiles(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+                                         std::size_t column0, std::size_t column1, std::size_t t0,
+                                         std::size_t t1, Worker& worker) const {
+    std::optional<TileRegisters> registers;
+    if constexpr (!std::is_same_v<E, T>) registers.emplace(kernels_.bf16);
     const BlockGrid& grid = p_.grid;
     const std::size_t columns = grid.grid_cols();
     const std::size_t end = fed_ + blocks.size();
@@ -68,14 +71,21 @@ void Matmul::Typed<T>::multiply_nn_tiles(std::span<const BlockView> blocks, std:
             detail::transpose(worker.reader.read(block), block.cols, block.rows, block.cols, w,
                               block.rows);
             const std::size_t after = number + 1 < stop ? number + 1 : begin + columns;
-            const Next<T> next = next_block<T>(blocks, after - fed_);
-            for (std::size_t r = 0; r < block.rows; r += strip) {
-                const std::size_t n = std::min<std::size_t>(strip, block.rows - r);
-                for (std::size_t t = t0; t < t1; ++t) {
-                    const Next<T> part = next.part(r * block.cols, n * block.cols, t - t0, t1 - t0);
-                    x.tile(t).kernel->tile_nt(x.at(row, t, r), w + r, block.cols, n, block.rows,
-                                              {part.begin, part.end, nullptr, nullptr},
-                                              sums_of(number % columns, t));
+            const Next<E> next = next_block<E>(blocks, after - fed_);
+            if constexpr (!std::is_same_v<E, T>) {
+                cut_and_multiply(
+                    x, row, {w, block.cols, block.rows}, next, std::nullopt, t0, t1,
+                    [&](std::size_t t) { return sums_of(number % columns, t); }, worker);
+            } else {
+                for (std::size_t r = 0; r < block.rows; r += strip) {
+                    const std::size_t n = std::min<std::size_t>(strip, block.rows - r);
+                    for (std::size_t t = t0; t < t1; ++t) {
+                        const Next<T> part =
+                            next.part(r * block.cols, n * block.cols, t - t0, t1 - t0);
+                        x.tile(t).kernel->tile_nt(x.at(row, t, r), w + r, block.cols, n, block.rows,
+                                                  {part.begin, part.end, nullptr, nullptr},
+                                                  sums_of(number % columns, t));
+                    }
                 }
             }
         }
@@ -127,14 +137,20 @@ void Matmul::Typed<T>::multiply_nn(std::span<const BlockView> blocks, std::size_
 }
 
 template std::size_t Matmul::Typed<float>::columns_together(unsigned) const noexcept;
-template void Matmul::Typed<float>::multiply_nn_tiles(std::span<const BlockView>, std::size_t,
+template void Matmul::Typed<float>::multiply_nn_tiles(const PackedX<float, float>&,
+                                                      std::span<const BlockView>, std::size_t,
+                                                      std::size_t, std::size_t, std::size_t,
+                                                      Worker&) const;
+template void Matmul::Typed<float>::multiply_nn_tiles(const PackedX<std::uint16_t, float>&,
+                                                      std::span<const BlockView>, std::size_t,
                                                       std::size_t, std::size_t, std::size_t,
                                                       Worker&) const;
 template void Matmul::Typed<float>::multiply_nn(std::span<const BlockView>, std::size_t,
                                                 std::size_t, std::size_t, std::size_t,
                                                 WeightReader<float>&) const;
 template std::size_t Matmul::Typed<double>::columns_together(unsigned) const noexcept;
-template void Matmul::Typed<double>::multiply_nn_tiles(std::span<const BlockView>, std::size_t,
+template void Matmul::Typed<double>::multiply_nn_tiles(const PackedX<double, double>&,
+                                                       std::span<const BlockView>, std::size_t,
                                                        std::size_t, std::size_t, std::size_t,
                                                        Worker&) const;
 template void Matmul::Typed<double>::multiply_nn(std::span<const BlockView>, std::size_t,

@@ -8,8 +8,8 @@
 // A panel that is cut by the end of a call keeps its sums, as they are.
 //
 // matmul.cpp has the frame and what takes few rows of x, matmul_tiles.cpp what takes x in tiles,
-// matmul_together.cpp several blocks at once, matmul_members.cpp rows of several variants,
-// matmul_transposed.cpp x @ W.
+// matmul_cut.cpp what cuts both factors into bf16 numbers, matmul_together.cpp several blocks at
+// once, matmul_members.cpp rows of several variants, matmul_transposed.cpp x @ W.
 #pragma once
 
 #include <algorithm>
@@ -48,6 +48,12 @@ inline constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
 inline constexpr std::size_t kChunkBytes = std::size_t{256} << 10;
 inline constexpr std::size_t kMinChunkRows = 144;
 inline constexpr std::size_t kLeastChunkRows = 96;
+// Where W is cut, too: bytes of a chunk; rows that it has at least for each panel, and within what
+// bounds.
+inline constexpr std::size_t kCutChunkBytes = std::size_t{8} << 20;
+inline constexpr std::size_t kCutRowsOfPanel = 4;
+inline constexpr std::size_t kLeastCutRows = 48;
+inline constexpr std::size_t kEnoughCutRows = 192;
 // Packed x of so many bytes is in the second-level cache from one panel to the next.
 inline constexpr std::size_t kCachedBytes = std::size_t{256} << 10;
 // Sums of the panels that a task takes together: they share the second-level cache with x and the
@@ -79,11 +85,15 @@ class Matmul::Typed final : public Matmul::Impl {
 
     // Whether products are of pairs, if x allows.
     [[nodiscard]] bool takes_pairs() const noexcept;
+    // Whether numbers of W, too, are cut into three bf16 numbers, if x allows.
+    [[nodiscard]] bool takes_cuts() const noexcept;
     // x, in f32 or bf16, is packed for products of pairs;
     template <class S>
     void set_pairs(const S* x, const detail::ToPairs& pairs);
     // or as it is, if at all;
     void set_packed();
+    // or for products whose factors are both cut;
+    void set_cuts();
     // which x in bf16 is not: here it is widened.
     void widen_x();
 
@@ -108,7 +118,7 @@ class Matmul::Typed final : public Matmul::Impl {
         detail::Scratch<T> part_of_y;
         std::vector<Use> alone, dots, tiled;  // two by the variant that has them; one in order
         detail::Scratch<T> x;
-        detail::Scratch<std::uint16_t> x_pairs;
+        detail::Scratch<std::uint16_t> x_pairs, cut;
 
         template <class E>
         [[nodiscard]] detail::Scratch<E>& memory_of_x() noexcept {
@@ -192,7 +202,8 @@ class Matmul::Typed final : public Matmul::Impl {
         workers_.each(
             count, threads,
             [&] {
-                return Worker{detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}, {}};
+                return Worker{
+                    detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}, {}, {}};
             },
             [](Worker&) {}, body);
     }
@@ -296,6 +307,35 @@ class Matmul::Typed final : public Matmul::Impl {
     static void store_sums(const Tile& tile, std::size_t columns, const T* sums, T* to,
                            std::size_t ld) noexcept;
 
+    // ---- W cut into bf16 numbers: matmul_cut.cpp
+
+    // Whether E are bf16 numbers that W is cut into.
+    template <class E>
+    [[nodiscard]] bool cuts_w() const noexcept {
+        return !std::is_same_v<E, T> && p_.weights != Dtype::bf16;
+    }
+    // What multiply_block() does, of a block that is cut.
+    template <class E>
+    void multiply_cut(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                      std::size_t number, std::size_t next, bool next_has_new_x, const TileSums& to,
+                      Worker& worker) const;
+    // Numbers of W, rows x cols, that `rows` columns of y are made of.
+    struct Numbers {
+        const T* begin;
+        std::size_t rows, cols;
+    };
+    // Cuts them, and multiplies them with tiles [t0, t1) of x in strip `column`, while memory is
+    // asked for what is next, and for x of strip `next_column`, if there is one.
+    template <class E>
+    void cut_and_multiply(const detail::PackedX<E, T>& x, std::size_t column, const Numbers& w,
+                          const Next<E>& next, std::optional<std::size_t> next_column,
+                          std::size_t t0, std::size_t t1,
+                          const std::function<T*(std::size_t t)>& sums_of, Worker& worker) const;
+    // Adds what rows of a tile, one a bit, are that could not be cut, or whose block could not.
+    template <class Tile>
+    void add_uncut(const Tile& tile, std::uint32_t rows, std::size_t column, const Numbers& w,
+                   T* sums, Worker& worker) const;
+
     // ---- several blocks at once: matmul_together.cpp
 
     // How many blocks from `number` on tile t of x takes at once: such as lie as they are in their
@@ -375,8 +415,9 @@ class Matmul::Typed final : public Matmul::Impl {
     [[nodiscard]] std::size_t columns_together(unsigned threads) const noexcept;
     // Columns [column0, column1) of blocks for tiles [t0, t1) of x. With its rows and columns
     // exchanged, a block is multiplied as for x @ W.T: that takes as long as a few rows of x do.
-    void multiply_nn_tiles(std::span<const BlockView> blocks, std::size_t column0,
-                           std::size_t column1, std::size_t t0, std::size_t t1,
+    template <class E>
+    void multiply_nn_tiles(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                           std::size_t column0, std::size_t column1, std::size_t t0, std::size_t t1,
                            Worker& worker) const;
     // Columns [column0, column1) of blocks, for rows [i0, i1) of x.
     void multiply_nn(std::span<const BlockView> blocks, std::size_t column0, std::size_t column1,

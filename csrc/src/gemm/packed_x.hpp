@@ -61,8 +61,10 @@ inline constexpr unsigned kCutParts = 3;
 /// How numbers become bf16 numbers.
 struct ToPairs {
     const Bf16GemmKernels* kernels = nullptr;
-    /// Whether each is cut into three (Bf16GemmKernels::cut); else it is one already.
+    /// Whether each is cut into three (Bf16GemmKernels::cut, or pack_cut where numbers of W are
+    /// cut, too); else it is one already.
     bool cuts = false;
+    bool cuts_w = false;
     /// Set where bf16 numbers that are packed, not cut, are subnormal. nullptr: nobody asks.
     std::atomic<bool>* subnormal = nullptr;
 };
@@ -93,6 +95,7 @@ class PackedX {
         }
         part_elements_ = (strips - 1) * strip_elements() + places_.back();
         packed_ = memory.at_least(n_parts() * part_elements_);
+        if (pairs_.cuts_w) uncut_.resize(strips * tiles_.size());
         parallel_for(strips, 1, threads, [&](std::size_t begin, std::size_t end) {
             for (std::size_t s = begin; s < end; ++s) {
                 for (std::size_t t = 0; t < tiles_.size(); ++t) pack(x, s, t);
@@ -100,6 +103,13 @@ class PackedX {
         });
     }
 
+    /// The rows of tile t, one a bit, that could not be cut in strip s: zero here.
+    [[nodiscard]] std::uint32_t uncut(std::size_t s, std::size_t t) const noexcept {
+        return uncut_[s * tiles_.size() + t];
+    }
+
+    /// Elements of one part.
+    [[nodiscard]] std::size_t part_elements() const noexcept { return part_elements_; }
     [[nodiscard]] unsigned n_parts() const noexcept { return pairs_.cuts ? kCutParts : 1; }
     [[nodiscard]] std::size_t n_tiles() const noexcept { return tiles_.size(); }
     [[nodiscard]] const Tile& tile(std::size_t t) const noexcept { return tiles_[t]; }
@@ -138,7 +148,7 @@ class PackedX {
     [[nodiscard]] std::size_t strip_elements() const noexcept { return places_[tiles_.size()]; }
 
     template <class S>
-    void pack(const S* x, std::size_t s, std::size_t t) const {
+    void pack(const S* x, std::size_t s, std::size_t t) {
         const Tile& tile = tiles_[t];
         const std::size_t width = std::min(strip_, cols_ - s * strip_);
         const S* const from = x + tile.row0 * cols_ + s * strip_;
@@ -153,6 +163,15 @@ class PackedX {
             return;
         }
         if constexpr (!std::is_same_v<E, S>) {
+            if (pairs_.cuts_w) {
+                E* const to = at(s, t, 0);
+                for (unsigned part = 0; part < kCutParts; ++part) {
+                    fill_up(width, tile, to + part * part_elements_);
+                }
+                uncut_[s * tiles_.size() + t] = pairs_.kernels->pack_cut(
+                    from, cols_, tile.rows, width, to, part_elements_, tile.elements());
+                return;
+            }
             const std::size_t count = tile.rows * width;
             const AlignedArray<A> parts(kCutParts * count);
             for (std::size_t i = 0; i < tile.rows; ++i) {
@@ -255,6 +274,7 @@ class PackedX {
     std::vector<Tile> tiles_;
     // Where the tiles of a strip of full width begin, and its end; the same for the last strip.
     std::vector<std::size_t> places_;
+    std::vector<std::uint32_t> uncut_;  // of W that is cut: by strip and tile
     E* packed_ = nullptr;
 };
 

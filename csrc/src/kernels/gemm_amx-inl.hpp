@@ -245,15 +245,19 @@ void cut(const float* x, std::size_t count, float* high, float* middle, float* l
 }
 
 #include "kernels/gemm_pairs-inl.hpp"
+// What it has of the file before:
+#include "kernels/gemm_amx_cut-inl.hpp"
 
-constexpr Bf16GemmKernels kGemm = {
-    {{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>}, {kSide, tile_nt<1>, 2, 2, tile_pieces<1>}},
-    cut,
-    enter,
-    leave,
-    pack_pairs,
-    columns_to_f32,
-    columns_to_bf16};
+constexpr Bf16GemmKernels kGemm = {{{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>, tile_nt_cut<2>},
+                                    {kSide, tile_nt<1>, 2, 2, tile_pieces<1>, tile_nt_cut<1>}},
+                                   cut,
+                                   enter,
+                                   leave,
+                                   pack_pairs,
+                                   columns_to_f32,
+                                   columns_to_bf16,
+                                   pack_cut,
+                                   cut_block};
 
 }  // namespace
 }  // namespace pydedup::isa_amx

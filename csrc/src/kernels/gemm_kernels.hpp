@@ -15,6 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/rounding.hpp"
+
 namespace pydedup {
 
 inline constexpr std::size_t kMaxGemmTiles = 6;
@@ -60,6 +62,13 @@ struct GemmTile {
     /// stay in registers; these start with acc, or `anew`. nullptr where that gains nothing.
     void (*tile_nt_pieces)(const GemmPiece<E>* pieces, std::size_t count, std::size_t rows,
                            bool anew, A* acc) noexcept = nullptr;
+    /// tile_nt of f32 numbers, each in three parts: x, as pack_cut leaves it, and w from a multiple
+    /// of kCutColumns columns on, as cut_block leaves it. Products of two parts that are both below
+    /// the first, but for the middle ones, do not count: they are below 2^-24 of all. What is next
+    /// of x has parts as well. nullptr where one product of f32 takes no longer.
+    void (*tile_nt_cut)(const E* x, std::size_t x_part, const E* w, std::size_t w_part,
+                        std::size_t rows, std::size_t cols, const GemmNext<E>& next,
+                        A* acc) noexcept = nullptr;
 
     [[nodiscard]] constexpr std::size_t sums() const noexcept { return group / per_sum; }
 };
@@ -76,6 +85,16 @@ struct GemmKernelsOf {
     Tile tiles[kMaxGemmTiles];  ///< widest first
     std::size_t dot_max_m;      ///< up to this m dot_nt is the faster way (measured)
 };
+
+/// A block of f32 numbers, cut into bf16 numbers, is filled up with zeros to so many rows and
+/// columns; so many columns lie together.
+inline constexpr std::size_t kCutRows = 16;
+inline constexpr std::size_t kCutColumns = 32;
+
+/// Elements of each part of a block that is cut.
+[[nodiscard]] constexpr std::size_t cut_elements(std::size_t rows, std::size_t cols) noexcept {
+    return detail::round_up(rows, kCutRows) * detail::round_up(cols, kCutColumns);
+}
 
 /// Products of bf16 numbers with bf16 numbers. A number below 2^-126 counts as zero.
 struct Bf16GemmKernels {
@@ -106,6 +125,19 @@ struct Bf16GemmKernels {
     void (*columns_to_bf16)(const float* src, std::size_t ld_src, std::size_t rows,
                             std::size_t cols, const float* bias, std::uint16_t* dst,
                             std::size_t ld_dst) noexcept = nullptr;
+    /// pack_pairs of f32 numbers, each cut into three bf16 numbers that are `part` elements apart:
+    /// two are what is left, rounded (half way away from zero), and the last is what is left then,
+    /// truncated: nothing is lost of a number of 2^-110 or more. Up to 32 rows: a bit of the result
+    /// for each that has a number not finite or at least 2^127, or only numbers below 2^-90 and
+    /// not zero alone; it is packed as zeros. This and cut_block are there where tile_nt_cut is.
+    std::uint32_t (*pack_cut)(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                              std::uint16_t* to, std::size_t part,
+                              std::size_t ld_to) noexcept = nullptr;
+    /// Cuts a block w the same way. Of each of the three parts, cut_elements(rows, cols) elements
+    /// after the one before, kCutColumns columns of all rows come after another. False, and nothing
+    /// of use, where a row of all of its numbers would not be cut.
+    bool (*cut_block)(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+                      std::uint16_t* to) noexcept = nullptr;
 };
 
 struct GemmKernels {

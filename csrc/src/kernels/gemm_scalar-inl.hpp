@@ -169,14 +169,73 @@ void columns_to_bf16(const float* src, std::size_t ld_src, std::size_t rows, std
     }
 }
 
+float nearest_bf16(float value) noexcept {
+    return value_of((bits_of(value) + 0x8000U) & 0xFFFF0000U);
+}
+
+// Parts of a number, `part` elements apart.
+void cut_into(float value, std::uint16_t* to, std::size_t part) noexcept {
+    for (std::size_t i = 0; i < 2; ++i) {
+        const float nearest = nearest_bf16(value);
+        to[i * part] = static_cast<std::uint16_t>(bits_of(nearest) >> 16);
+        value -= nearest;
+    }
+    to[2 * part] = static_cast<std::uint16_t>(bits_of(value) >> 16);
+}
+
+bool may_be_cut(std::uint32_t largest) noexcept {
+    return largest < bits_of(0x1p127F) && (largest == 0 || largest >= bits_of(0x1p-90F));
+}
+
+std::uint32_t larger(std::uint32_t size, float value) noexcept {
+    const std::uint32_t other = bits_of(value) & 0x7FFFFFFFU;
+    return size < other ? other : size;
+}
+
+std::uint32_t pack_cut(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
+                       std::uint16_t* to, std::size_t part, std::size_t ld_to) noexcept {
+    std::uint32_t uncut = 0;
+    for (std::size_t r = 0; r < rows; ++r) {
+        std::uint32_t largest = 0;
+        for (std::size_t c = 0; c < cols; ++c) largest = larger(largest, x[r * ldx + c]);
+        const bool may = may_be_cut(largest);
+        if (!may) uncut |= std::uint32_t{1} << r;
+        for (std::size_t c = 0; c < cols + cols % 2; ++c) {
+            const float value = may && c < cols ? x[r * ldx + c] : 0.0F;
+            cut_into(value, to + c / 2 * ld_to + 2 * r + c % 2, part);
+        }
+    }
+    return uncut;
+}
+
+bool cut_block(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
+               std::uint16_t* to) noexcept {
+    const std::size_t all_rows = (rows + kCutRows - 1) / kCutRows * kCutRows;
+    const std::size_t all_cols = (cols + kCutColumns - 1) / kCutColumns * kCutColumns;
+    std::uint32_t largest = 0;
+    for (std::size_t c = 0; c < all_cols; ++c) {
+        std::uint16_t* const at = to + c / kCutColumns * kCutColumns * all_rows + c % kCutColumns;
+        for (std::size_t r = 0; r < all_rows; ++r) {
+            const float value = r < rows && c < cols ? w[r * ldw + c] : 0.0F;
+            largest = larger(largest, value);
+            cut_into(value, at + r * kCutColumns, all_rows * all_cols);
+        }
+    }
+    return may_be_cut(largest);
+}
+
 template <class T>
 constexpr GemmKernelsOf<T> kGemmOf = {dot_nt<T>, block_nn<T>, {{kWidth, tile_nt<T>}}, 4};
 
 constexpr GemmKernels kGemm = {
-    kGemmOf<float>, kGemmOf<double>,
-    dot_nt_bf16,    dot_nt_f16,
-    bf16_to_f32,    f16_to_f32,
-    f32_to_bf16,    {{}, cut, nullptr, nullptr, pack_pairs, columns_to_f32, columns_to_bf16},
+    kGemmOf<float>,
+    kGemmOf<double>,
+    dot_nt_bf16,
+    dot_nt_f16,
+    bf16_to_f32,
+    f16_to_f32,
+    f32_to_bf16,
+    {{}, cut, nullptr, nullptr, pack_pairs, columns_to_f32, columns_to_bf16, pack_cut, cut_block},
 };
 
 }  // namespace
