@@ -6,7 +6,8 @@
 Everything is warm: the pool holds all pages, but of ``experts``, whose pages are in the cache of
 the operating system, and a ninth of them in the pool. f32 (``bf16``: MiniLM in that), two threads
 on both sides. Outputs are compared with those of the plain module before anything is timed.
-``overhead`` is one small layer, where all but the arithmetic shows. MiniLM is the published one,
+``overhead`` is one small layer, where all but the arithmetic shows; ``conv`` layers of ResNets, of
+which no aim is set. MiniLM is the published one,
 from the cache of the demo. Run it with OMP_WAIT_POLICY=passive, too: docs/attach.md, "Threads".
 """
 
@@ -39,6 +40,7 @@ def beside(
     inputs: Mapping[int, Mapping[str, Any]],
     seconds: float,
     memory: str | None = None,
+    targets: Mapping[int, float] = TARGETS,
 ) -> Iterator[Row]:
     """Yield a module, attached, beside itself, for each batch; by default it fits the memory."""
     with (
@@ -60,7 +62,7 @@ def beside(
                     "torch": lambda m=plain, g=given: m(**g),  # type: ignore[misc]
                 },
                 seconds=seconds,
-                target=None if memory or wanted.dtype is torch.bfloat16 else TARGETS.get(batch),
+                target=None if memory or wanted.dtype is torch.bfloat16 else targets.get(batch),
                 settle=True,
             )
         misses = store.stats().pool["misses"]
@@ -106,6 +108,22 @@ def bf16(seconds: float) -> Iterator[Row]:
     yield from minilm(seconds, torch.bfloat16)
 
 
+def conv(seconds: float) -> Iterator[Row]:
+    """Yield layers of ResNets: channels in and out, kernel, stride, size of the image."""
+    for channels, out, kernel, stride, size in (
+        (3, 64, 7, 2, 224),
+        (64, 64, 3, 1, 56),
+        (256, 64, 1, 1, 56),
+        (128, 128, 3, 1, 28),
+        (256, 256, 3, 1, 14),
+        (512, 512, 3, 1, 7),
+    ):
+        net = torch.nn.Conv2d(channels, out, kernel, stride, kernel // 2).eval()
+        inputs = {b: {"input": torch.randn(b, channels, size, size)} for b in (1, 8)}
+        case = f"Conv2d {channels} to {out}, {kernel}x{kernel}/{stride}, {size}x{size}"
+        yield from beside(case, net, inputs, seconds, targets={})
+
+
 def experts(seconds: float) -> Iterator[Row]:
     """Yield two layers with 16 experts each, 553 MB, two of which see each token; 64 MiB memory."""
     import transformers
@@ -127,4 +145,4 @@ def experts(seconds: float) -> Iterator[Row]:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     with torch.no_grad():
-        main(__doc__, [overhead, dense, minilm, bf16, experts])
+        main(__doc__, [overhead, dense, conv, minilm, bf16, experts])

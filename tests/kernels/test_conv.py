@@ -111,6 +111,46 @@ def test_every_kernel_convolves(kernel: str) -> None:
     assert run_with_kernel(kernel, code) == "all hold\n"
 
 
+def check_sizes() -> None:
+    """Numbers of any size, in layers large enough for products that AMX cuts them for.
+
+    An image is the same whatever is in the others, and all are for any number of threads.
+    """
+    rng = np.random.default_rng(3)
+    for channels, out, kernel, size, block, groups in (
+        (7, 64, 3, (9, 40), (32, 32), 1),
+        (24, 96, 3, (12, 13), (64, 64), 1),
+        (96, 64, 1, (17, 20), (32, 16), 2),
+        (3, 40, 3, (30, 9), (40, 27), 1),
+    ):
+        w = rng.standard_normal((out, channels // groups, kernel, kernel)).astype(np.float32)
+        w *= np.ldexp(1.0, rng.integers(-40, -8, (out, 1, 1, 1))).astype(np.float32)
+        x = rng.standard_normal((4, channels, *size)).astype(np.float32)
+        x *= np.ldexp(1.0, rng.integers(-40, 40, (4, 1, size[0], 1))).astype(np.float32)
+        w[: block[0], 0] *= np.float32(2.0**-100)
+        x[0, :, 3] *= np.float32(2.0**-100)
+        x[2, :, 4] = 0
+        x[2, 1, 5, 4] = 2.0**127
+        how = {"kernel": (kernel, kernel), "padding": kernel // 2, "groups": groups}
+        block_map, pool = stored(w, block)
+        y = conv.conv2d(block_map, pool, x, threads=1, **how)
+        assert_close(y, x, w, (1, 1), (kernel // 2,) * 4, (1, 1), groups)
+        for threads in (2, 3):
+            np.testing.assert_array_equal(
+                y, conv.conv2d(block_map, pool, x, threads=threads, **how)
+            )
+        x[1, 0, 2, 7] = np.nan
+        dirty = conv.conv2d(block_map, pool, x, threads=2, **how)
+        np.testing.assert_array_equal(y[[0, 2, 3]], dirty[[0, 2, 3]])
+        assert np.isnan(dirty[1]).any(axis=0).sum() == kernel * kernel
+
+
+@pytest.mark.parametrize("kernel", RUNNABLE)
+def test_every_kernel_takes_numbers_of_any_size(kernel: str) -> None:
+    code = f"import runpy; runpy.run_path({__file__!r})['check_sizes'](); print('all hold')"
+    assert run_with_kernel(kernel, code) == "all hold\n"
+
+
 few = st.integers(1, 3)
 
 

@@ -349,6 +349,13 @@ TEST(kernels_cut_both_factors_as_the_scalar_one) {
                       bf16.pack_cut(x.get(), ldx, rows, cols, got.data(), part, ld_to));
                 CHECK(want == got);
 
+                const std::size_t of_pairs = (cols + 1) / 2 * 64;
+                const auto lanes = tight(rows_to_cut(cols, 32));
+                std::vector<Bits> want_pairs(3 * of_pairs), got_pairs = want_pairs;
+                CHECK(scalar.pair_cut(lanes.get(), cols, want_pairs.data(), of_pairs) ==
+                      bf16.pair_cut(lanes.get(), cols, got_pairs.data(), of_pairs));
+                CHECK(want_pairs == got_pairs);
+
                 const std::size_t filled = cut_elements(rows, cols);
                 const detail::AlignedArray<Bits> plain(3 * filled), other(3 * filled);
                 const bool may = scalar.cut_block(x.get(), rows, cols, ldx, plain.data());

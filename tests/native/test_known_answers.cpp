@@ -147,6 +147,19 @@ std::uint32_t wrong_parts(const float* x, std::size_t ldx, std::size_t rows, std
     return uncut;
 }
 
+std::uint32_t wrong_pairs(const float* x, std::size_t cols, std::uint16_t* to,
+                          std::size_t part) noexcept {
+    const std::uint32_t uncut = kScalarKernels.gemm.bf16.pair_cut(x, cols, to, part);
+    std::swap(to[part], to[part + 1]);
+    return uncut;
+}
+
+void wrong_runs(const float* from, std::size_t ld, std::size_t columns, const LaneRun* runs,
+                std::size_t n, float* to, std::size_t ld_to) noexcept {
+    kScalarKernels.rows.copy_runs_f32(from, ld, columns, runs, n - 1, to, ld_to);
+    to[ld_to - 2] = 1.0F;
+}
+
 bool wrong_cut(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
                std::uint16_t* to) noexcept {
     const bool may = kScalarKernels.gemm.bf16.cut_block(w, rows, cols, ldw, to);
@@ -409,6 +422,7 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_packing; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_cut = wrong_rows; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_cut = wrong_parts; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pair_cut = wrong_pairs; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.cut_block = wrong_cut; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_f32 = wrong_square; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_bf16 = wrong_columns; }) == "gemm");
@@ -449,6 +463,7 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(rows_of([](R& r) { r.sum_f16 = wrong_sum<float, Half, &R::sum_f16>; }) == "rows");
     CHECK(rows_of([](R& r) { r.sum_f32 = wrong_wide_sum; }) == "rows");
     CHECK(rows_of([](R& r) { r.pick_f32 = wrong_pick; }) == "rows");
+    CHECK(rows_of([](R& r) { r.copy_runs_f32 = wrong_runs; }) == "rows");
     const auto similarity_of = [](auto change) {
         return group_of([&](KernelTable& t) { change(t.similarity); });
     };

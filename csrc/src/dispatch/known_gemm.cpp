@@ -206,6 +206,18 @@ bool same_cuts(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
             want_w != got_w) {
             return false;
         }
+        std::array<std::uint16_t, 3 * 16 * 2 * kSums> want_pairs{};
+        std::array<std::uint16_t, 3 * 16 * 2 * kSums> got_pairs{};
+        const auto pair = [&](const Bf16GemmKernels& by, auto& to) {
+            std::array<float, 31 * kSums> lanes{};
+            for (std::size_t i = 0; i < lanes.size(); ++i) lanes[i] = x[i];
+            lanes[5 * kSums + 3] = std::numeric_limits<float>::infinity();
+            return by.pair_cut(lanes.data(), 31, to.data(), 16 * 2 * kSums);
+        };
+        if (pair(reference, want_pairs) != 8 || pair(bf16, got_pairs) != 8 ||
+            want_pairs != got_pairs) {
+            return false;
+        }
         for (const std::size_t width : {kSums, kSums / 2}) {
             // Two rows have a number that is not cut: they are zeros.
             const std::size_t rows = std::min(width, kCutXRows);
@@ -344,7 +356,14 @@ bool same_rows_summed(const RowsKernels& rows, const RowsKernels& reference,
         rows.pick_f64(wide.x.data(), stride, got_wide.size(), got_wide.data());
         if (want != got || want_wide != got_wide) return false;
     }
-    return true;
+    // All lanes, few of many, none.
+    constexpr std::array<LaneRun, 4> kRuns = {
+        {{3, 0, 0, 32, 32}, {40, 33, 5, 19, 31}, {7, 64, 17, 30, 30}, {0, 96, 2, 2, 9}}};
+    std::array<float, 220> want{};
+    std::array<float, 220> got{};
+    reference.copy_runs_f32(single.x.data(), 80, 2, kRuns.data(), kRuns.size(), want.data(), 110);
+    rows.copy_runs_f32(single.x.data(), 80, 2, kRuns.data(), kRuns.size(), got.data(), 110);
+    return want == got;
 }
 
 }  // namespace pydedup

@@ -2,18 +2,22 @@
 // A task is a chunk of output positions by some rows of blocks. It walks over W's columns in
 // strips: gathers the chunk's part of the unfolded image for one strip into scratch, and multiplies
 // it with all blocks of the strip, row of blocks after row of blocks. So the image is gathered once
-// per task, and W is read once per chunk; between two strips the sums rest in y, as they are.
+// per task, and W is read once per chunk; between two strips the sums rest in y, as they are, or in
+// scratch, if they are few.
 #include "pydedup/conv.hpp"
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "base/parallel.hpp"
 #include "base/rounding.hpp"
 #include "dispatch/dispatch.hpp"
+#include "dispatch/tile_registers.hpp"
 #include "gemm/activation.hpp"
+#include "gemm/cut_image.hpp"
 #include "gemm/image_tiles.hpp"
 #include "gemm/useful_threads.hpp"
 #include "gemm/weights.hpp"
@@ -25,6 +29,7 @@ namespace {
 
 using detail::ceil_div;
 using detail::ImageTiles;
+using detail::round_up;
 using detail::Scratch;
 using detail::WeightReader;
 
@@ -38,6 +43,11 @@ constexpr std::size_t kRowsAtOnce = 64;
 // Columns of a block that one pass of a tile covers: 32 lanes for them fill half of a 32 KiB
 // first-level cache.
 constexpr std::size_t kPassBytes = 512;
+// Largest block to ask for while the one before is multiplied.
+constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
+// Sums of a task that stay in scratch from strip to strip: beside the gathered image, in a
+// second-level cache.
+constexpr std::size_t kKeptBytes = std::size_t{256} << 10;
 // For choosing how to cut the work, in nanoseconds of one thread (EPYC, AVX-512, f32): a
 // multiply-add, gathering an element, reading a weight that another chunk has read already.
 constexpr double kMultiplyCost = 0.02;
@@ -85,7 +95,8 @@ class Conv2d::Typed final : public Conv2d::Impl {
           y_(reinterpret_cast<T*>(problem.y)),
           plane_(problem.shape.out_h() * problem.shape.out_w()),
           positions_(problem.shape.batch * plane_),
-          tiles_(ceil_div(positions_, tile_.width)) {}
+          tiles_(ceil_div(positions_, tile_.width)),
+          cut_(tile_of_cuts()) {}
 
   protected:
     void convolve(std::span<const BlockView> blocks) override {
@@ -126,9 +137,11 @@ class Conv2d::Typed final : public Conv2d::Impl {
         detail::PositionRuns positions{};
         Scratch<T> image{};
         Scratch<T> sums{};
+        detail::CutImage parts{};
         Gathered gathered{};
         const std::byte* read = nullptr;  // the block that was read last,
         const T* numbers = nullptr;       // and what it is as numbers
+        Range kept{0, 0};  // rows whose sums stay in scratch from strip to strip, if any
     };
     struct Cut {
         std::size_t chunk;  // tiles in one
@@ -171,6 +184,20 @@ class Conv2d::Typed final : public Conv2d::Impl {
         return *found;  // every table has one
     }
 
+    // Pairs of columns lie in one block, and a block in one strip, however many tiles it has.
+    [[nodiscard]] const detail::CutImage::Tile* tile_of_cuts() const noexcept {
+        if constexpr (sizeof(T) == 4) {
+            const BlockGrid& grid = p_.grid;
+            if (grid.block_cols % 2 != 0 && grid.grid_cols() != 1) return nullptr;
+            if (strip_columns(kChunkTiles) % grid.block_cols != 0) return nullptr;
+            const std::size_t rows = std::min<std::size_t>(
+                grid.block_rows, p_.shape.out_channels / std::max<std::size_t>(p_.shape.groups, 1));
+            return detail::CutImage::tile_for(kernels_, tile_, positions_, rows, grid.block_cols);
+        } else {
+            return nullptr;
+        }
+    }
+
     // Columns of W in one strip: whole blocks if one fits.
     [[nodiscard]] std::size_t strip_columns(std::size_t tiles) const noexcept {
         const std::size_t fitting =
@@ -181,16 +208,30 @@ class Conv2d::Typed final : public Conv2d::Impl {
 
     void run_task(std::span<const BlockView> blocks, Range tiles, std::size_t panel0,
                   std::size_t panel1, Worker& worker) const {
+        std::optional<TileRegisters> registers;
+        if (cut_ != nullptr) registers.emplace(kernels_.bf16);
         image_.find_runs(tiles.begin * tile_.width, std::min(tiles.end * tile_.width, positions_),
                          worker.positions);
         worker.gathered = {};
         const std::size_t strip = strip_columns(tiles.size());
+        worker.kept = rows_to_keep(blocks.size(), tiles.size(), panel0, panel1);
         for (std::size_t c0 = 0; c0 < p_.grid.cols; c0 += strip) {
             const Range columns{c0, std::min(c0 + strip, p_.grid.cols)};
             for (std::size_t panel = panel0; panel < panel1; ++panel) {
                 run_panel(blocks, tiles, panel, columns, worker);
             }
         }
+    }
+
+    // All rows of these panels, if all of their blocks are in this call and their sums are few.
+    [[nodiscard]] Range rows_to_keep(std::size_t n_blocks, std::size_t tiles, std::size_t panel0,
+                                     std::size_t panel1) const noexcept {
+        const std::size_t columns = p_.grid.grid_cols();
+        const Range rows{panel0 * p_.grid.block_rows,
+                         std::min(panel1 * p_.grid.block_rows, p_.grid.rows)};
+        const bool is_all = fed_ <= panel0 * columns && fed_ + n_blocks >= panel1 * columns;
+        const bool is_few = rows.size() * tiles * tile_.width * sizeof(T) <= kKeptBytes;
+        return is_all && is_few ? rows : Range{0, 0};
     }
 
     // The blocks of one row of blocks that this call brings, as far as they lie in the columns.
@@ -225,6 +266,11 @@ class Conv2d::Typed final : public Conv2d::Impl {
         T* const to = worker.image.at_least(tiles.size() * columns.size() * tile_.width);
         image_.gather(group, columns.begin, columns.end, worker.positions, to);
         have = {group, columns};
+        if constexpr (sizeof(T) == 4) {
+            if (cut_ != nullptr) {
+                worker.parts.cut(kernels_, to, tiles.size(), columns.size(), p_.grid.block_cols);
+            }
+        }
     }
 
     // Positions in tile t: all of its lanes, but for the last tile.
@@ -237,16 +283,21 @@ class Conv2d::Typed final : public Conv2d::Impl {
                   Range gathered, Range part, Worker& worker) const {
         const BlockGrid& grid = p_.grid;
         const std::size_t per_tile = rows.size() * tile_.width;
-        T* const sums = worker.sums.at_least(tiles.size() * per_tile);
+        const bool is_kept = worker.kept.size() != 0;
+        T* const sums =
+            is_kept ? worker.sums.at_least(tiles.size() * worker.kept.size() * tile_.width) +
+                          (rows.begin - worker.kept.begin) * tiles.size() * tile_.width
+                    : worker.sums.at_least(tiles.size() * per_tile);
         if (part.begin == 0) {
             std::fill_n(sums, tiles.size() * per_tile, T{0});
-        } else {
+        } else if (!is_kept) {
             for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
                 load_sums(t, rows, sums + (t - tiles.begin) * per_tile);
             }
         }
         const T* const image = worker.image.at_least(0);
         constexpr std::size_t kPass = kPassBytes / sizeof(T);
+        constexpr std::size_t kLine = 64 / sizeof(T);
         for (std::size_t c = part.begin; c < part.end;) {
             const std::size_t column = c / grid.block_cols;
             const std::size_t col0 = column * grid.block_cols;
@@ -254,19 +305,42 @@ class Conv2d::Typed final : public Conv2d::Impl {
                 blocks[row0 / grid.block_rows * grid.grid_cols() + column - fed_];
             const T* const w = read(block, worker) + (rows.begin - row0) * block.cols;
             const std::size_t stop = std::min(part.end, col0 + block.cols);
+            GemmNext<T> next = stop < part.end ? as_next(*(&block + 1)) : GemmNext<T>{};
+            if constexpr (sizeof(T) == 4) {
+                if (cut_ != nullptr) {
+                    worker.parts.multiply(kernels_, tile_,
+                                          {w + (c - col0), rows.size(), block.cols},
+                                          c - gathered.begin, stop - c, next, sums);
+                    c = stop;
+                    continue;
+                }
+            }
+            const std::size_t each = round_up(
+                ceil_div(static_cast<std::size_t>(next.w_end - next.w), tiles.size()), kLine);
             for (; c < stop; c += std::min(kPass, stop - c)) {
                 for (std::size_t t = 0; t < tiles.size(); ++t) {
                     const T* const x =
                         image + (t * gathered.size() + c - gathered.begin) * tile_.width;
+                    const auto left = static_cast<std::size_t>(next.w_end - next.w);
+                    const T* const part_end = next.w + std::min(left, each);
                     tile_.tile_nt(x, w + (c - col0), rows.size(), std::min(kPass, stop - c),
-                                  block.cols, {}, sums + t * per_tile);
+                                  block.cols, {next.w, part_end}, sums + t * per_tile);
+                    next.w = part_end;
                 }
             }
         }
         const bool complete = part.end == grid.cols;
+        if (is_kept && !complete) return;
         for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
             store_sums(t, rows, sums + (t - tiles.begin) * per_tile, complete);
         }
+    }
+
+    // A block that is worth asking for.
+    [[nodiscard]] static GemmNext<T> as_next(const BlockView& block) noexcept {
+        if (block.length > kMaxAheadBytes) return {};
+        const auto* const begin = reinterpret_cast<const T*>(block.data);
+        return {begin, begin + block.length / sizeof(T)};
     }
 
     // The block as numbers; one that several groups of rows use is decoded once.
@@ -295,7 +369,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
     void load_sums(std::size_t t, Range rows, T* sums) const {
         each_image(t, [&](std::size_t lane, std::size_t n, const T* y) {
             for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                std::copy_n(y + r * plane_, n, sums + (r - rows.begin) * tile_.width + lane);
+                detail::copy_lanes(y + r * plane_, n, sums + (r - rows.begin) * tile_.width + lane);
             }
         });
         // Lanes without a position hold what nobody reads, but must hold something.
@@ -317,7 +391,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
         }
         each_image(t, [&](std::size_t lane, std::size_t n, T* y) {
             for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                std::copy_n(sums + (r - rows.begin) * tile_.width + lane, n, y + r * plane_);
+                detail::copy_lanes(sums + (r - rows.begin) * tile_.width + lane, n, y + r * plane_);
             }
         });
     }
@@ -330,6 +404,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
     const std::size_t plane_;      // elements of one output channel of one image
     const std::size_t positions_;  // of the batch
     const std::size_t tiles_;
+    const detail::CutImage::Tile* const cut_;  // where numbers are cut
     detail::Workers<Worker> workers_;
 };
 

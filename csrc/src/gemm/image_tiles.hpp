@@ -16,6 +16,15 @@
 
 namespace pydedup::detail {
 
+/// Up to a tile's width of neighbours: cheaper than a call of memcpy.
+template <class T>
+void copy_lanes(const T* from, std::size_t count, T* to) noexcept {
+    constexpr std::size_t kStep = 16 / sizeof(T);
+    std::size_t i = 0;
+    for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, 16);
+    for (; i < count; ++i) to[i] = from[i];
+}
+
 /// What one thread remembers of the positions that it gathers: neighbours in one row of an image
 /// and in one tile are a run, and are gathered together.
 struct PositionRuns {
@@ -29,6 +38,7 @@ struct PositionRuns {
         std::size_t from, begin, end;
     };
     std::vector<Run> runs;
+    std::vector<LaneRun> lanes;  // of these, for one weight of the filter
     std::size_t tiles = 0;
     std::size_t empty_lanes = 0;  ///< of the last tile
 };
@@ -89,6 +99,22 @@ class ImageTiles {
                 clip(run, in_filter / shape_.kernel_w, in_filter % shape_.kernel_w);
             }
             const T* plane = x_ + (group * group_channels + first / filter_) * plane_;
+            if constexpr (sizeof(T) == 4) {
+                if (shape_.stride_w == 1 && width_ <= kMostLanes) {
+                    positions.lanes.clear();
+                    for (const PositionRuns::Run& run : positions.runs) {
+                        positions.lanes.push_back({run.image * shape_.channels * plane_ + run.from,
+                                                   run.tile * tile + run.lane,
+                                                   static_cast<std::uint32_t>(run.begin),
+                                                   static_cast<std::uint32_t>(run.end),
+                                                   static_cast<std::uint32_t>(run.count)});
+                    }
+                    kernels_.copy_runs_f32(plane, plane_, ceil_div(c1 - first, filter_),
+                                           positions.lanes.data(), positions.lanes.size(),
+                                           to + (first - c0) * width_, filter_ * width_);
+                    continue;
+                }
+            }
             for (std::size_t c = first; c < c1; c += filter_, plane += plane_) {
                 T* const column = to + (c - c0) * width_;
                 for (const PositionRuns::Run& run : positions.runs) {
@@ -100,6 +126,8 @@ class ImageTiles {
     }
 
   private:
+    static constexpr std::size_t kMostLanes = 32;  // of a LaneRun
+
     // Windows of one pixel, one beside the other, see no rows: long runs instead of short ones.
     static ConvShape as_one_row(ConvShape shape) noexcept {
         const bool pixels = shape.kernel_h == 1 && shape.kernel_w == 1 && shape.stride_h == 1 &&
@@ -146,17 +174,9 @@ class ImageTiles {
                 kernels_.pick_f64(from, shape_.stride_w, count, middle);
             }
         } else {
-            copy_neighbours(from, count, middle);
+            copy_lanes(from, count, middle);
         }
         for (std::size_t i = run.end; i < run.count; ++i) lanes[i] = T{0};
-    }
-
-    // At most a tile's width: cheaper than a call of memcpy.
-    static void copy_neighbours(const T* from, std::size_t count, T* to) noexcept {
-        constexpr std::size_t kStep = 16 / sizeof(T);
-        std::size_t i = 0;
-        for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, 16);
-        for (; i < count; ++i) to[i] = from[i];
     }
 
     const T* const x_;

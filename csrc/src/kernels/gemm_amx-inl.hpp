@@ -257,6 +257,7 @@ constexpr Bf16GemmKernels kGemm = {{{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>
                                    columns_to_f32,
                                    columns_to_bf16,
                                    pack_cut,
+                                   pair_cut,
                                    cut_block};
 
 }  // namespace

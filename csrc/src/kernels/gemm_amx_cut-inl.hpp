@@ -125,6 +125,52 @@ std::uint32_t pack_cut(const float* x, std::size_t ldx, std::size_t rows, std::s
     return uncut;
 }
 
+std::uint32_t pair_cut(const float* x, std::size_t cols, Bits* to, std::size_t part) noexcept {
+    constexpr std::size_t kLanes = 2 * kSide;
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    const __m512i too_large = _mm512_set1_epi32((127 + 127) << 23);
+    const __m512i least = _mm512_set1_epi32((127 - 90) << 23);
+    std::uint32_t uncut = 0;
+    for (std::size_t half = 0; half < 2; ++half) {
+        const float* const lanes = x + half * kSide;
+        Bits* const of_lanes = to + half * kColumns;
+        __m512i most = _mm512_setzero_si512();
+        for (std::size_t c = 0; c < cols; c += 2) {
+            __m512 a = _mm512_loadu_ps(lanes + c * kLanes);
+            __m512 b =
+                c + 1 < cols ? _mm512_loadu_ps(lanes + (c + 1) * kLanes) : _mm512_setzero_ps();
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(a), magnitude));
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(b), magnitude));
+            const auto store = [=](std::size_t i, __m512 of_a, __m512 of_b) noexcept {
+                _mm512_storeu_si512(
+                    of_lanes + i * part + c / 2 * 2 * kLanes,
+                    _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(of_a), 16),
+                                    _mm512_and_si512(_mm512_castps_si512(of_b), upper)));
+            };
+            for (std::size_t i = 0; i < 2; ++i) {
+                const __m512 high_a = nearest_bf16(a);
+                const __m512 high_b = nearest_bf16(b);
+                store(i, high_a, high_b);
+                a = _mm512_sub_ps(a, high_a);
+                b = _mm512_sub_ps(b, high_b);
+            }
+            store(2, a, b);
+        }
+        const auto tiny = static_cast<__mmask16>(_mm512_cmplt_epu32_mask(most, least) &
+                                                 _mm512_test_epi32_mask(most, most));
+        const auto unfit = static_cast<__mmask16>(tiny | _mm512_cmpge_epu32_mask(most, too_large));
+        uncut |= std::uint32_t{unfit} << (half * kSide);
+        for (std::size_t i = 0; unfit != 0 && i < 3; ++i) {
+            for (std::size_t c = 0; c < cols; c += 2) {
+                _mm512_mask_storeu_epi32(of_lanes + i * part + c / 2 * 2 * kLanes, unfit,
+                                         _mm512_setzero_si512());
+            }
+        }
+    }
+    return uncut;
+}
+
 template <std::size_t R>
 void load_w(const Bits* w) noexcept {
     _tile_loadd(4, w, kColumns * sizeof(Bits));

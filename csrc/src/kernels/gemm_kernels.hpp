@@ -129,10 +129,14 @@ struct Bf16GemmKernels {
     /// two are what is left, rounded (half way away from zero), and the last is what is left then,
     /// truncated: nothing is lost of a number of 2^-110 or more. Up to 32 rows: a bit of the result
     /// for each that has a number not finite or at least 2^127, or only numbers below 2^-90 and
-    /// not zero alone; it is packed as zeros. This and cut_block are there where tile_nt_cut is.
+    /// not zero alone; it is packed as zeros. This and the next two are there where tile_nt_cut is.
     std::uint32_t (*pack_cut)(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
                               std::uint16_t* to, std::size_t part,
                               std::size_t ld_to) noexcept = nullptr;
+    /// The same of columns of 32 lanes each, lane i of column c at x[32 * c + i]: a lane is what a
+    /// row is there; to[c / 2 * 64 + 2 * i + c % 2].
+    std::uint32_t (*pair_cut)(const float* x, std::size_t cols, std::uint16_t* to,
+                              std::size_t part) noexcept = nullptr;
     /// Cuts a block w the same way. Of each of the three parts, cut_elements(rows, cols) elements
     /// after the one before, kCutColumns columns of all rows come after another. False, and nothing
     /// of use, where a row of all of its numbers would not be cut.

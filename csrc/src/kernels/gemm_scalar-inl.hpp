@@ -208,6 +208,23 @@ std::uint32_t pack_cut(const float* x, std::size_t ldx, std::size_t rows, std::s
     return uncut;
 }
 
+std::uint32_t pair_cut(const float* x, std::size_t cols, std::uint16_t* to,
+                       std::size_t part) noexcept {
+    constexpr std::size_t kLanes = 32;
+    std::uint32_t uncut = 0;
+    for (std::size_t i = 0; i < kLanes; ++i) {
+        std::uint32_t largest = 0;
+        for (std::size_t c = 0; c < cols; ++c) largest = larger(largest, x[c * kLanes + i]);
+        const bool may = may_be_cut(largest);
+        if (!may) uncut |= std::uint32_t{1} << i;
+        for (std::size_t c = 0; c < cols + cols % 2; ++c) {
+            const float value = may && c < cols ? x[c * kLanes + i] : 0.0F;
+            cut_into(value, to + c / 2 * 2 * kLanes + 2 * i + c % 2, part);
+        }
+    }
+    return uncut;
+}
+
 bool cut_block(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
                std::uint16_t* to) noexcept {
     const std::size_t all_rows = (rows + kCutRows - 1) / kCutRows * kCutRows;
@@ -235,7 +252,16 @@ constexpr GemmKernels kGemm = {
     bf16_to_f32,
     f16_to_f32,
     f32_to_bf16,
-    {{}, cut, nullptr, nullptr, pack_pairs, columns_to_f32, columns_to_bf16, pack_cut, cut_block},
+    {{},
+     cut,
+     nullptr,
+     nullptr,
+     pack_pairs,
+     columns_to_f32,
+     columns_to_bf16,
+     pack_cut,
+     pair_cut,
+     cut_block},
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 namespace pydedup::isa_neon {
 namespace {
 
+#include "kernels/rows_runs-inl.hpp"
 #include "kernels/rows_vector-inl.hpp"
 
 }  // namespace

@@ -32,13 +32,15 @@ void sum_f16(const std::uint16_t* const* from, std::size_t n, const float* scale
     sum_rows(from, n, scale, count, sum, widen_f16);
 }
 
+#include "kernels/rows_runs-inl.hpp"
+
 template <class T>
 void pick(const T* from, std::size_t stride, std::size_t count, T* to) noexcept {
     for (std::size_t i = 0; i < count; ++i) to[i] = from[i * stride];
 }
 
-constexpr RowsKernels kRows = {sum_same<float>, sum_same<double>, sum_bf16,
-                               sum_f16,         pick<float>,      pick<double>};
+constexpr RowsKernels kRows = {sum_same<float>, sum_same<double>, sum_bf16, sum_f16,
+                               pick<float>,     pick<double>,     copy_runs};
 
 }  // namespace
 }  // namespace pydedup::isa_scalar

@@ -96,4 +96,5 @@ constexpr RowsKernels kRows = {
     sum_rows<F32, F16Weight>,
     pick<float>,
     pick<double>,
+    copy_runs,
 };
