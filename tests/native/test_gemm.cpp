@@ -194,6 +194,7 @@ TEST(rows_of_x_do_not_influence_each_other) {
     const Stored stored = store(w, grid, Dtype::f32, false);
     for (const std::size_t m : {2, 9, 50, 140}) {
         auto x = normal<float>(m * grid.cols);
+        for (std::size_t c = 0; c < grid.cols; ++c) x[grid.cols + c] *= 0x1p-100F;
         const auto clean = multiply(stored, x, m, false);
         x[3] = std::numeric_limits<float>::quiet_NaN();
         x[7] = std::numeric_limits<float>::infinity();
@@ -287,6 +288,28 @@ TEST(many_rows_of_any_size) {
                           [](float v) { return std::isnan(v); }));
         std::copy_n(y.begin() + static_cast<std::ptrdiff_t>(50 * n), n, row);
         CHECK(same_bits(y, dirty));
+    }
+}
+
+// Lower parts of a number may have the other sign: they must not make NaN of what is too large.
+TEST(sums_beyond_all_numbers_are_infinite) {
+    const BlockGrid grid{64, 64, 64, 64};
+    const std::size_t m = 130;
+    for (const auto& [size_of_x, size_of_w] : {std::pair{1.003e30F, 1.01e30F},
+                                               {1.003e37F, 1.1e3F},
+                                               {1.1e3F, 1.003e37F},
+                                               {1.003e18F, 1e18F},
+                                               {1.1e19F, 1.003e19F}}) {
+        const std::vector<float> x(m * 64, size_of_x);
+        const std::vector<float> w(64 * 64, -size_of_w);
+        const Stored stored = store(w, grid, Dtype::f32, false);
+        for (const bool transpose : {false, true}) {
+            const auto y = multiply(stored, x, m, transpose);
+            const float want = -64.0F * size_of_x * size_of_w;
+            CHECK(std::ranges::all_of(y, [&](float v) {
+                return std::isinf(want) ? v == want : std::abs(v / want - 1) < 1e-6F;
+            }));
+        }
     }
 }
 

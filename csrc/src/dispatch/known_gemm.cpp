@@ -177,8 +177,8 @@ bool same_pairs(const Bf16GemmKernels& bf16, Question question) noexcept {
     return multiply_tiles<kPairRows, std::uint16_t, float>(bf16.tiles, x, w, value_of_bf16);
 }
 
-// Numbers of three parts: 33 rows and 55 columns, as above, of either factor alone, as products of
-// lower parts do not count.
+// Numbers of three parts: 21 rows by 39 of 55 columns, of either factor alone, as products of lower
+// parts do not count.
 bool same_cuts(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
                Question question) noexcept {
     constexpr std::size_t kCutXRows = 21;

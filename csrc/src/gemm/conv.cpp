@@ -192,7 +192,8 @@ class Conv2d::Typed final : public Conv2d::Impl {
             if (strip_columns(kChunkTiles) % grid.block_cols != 0) return nullptr;
             const std::size_t rows = std::min<std::size_t>(
                 grid.block_rows, p_.shape.out_channels / std::max<std::size_t>(p_.shape.groups, 1));
-            return detail::CutImage::tile_for(kernels_, tile_, positions_, rows, grid.block_cols);
+            const std::size_t cols = std::min<std::size_t>(grid.block_cols, grid.cols);
+            return detail::CutImage::tile_for(kernels_, tile_, positions_, rows, cols);
         } else {
             return nullptr;
         }

@@ -78,10 +78,10 @@ bool Matmul::Typed<T>::takes_cuts() const noexcept {
         return false;
     }
     // What fills a block up to whole registers must not take longer than that saves.
-    const BlockGrid& grid = p_.grid;
-    const std::size_t filled = p_.transpose ? cut_elements(grid.block_cols, grid.block_rows)
-                                            : cut_elements(grid.block_rows, grid.block_cols);
-    return 4 * filled <= 5 * std::size_t{grid.block_rows} * grid.block_cols;
+    const std::size_t rows = std::min<std::size_t>(p_.grid.block_rows, p_.grid.rows);
+    const std::size_t cols = std::min<std::size_t>(p_.grid.block_cols, p_.grid.cols);
+    const std::size_t filled = p_.transpose ? cut_elements(cols, rows) : cut_elements(rows, cols);
+    return 4 * filled <= 5 * rows * cols;
 }
 
 template <class T>

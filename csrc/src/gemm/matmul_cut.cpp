@@ -71,22 +71,22 @@ void Matmul::Typed<T>::add_uncut(const Tile& tile, std::uint32_t rows, std::size
                                  const Numbers& w, T* sums, Worker& worker) const {
     const std::size_t ldx = p_.transpose ? p_.grid.rows : p_.grid.cols;
     const std::size_t strip = p_.transpose ? p_.grid.block_rows : p_.grid.block_cols;
-    const auto is_uncut = [&](std::size_t i) { return i < tile.rows && (rows >> i & 1U) != 0; };
-    for (std::size_t begin = 0; begin < tile.rows; ++begin) {
-        if (!is_uncut(begin)) continue;
-        std::size_t end = begin + 1;
-        while (is_uncut(end)) ++end;
-        const std::size_t m = end - begin;
-        T* const apart = worker.part_of_y.at_least(m * w.rows);
+    // Always the same four rows at once: how many they are shows in the last bits of each, and what
+    // is in a row must not show in another.
+    constexpr std::size_t kTogether = 4;
+    T* const apart = worker.part_of_y.at_least(kTogether * w.rows);
+    for (std::size_t begin = 0; begin < tile.rows; begin += kTogether) {
+        if ((rows >> begin & ((1U << kTogether) - 1U)) == 0) continue;
+        const std::size_t m = std::min(kTogether, tile.rows - begin);
         std::fill_n(apart, m * w.rows, T{0});
         own().dot_nt(x_ + (tile.row0 + begin) * ldx + column * strip, ldx, m, w.begin, w.rows,
                      w.cols, w.cols, apart, w.rows);
         for (std::size_t i = 0; i < m; ++i) {
+            if ((rows >> (begin + i) & 1U) == 0) continue;
             for (std::size_t r = 0; r < w.rows; ++r) {
                 sums[r * tile.kernel->width + begin + i] += apart[i * w.rows + r];
             }
         }
-        begin = end;
     }
 }
 

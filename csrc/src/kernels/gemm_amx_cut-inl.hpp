@@ -62,7 +62,7 @@ __mmask32 first_columns(std::size_t n) noexcept {
 
 // Whether numbers may be cut of which this is the largest magnitude.
 bool may_be_cut(__m512i most) noexcept {
-    constexpr std::uint32_t kTooLarge = (127U + 127U) << 23;
+    constexpr std::uint32_t kTooLarge = (127U + 60U) << 23;
     constexpr std::uint32_t kLeast = (127U - 90U) << 23;
     const std::uint32_t largest = _mm512_reduce_max_epu32(most);
     return largest < kTooLarge && (largest == 0 || largest >= kLeast);
@@ -129,7 +129,7 @@ std::uint32_t pair_cut(const float* x, std::size_t cols, Bits* to, std::size_t p
     constexpr std::size_t kLanes = 2 * kSide;
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    const __m512i too_large = _mm512_set1_epi32((127 + 127) << 23);
+    const __m512i too_large = _mm512_set1_epi32((127 + 60) << 23);
     const __m512i least = _mm512_set1_epi32((127 - 90) << 23);
     std::uint32_t uncut = 0;
     for (std::size_t half = 0; half < 2; ++half) {

@@ -184,7 +184,7 @@ void cut_into(float value, std::uint16_t* to, std::size_t part) noexcept {
 }
 
 bool may_be_cut(std::uint32_t largest) noexcept {
-    return largest < bits_of(0x1p127F) && (largest == 0 || largest >= bits_of(0x1p-90F));
+    return largest < bits_of(0x1p60F) && (largest == 0 || largest >= bits_of(0x1p-90F));
 }
 
 std::uint32_t larger(std::uint32_t size, float value) noexcept {
