@@ -15,8 +15,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "base/rounding.hpp"
-
 namespace pydedup {
 
 inline constexpr std::size_t kMaxGemmTiles = 6;
@@ -93,7 +91,8 @@ inline constexpr std::size_t kCutColumns = 32;
 
 /// Elements of each part of a block that is cut.
 [[nodiscard]] constexpr std::size_t cut_elements(std::size_t rows, std::size_t cols) noexcept {
-    return detail::round_up(rows, kCutRows) * detail::round_up(cols, kCutColumns);
+    return (rows + kCutRows - 1) / kCutRows * kCutRows *
+           ((cols + kCutColumns - 1) / kCutColumns * kCutColumns);
 }
 
 /// Products of bf16 numbers with bf16 numbers. A number below 2^-126 counts as zero.
