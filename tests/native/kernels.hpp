@@ -24,6 +24,7 @@ inline std::vector<const KernelTable*> runnable_kernels() {
         if (info.name == "avx2") {
             tables.push_back(avx2_kernels(!cpu_features().slow_bit_deposit));
         }
+        if (info.name == "amx") tables.push_back(amx_kernels(!cpu_features().slow_f32_in_tiles));
     }
     return tables;
 }

@@ -155,6 +155,7 @@ TEST(features_need_the_cpu_and_the_operating_system) {
     CHECK(!has.avx512_in_halves || has.avx512);
     CHECK(!has.amx || has.avx512);
     CHECK(!has.slow_bit_deposit || !has.avx512);
+    CHECK(!has.slow_f32_in_tiles || has.slow_bf16_pairs);
     unsigned eax = 0;
     unsigned ebx = 0;
     unsigned ecx = 0;

@@ -37,6 +37,19 @@ unsigned amd_family() noexcept {
     return base == 0xF ? base + extended : base;
 }
 
+// Sapphire Rapids and Emerald Rapids.
+bool is_intel_of_2023() noexcept {
+    unsigned eax = 0;
+    unsigned ebx = 0;
+    unsigned ecx = 0;
+    unsigned edx = 0;
+    if (!is_made_by(signature_INTEL_ebx, signature_INTEL_ecx, signature_INTEL_edx)) return false;
+    if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return false;
+    const unsigned family = (eax >> 8) & 0xFU;
+    const unsigned model = (eax >> 4 & 0xFU) | (eax >> 12 & 0xF0U);
+    return family == 6 && (model == 143 || model == 207);
+}
+
 // Clang before 18 does not know the name "f16c". It uses the registers of AVX, no others.
 bool has_f16c() noexcept {
     unsigned eax = 0;
@@ -80,6 +93,7 @@ CpuFeatures cpu_features() noexcept {
     has.avx512bf16 = has.avx512 && __builtin_cpu_supports("avx512bf16");
     has.amx = has.avx512 && may_use_amx();
     has.slow_bf16_pairs = is_made_by(signature_INTEL_ebx, signature_INTEL_ecx, signature_INTEL_edx);
+    has.slow_f32_in_tiles = is_intel_of_2023();
     const unsigned amd = amd_family();
     has.avx512_in_halves = has.avx512 && amd == 0x19;
     has.slow_bit_deposit = amd != 0 && amd < 0x19;

@@ -16,6 +16,10 @@ struct CpuFeatures {
     /// VDPBF16PS is begun every other cycle, where two f32 ones are begun in each: Intel's cores
     /// (Emerald Rapids: 512 rows of x, 4096 x 4096: 133 GFLOP/s by pairs, 206 in f32).
     bool slow_bf16_pairs = false;
+    /// In matrix registers six products of bf16 numbers take longer than one of f32 does by AVX-512
+    /// (Emerald Rapids: 500 to 560 GFLOP/s per core in bf16, 103 in f32; with zeros four times as
+    /// many: it is power). Sapphire Rapids, of the same core, is taken for as slow.
+    bool slow_f32_in_tiles = false;
     /// PDEP and PEXT are microcode, some 4 cycles for each bit of the mask: AMD before Zen 3.
     bool slow_bit_deposit = false;
 };

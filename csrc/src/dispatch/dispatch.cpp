@@ -42,7 +42,6 @@ Candidates list_candidates() noexcept {
     const KernelTable* neon = nullptr;
     const KernelTable* avx512 = nullptr;
     const KernelTable* avx512bf16 = nullptr;
-    const KernelTable* amx = nullptr;
 #if defined(PYDEDUP_HAVE_NEON)
     neon = &kNeonKernels;
 #endif
@@ -53,10 +52,6 @@ Candidates list_candidates() noexcept {
     static const KernelTable with_pairs = avx512_with("avx512bf16", kAvx512Bf16GemmKernels);
     avx512bf16 = &with_pairs;
 #endif
-#if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AMX)
-    static const KernelTable with_tiles = avx512_with("amx", kAmxGemmKernels);
-    amx = &with_tiles;
-#endif
     return {{
         {"scalar", &kScalarKernels, true, "any CPU"},
         {"neon", neon, cpu.neon, kNeedsNeon},
@@ -64,7 +59,7 @@ Candidates list_candidates() noexcept {
         {"avx512", avx512, cpu.avx512, cpu.avx512_in_halves ? kNeedsAvx512InHalves : kNeedsAvx512},
         {"avx512bf16", avx512bf16, cpu.avx512bf16, kNeedsAvx512Bf16,
          cpu.slow_bf16_pairs ? kSlowPairs : nullptr},
-        {"amx", amx, cpu.amx, kNeedsAmx},
+        {"amx", amx_kernels(cpu.slow_f32_in_tiles), cpu.amx, kNeedsAmx},
     }};
 }
 
@@ -126,6 +121,20 @@ const KernelTable* avx2_kernels([[maybe_unused]] bool slow_bit_deposit) noexcept
         return made;
     }();
     return slow_bit_deposit ? &without_pdep : &kAvx2Kernels;
+#else
+    return nullptr;
+#endif
+}
+
+const KernelTable* amx_kernels([[maybe_unused]] bool slow_f32_in_tiles) noexcept {
+#if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AMX)
+    static const KernelTable with_tiles = avx512_with("amx", kAmxGemmKernels);
+    static const KernelTable without_cuts = [] {
+        KernelTable made = with_tiles;
+        for (auto& tile : made.gemm.bf16.tiles) tile.tile_nt_cut = nullptr;
+        return made;
+    }();
+    return slow_f32_in_tiles ? &without_cuts : &with_tiles;
 #else
     return nullptr;
 #endif

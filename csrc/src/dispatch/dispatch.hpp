@@ -19,6 +19,10 @@ namespace pydedup {
 /// The avx2 table for a CPU where PDEP is slow, or is not; nullptr where it is not built.
 [[nodiscard]] const KernelTable* avx2_kernels(bool slow_bit_deposit) noexcept;
 
+/// The amx table for a CPU where products of f32 numbers, cut into bf16 ones, are slow, or are not;
+/// nullptr where it is not built.
+[[nodiscard]] const KernelTable* amx_kernels(bool slow_f32_in_tiles) noexcept;
+
 struct KernelCandidate {
     const char* name;
     const KernelTable* table;  ///< nullptr: not built
