@@ -100,7 +100,9 @@ class ImageTiles {
             }
             const T* plane = x_ + (group * group_channels + first / filter_) * plane_;
             if constexpr (sizeof(T) == 4) {
-                if (shape_.stride_w == 1 && width_ <= kMostLanes) {
+                // To list the runs takes as long as to copy one column of them.
+                const std::size_t columns = ceil_div(c1 - first, filter_);
+                if (shape_.stride_w == 1 && width_ <= kMostLanes && columns > 1) {
                     positions.lanes.clear();
                     for (const PositionRuns::Run& run : positions.runs) {
                         positions.lanes.push_back({run.image * shape_.channels * plane_ + run.from,
@@ -109,9 +111,9 @@ class ImageTiles {
                                                    static_cast<std::uint32_t>(run.end),
                                                    static_cast<std::uint32_t>(run.count)});
                     }
-                    kernels_.copy_runs_f32(plane, plane_, ceil_div(c1 - first, filter_),
-                                           positions.lanes.data(), positions.lanes.size(),
-                                           to + (first - c0) * width_, filter_ * width_);
+                    kernels_.copy_runs_f32(plane, plane_, columns, positions.lanes.data(),
+                                           positions.lanes.size(), to + (first - c0) * width_,
+                                           filter_ * width_);
                     continue;
                 }
             }

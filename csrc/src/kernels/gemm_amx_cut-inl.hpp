@@ -4,8 +4,8 @@
 // rounding of f32 is. Six of these take less than half as long as one product of f32 by AVX-512.
 //
 // Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype For
-// Higher-Precision Computations (ARITH 2019), sections II and III. Included INSIDE the anonymous
-// namespace of AMX.
+// Higher-Precision Computations (arXiv 1904.06376), the decomposition of FP32 into three. Included
+// INSIDE the anonymous namespace of AMX.
 
 constexpr std::size_t up_to(std::size_t value, std::size_t of) noexcept {
     return (value + of - 1) / of * of;
