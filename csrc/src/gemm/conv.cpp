@@ -17,6 +17,7 @@
 #include "dispatch/dispatch.hpp"
 #include "dispatch/tile_registers.hpp"
 #include "gemm/activation.hpp"
+#include "gemm/ahead.hpp"
 #include "gemm/cut_image.hpp"
 #include "gemm/image_tiles.hpp"
 #include "gemm/useful_threads.hpp"
@@ -27,9 +28,10 @@
 namespace pydedup {
 namespace {
 
+using detail::ahead_of;
+using detail::AheadShares;
 using detail::ceil_div;
 using detail::ImageTiles;
-using detail::round_up;
 using detail::Scratch;
 using detail::WeightReader;
 
@@ -43,8 +45,6 @@ constexpr std::size_t kRowsAtOnce = 64;
 // Columns of a block that one pass of a tile covers: 32 lanes for them fill half of a 32 KiB
 // first-level cache.
 constexpr std::size_t kPassBytes = 512;
-// Largest block to ask for while the one before is multiplied.
-constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
 // Sums of a task that stay in scratch from strip to strip: beside the gathered image, in a
 // second-level cache.
 constexpr std::size_t kKeptBytes = std::size_t{256} << 10;
@@ -96,7 +96,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
           plane_(problem.shape.out_h() * problem.shape.out_w()),
           positions_(problem.shape.batch * plane_),
           tiles_(ceil_div(positions_, tile_.width)),
-          cut_(tile_of_cuts()) {}
+          cuts_(can_cut()) {}
 
   protected:
     void convolve(std::span<const BlockView> blocks) override {
@@ -185,17 +185,17 @@ class Conv2d::Typed final : public Conv2d::Impl {
     }
 
     // Pairs of columns lie in one block, and a block in one strip, however many tiles it has.
-    [[nodiscard]] const detail::CutImage::Tile* tile_of_cuts() const noexcept {
+    [[nodiscard]] bool can_cut() const noexcept {
         if constexpr (sizeof(T) == 4) {
             const BlockGrid& grid = p_.grid;
-            if (grid.block_cols % 2 != 0 && grid.grid_cols() != 1) return nullptr;
-            if (strip_columns(kChunkTiles) % grid.block_cols != 0) return nullptr;
+            if (grid.block_cols % 2 != 0 && grid.grid_cols() != 1) return false;
+            if (strip_columns(kChunkTiles) % grid.block_cols != 0) return false;
             const std::size_t rows = std::min<std::size_t>(
                 grid.block_rows, p_.shape.out_channels / std::max<std::size_t>(p_.shape.groups, 1));
             const std::size_t cols = std::min<std::size_t>(grid.block_cols, grid.cols);
-            return detail::CutImage::tile_for(kernels_, tile_, positions_, rows, cols);
+            return detail::CutImage::pays(kernels_, tile_, positions_, rows, cols);
         } else {
-            return nullptr;
+            return false;
         }
     }
 
@@ -210,7 +210,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
     void run_task(std::span<const BlockView> blocks, Range tiles, std::size_t panel0,
                   std::size_t panel1, Worker& worker) const {
         std::optional<TileRegisters> registers;
-        if (cut_ != nullptr) registers.emplace(kernels_.bf16);
+        if (cuts_) registers.emplace(kernels_.bf16);
         image_.find_runs(tiles.begin * tile_.width, std::min(tiles.end * tile_.width, positions_),
                          worker.positions);
         worker.gathered = {};
@@ -268,7 +268,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
         image_.gather(group, columns.begin, columns.end, worker.positions, to);
         have = {group, columns};
         if constexpr (sizeof(T) == 4) {
-            if (cut_ != nullptr) {
+            if (cuts_) {
                 worker.parts.cut(kernels_, to, tiles.size(), columns.size(), p_.grid.block_cols);
             }
         }
@@ -298,17 +298,18 @@ class Conv2d::Typed final : public Conv2d::Impl {
         }
         const T* const image = worker.image.at_least(0);
         constexpr std::size_t kPass = kPassBytes / sizeof(T);
-        constexpr std::size_t kLine = 64 / sizeof(T);
         for (std::size_t c = part.begin; c < part.end;) {
             const std::size_t column = c / grid.block_cols;
             const std::size_t col0 = column * grid.block_cols;
-            const BlockView& block =
-                blocks[row0 / grid.block_rows * grid.grid_cols() + column - fed_];
+            const std::size_t number = row0 / grid.block_rows * grid.grid_cols() + column - fed_;
+            const BlockView& block = blocks[number];
             const T* const w = read(block, worker) + (rows.begin - row0) * block.cols;
             const std::size_t stop = std::min(part.end, col0 + block.cols);
-            GemmNext<T> next = stop < part.end ? as_next(*(&block + 1)) : GemmNext<T>{};
+            const bool has_next = stop < part.end;
             if constexpr (sizeof(T) == 4) {
-                if (cut_ != nullptr) {
+                if (cuts_) {
+                    const auto next = has_next ? ahead_of<std::uint16_t>(blocks[number + 1])
+                                               : GemmNext<std::uint16_t>{};
                     worker.parts.multiply(kernels_, tile_,
                                           {w + (c - col0), rows.size(), block.cols},
                                           c - gathered.begin, stop - c, next, sums);
@@ -316,17 +317,14 @@ class Conv2d::Typed final : public Conv2d::Impl {
                     continue;
                 }
             }
-            const std::size_t each = round_up(
-                ceil_div(static_cast<std::size_t>(next.w_end - next.w), tiles.size()), kLine);
+            AheadShares<T> ahead(has_next ? ahead_of<T>(blocks[number + 1]) : GemmNext<T>{},
+                                 tiles.size());
             for (; c < stop; c += std::min(kPass, stop - c)) {
                 for (std::size_t t = 0; t < tiles.size(); ++t) {
                     const T* const x =
                         image + (t * gathered.size() + c - gathered.begin) * tile_.width;
-                    const auto left = static_cast<std::size_t>(next.w_end - next.w);
-                    const T* const part_end = next.w + std::min(left, each);
                     tile_.tile_nt(x, w + (c - col0), rows.size(), std::min(kPass, stop - c),
-                                  block.cols, {next.w, part_end}, sums + t * per_tile);
-                    next.w = part_end;
+                                  block.cols, ahead.take(), sums + t * per_tile);
                 }
             }
         }
@@ -335,13 +333,6 @@ class Conv2d::Typed final : public Conv2d::Impl {
         for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
             store_sums(t, rows, sums + (t - tiles.begin) * per_tile, complete);
         }
-    }
-
-    // A block that is worth asking for.
-    [[nodiscard]] static GemmNext<T> as_next(const BlockView& block) noexcept {
-        if (block.length > kMaxAheadBytes) return {};
-        const auto* const begin = reinterpret_cast<const T*>(block.data);
-        return {begin, begin + block.length / sizeof(T)};
     }
 
     // The block as numbers; one that several groups of rows use is decoded once.
@@ -405,7 +396,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
     const std::size_t plane_;      // elements of one output channel of one image
     const std::size_t positions_;  // of the batch
     const std::size_t tiles_;
-    const detail::CutImage::Tile* const cut_;  // where numbers are cut
+    const bool cuts_;  // whether the image and W are cut (cut_image.hpp)
     detail::Workers<Worker> workers_;
 };
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/rounding.hpp"
+#include "gemm/ahead.hpp"
 #include "gemm/aligned_array.hpp"
 #include "gemm/packed_x.hpp"
 #include "kernels/gemm_kernels.hpp"
@@ -23,18 +24,14 @@ struct WeightRows {
 
 class CutImage {
   public:
-    using Tile = GemmTile<std::uint16_t, float>;
-
-    /// What multiplies the lanes of `plain`, a tile of so many positions in all, with blocks of
-    /// `rows` x `cols`, if that pays: not few of either, nor where much has to be filled up.
-    [[nodiscard]] static const Tile* tile_for(const GemmKernels& kernels,
-                                              const GemmTile<float, float>& plain,
-                                              std::size_t positions, std::size_t rows,
-                                              std::size_t cols) noexcept {
-        const Tile& tile = kernels.bf16.tiles[0];
-        const bool pays = rows >= kMinRows && positions >= kMinPositions &&
-                          4 * cut_elements(rows, cols) <= 5 * rows * cols;
-        return pays && tile.tile_nt_cut != nullptr && tile.width == plain.width ? &tile : nullptr;
+    /// Whether it can take the place of `plain`, and that pays, for so many positions in all and
+    /// blocks of `rows` x `cols`: not few of either, nor where much has to be filled up.
+    [[nodiscard]] static bool pays(const GemmKernels& kernels, const GemmTile<float, float>& plain,
+                                   std::size_t positions, std::size_t rows,
+                                   std::size_t cols) noexcept {
+        const auto& tile = kernels.bf16.tiles[0];
+        return tile.tile_nt_cut != nullptr && tile.width == plain.width && rows >= kMinRows &&
+               positions >= kMinPositions && 4 * cut_elements(rows, cols) <= 5 * rows * cols;
     }
 
     /// Cuts an image of so many tiles and columns, which has to stay as it is. What can be cut is
@@ -61,23 +58,17 @@ class CutImage {
     /// asked for what is next.
     void multiply(const GemmKernels& kernels, const GemmTile<float, float>& plain,
                   const WeightRows& w, std::size_t column, std::size_t n,
-                  const GemmNext<float>& next, float* sums) {
-        const Tile& tile = kernels.bf16.tiles[0];
+                  const GemmNext<std::uint16_t>& next, float* sums) {
+        const auto& tile = kernels.bf16.tiles[0];
         const std::size_t part = cut_elements(w.rows, n);
         std::uint16_t* const cut = cut_.at_least(kCutParts * part);
         const bool is_cut = kernels.bf16.cut_block(w.begin, w.rows, n, w.ld, cut);
-        const auto* ahead = reinterpret_cast<const std::uint16_t*>(next.w);
-        const auto* const end = reinterpret_cast<const std::uint16_t*>(next.w_end);
-        const std::size_t each =
-            round_up(ceil_div(static_cast<std::size_t>(end - ahead), tiles_), kCutColumns);
+        AheadShares<std::uint16_t> ahead(next, tiles_);
         for (std::size_t c = 0; is_cut && c < n; c += kPass) {
             for (std::size_t t = 0; t < tiles_; ++t) {
-                const auto* const stop =
-                    ahead + std::min(each, static_cast<std::size_t>(end - ahead));
                 tile.tile_nt_cut(parts_.at_least(0) + t * of_tile_ + (column + c) * kLanes,
                                  tiles_ * of_tile_, cut + cut_elements(w.rows, c), part, w.rows,
-                                 std::min(kPass, n - c), {ahead, stop}, sums + t * w.rows * kLanes);
-                ahead = stop;
+                                 std::min(kPass, n - c), ahead.take(), sums + t * w.rows * kLanes);
             }
         }
         for (std::size_t t = 0; t < tiles_; ++t) {

@@ -24,8 +24,7 @@ void Matmul::Typed<T>::multiply_cut(const PackedX<E, T>& x, std::span<const Bloc
         cut_and_multiply(
             x, place(number) % columns, {worker.reader.read(block), block.rows, block.cols},
             next_block<E>(blocks, next - fed_),
-            asks_for_x ? std::optional(place(next) % columns) : std::nullopt, to.t0, to.t1,
-            [&](std::size_t t) { return to.of(x, t); }, worker);
+            asks_for_x ? std::optional(place(next) % columns) : std::nullopt, to, worker);
     }
 }
 
@@ -33,9 +32,7 @@ template <class T>
 template <class E>
 void Matmul::Typed<T>::cut_and_multiply(const PackedX<E, T>& x, std::size_t column,
                                         const Numbers& w, const Next<E>& next,
-                                        std::optional<std::size_t> next_column, std::size_t t0,
-                                        std::size_t t1,
-                                        const std::function<T*(std::size_t t)>& sums_of,
+                                        std::optional<std::size_t> next_column, const TileSums& to,
                                         Worker& worker) const {
     const std::size_t part = cut_elements(w.rows, w.cols);
     E* const cut = worker.cut.at_least(detail::kCutParts * part);
@@ -46,22 +43,22 @@ void Matmul::Typed<T>::cut_and_multiply(const PackedX<E, T>& x, std::size_t colu
     const auto of_next = static_cast<std::size_t>(next.end - next.begin);
     for (std::size_t c = 0; is_cut && c < w.cols; c += strip) {
         const std::size_t n = std::min(strip, w.cols - c);
-        for (std::size_t t = t0; t < t1; ++t) {
+        for (std::size_t t = to.t0; t < to.t1; ++t) {
             const auto& kernel = *x.tile(t).kernel;
             const Next<E> part_w =
-                next.part(of_next * c / w.cols, of_next * n / w.cols, t - t0, t1 - t0);
+                next.part(of_next * c / w.cols, of_next * n / w.cols, t - to.t0, to.t1 - to.t0);
             const Next<E> next_x =
                 next_column ? Next<E>{x.at(*next_column, t, 0), x.end_of(*next_column, t)}
                             : Next<E>{};
             const Next<E> part_x = next_x.part(c * kernel.width, n * kernel.width, 0, 1);
             kernel.tile_nt_cut(x.at(column, t, c), x.part_elements(), cut + cut_elements(w.rows, c),
                                part, w.rows, n,
-                               {part_w.begin, part_w.end, part_x.begin, part_x.end}, sums_of(t));
+                               {part_w.begin, part_w.end, part_x.begin, part_x.end}, to.of(x, t));
         }
     }
-    for (std::size_t t = t0; t < t1; ++t) {
+    for (std::size_t t = to.t0; t < to.t1; ++t) {
         const std::uint32_t rows = is_cut ? x.uncut(column, t) : ~std::uint32_t{0};
-        if (rows != 0) add_uncut(x.tile(t), rows, column, w, sums_of(t), worker);
+        if (rows != 0) add_uncut(x.tile(t), rows, column, w, to.of(x, t), worker);
     }
 }
 
@@ -96,10 +93,11 @@ template void Matmul::Typed<float>::multiply_cut(const PackedX<float, float>&,
 template void Matmul::Typed<float>::multiply_cut(const PackedX<std::uint16_t, float>&,
                                                  std::span<const BlockView>, std::size_t,
                                                  std::size_t, bool, const TileSums&, Worker&) const;
-template void Matmul::Typed<float>::cut_and_multiply(
-    const PackedX<std::uint16_t, float>&, std::size_t, const Numbers&, const Next<std::uint16_t>&,
-    std::optional<std::size_t>, std::size_t, std::size_t, const std::function<float*(std::size_t)>&,
-    Worker&) const;
+template void Matmul::Typed<float>::cut_and_multiply(const PackedX<std::uint16_t, float>&,
+                                                     std::size_t, const Numbers&,
+                                                     const Next<std::uint16_t>&,
+                                                     std::optional<std::size_t>, const TileSums&,
+                                                     Worker&) const;
 template void Matmul::Typed<double>::multiply_cut(const PackedX<double, double>&,
                                                   std::span<const BlockView>, std::size_t,
                                                   std::size_t, bool, const TileSums&,

@@ -73,9 +73,11 @@ void Matmul::Typed<T>::multiply_nn_tiles(const PackedX<E, T>& x, std::span<const
             const std::size_t after = number + 1 < stop ? number + 1 : begin + columns;
             const Next<E> next = next_block<E>(blocks, after - fed_);
             if constexpr (!std::is_same_v<E, T>) {
-                cut_and_multiply(
-                    x, row, {w, block.cols, block.rows}, next, std::nullopt, t0, t1,
-                    [&](std::size_t t) { return sums_of(number % columns, t); }, worker);
+                const std::size_t column = number % columns;
+                BlockRect rect = block_rect(grid, column);
+                rect.rows = rect.cols;  // of W, exchanged
+                cut_and_multiply(x, row, {w, block.cols, block.rows}, next, std::nullopt,
+                                 TileSums{sums_of(column, t0), rect, t0, t1}, worker);
             } else {
                 for (std::size_t r = 0; r < block.rows; r += strip) {
                     const std::size_t n = std::min<std::size_t>(strip, block.rows - r);

@@ -24,46 +24,15 @@
 #include "base/parallel.hpp"
 #include "base/rounding.hpp"
 #include "dispatch/dispatch.hpp"
+#include "gemm/ahead.hpp"
 #include "gemm/matmul_impl.hpp"
+#include "gemm/matmul_sizes.hpp"
 #include "gemm/packed_x.hpp"
 #include "gemm/weights.hpp"
 #include "gemm/workers.hpp"
 #include "pydedup/gemm.hpp"
 
 namespace pydedup {
-
-namespace detail {
-
-// Rows of x in one task. At most: their sums for a panel of 64 rows are 128 KiB of f32, which stays
-// in the second-level cache beside the block. At least: fewer would read W more often for nothing.
-inline constexpr std::size_t kMaxTaskRows = 512;
-inline constexpr std::size_t kMinTaskRows = 32;
-// Bytes of x that one pass of a tile reads: half of a 32 KiB first-level cache.
-inline constexpr std::size_t kPassBytes = std::size_t{16} << 10;
-// Largest block to ask for while the one before is computed with: it has to stay in the
-// second-level cache until then.
-inline constexpr std::size_t kMaxAheadBytes = std::size_t{256} << 10;
-// Bytes of packed x that a task packs for itself; rows that it takes all the same, as W is read
-// once for each chunk; and fewer, where threads would have nothing to do otherwise.
-inline constexpr std::size_t kChunkBytes = std::size_t{256} << 10;
-inline constexpr std::size_t kMinChunkRows = 144;
-inline constexpr std::size_t kLeastChunkRows = 96;
-// Where W is cut, too: bytes of a chunk; rows that it has at least for each panel, and within what
-// bounds.
-inline constexpr std::size_t kCutChunkBytes = std::size_t{8} << 20;
-inline constexpr std::size_t kCutRowsOfPanel = 4;
-inline constexpr std::size_t kLeastCutRows = 48;
-inline constexpr std::size_t kEnoughCutRows = 192;
-// Packed x of so many bytes is in the second-level cache from one panel to the next.
-inline constexpr std::size_t kCachedBytes = std::size_t{256} << 10;
-// Sums of the panels that a task takes together: they share the second-level cache with x and the
-// blocks. Where blocks are taken together, too (AMX), it is of 2 MiB.
-inline constexpr std::size_t kSumBytes = std::size_t{256} << 10;
-inline constexpr std::size_t kSumBytesTogether = std::size_t{512} << 10;
-// Pieces per thread that a call should have, so that one late thread does not hold up the rest.
-inline constexpr std::size_t kPiecesPerThread = 4;
-
-}  // namespace detail
 
 template <class T>
 class Matmul::Typed final : public Matmul::Impl {
@@ -324,13 +293,12 @@ class Matmul::Typed final : public Matmul::Impl {
         const T* begin;
         std::size_t rows, cols;
     };
-    // Cuts them, and multiplies them with tiles [t0, t1) of x in strip `column`, while memory is
-    // asked for what is next, and for x of strip `next_column`, if there is one.
+    // Cuts them, and multiplies them with tiles of x in strip `column`, while memory is asked for
+    // what is next, and for x of strip `next_column`, if there is one.
     template <class E>
     void cut_and_multiply(const detail::PackedX<E, T>& x, std::size_t column, const Numbers& w,
                           const Next<E>& next, std::optional<std::size_t> next_column,
-                          std::size_t t0, std::size_t t1,
-                          const std::function<T*(std::size_t t)>& sums_of, Worker& worker) const;
+                          const TileSums& to, Worker& worker) const;
     // Adds what rows of a tile, one a bit, are that could not be cut, or whose block could not.
     template <class Tile>
     void add_uncut(const Tile& tile, std::uint32_t rows, std::size_t column, const Numbers& w,
@@ -464,9 +432,9 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class E>
     [[nodiscard]] static Next<E> next_block(std::span<const BlockView> blocks,
                                             std::size_t index) noexcept {
-        if (index >= blocks.size() || blocks[index].length > detail::kMaxAheadBytes) return {};
-        const auto* const begin = reinterpret_cast<const E*>(blocks[index].data);
-        return {begin, begin + blocks[index].length / sizeof(E)};
+        if (index >= blocks.size()) return {};
+        const GemmNext<E> ahead = detail::ahead_of<E>(blocks[index]);
+        return {ahead.w, ahead.w_end};
     }
 
     const GemmKernels& kernels_;

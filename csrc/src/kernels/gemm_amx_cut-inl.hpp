@@ -62,10 +62,8 @@ __mmask32 first_columns(std::size_t n) noexcept {
 
 // Whether numbers may be cut of which this is the largest magnitude.
 bool may_be_cut(__m512i most) noexcept {
-    constexpr std::uint32_t kTooLarge = (127U + 60U) << 23;
-    constexpr std::uint32_t kLeast = (127U - 90U) << 23;
     const std::uint32_t largest = _mm512_reduce_max_epu32(most);
-    return largest < kTooLarge && (largest == 0 || largest >= kLeast);
+    return largest < kTooLargeToCut && (largest == 0 || largest >= kLeastToCut);
 }
 
 bool cut_block(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
@@ -129,8 +127,8 @@ std::uint32_t pair_cut(const float* x, std::size_t cols, Bits* to, std::size_t p
     constexpr std::size_t kLanes = 2 * kSide;
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    const __m512i too_large = _mm512_set1_epi32((127 + 60) << 23);
-    const __m512i least = _mm512_set1_epi32((127 - 90) << 23);
+    const __m512i too_large = _mm512_set1_epi32(kTooLargeToCut);
+    const __m512i least = _mm512_set1_epi32(kLeastToCut);
     std::uint32_t uncut = 0;
     for (std::size_t half = 0; half < 2; ++half) {
         const float* const lanes = x + half * kSide;

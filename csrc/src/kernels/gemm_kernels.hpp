@@ -89,6 +89,12 @@ struct GemmKernelsOf {
 inline constexpr std::size_t kCutRows = 16;
 inline constexpr std::size_t kCutColumns = 32;
 
+/// Numbers are cut whose largest magnitude is zero, or within these bounds (the bits of 2^-90 and
+/// 2^60). From the upper one on an instruction's products of lower parts might be infinite with the
+/// other sign, which gives NaN; below the lower one parts are subnormal, and count as zero.
+inline constexpr std::uint32_t kLeastToCut = (127U - 90U) << 23;
+inline constexpr std::uint32_t kTooLargeToCut = (127U + 60U) << 23;
+
 /// Elements of each part of a block that is cut.
 [[nodiscard]] constexpr std::size_t cut_elements(std::size_t rows, std::size_t cols) noexcept {
     return (rows + kCutRows - 1) / kCutRows * kCutRows *
@@ -127,10 +133,8 @@ struct Bf16GemmKernels {
     /// pack_pairs of f32 numbers, each cut into three bf16 numbers that are `part` elements apart:
     /// two are what is left, rounded (half way away from zero), and the last is what is left then,
     /// truncated: nothing is lost of a number of 2^-110 or more. Up to 32 rows: a bit of the result
-    /// for each that has a number not finite or at least 2^60 (below it no instruction's products
-    /// are infinite: those of lower parts might be so with the other sign, which gives NaN), or
-    /// only numbers below 2^-90 and not zero alone; it is packed as zeros. This and the next two
-    /// are there where tile_nt_cut is.
+    /// for each that is not cut (kLeastToCut; not finite numbers are too large); it is packed as
+    /// zeros. This and the next two are there where tile_nt_cut is.
     std::uint32_t (*pack_cut)(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
                               std::uint16_t* to, std::size_t part,
                               std::size_t ld_to) noexcept = nullptr;

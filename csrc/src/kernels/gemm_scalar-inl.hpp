@@ -184,7 +184,7 @@ void cut_into(float value, std::uint16_t* to, std::size_t part) noexcept {
 }
 
 bool may_be_cut(std::uint32_t largest) noexcept {
-    return largest < bits_of(0x1p60F) && (largest == 0 || largest >= bits_of(0x1p-90F));
+    return largest < kTooLargeToCut && (largest == 0 || largest >= kLeastToCut);
 }
 
 std::uint32_t larger(std::uint32_t size, float value) noexcept {
@@ -192,18 +192,24 @@ std::uint32_t larger(std::uint32_t size, float value) noexcept {
     return size < other ? other : size;
 }
 
+// Numbers that are so far apart into pairs; zeros, if they cannot be cut. Whether they were.
+bool cut_line(const float* x, std::size_t apart, std::size_t cols, std::uint16_t* to,
+              std::size_t part, std::size_t ld_to) noexcept {
+    std::uint32_t largest = 0;
+    for (std::size_t c = 0; c < cols; ++c) largest = larger(largest, x[c * apart]);
+    const bool may = may_be_cut(largest);
+    for (std::size_t c = 0; c < cols + cols % 2; ++c) {
+        cut_into(may && c < cols ? x[c * apart] : 0.0F, to + c / 2 * ld_to + c % 2, part);
+    }
+    return may;
+}
+
 std::uint32_t pack_cut(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
                        std::uint16_t* to, std::size_t part, std::size_t ld_to) noexcept {
     std::uint32_t uncut = 0;
     for (std::size_t r = 0; r < rows; ++r) {
-        std::uint32_t largest = 0;
-        for (std::size_t c = 0; c < cols; ++c) largest = larger(largest, x[r * ldx + c]);
-        const bool may = may_be_cut(largest);
-        if (!may) uncut |= std::uint32_t{1} << r;
-        for (std::size_t c = 0; c < cols + cols % 2; ++c) {
-            const float value = may && c < cols ? x[r * ldx + c] : 0.0F;
-            cut_into(value, to + c / 2 * ld_to + 2 * r + c % 2, part);
-        }
+        const bool is_cut = cut_line(x + r * ldx, 1, cols, to + 2 * r, part, ld_to);
+        if (!is_cut) uncut |= std::uint32_t{1} << r;
     }
     return uncut;
 }
@@ -213,14 +219,8 @@ std::uint32_t pair_cut(const float* x, std::size_t cols, std::uint16_t* to,
     constexpr std::size_t kLanes = 32;
     std::uint32_t uncut = 0;
     for (std::size_t i = 0; i < kLanes; ++i) {
-        std::uint32_t largest = 0;
-        for (std::size_t c = 0; c < cols; ++c) largest = larger(largest, x[c * kLanes + i]);
-        const bool may = may_be_cut(largest);
-        if (!may) uncut |= std::uint32_t{1} << i;
-        for (std::size_t c = 0; c < cols + cols % 2; ++c) {
-            const float value = may && c < cols ? x[c * kLanes + i] : 0.0F;
-            cut_into(value, to + c / 2 * 2 * kLanes + 2 * i + c % 2, part);
-        }
+        const bool is_cut = cut_line(x + i, kLanes, cols, to + 2 * i, part, 2 * kLanes);
+        if (!is_cut) uncut |= std::uint32_t{1} << i;
     }
     return uncut;
 }
