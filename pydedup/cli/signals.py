@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -46,8 +47,9 @@ class Terminated(KeyboardInterrupt):
 def interruptible(tell: Callable[[], None]) -> Iterator[None]:
     """Have SIGTERM and SIGHUP end a command as Ctrl-C does: what it wrote beside is taken away.
 
-    None is lost, nor shown as a traceback, where it comes when Python ignores exceptions. Where a
-    first Ctrl-C is not noticed, a second one ends the process, when ``tell`` has said so.
+    None is lost, nor shown as a traceback, where it comes when Python ignores exceptions, nor is
+    what an object raises that it left half made. Where a first Ctrl-C is not noticed, a second one
+    ends the process, when ``tell`` has said so.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -59,7 +61,7 @@ def interruptible(tell: Callable[[], None]) -> Iterator[None]:
         if isinstance(told.exc_value, KeyboardInterrupt):
             number = getattr(told.exc_value, "number", signal.SIGINT)
             _thread.start_new_thread(_strike_again, (number,))
-        else:
+        elif not came:
             before(told)
 
     # Not where it is ignored, as `nohup` has it.
@@ -76,11 +78,12 @@ def interruptible(tell: Callable[[], None]) -> Iterator[None]:
     try:
         # Not where the shell has Ctrl-C ignored, as of what runs in the background.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            with _Impatience(tell):
+            with _Impatience(tell, came):
                 yield
         else:
             yield
     except KeyboardInterrupt as error:
+        _let_go(error)
         # Ray's core has one of its own for all that a signal raises.
         if came and not isinstance(error, Terminated):
             raise Terminated(came[-1]) from error
@@ -89,6 +92,13 @@ def interruptible(tell: Callable[[], None]) -> Iterator[None]:
         sys.unraisablehook = before
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the interrupted calls held, while what its ``__del__`` raises is not shown."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _strike_again(number: int) -> None:
@@ -104,11 +114,12 @@ class _Impatience:
     """Ends the process at the second Ctrl-C, while the main thread has not noticed the first.
 
     A signal writes its number to a pipe, whatever the main thread does; another thread reads it.
+    What the main thread has noticed goes to ``came``.
     """
 
-    def __init__(self, tell: Callable[[], None]) -> None:
+    def __init__(self, tell: Callable[[], None], came: list[int]) -> None:
         self._tell = tell
-        self._noticed = 0
+        self._came = came
         self._handler = self._notice  # the same object whenever it is asked for
         self._ended = threading.Event()
 
@@ -129,7 +140,7 @@ class _Impatience:
         os.close(self._numbers)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._noticed += 1
+        self._came.append(number)
         signal.default_int_handler(number, frame)
 
     def _watch(self) -> None:
@@ -137,14 +148,14 @@ class _Impatience:
         while self._struck() and not self._ended.wait(_PATIENCE_SECONDS):
             # A server that is stopped by Ctrl-C sees to it itself meanwhile.
             is_ours = signal.getsignal(signal.SIGINT) is self._handler
-            if is_ours and self._noticed == noticed:
+            if is_ours and len(self._came) == noticed:
                 warn(_WAITING)
-                if self._struck() and self._noticed == noticed:
+                if self._struck() and len(self._came) == noticed:
                     if sys.stderr is not None and sys.stderr.isatty():
                         sys.stderr.write(_NO_BAR)
                     self._tell()
                     os._exit(Exit.INTERRUPTED)
-            noticed = self._noticed
+            noticed = len(self._came)
 
     def _struck(self) -> bool:
         """Wait for Ctrl-C; False when the command has ended."""

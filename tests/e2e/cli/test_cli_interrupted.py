@@ -155,6 +155,37 @@ sys.exit(main(["kernels"]))
     assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_what_an_object_raises_that_was_left_half_made_is_not_shown(name: str, status: int) -> None:
+    """As the archive of an `export` was: "Exception ignored in: <function ZipFile.__del__"."""
+    code = f"""
+import os, signal, sys, time
+from pydedup.cli import app, main
+
+class Archive:
+    def __init__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(60)
+        self.file = None
+
+    def __del__(self):
+        if self.file is None:
+            print("never")
+
+def work(**_):
+    Archive()
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have it ignored
+app.looking.kernels.callback = work
+sys.exit(main(["kernels"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=50
+    )
+    said = "pydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
 def test_what_raises_its_own_interrupt_for_a_signal_ends_as_the_signal_has_it() -> None:
     """As Ray's core does: after SIGTERM the status was that of Ctrl-C."""
     code = """
