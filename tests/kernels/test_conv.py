@@ -85,7 +85,12 @@ def check_layers(dtype: DType, seed: int) -> None:
         (3, 9, (7, 5), (23, 21), (2, 2), 3, 1),
         (6, 12, (3, 2), (8, 8), (3, 1), 2, 3),
         (8, 8, (3, 3), (6, 11), (1, 2), 1, 8),
-        (130, 3, (3, 3), (4, 4), (1, 1), 1, 1),
+        (130, 5, (3, 3), (4, 4), (1, 1), 1, 1),
+        # Few channels in a group: outputs that are one piece, rows of them, parts of a row.
+        (7, 7, (7, 7), (7, 6), (1, 1), 3, 7),
+        (6, 12, (5, 3), (60, 90), (1, 1), 2, 6),
+        (6, 2, (5, 3), (9, 9), (1, 3), (0, 4, 2, 1), 2),
+        (2, 2, (3, 4), (5, 19_000), (1, 2), (1, 3, 0, 2), 2),
     ):
         w = rng.standard_normal((out, channels // groups, *kernel)).astype(dtype.numpy)
         x = rng.standard_normal((2, channels, *size)).astype(compute)
@@ -159,7 +164,7 @@ few = st.integers(1, 3)
     batch=st.integers(0, 3),
     groups=st.integers(1, 4),
     group_in=st.integers(1, 6),
-    group_out=st.integers(1, 9),
+    group_out=st.integers(1, 12),
     size=st.tuples(st.integers(1, 12), st.integers(1, 50)),
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     stride=st.tuples(few, few),

@@ -18,6 +18,8 @@
 #include "dispatch/tile_registers.hpp"
 #include "gemm/activation.hpp"
 #include "gemm/ahead.hpp"
+#include "gemm/conv_direct.hpp"
+#include "gemm/conv_impl.hpp"
 #include "gemm/cut_image.hpp"
 #include "gemm/image_tiles.hpp"
 #include "gemm/useful_threads.hpp"
@@ -32,8 +34,8 @@ using detail::ahead_of;
 using detail::AheadShares;
 using detail::ceil_div;
 using detail::ImageTiles;
+using detail::LastBlockReader;
 using detail::Scratch;
-using detail::WeightReader;
 
 // Gathered image per thread: with a block and its sums it stays in a second-level cache that two
 // threads share.
@@ -56,32 +58,18 @@ constexpr double kReadCost = 0.3;
 
 }  // namespace
 
-class Conv2d::Impl {
-  public:
-    explicit Impl(const Problem& problem) : p_(problem) {}
-    virtual ~Impl() = default;
-
-    void feed(std::span<const BlockView> blocks) {
-        if (blocks.size() > p_.grid.count() - fed_) {
-            throw Error(ErrorCode::invalid_argument, std::to_string(fed_ + blocks.size()) +
-                                                         " blocks were fed to a matrix of " +
-                                                         std::to_string(p_.grid.count()));
-        }
-        for (std::size_t i = 0; i < blocks.size(); ++i) {
-            detail::check_block(blocks[i], p_.grid, p_.weights, fed_ + i);
-        }
-        if (!blocks.empty() && p_.shape.batch != 0) convolve(blocks);
-        fed_ += blocks.size();
+void Conv2d::Impl::feed(std::span<const BlockView> blocks) {
+    if (blocks.size() > p_.grid.count() - fed_) {
+        throw Error(ErrorCode::invalid_argument, std::to_string(fed_ + blocks.size()) +
+                                                     " blocks were fed to a matrix of " +
+                                                     std::to_string(p_.grid.count()));
     }
-
-    [[nodiscard]] std::size_t fed() const noexcept { return fed_; }
-
-  protected:
-    virtual void convolve(std::span<const BlockView> blocks) = 0;
-
-    const Problem p_;
-    std::size_t fed_ = 0;
-};
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+        detail::check_block(blocks[i], p_.grid, p_.weights, fed_ + i);
+    }
+    if (!blocks.empty() && p_.shape.batch != 0) convolve(blocks);
+    fed_ += blocks.size();
+}
 
 template <class T>
 class Conv2d::Typed final : public Conv2d::Impl {
@@ -110,8 +98,8 @@ class Conv2d::Typed final : public Conv2d::Impl {
         const std::size_t chunks = ceil_div(tiles_, chunk);
         const std::size_t per_cut = ceil_div(panels, cuts);
         workers_.each(
-            chunks * cuts, threads, [&] { return Worker{WeightReader<T>(kernels_)}; },
-            [](Worker& worker) { worker.read = nullptr; },  // its page may be gone
+            chunks * cuts, threads, [&] { return Worker{LastBlockReader<T>(kernels_)}; },
+            [](Worker& worker) { worker.blocks.forget(); },
             [&](std::size_t i, Worker& worker) {
                 const std::size_t panel0 = first + i % cuts * per_cut;
                 const std::size_t panel1 = std::min(panel0 + per_cut, first + panels);
@@ -133,14 +121,12 @@ class Conv2d::Typed final : public Conv2d::Impl {
         Range columns{0, 0};
     };
     struct Worker {
-        WeightReader<T> reader;
+        LastBlockReader<T> blocks;
         detail::PositionRuns positions{};
         Scratch<T> image{};
         Scratch<T> sums{};
         detail::CutImage parts{};
         Gathered gathered{};
-        const std::byte* read = nullptr;  // the block that was read last,
-        const T* numbers = nullptr;       // and what it is as numbers
         Range kept{0, 0};  // rows whose sums stay in scratch from strip to strip, if any
     };
     struct Cut {
@@ -303,7 +289,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
             const std::size_t col0 = column * grid.block_cols;
             const std::size_t number = row0 / grid.block_rows * grid.grid_cols() + column - fed_;
             const BlockView& block = blocks[number];
-            const T* const w = read(block, worker) + (rows.begin - row0) * block.cols;
+            const T* const w = worker.blocks.read(block) + (rows.begin - row0) * block.cols;
             const std::size_t stop = std::min(part.end, col0 + block.cols);
             const bool has_next = stop < part.end;
             if constexpr (sizeof(T) == 4) {
@@ -335,16 +321,6 @@ class Conv2d::Typed final : public Conv2d::Impl {
         }
     }
 
-    // The block as numbers; one that several groups of rows use is decoded once.
-    [[nodiscard]] const T* read(const BlockView& block, Worker& worker) const {
-        if (worker.read != block.data) {
-            worker.read = nullptr;  // should reading fail
-            worker.numbers = worker.reader.read(block);
-            worker.read = block.data;
-        }
-        return worker.numbers;
-    }
-
     // Calls use(lane, count, first element of y) for each image that tile t has positions of.
     template <class Use>
     void each_image(std::size_t t, const Use& use) const {
@@ -361,7 +337,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
     void load_sums(std::size_t t, Range rows, T* sums) const {
         each_image(t, [&](std::size_t lane, std::size_t n, const T* y) {
             for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                detail::copy_lanes(y + r * plane_, n, sums + (r - rows.begin) * tile_.width + lane);
+                detail::copy_row(y + r * plane_, n, sums + (r - rows.begin) * tile_.width + lane);
             }
         });
         // Lanes without a position hold what nobody reads, but must hold something.
@@ -383,7 +359,7 @@ class Conv2d::Typed final : public Conv2d::Impl {
         }
         each_image(t, [&](std::size_t lane, std::size_t n, T* y) {
             for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                detail::copy_lanes(sums + (r - rows.begin) * tile_.width + lane, n, y + r * plane_);
+                detail::copy_row(sums + (r - rows.begin) * tile_.width + lane, n, y + r * plane_);
             }
         });
     }
@@ -410,11 +386,14 @@ Conv2d::Conv2d(const Problem& problem) {
                         std::to_string(problem.grid.cols) + " where the shape needs " +
                         std::to_string(s.out_channels) + " x " + std::to_string(cols));
     }
-    if (compute_dtype(problem.weights) == Dtype::f64) {
-        impl_ = std::make_unique<Typed<double>>(problem);
-    } else {
-        impl_ = std::make_unique<Typed<float>>(problem);
-    }
+    const auto make = [&]<class T>() -> std::unique_ptr<Impl> {
+        if (auto layout = Direct<T>::layout_of(s)) {
+            return std::make_unique<Direct<T>>(problem, *std::move(layout));
+        }
+        return std::make_unique<Typed<T>>(problem);
+    };
+    const bool is_double = compute_dtype(problem.weights) == Dtype::f64;
+    impl_ = is_double ? make.template operator()<double>() : make.template operator()<float>();
 }
 
 Conv2d::~Conv2d() = default;

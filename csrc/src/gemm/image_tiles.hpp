@@ -7,23 +7,14 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
 #include <vector>
 
 #include "base/rounding.hpp"
+#include "gemm/copy_row.hpp"
 #include "kernels/rows_kernels.hpp"
 #include "pydedup/conv.hpp"
 
 namespace pydedup::detail {
-
-/// Up to a tile's width of neighbours: cheaper than a call of memcpy.
-template <class T>
-void copy_lanes(const T* from, std::size_t count, T* to) noexcept {
-    constexpr std::size_t kStep = 16 / sizeof(T);
-    std::size_t i = 0;
-    for (; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, 16);
-    for (; i < count; ++i) to[i] = from[i];
-}
 
 /// What one thread remembers of the positions that it gathers: neighbours in one row of an image
 /// and in one tile are a run, and are gathered together.
@@ -176,7 +167,7 @@ class ImageTiles {
                 kernels_.pick_f64(from, shape_.stride_w, count, middle);
             }
         } else {
-            copy_lanes(from, count, middle);
+            copy_row(from, count, middle);
         }
         for (std::size_t i = run.end; i < run.count; ++i) lanes[i] = T{0};
     }

@@ -85,4 +85,29 @@ class WeightReader {
     Scratch<T> wide_;
 };
 
+/// Blocks as T, the last of which is not decoded again.
+template <class T>
+class LastBlockReader {
+  public:
+    explicit LastBlockReader(const GemmKernels& kernels) : reader_(kernels) {}
+
+    /// As WeightReader::read.
+    [[nodiscard]] const T* read(const BlockView& block) {
+        if (last_ != block.data) {
+            last_ = nullptr;  // should reading fail
+            numbers_ = reader_.read(block);
+            last_ = block.data;
+        }
+        return numbers_;
+    }
+
+    /// For when its page may be gone.
+    void forget() noexcept { last_ = nullptr; }
+
+  private:
+    WeightReader<T> reader_;
+    const std::byte* last_ = nullptr;
+    const T* numbers_ = nullptr;
+};
+
 }  // namespace pydedup::detail

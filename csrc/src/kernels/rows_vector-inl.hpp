@@ -56,8 +56,13 @@ void sum_rows_all(const typename Weight::Elem* const* from, std::size_t n,
     for (; c + kVectors * V::kLanes <= count; c += kVectors * V::kLanes) {
         sum_rows_fixed<V, Weight, kVectors, false, Scaled>(from, n, scale, c, V::kLanes, sum + c);
     }
-    for (; c + V::kLanes <= count; c += V::kLanes) {
+    if (c + 2 * V::kLanes <= count) {
+        sum_rows_fixed<V, Weight, 2, false, Scaled>(from, n, scale, c, V::kLanes, sum + c);
+        c += 2 * V::kLanes;
+    }
+    if (c + V::kLanes <= count) {
         sum_rows_fixed<V, Weight, 1, false, Scaled>(from, n, scale, c, V::kLanes, sum + c);
+        c += V::kLanes;
     }
     if (c < count) {
         sum_rows_fixed<V, Weight, 1, true, Scaled>(from, n, scale, c, count - c, sum + c);

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemm/conv_direct.hpp"
+
+#include <span>
+#include <utility>
+
+#include "base/rounding.hpp"
+#include "dispatch/dispatch.hpp"
+#include "gemm/activation.hpp"
+#include "gemm/copy_row.hpp"
+#include "gemm/useful_threads.hpp"
+
+namespace pydedup {
+namespace {
+
+// Windows and sums of one row of W stay in a first-level cache of 32 KiB; at most they take a part
+// of a second-level cache.
+constexpr std::size_t kWindowBytes = std::size_t{16} << 10;
+constexpr std::size_t kMostWindowBytes = std::size_t{128} << 10;
+// Fewer outputs in a row would leave vectors idle.
+constexpr std::size_t kLeastColumns = 64;
+// Rows of W in a group, up to which the image is not unfolded for them (measured: with 8, either
+// way takes as long).
+constexpr std::size_t kMostGroupRows = 4;
+// Weights for which sums stay in registers; the kernel asks memory for what comes after so many.
+constexpr std::size_t kWeightsAtOnce = 16;
+constexpr std::size_t kPiecesPerThread = 4;
+
+template <class T>
+[[nodiscard]] RowsKernels::Sum<T, T> sum_kernel(const RowsKernels& kernels) noexcept {
+    if constexpr (sizeof(T) == 4) {
+        return kernels.sum_f32;
+    } else {
+        return kernels.sum_f64;
+    }
+}
+
+template <class T>
+void pick(const RowsKernels& kernels, const T* from, std::size_t stride, std::size_t count,
+          T* to) noexcept {
+    constexpr std::size_t kFew = 16;  // cheaper than a call
+    if (stride == 1) {
+        detail::copy_row(from, count, to);
+    } else if (count <= kFew) {
+        for (std::size_t i = 0; i < count; ++i) to[i] = from[i * stride];
+    } else if constexpr (sizeof(T) == 4) {
+        kernels.pick_f32(from, stride, count, to);
+    } else {
+        kernels.pick_f64(from, stride, count, to);
+    }
+}
+
+}  // namespace
+
+namespace detail {
+
+std::vector<std::size_t> WindowAxis::places() const {
+    std::vector<std::size_t> found;
+    for (std::size_t k = 0; k < kernel && found.size() < stride; ++k) {
+        const std::size_t place = k * dilation % stride;
+        if (std::ranges::find(found, place) == found.end()) found.push_back(place);
+    }
+    return found;
+}
+
+std::optional<WindowLayout> WindowLayout::of(const ConvShape& s, std::size_t element_bytes) {
+    const WindowAxis down{s.height, s.pad_top, s.kernel_h, s.stride_h, s.dilation_h, s.out_h()};
+    const WindowAxis across{s.width, s.pad_left, s.kernel_w, s.stride_w, s.dilation_w, s.out_w()};
+    const std::size_t most = kMostWindowBytes / element_bytes;
+    // Each is compared before they are multiplied, so that no product overflows.
+    if (std::max({down.kernel, across.kernel, down.reach(), across.reach()}) >= most) return {};
+    const std::size_t planes =
+        std::min(down.stride, down.kernel) * std::min(across.stride, across.kernel);
+    const std::size_t rows_of_one = planes * (down.reach() + 1);
+    if (planes >= most || rows_of_one >= most) return {};
+    const std::size_t widest = most / rows_of_one;
+    if (widest < across.reach() + std::min(kLeastColumns, across.out)) return {};
+    const std::size_t cols = std::min(widest - across.reach(), across.out);
+    const std::size_t fitting = kWindowBytes / element_bytes / (planes * (cols + across.reach()));
+    const std::size_t rows =
+        fitting > down.reach() ? std::min(fitting - down.reach(), down.out) : 1;
+    return WindowLayout(down, across, rows, cols);
+}
+
+WindowLayout::WindowLayout(const WindowAxis& down, const WindowAxis& across, std::size_t rows,
+                           std::size_t cols)
+    : down_(down),
+      across_(across),
+      down_places_(down.places()),
+      across_places_(across.places()),
+      rows_(rows),
+      cols_(cols),
+      pitch_(cols + across.reach()),
+      plane_((rows + down.reach()) * pitch_) {
+    const auto place_of = [](const std::vector<std::size_t>& places, std::size_t at) {
+        return static_cast<std::size_t>(std::ranges::find(places, at) - places.begin());
+    };
+    offsets_.reserve(down.kernel * across.kernel);
+    for (std::size_t i = 0; i < down.kernel; ++i) {
+        const std::size_t row = i * down.dilation;
+        const std::size_t planes =
+            place_of(down_places_, row % down.stride) * across_places_.size();
+        for (std::size_t j = 0; j < across.kernel; ++j) {
+            const std::size_t col = j * across.dilation;
+            const std::size_t plane = planes + place_of(across_places_, col % across.stride);
+            offsets_.push_back(plane * plane_ + row / down.stride * pitch_ + col / across.stride);
+        }
+    }
+}
+
+void WindowLayout::find_runs(std::size_t row0, std::size_t col0, std::size_t rows,
+                             std::vector<Run>& runs) const {
+    runs.clear();
+    std::size_t plane = 0;
+    for (const std::size_t down : down_places_) {
+        for (const std::size_t across : across_places_) {
+            // Columns [begin, end) of windows are of the image.
+            const std::size_t left = col0 * across_.stride + across;
+            const std::size_t right = across_.before + across_.size;
+            const std::size_t begin =
+                left >= across_.before ? 0 : ceil_div(across_.before - left, across_.stride);
+            const std::size_t end =
+                left >= right ? 0 : std::min(ceil_div(right - left, across_.stride), pitch_);
+            for (std::size_t i = 0; i < rows + down_.reach() && begin < end; ++i) {
+                const std::size_t row = (row0 + i) * down_.stride + down;
+                if (row < down_.before || row >= down_.before + down_.size) continue;
+                const std::size_t col = left + begin * across_.stride - across_.before;
+                runs.push_back({(row - down_.before) * across_.size + col,
+                                plane + i * pitch_ + begin, end - begin});
+            }
+            plane += plane_;
+        }
+    }
+}
+
+template <class T>
+Windows<T>::Windows(const WindowLayout& layout)
+    : layout_(layout), elements_(layout.elements() + kBeyond) {
+    seen_.reserve(layout.offsets().size());
+    for (const std::size_t offset : layout.offsets()) seen_.push_back(elements_.data() + offset);
+}
+
+template <class T>
+void Windows<T>::fill(const T* x, std::size_t row0, std::size_t col0, std::size_t rows,
+                      const RowsKernels& kernels) {
+    if (runs_.empty() || row0 != row0_ || col0 != col0_) {
+        std::fill_n(elements_.data(), layout_.elements() + kBeyond, T{0});
+        layout_.find_runs(row0, col0, rows, runs_);
+        row0_ = row0;
+        col0_ = col0;
+    }
+    for (const WindowLayout::Run& run : runs_) {
+        pick(kernels, x + run.from, layout_.stride(), run.count, elements_.data() + run.to);
+    }
+}
+
+template class Windows<float>;
+template class Windows<double>;
+
+}  // namespace detail
+
+template <class T>
+std::optional<detail::WindowLayout> Conv2d::Direct<T>::layout_of(const ConvShape& s) {
+    if (s.out_channels / s.groups > kMostGroupRows) return {};
+    return detail::WindowLayout::of(s, sizeof(T));
+}
+
+template <class T>
+Conv2d::Direct<T>::Direct(const Problem& problem, detail::WindowLayout layout)
+    : Impl(problem), layout_(std::move(layout)) {}
+
+template <class T>
+void Conv2d::Direct<T>::convolve(std::span<const BlockView> blocks) {
+    const BlockGrid& grid = p_.grid;
+    const std::size_t first = fed_ / grid.grid_cols();
+    const std::size_t panels = (fed_ + blocks.size() - 1) / grid.grid_cols() - first + 1;
+    std::size_t weights = 0;
+    for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
+    const std::size_t positions = p_.shape.batch * p_.shape.out_h() * p_.shape.out_w();
+    const unsigned threads = detail::useful_threads(
+        p_.threads, static_cast<double>(weights) * static_cast<double>(positions));
+    const std::size_t images = panels * p_.shape.batch;
+    const std::size_t wanted =
+        threads == 1 ? 1 : detail::ceil_div(kPiecesPerThread * threads, images);
+    const std::size_t rows = detail::ceil_div(grid.block_rows, wanted);
+    const std::size_t cuts = detail::ceil_div(grid.block_rows, rows);
+    workers_.each(
+        images * cuts, threads,
+        [&] {
+            return Worker{detail::LastBlockReader<T>(kernels().gemm), detail::Windows<T>(layout_)};
+        },
+        [](Worker& worker) { worker.blocks.forget(); },
+        [&](std::size_t i, Worker& worker) {
+            const std::size_t panel = first + i / (p_.shape.batch * cuts);
+            const std::size_t begin = panel * grid.block_rows + i % cuts * rows;
+            const std::size_t end =
+                std::min({begin + rows, (panel + 1) * grid.block_rows, std::size_t{grid.rows}});
+            run(blocks, {panel, i / cuts % p_.shape.batch, begin, end}, worker);
+        });
+}
+
+template <class T>
+void Conv2d::Direct<T>::run(std::span<const BlockView> blocks, const Task& task,
+                            Worker& worker) const {
+    const std::size_t columns = p_.grid.grid_cols();
+    const std::size_t group_rows = p_.shape.out_channels / p_.shape.groups;
+    const std::size_t begin = std::max(fed_, task.panel * columns);
+    const std::size_t end = std::min(fed_ + blocks.size(), (task.panel + 1) * columns);
+    for (std::size_t number = begin; number < end; ++number) {
+        const BlockView& block = blocks[number - fed_];
+        const BlockRect rect = block_rect(p_.grid, number);
+        const Numbers w{worker.blocks.read(block), rect.cols, rect.row0, rect.col0,
+                        rect.col0 + rect.cols};
+        for (std::size_t row = task.begin; row < task.end;) {
+            const std::size_t stop = std::min((row / group_rows + 1) * group_rows, task.end);
+            add_block(w, task.image, row, stop, worker);
+            row = stop;
+        }
+    }
+}
+
+template <class T>
+void Conv2d::Direct<T>::add_block(const Numbers& w, std::size_t image, std::size_t begin,
+                                  std::size_t end, Worker& worker) const {
+    const ConvShape& s = p_.shape;
+    const std::size_t filter = s.kernel_h * s.kernel_w;
+    const std::size_t group_channels = s.channels / s.groups;
+    const std::size_t first = begin / (s.out_channels / s.groups) * group_channels;
+    const T* const x = reinterpret_cast<const T*>(p_.x) + image * s.channels * s.height * s.width;
+    const std::size_t of_row = sums_of_row();
+    T* const sums = worker.sums.at_least((end - begin) * of_row);
+    const std::size_t out_h = s.out_h();
+    const std::size_t out_w = s.out_w();
+    for (std::size_t row0 = 0; row0 < out_h; row0 += layout_.rows()) {
+        for (std::size_t col0 = 0; col0 < out_w; col0 += layout_.cols()) {
+            const Part part{row0, col0, std::min(layout_.rows(), out_h - row0),
+                            std::min(layout_.cols(), out_w - col0)};
+            if (w.col0 == 0) std::fill_n(sums, (end - begin) * of_row, T{0});
+            for (std::size_t row = begin; row < end && w.col0 != 0; ++row) {
+                load(y_of(image, row, part), part, sums + (row - begin) * of_row);
+            }
+            for (std::size_t c = w.col0 / filter; c * filter < w.col1; ++c) {
+                worker.windows.fill(x + (first + c) * s.height * s.width, row0, col0, part.rows,
+                                    kernels().rows);
+                add_channel(w, c, begin, end, part, worker);
+            }
+            for (std::size_t row = begin; row < end; ++row) {
+                T* const y = y_of(image, row, part);
+                store(sums + (row - begin) * of_row, part, y);
+                if (w.col1 == p_.grid.cols) finish(row, part, y);
+            }
+        }
+    }
+}
+
+template <class T>
+void Conv2d::Direct<T>::add_channel(const Numbers& w, std::size_t channel, std::size_t begin,
+                                    std::size_t end, const Part& part, Worker& worker) const {
+    const std::size_t filter = layout_.offsets().size();
+    const std::size_t column = channel * filter;
+    const std::size_t from = std::max(w.col0, column) - column;
+    const std::size_t to = std::min(w.col1, column + filter) - column;
+    const std::size_t count = detail::round_up((part.rows - 1) * layout_.pitch() + part.cols,
+                                               detail::Windows<T>::kBeyond);
+    T* sums = worker.sums.at_least(0);
+    for (std::size_t row = begin; row < end; ++row, sums += sums_of_row()) {
+        const T* const line = w.begin + (row - w.row0) * w.ld;
+        for (std::size_t k = from; k < to; k += kWeightsAtOnce) {
+            sum_kernel<T>(kernels().rows)(worker.windows.seen() + k,
+                                          std::min(kWeightsAtOnce, to - k),
+                                          line + (column + k - w.col0), count, sums);
+        }
+    }
+}
+
+template <class T>
+T* Conv2d::Direct<T>::y_of(std::size_t image, std::size_t channel,
+                           const Part& part) const noexcept {
+    const ConvShape& s = p_.shape;
+    const std::size_t row = (image * s.out_channels + channel) * s.out_h() + part.row0;
+    return reinterpret_cast<T*>(p_.y) + row * s.out_w() + part.col0;
+}
+
+template <class T>
+void Conv2d::Direct<T>::load(const T* y, const Part& part, T* sums) const noexcept {
+    for (std::size_t i = 0; i < part.rows; ++i) {
+        detail::copy_row(y + i * p_.shape.out_w(), part.cols, sums + i * layout_.pitch());
+    }
+}
+
+template <class T>
+void Conv2d::Direct<T>::store(const T* sums, const Part& part, T* y) const noexcept {
+    for (std::size_t i = 0; i < part.rows; ++i) {
+        detail::copy_row(sums + i * layout_.pitch(), part.cols, y + i * p_.shape.out_w());
+    }
+}
+
+template <class T>
+void Conv2d::Direct<T>::finish(std::size_t channel, const Part& part, T* y) const noexcept {
+    const bool is_whole = part.cols == p_.shape.out_w();
+    const std::size_t lines = is_whole ? 1 : part.rows;
+    const std::size_t count = is_whole ? part.rows * part.cols : part.cols;
+    const T* const bias = reinterpret_cast<const T*>(p_.bias);
+    for (std::size_t i = 0; i < lines; ++i, y += p_.shape.out_w()) {
+        for (std::size_t j = 0; bias != nullptr && j < count; ++j) y[j] += bias[channel];
+        detail::finish_row<T>(y, count, nullptr, p_.activation);
+    }
+}
+
+template class Conv2d::Direct<float>;
+template class Conv2d::Direct<double>;
+
+}  // namespace pydedup
