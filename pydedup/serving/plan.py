@@ -19,9 +19,18 @@ from numpy.typing import NDArray
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
 from pydedup.operations import axes_of, flattened_from
-from pydedup.types import TensorInfo
+from pydedup.types import DType, TensorInfo
 
-__all__ = ["Bags", "Plan", "Shape", "is_planned_by_shapes", "plan_run", "shape_after", "widening"]
+__all__ = [
+    "Bags",
+    "Plan",
+    "Shape",
+    "bytes_of_factor",
+    "is_planned_by_shapes",
+    "plan_run",
+    "shape_after",
+    "widening",
+]
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -186,6 +195,15 @@ def _scratch(node: Node, x: Shape, shape: Shape, width: int) -> int:
         copies = 1 if node.attr("padding_idx") is None else 2
         return copies * math.prod(x) * _PER_ID + shape[0] * _PER_BAG
     return _SCRATCH.get(node.op, 0) * math.prod(shape) * width
+
+
+def bytes_of_factor(x: NDArray[Any], weights: DType, *, transpose: bool) -> int:
+    """Return the most bytes that a product takes beside x and its result: x as kernels want it."""
+    if x.itemsize == 2 and weights is DType.BF16 and not transpose:
+        return x.size * 4  # as it is, or widened and a part of it packed
+    width = compute_dtype(weights).itemsize
+    widened = 0 if x.itemsize == width else width
+    return x.size * (widened + max(width, _PER_FACTOR))
 
 
 def is_planned_by_shapes(graph: Graph) -> bool:

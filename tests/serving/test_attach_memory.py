@@ -155,6 +155,15 @@ class Products(Wide):  # 3 times 60 MiB: what goes in, what comes out, and a cop
     def forward(self, x):
         return self.layers[1](self.layers[0](x.repeat(60, 1))).sum(0) + self.run(x).sum(0)
 
+class Halves(Wide):  # 24 MiB of bf16: 48 as float32, 72 in three parts, and 48 that come out
+    def __init__(self):
+        super().__init__()
+        self.to(torch.bfloat16)
+
+    def forward(self, x):
+        y, first = self.run(x.bfloat16()).sum(0), self.layers[0]  # all weights are here
+        return y + torch.addmm(first.bias, x.bfloat16().repeat(48, 1), first.weight).sum(0)
+
 class Rows(Wide):  # 160 MiB of rows
     def __init__(self):
         super().__init__()
@@ -210,6 +219,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param("Operators", marks=pytest.mark.long),
         "Products",
+        "Halves",
         pytest.param("Rows", marks=pytest.mark.long),
     ],
 )

@@ -26,6 +26,7 @@ from pydedup.matmul import compute_dtype
 from pydedup.serving.attached.activations import made, needed
 from pydedup.serving.attached.parameter import StoredParameter, handles
 from pydedup.serving.attached.weights import Rows
+from pydedup.serving.plan import bytes_of_factor
 from pydedup.serving.tensor import StoredTensor
 from pydedup.types import DType
 
@@ -173,14 +174,14 @@ def _product(
         return NotImplemented
     x = _cast(x, weight)
     given = as_floats(x, weight, keeps_bf16=True)
-    x_bytes = given.size * max(given.itemsize, 4)
     transpose = weight.transposed is not transpose
+    copies = bytes_of_factor(given, stored.dtype, transpose=transpose)
+    width = compute_dtype(stored.dtype).itemsize
     if weight.rows is None and not weight.entries:
         outer, inner = stored.shape[::-1] if transpose else stored.shape
-        # Kernels keep a copy of x beside the result.
-        needed(x_bytes + x_bytes // max(inner, 1) * outer)
+        needed(copies + given.size // max(inner, 1) * outer * width)
         weights = weight.attachment.weights()
-        as_bf16 = x.dtype is torch.bfloat16 and compute_dtype(stored.dtype) == np.float32
+        as_bf16 = x.dtype is torch.bfloat16 and width == 4
         if bias is None:
             y = weights.matmul(weight.number, given, None, transpose=transpose, as_bf16=as_bf16)
         elif _is_beside(bias, weight) and _shape(bias) == (outer,):
@@ -202,11 +203,11 @@ def _product(
     if given.shape[-1:] != (inner,) or (offset is not None and offset.size not in (1, outer)):
         return NotImplemented  # torch says what is wrong
     if transpose:
-        needed(2 * x_bytes + x_bytes // max(inner, 1) * outer)
+        needed(copies + (given.size + given.size // max(inner, 1) * outer) * width)
         y = _times_rows(given, weight, rows)
     else:
         part, before = weight.attachment.weights().part(weight.number, rows)
-        needed(x_bytes + x_bytes // max(inner, 1) * part.shape[0])
+        needed(copies + given.size // max(inner, 1) * part.shape[0] * width)
         y = np.ascontiguousarray(part.matmul(given)[..., before : before + outer])
     if offset is not None:
         y += offset
