@@ -156,6 +156,45 @@ def test_every_kernel_takes_numbers_of_any_size(kernel: str) -> None:
     assert run_with_kernel(kernel, code) == "all hold\n"
 
 
+def check_halves() -> None:
+    """Images of bf16 numbers by weights that are, which AMX takes as they are, and others."""
+    rng = np.random.default_rng(4)
+    half = ml_dtypes.bfloat16
+    for channels, out, kernel, size, block, groups in (
+        (7, 64, 3, (9, 40), (32, 32), 1),
+        (24, 70, 3, (12, 13), (64, 64), 1),
+        (300, 33, 1, (7, 9), (64, 64), 1),
+        (96, 40, 2, (6, 7), (32, 16), 2),
+        (3, 40, 3, (30, 9), (40, 27), 1),
+        (5, 9, 3, (8, 8), (64, 64), 1),
+    ):
+        w = rng.standard_normal((out, channels // groups, kernel, kernel)).astype(half)
+        x = rng.standard_normal((3, channels, *size)).astype(half).astype(np.float32)
+        how: dict[str, Any] = {"kernel": (kernel, kernel), "padding": kernel // 2, "groups": groups}
+        bound = ((1, 1), (kernel // 2,) * 4, (1, 1), groups)
+        for planes in (False, True):
+            block_map, pool = stored(w, block, planes=planes)
+            y = conv.conv2d(block_map, pool, x, threads=1, **how)
+            assert_close(y, x, w, *bound)
+            for threads in (2, 3):
+                again = conv.conv2d(block_map, pool, x, threads=threads, **how)
+                np.testing.assert_array_equal(y, again)
+        dirty = x.copy()
+        dirty[1, 0, 2, 3] = np.inf
+        got = conv.conv2d(block_map, pool, dirty, **how)
+        np.testing.assert_array_equal(y[[0, 2]], got[[0, 2]])
+        assert np.isinf(got[1]).any(axis=0).sum() == kernel * kernel
+        for other in (1.001, 2.0**-130):  # no bf16 number; one that is subnormal
+            x[2, 0, 0, 0] = other
+            assert_close(conv.conv2d(block_map, pool, x, **how), x, w, *bound)
+
+
+@pytest.mark.parametrize("kernel", RUNNABLE)
+def test_every_kernel_takes_bf16_numbers(kernel: str) -> None:
+    code = f"import runpy; runpy.run_path({__file__!r})['check_halves'](); print('all hold')"
+    assert run_with_kernel(kernel, code) == "all hold\n"
+
+
 few = st.integers(1, 3)
 
 

@@ -44,8 +44,9 @@ void check_shape(const ConvShape& shape);
 /// Scratch per thread: at most 256 KiB of gathered image, one and a half times as much where it is
 /// cut (AMX), 256 KiB of sums, and one block as numbers when it is not stored as such. Every
 /// element of y is summed by one thread in the order of W's columns: the result depends on neither
-/// the number of threads nor how the blocks were dealt out to feed(). A product of a padding zero
-/// is computed: with an infinite or NaN weight it is NaN.
+/// the number of threads nor how the blocks were dealt out to feed(). With bf16 weights, last
+/// bits of an image may differ where others beside it are not of bf16 numbers. A product of a
+/// padding zero is computed: with an infinite or NaN weight it is NaN.
 ///
 /// x, bias and y are in compute_dtype(weights), contiguous, and stay alive and, but for y,
 /// unchanged until the last block was fed. Not safe between threads; distinct objects are
@@ -78,7 +79,7 @@ class Conv2d {
   private:
     class Impl;
     template <class T>
-    class Typed;
+    class Tiled;
     template <class T>
     class Direct;
     std::unique_ptr<Impl> impl_;

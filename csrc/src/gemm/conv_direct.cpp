@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gemm/conv_direct.hpp"
 
+#include <memory>
 #include <span>
 #include <utility>
 
@@ -307,7 +308,14 @@ void Conv2d::Direct<T>::finish(std::size_t channel, const Part& part, T* y) cons
     }
 }
 
-template class Conv2d::Direct<float>;
-template class Conv2d::Direct<double>;
+std::unique_ptr<Conv2d::Impl> Conv2d::Impl::direct(const Problem& problem) {
+    const auto make = [&]<class T>() -> std::unique_ptr<Impl> {
+        auto layout = Direct<T>::layout_of(problem.shape);
+        if (!layout) return nullptr;
+        return std::make_unique<Direct<T>>(problem, *std::move(layout));
+    };
+    const bool is_double = compute_dtype(problem.weights) == Dtype::f64;
+    return is_double ? make.template operator()<double>() : make.template operator()<float>();
+}
 
 }  // namespace pydedup

@@ -15,6 +15,11 @@ class Conv2d::Impl {
     explicit Impl(const Problem& problem) : p_(problem) {}
     virtual ~Impl() = default;
 
+    /// By tiles of the unfolded image: conv_tiled.cpp.
+    [[nodiscard]] static std::unique_ptr<Impl> tiled(const Problem& problem);
+    /// Without unfolding it: conv_direct.cpp. nullptr where that would take longer.
+    [[nodiscard]] static std::unique_ptr<Impl> direct(const Problem& problem);
+
     void feed(std::span<const BlockView> blocks);
 
     [[nodiscard]] std::size_t fed() const noexcept { return fed_; }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shapes that a convolution refuses, so that no size or count in conv.cpp overflows.
+// Shapes that a convolution refuses, so that none of its sizes or counts overflows.
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>

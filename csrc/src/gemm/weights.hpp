@@ -85,17 +85,16 @@ class WeightReader {
     Scratch<T> wide_;
 };
 
-/// Blocks as T, the last of which is not decoded again.
-template <class T>
+/// Blocks as E (WeightReader::as), the last of which is not decoded again.
+template <class T, class E = T>
 class LastBlockReader {
   public:
     explicit LastBlockReader(const GemmKernels& kernels) : reader_(kernels) {}
 
-    /// As WeightReader::read.
-    [[nodiscard]] const T* read(const BlockView& block) {
+    [[nodiscard]] const E* read(const BlockView& block) {
         if (last_ != block.data) {
             last_ = nullptr;  // should reading fail
-            numbers_ = reader_.read(block);
+            numbers_ = reader_.template as<E>(block);
             last_ = block.data;
         }
         return numbers_;
@@ -107,7 +106,7 @@ class LastBlockReader {
   private:
     WeightReader<T> reader_;
     const std::byte* last_ = nullptr;
-    const T* numbers_ = nullptr;
+    const E* numbers_ = nullptr;
 };
 
 }  // namespace pydedup::detail
