@@ -66,18 +66,23 @@ class SqliteAdapter(SqliteBase):
         read_only = options == "mode=ro"
         is_stale = self._is_stale if read_only else None
         pool = SessionPool(self._connect, name=url, file=file.path, is_stale=is_stale)
-        with pool.acquire() as session:
-            limit = cast(FileConnection, session.connection).getlimit
-            capabilities = Capabilities(
-                max_payload_bytes=limit(sqlite3.SQLITE_LIMIT_LENGTH) - ROW_BYTES,
-                max_parameters=limit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER),
-                concurrent_writers=False,
-                shrinks=True,
-                page_readers=4,  # a disk has deeper queues than one reader fills
+        try:
+            with pool.acquire() as session:
+                limit = cast(FileConnection, session.connection).getlimit
+                capabilities = Capabilities(
+                    max_payload_bytes=limit(sqlite3.SQLITE_LIMIT_LENGTH) - ROW_BYTES,
+                    max_parameters=limit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER),
+                    concurrent_writers=False,
+                    shrinks=True,
+                    page_readers=4,  # a disk has deeper queues than one reader fills
+                )
+            super().__init__(
+                url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
             )
-        super().__init__(
-            url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
-        )
+        except BaseException:
+            pool.close()
+            self._take_empty_log(read_only=read_only)
+            raise
         self._places = PagePlaces(file.path, self._root_of_pages, self._checksums)
         # Of a file that is deleted from now on, another thread makes no new one.
         self._options = "mode=ro" if read_only else "mode=rw"
@@ -144,9 +149,12 @@ class SqliteAdapter(SqliteBase):
 
     def close(self) -> None:
         """Close all connections of this process. Idempotent."""
-        first = self._pool.close()
-        if first and self._read_only and self._file.has_empty_wal() and self._file.is_writable():
-            # Reading left an empty log; a writer, when it is the last to leave, takes it along.
+        if self._pool.close():
+            self._take_empty_log(read_only=self._read_only)
+
+    def _take_empty_log(self, *, read_only: bool) -> None:
+        """Take away the empty log that reading leaves, as a writer does that is the last to go."""
+        if read_only and self._file.has_empty_wal() and self._file.is_writable():
             with (
                 forks_held_off(),
                 contextlib.suppress(sqlite3.Error),

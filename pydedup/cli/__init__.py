@@ -19,16 +19,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status; see `pydedup.cli.app.main`."""
     try:
         from pydedup.cli import app
+
+        return app.main(arguments)
     except BaseException as error:  # what it needs takes a while to load, on a cold disk seconds
-        if not _interrupted(error):
+        interrupt = _interrupt_in(error)
+        if interrupt is None:
             raise
         sys.stderr.write("pydedup: interrupted, the store is as it was before\n")
-        return 130
-    return app.main(arguments)
+        return 128 + getattr(interrupt, "number", 2)  # SIGINT, before there is another one
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Return whether it comes from Ctrl-C; a compiled module makes an ImportError of that."""
+def _interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return what Ctrl-C raised; a compiled module makes an ImportError of that."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return error is not None
+    return error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -32,7 +33,7 @@ from pydedup.cli import (
 )
 from pydedup.cli.completing import COMPLETE_VARIABLE, answer_shell
 from pydedup.cli.errors import TRACEBACK_VARIABLE, Exit, report, warn
-from pydedup.cli.signals import Terminated, interruptible
+from pydedup.cli.signals import interruptible
 
 __all__ = ["main", "program"]
 
@@ -137,26 +138,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return answer_shell(program, instruction)
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    is_whole_process = arguments is None
     status: int | None = Exit.OK
     context: click.Context | None = None
-    try:
-        with (
-            interruptible(lambda: _say_interrupted(context)),
-            program.make_context("pydedup", words) as context,
-        ):
-            status = program.invoke(context)
-        sys.stdout.flush()
-    except click.exceptions.Exit as error:
-        status = error.exit_code
-    except (KeyboardInterrupt, click.Abort) as error:
-        _say_interrupted(context)
-        number = error.number if isinstance(error, Terminated) else signal.SIGINT
-        status = Exit.of_signal(number)
-    except BrokenPipeError:
-        status = Exit.BROKEN_PIPE
-    except Exception as error:
-        status = report(error)
-    return _flush(int(status or Exit.OK))
+    with interruptible(lambda: _say_interrupted(context), to_the_end=is_whole_process) as signals:
+        try:
+            with program.make_context("pydedup", words) as context:
+                status = program.invoke(context)
+            sys.stdout.flush()
+        except click.exceptions.Exit as error:
+            status = error.exit_code
+        except BaseException as error:
+            number = signals.of(error)
+            if number and is_whole_process:
+                _drop_output()  # nobody waits for a reader who does not read
+            if number or isinstance(error, click.Abort):
+                _say_interrupted(context)
+                status = Exit.of_signal(number or signal.SIGINT)
+            elif isinstance(error, BrokenPipeError):
+                status = Exit.BROKEN_PIPE
+            elif isinstance(error, Exception):
+                status = report(error)
+            else:
+                raise
+        return _flush(int(status or Exit.OK))
 
 
 #: What is true after Ctrl-C where it is not that nothing has changed. It may come when all is
@@ -224,5 +229,11 @@ def _flush(status: int) -> int:
         failed: int = Exit.BROKEN_PIPE
     except OSError as error:
         failed = status if status else report(error)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     return failed
+
+
+def _drop_output() -> None:
+    """Write what is left of the output nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

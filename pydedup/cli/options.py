@@ -217,8 +217,11 @@ def _opened(url: str, mode: OpenMode, memory: str) -> Store:
     """Open a store; where its database takes long to answer, that is seen."""
     context = click.get_current_context(silent=True)
     quiet = context is not None and context.params.get("quiet", False)
-    with Watch("opening the store", quiet=quiet):
-        return pydedup.open(url, mode=mode, memory=memory)
+    with contextlib.ExitStack() as unless_all_is_well:
+        with Watch("opening the store", quiet=quiet):
+            store = unless_all_is_well.enter_context(pydedup.open(url, mode=mode, memory=memory))
+        unless_all_is_well.pop_all()
+    return store
 
 
 def read_store(url: str, memory: str = DEFAULT_MEMORY) -> Store:

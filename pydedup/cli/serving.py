@@ -194,9 +194,9 @@ def _serve_here(
     from pydedup.http.served import NO_GRAPH, ServedStore
     from pydedup.http.server import serve as run
 
-    with Watch("opening the store"):
-        store = ServedStore.connect(url, memory, replacement)
-    with store:
+    with contextlib.ExitStack() as opened:
+        with Watch("opening the store"):
+            store = opened.enter_context(ServedStore.connect(url, memory, replacement))
         entries = store.index()
         names = [entry.name for entry in entries if not entry.hindrance]
         others = (entry for entry in entries if entry.hindrance not in ("", NO_GRAPH))

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydedup.cli.errors import Exit, warn
 
-__all__ = ["Terminated", "interruptible"]
+__all__ = ["Signals", "Terminated", "interruptible"]
 
 #: For so long a command may take to notice Ctrl-C before something is said.
 _PATIENCE_SECONDS = 1.0
@@ -33,6 +33,8 @@ _NO_BAR = "\r\x1b[K\x1b[?25h"
 
 #: What else than Ctrl-C ends a command: on demand, and when its terminal is closed.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
+#: What Python does at Ctrl-C by itself.
+_RAISED = signal.default_int_handler
 
 
 class Terminated(KeyboardInterrupt):
@@ -43,55 +45,89 @@ class Terminated(KeyboardInterrupt):
         self.number = number
 
 
+class Signals:
+    """Those that came while a command ran, and what is raised for them."""
+
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self.handler = self._take  # the same object whenever it is asked for
+        self._undisturbed_until = 0.0
+
+    def of(self, error: BaseException) -> int:
+        """Return the signal that an exception comes of, in whatever guise; 0 of another one.
+
+        Libraries have one of their own for all that a signal raises: Ray's core an interrupt,
+        compiled modules an ImportError, SQLite an error of the function that it called.
+        """
+        if not self.came and not isinstance(error, KeyboardInterrupt):
+            return 0
+        _let_go(error)
+        if isinstance(error, Terminated):
+            return error.number
+        return self.came[-1] if self.came else signal.SIGINT
+
+    def strike_again(self, number: int) -> None:
+        """Send a signal once more whose exception Python dropped: it came within a callback.
+
+        Not by a `threading.Timer`, of whose locks the main thread may hold one just then.
+        """
+        self._undisturbed_until = 0.0
+        _thread.start_new_thread(self._strike, (number,))
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.came.append(number)
+        now = time.monotonic()
+        if now >= self._undisturbed_until:
+            self._undisturbed_until = now + _PATIENCE_SECONDS
+            raise Terminated(number)
+
+    def _strike(self, number: int) -> None:
+        time.sleep(0.01)
+        if signal.getsignal(number) is self.handler:  # it has not ended by itself
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
 @contextlib.contextmanager
-def interruptible(tell: Callable[[], None]) -> Iterator[None]:
+def interruptible(tell: Callable[[], None], *, to_the_end: bool = False) -> Iterator[Signals]:
     """Have SIGTERM and SIGHUP end a command as Ctrl-C does: what it wrote beside is taken away.
 
     None is lost, nor shown as a traceback, where it comes when Python ignores exceptions, nor is
-    what an object raises that it left half made. Where a first Ctrl-C is not noticed, a second one
-    ends the process, when ``tell`` has said so.
+    what an object raises that it left half made. Others that come within a second are ignored,
+    while it tidies up: a terminal that is closed may send two, and who is impatient many. Where a
+    first Ctrl-C is not noticed, a second one ends the process, when ``tell`` has said so.
+
+    With ``to_the_end``, the process has nothing to do afterwards but to end, and Ctrl-C ends it
+    without a traceback.
     """
+    signals = Signals()
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
+        yield signals
         return
     before = sys.unraisablehook
 
     def dropped(told: Any) -> None:
         if isinstance(told.exc_value, KeyboardInterrupt):
-            number = getattr(told.exc_value, "number", signal.SIGINT)
-            _thread.start_new_thread(_strike_again, (number,))
-        elif not came:
+            signals.strike_again(getattr(told.exc_value, "number", signal.SIGINT))
+        elif not signals.came:
             before(told)
 
     # Not where it is ignored, as `nohup` has it.
     taken = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
-    came: list[int] = []
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        raise Terminated(number)
-
-    for number in taken:
-        signal.signal(number, terminate)
     sys.unraisablehook = dropped
     try:
+        for number in taken:
+            signal.signal(number, signals.handler)
         # Not where the shell has Ctrl-C ignored, as of what runs in the background.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            with _Impatience(tell, came):
-                yield
+            with _Impatience(tell, signals, signal.SIG_DFL if to_the_end else _RAISED):
+                yield signals
         else:
-            yield
-    except KeyboardInterrupt as error:
-        _let_go(error)
-        # Ray's core has one of its own for all that a signal raises.
-        if came and not isinstance(error, Terminated):
-            raise Terminated(came[-1]) from error
-        raise
+            yield signals
     finally:
-        sys.unraisablehook = before
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+        sys.unraisablehook = before
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -101,26 +137,17 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _strike_again(number: int) -> None:
-    """Send a signal once more, whose exception Python dropped: it came within a weakref's callback.
-
-    Not by a `threading.Timer`, of whose locks the main thread may hold one just then.
-    """
-    time.sleep(0.01)
-    signal.pthread_kill(threading.main_thread().ident or 0, number)
-
-
 class _Impatience:
     """Ends the process at the second Ctrl-C, while the main thread has not noticed the first.
 
     A signal writes its number to a pipe, whatever the main thread does; another thread reads it.
-    What the main thread has noticed goes to ``came``.
+    ``signals`` are those that the main thread has noticed; ``afterwards`` handles later ones.
     """
 
-    def __init__(self, tell: Callable[[], None], came: list[int]) -> None:
+    def __init__(self, tell: Callable[[], None], signals: Signals, afterwards: Any) -> None:
         self._tell = tell
-        self._came = came
-        self._handler = self._notice  # the same object whenever it is asked for
+        self._signals = signals
+        self._afterwards = afterwards
         self._ended = threading.Event()
 
     def __enter__(self) -> None:
@@ -128,34 +155,30 @@ class _Impatience:
         os.set_blocking(self._written, False)
         self._thread = threading.Thread(target=self._watch, name="interrupts", daemon=True)
         self._thread.start()
-        signal.signal(signal.SIGINT, self._handler)
+        signal.signal(signal.SIGINT, self._signals.handler)
         self._before = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
 
     def __exit__(self, *error: object) -> None:
         signal.set_wakeup_fd(self._before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, self._afterwards)
         self._ended.set()
         os.close(self._written)
         self._thread.join()
         os.close(self._numbers)
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._came.append(number)
-        signal.default_int_handler(number, frame)
-
     def _watch(self) -> None:
         noticed = 0
         while self._struck() and not self._ended.wait(_PATIENCE_SECONDS):
             # A server that is stopped by Ctrl-C sees to it itself meanwhile.
-            is_ours = signal.getsignal(signal.SIGINT) is self._handler
-            if is_ours and len(self._came) == noticed:
+            is_ours = signal.getsignal(signal.SIGINT) is self._signals.handler
+            if is_ours and len(self._signals.came) == noticed:
                 warn(_WAITING)
-                if self._struck() and len(self._came) == noticed:
+                if self._struck() and len(self._signals.came) == noticed:
                     if sys.stderr is not None and sys.stderr.isatty():
                         sys.stderr.write(_NO_BAR)
                     self._tell()
                     os._exit(Exit.INTERRUPTED)
-            noticed = len(self._came)
+            noticed = len(self._signals.came)
 
     def _struck(self) -> bool:
         """Wait for Ctrl-C; False when the command has ended."""

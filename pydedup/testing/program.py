@@ -13,6 +13,7 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -74,6 +75,7 @@ def run_here(
         warnings.catch_warnings(),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        _own_interrupts(),
     ):
         try:
             runpy.run_module("pydedup", run_name="__main__")
@@ -92,6 +94,17 @@ def _text(stream: io.TextIOWrapper) -> str:
     buffer = stream.buffer
     assert isinstance(buffer, io.BytesIO)
     return buffer.getvalue().decode()
+
+
+@contextlib.contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Have Ctrl-C do what it did before, where it would end the process at the program's end."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

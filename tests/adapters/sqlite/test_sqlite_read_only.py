@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pydedup import registry
+from pydedup.adapters import sqlite
 from pydedup.errors import ConflictError, NotAStoreError, ReadOnlyError, UnavailableError
 from pydedup.testing.disks import SmallDisk
 from pydedup.testing.servers import unused_name
@@ -39,6 +41,34 @@ def test_reading_leaves_no_trace(tmp_path: Path) -> None:
     second.close()
     assert contents(tmp_path) == before
     assert path.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("place", ["sqlite.configure", "_base.Statements"])
+def test_an_interrupt_while_it_is_opened_to_read_leaves_no_trace(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty log stayed beside the file."""
+    path = tmp_path / "models.db"
+    open_store(path).close()
+    before, seen = contents(tmp_path), []
+    configure = sqlite.configure
+
+    def read(connection: sqlite3.Connection) -> None:
+        configure(connection)
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        seen.extend(contents(tmp_path))
+
+    def interrupted(given: object) -> None:
+        if isinstance(given, sqlite3.Connection):
+            read(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sqlite, "configure", read)
+    monkeypatch.setattr(f"pydedup.adapters.{place}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        registry.connect(f"sqlite:///{path}", mode="r")
+    assert "models.db-wal" in seen
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("mode", ["r", "a"])

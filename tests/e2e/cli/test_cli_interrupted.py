@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import pydedup
-from pydedup.cli import progress
+from pydedup.cli import options, progress
 from pydedup.testing.program import PROGRAM, clean_environment, run_here
 
 from .conftest import path_of
@@ -206,6 +206,125 @@ sys.exit(main(["kernels"]))
     assert done.returncode == 143
 
 
+def _program_of(work: str, main: str) -> list[str]:
+    """Return the program with ``work`` in the place of a command."""
+    code = f"""
+import atexit, os, signal, sys, time
+from pydedup.cli import app, main
+
+{work}
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have it ignored
+app.looking.kernels.callback = work
+sys.argv = ["pydedup", "kernels"]
+sys.exit({main})
+"""
+    return [sys.executable, "-P", "-c", code]
+
+
+def _run_work(work: str, main: str = "main(['kernels'])") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_program_of(work, main), capture_output=True, text=True, timeout=50)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_second_signal_does_not_interrupt_the_tidying_up(name: str, status: int) -> None:
+    """A terminal that is closed may send two: files stayed, and the command ended in silence."""
+    done = _run_work(f"""
+def work(**_):
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(60)
+    finally:
+        for number in (signal.{name}, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        print("tidied up", file=sys.stderr)
+""")
+    said = "tidied up\npydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
+def test_a_signal_that_comes_out_as_another_error_is_still_a_signal() -> None:
+    """Compiled code may make an error of its own of it, which was told as a fault of pydedup."""
+    done = _run_work("""
+def work(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt as error:
+        raise ImportError("numpy.core.multiarray failed to import") from error
+""")
+    said = "pydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", said)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "status"),
+    [
+        ("app._prepare_streams", "SIGINT", 130),
+        ("threading.Thread.start", "SIGINT", 130),
+        ("threading.Thread.start", "SIGTERM", 143),
+    ],
+)
+def test_a_signal_before_a_command_begins_is_no_traceback(
+    place: str, name: str, status: int
+) -> None:
+    done = _run_work(f"""
+import threading
+
+def begin(*_):
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(60)
+
+def work(**_):
+    raise AssertionError
+
+{place} = begin
+""")
+    said = "pydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
+def test_ctrl_c_while_python_ends_is_no_traceback() -> None:
+    done = _run_work(
+        """
+def late():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1_000_000):  # what is raised for it comes at some step of these
+        pass
+
+def work(**_):
+    atexit.register(late)
+""",
+        main="main()",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_command_whose_reader_does_not_read_ends_at_the_first_signal() -> None:
+    """It then waited to write out what was left."""
+    program = _program_of(
+        """
+def work(**_):
+    os.set_blocking(1, False)
+    try:
+        while True:
+            os.write(1, b".")
+    except BlockingIOError:
+        os.set_blocking(1, True)
+    sys.stdout.write("this is left")
+    os.kill(os.getpid(), signal.SIGTERM)
+""",
+        main="main()",
+    )
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.wait(50) == 143
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        assert process.stderr.read() == b"pydedup: interrupted, the store is as it was before\n"
+
+
 @pytest.mark.parametrize("words", ["alias URL m prod 1", "rm URL m@2 -y", "add URL m@3 FILE"])
 def test_ctrl_c_when_all_is_done_does_not_deny_it(words: str, url: str, model: Path) -> None:
     """It said that the store was as before, while what prints the result was loaded."""
@@ -231,6 +350,21 @@ sys.exit(main(sys.argv[1:]))
     said = r"pydedup: interrupted, .*(or nothing|may have changed); `pydedup ls` shows \w+\n"
     assert re.fullmatch(said, done.stderr)
     assert run_program("ls", url, "--json").stdout != before
+
+
+def test_ctrl_c_when_a_store_was_just_opened_closes_it(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty log stayed beside the file."""
+
+    class Interrupted(progress.Watch):
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(options, "Watch", Interrupted)
+    assert run_here("ls", url).returncode == 130
+    assert [path.name for path in path_of(url).parent.iterdir()] == [path_of(url).name]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
