@@ -138,30 +138,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return answer_shell(program, instruction)
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    is_whole_process = arguments is None
-    status: int | None = Exit.OK
     context: click.Context | None = None
-    with interruptible(lambda: _say_interrupted(context), to_the_end=is_whole_process) as signals:
-        try:
-            with program.make_context("pydedup", words) as context:
-                status = program.invoke(context)
-            sys.stdout.flush()
-        except click.exceptions.Exit as error:
-            status = error.exit_code
-        except BaseException as error:
-            number = signals.of(error)
-            if number and is_whole_process:
-                _drop_output()  # nobody waits for a reader who does not read
-            if number or isinstance(error, click.Abort):
-                _say_interrupted(context)
-                status = Exit.of_signal(number or signal.SIGINT)
-            elif isinstance(error, BrokenPipeError):
-                status = Exit.BROKEN_PIPE
-            elif isinstance(error, Exception):
-                status = report(error)
-            else:
-                raise
-        return _flush(int(status or Exit.OK))
+    try:
+        with interruptible(
+            lambda: _say_interrupted(context), to_the_end=arguments is None
+        ) as signals:
+            status: int | None = Exit.OK
+            try:
+                with program.make_context("pydedup", words) as context:
+                    status = program.invoke(context)
+                sys.stdout.flush()
+            except click.exceptions.Exit as error:
+                status = error.exit_code
+            except BaseException as error:
+                number = signals.of(error)
+                if number and arguments is None:
+                    _drop_output()  # nobody waits for a reader who does not read
+                if number or isinstance(error, click.Abort):
+                    _say_interrupted(context)
+                    status = Exit.of_signal(number or signal.SIGINT)
+                elif isinstance(error, BrokenPipeError):
+                    status = Exit.BROKEN_PIPE
+                elif isinstance(error, Exception):
+                    status = report(error)
+                else:
+                    raise
+            return _flush(int(status or Exit.OK))
+    except Exception as error:  # that signals are looked after takes a thread
+        return _flush(report(error))
 
 
 #: What is true after Ctrl-C where it is not that nothing has changed. It may come when all is
