@@ -79,11 +79,11 @@ class SqliteAdapter(SqliteBase):
             super().__init__(
                 url, dialect=DIALECT, read_only=read_only, capabilities=capabilities, pool=pool
             )
+            self._places = PagePlaces(file.path, self._root_of_pages, self._checksums)
         except BaseException:
             pool.close()
             self._take_empty_log(read_only=read_only)
             raise
-        self._places = PagePlaces(file.path, self._root_of_pages, self._checksums)
         # Of a file that is deleted from now on, another thread makes no new one.
         self._options = "mode=ro" if read_only else "mode=rw"
 
@@ -149,8 +149,12 @@ class SqliteAdapter(SqliteBase):
 
     def close(self) -> None:
         """Close all connections of this process. Idempotent."""
-        if self._pool.close():
-            self._take_empty_log(read_only=self._read_only)
+        first = True
+        try:
+            first = self._pool.close()
+        finally:  # also where that is interrupted
+            if first:
+                self._take_empty_log(read_only=self._read_only)
 
     def _take_empty_log(self, *, read_only: bool) -> None:
         """Take away the empty log that reading leaves, as a writer does that is the last to go."""

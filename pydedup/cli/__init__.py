@@ -22,14 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return app.main(arguments)
     except BaseException as error:  # what it needs takes a while to load, on a cold disk seconds
-        interrupt = _interrupt_in(error)
+        interrupt = interrupt_in(error)
         if interrupt is None:
             raise
         sys.stderr.write("pydedup: interrupted, the store is as it was before\n")
         return 128 + getattr(interrupt, "number", 2)  # SIGINT, before there is another one
 
 
-def _interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
+def interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
     """Return what Ctrl-C raised; a compiled module makes an ImportError of that."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__

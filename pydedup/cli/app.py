@@ -17,6 +17,7 @@ from pydedup.cli import (
     adding,
     comparing,
     demo,
+    interrupt_in,
     looking,
     moving,
     naming,
@@ -165,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     raise
             return _flush(int(status or Exit.OK))
     except Exception as error:  # that signals are looked after takes a thread
+        if interrupt_in(error) is not None:
+            raise
         return _flush(report(error))
 
 

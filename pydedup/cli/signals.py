@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -33,8 +34,6 @@ _NO_BAR = "\r\x1b[K\x1b[?25h"
 
 #: What else than Ctrl-C ends a command: on demand, and when its terminal is closed.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
-#: What Python does at Ctrl-C by itself.
-_RAISED = signal.default_int_handler
 
 
 class Terminated(KeyboardInterrupt):
@@ -65,6 +64,10 @@ class Signals:
         if isinstance(error, Terminated):
             return error.number
         return self.came[-1] if self.came else signal.SIGINT
+
+    def end(self) -> None:
+        """Raise nothing any more: what was done is told by now, and so is that it was not."""
+        self._undisturbed_until = math.inf
 
     def strike_again(self, number: int) -> None:
         """Send a signal once more whose exception Python dropped: it came within a callback.
@@ -119,11 +122,13 @@ def interruptible(tell: Callable[[], None], *, to_the_end: bool = False) -> Iter
         for number in taken:
             signal.signal(number, signals.handler)
         # Not where the shell has Ctrl-C ignored, as of what runs in the background.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            with _Impatience(tell, signals, signal.SIG_DFL if to_the_end else _RAISED):
+        is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        afterwards = signal.SIG_DFL if to_the_end else signal.default_int_handler
+        with _Impatience(tell, signals, afterwards) if is_ours else contextlib.nullcontext():
+            try:
                 yield signals
-        else:
-            yield signals
+            finally:
+                signals.end()
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
@@ -148,27 +153,32 @@ class _Impatience:
         self._tell = tell
         self._signals = signals
         self._afterwards = afterwards
-        self._ended = threading.Event()
+        self._ended = _thread.allocate_lock()
+        self._ended.acquire()
 
     def __enter__(self) -> None:
         self._numbers, self._written = os.pipe()
         os.set_blocking(self._written, False)
-        self._thread = threading.Thread(target=self._watch, name="interrupts", daemon=True)
-        self._thread.start()
+        # No thread of `threading`: what interrupts that as it starts may break its locks.
+        _thread.start_new_thread(self._watch, ())
         signal.signal(signal.SIGINT, self._signals.handler)
         self._before = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
 
     def __exit__(self, *error: object) -> None:
         signal.set_wakeup_fd(self._before)
         signal.signal(signal.SIGINT, self._afterwards)
-        self._ended.set()
+        self._ended.release()
         os.close(self._written)
-        self._thread.join()
-        os.close(self._numbers)
 
     def _watch(self) -> None:
+        try:
+            self._look()
+        finally:
+            os.close(self._numbers)
+
+    def _look(self) -> None:
         noticed = 0
-        while self._struck() and not self._ended.wait(_PATIENCE_SECONDS):
+        while self._struck() and not self._ended.acquire(timeout=_PATIENCE_SECONDS):
             # A server that is stopped by Ctrl-C sees to it itself meanwhile.
             is_ours = signal.getsignal(signal.SIGINT) is self._signals.handler
             if is_ours and len(self._signals.came) == noticed:

@@ -16,6 +16,7 @@ import pytest
 
 from pydedup import registry
 from pydedup.adapters import sqlite
+from pydedup.adapters._connection import Session
 from pydedup.errors import ConflictError, NotAStoreError, ReadOnlyError, UnavailableError
 from pydedup.testing.disks import SmallDisk
 from pydedup.testing.servers import unused_name
@@ -68,6 +69,27 @@ def test_an_interrupt_while_it_is_opened_to_read_leaves_no_trace(
     with pytest.raises(KeyboardInterrupt):
         registry.connect(f"sqlite:///{path}", mode="r")
     assert "models.db-wal" in seen
+    assert contents(tmp_path) == before
+
+
+def test_an_interrupt_while_it_is_closed_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty log stayed beside the file."""
+    path = tmp_path / "models.db"
+    open_store(path).close()
+    before = contents(tmp_path)
+    reader = registry.connect(f"sqlite:///{path}", mode="r")
+    assert reader.schema_version() is not None
+    close = Session.close
+
+    def interrupted(session: Session) -> None:
+        close(session)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reader.close()
     assert contents(tmp_path) == before
 
 

@@ -261,19 +261,22 @@ def work(**_):
     ("place", "name", "status"),
     [
         ("app._prepare_streams", "SIGINT", 130),
-        ("threading.Thread.start", "SIGINT", 130),
-        ("threading.Thread.start", "SIGTERM", 143),
+        ("_thread.start_new_thread", "SIGINT", 130),
+        ("_thread.start_new_thread", "SIGTERM", 143),
     ],
 )
 def test_a_signal_before_a_command_begins_is_no_traceback(
     place: str, name: str, status: int
 ) -> None:
     done = _run_work(f"""
-import threading
+import _thread
 
 def begin(*_):
-    os.kill(os.getpid(), signal.{name})
-    time.sleep(60)
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(60)
+    finally:
+        raise RuntimeError("as of a lock that was interrupted")
 
 def work(**_):
     raise AssertionError
@@ -282,6 +285,33 @@ def work(**_):
 """)
     said = "pydedup: interrupted, the store is as it was before\n"
     assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_when_a_command_has_ended_does_not_deny_it(name: str, status: int) -> None:
+    """It was said to be interrupted, once more or with the store as it was before."""
+    for status_of_work, said in (
+        (0, ""),
+        (status, "pydedup: interrupted, the store is as it was before\n"),
+    ):
+        done = _run_work(
+            f"""
+closed = os.close
+
+def close(number):
+    if sys._getframe(1).f_code.co_name == "__exit__":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+    closed(number)
+
+def work(**_):
+    os.close = close
+    if {status_of_work}:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(60)
+"""
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (status_of_work, "", said)
 
 
 def test_ctrl_c_while_python_ends_is_no_traceback() -> None:
