@@ -6,9 +6,9 @@
 Everything is warm: the pool holds all pages, but of ``experts``, whose pages are in the cache of
 the operating system, and a ninth of them in the pool. f32 (``bf16``: MiniLM in that), two threads
 on both sides. Outputs are compared with those of the plain module before anything is timed.
-``overhead`` is one small layer, where all but the arithmetic shows; ``conv`` layers of ResNets, of
-which no aim is set. MiniLM is the published one,
-from the cache of the demo. Run it with OMP_WAIT_POLICY=passive, too: docs/attach.md, "Threads".
+``overhead`` is one small layer, where all but the arithmetic shows; ``conv`` are layers of ResNets
+and ConvNeXts in bf16 (``conv.py`` has them in f32). MiniLM is the published one, from the cache of
+the demo. Run it with OMP_WAIT_POLICY=passive, too: docs/attach.md, "Threads".
 """
 
 from __future__ import annotations
@@ -109,19 +109,23 @@ def bf16(seconds: float) -> Iterator[Row]:
 
 
 def conv(seconds: float) -> Iterator[Row]:
-    """Yield layers of ResNets: channels in and out, kernel, stride, size of the image."""
-    for channels, out, kernel, stride, size in (
-        (3, 64, 7, 2, 224),
-        (64, 64, 3, 1, 56),
-        (256, 64, 1, 1, 56),
-        (128, 128, 3, 1, 28),
-        (256, 256, 3, 1, 14),
-        (512, 512, 3, 1, 7),
+    """Yield layers in bf16: channels in and out, kernel, stride, size of the image, groups."""
+    for channels, out, kernel, stride, size, groups in (
+        (3, 64, 7, 2, 224, 1),
+        (64, 64, 3, 1, 56, 1),
+        (256, 64, 1, 1, 56, 1),
+        (128, 128, 3, 1, 28, 1),
+        (256, 256, 3, 1, 14, 1),
+        (512, 512, 3, 1, 7, 1),
+        (192, 192, 7, 1, 28, 192),
     ):
-        net = torch.nn.Conv2d(channels, out, kernel, stride, kernel // 2).eval()
-        inputs = {b: {"input": torch.randn(b, channels, size, size)} for b in (1, 8)}
-        case = f"Conv2d {channels} to {out}, {kernel}x{kernel}/{stride}, {size}x{size}"
-        yield from beside(case, net, inputs, seconds, targets={})
+        net = torch.nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups)
+        net = net.to(torch.bfloat16).eval()
+        images = {b: torch.randn(b, channels, size, size).bfloat16() for b in (1, 8)}
+        inputs = {b: {"input": x} for b, x in images.items()}
+        kind = f"Conv2d {channels} to {out}" if groups == 1 else f"depthwise {channels}"
+        case = f"{kind} in bf16, {kernel}x{kernel}/{stride}, {size}x{size}"
+        yield from beside(case, net, inputs, seconds)
 
 
 def experts(seconds: float) -> Iterator[Row]:

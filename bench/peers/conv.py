@@ -63,6 +63,12 @@ MOBILENET = [
     Layer("1x1, 24 to 144, 56", 24, 144, 56, 1),
     Layer("1x1, 320 to 1280, 7", 320, 1280, 7, 1),
 ]
+CONVNEXT = [
+    Layer("depthwise 7x7, 96, 56", 96, 96, 56, 7, 1, 3, 96),
+    Layer("depthwise 7x7, 192, 28", 192, 192, 28, 7, 1, 3, 192),
+    Layer("depthwise 7x7, 384, 14", 384, 384, 14, 7, 1, 3, 384),
+    Layer("depthwise 7x7, 768, 7", 768, 768, 7, 7, 1, 3, 768),
+]
 LENET = [
     Layer("5x5, 1 to 6, 28", 1, 6, 28, 5, 1, 2),
     Layer("5x5, 6 to 16, 14", 6, 16, 14, 5),
@@ -115,6 +121,11 @@ def mobilenet(seconds: float) -> Iterator[Row]:
     yield from layers("MobileNet", MOBILENET, (1, 8), seconds)
 
 
+def convnext(seconds: float) -> Iterator[Row]:
+    """Yield the depthwise layers of ConvNeXt-T."""
+    yield from layers("ConvNeXt", CONVNEXT, (1, 8), seconds)
+
+
 def lenet(seconds: float) -> Iterator[Row]:
     """Yield the convolutions of LeNet-5."""
     yield from layers("LeNet", LENET, (1, 64), seconds)
@@ -122,4 +133,4 @@ def lenet(seconds: float) -> Iterator[Row]:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    main(__doc__, [resnet, mobilenet, lenet])
+    main(__doc__, [resnet, mobilenet, convnext, lenet])
