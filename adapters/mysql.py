@@ -22,6 +22,7 @@ from ._mysql_cursors import PreparedConnection
 from ._mysql_errors import meaning
 from ._mysql_server import check_server, session_statements
 from ._mysql_url import Place, locate
+from ._mysql_waiting import interruptible
 from ._sessions import Connection, SessionPool
 
 __all__ = ["MysqlAdapter", "connect"]
@@ -112,7 +113,7 @@ class MysqlAdapter(MysqlBase):
     def _connect(self) -> Connection:
         connection = None
         try:
-            connection = _connected_to(self._place)
+            connection = interruptible(lambda: _connected_to(self._place))
             cursor = connection.cursor()  # closing one before its result is read hides a Ctrl-C
             # A limit of its own, which one of the server's does not cut.
             cursor.execute("SELECT VERSION(), @@SESSION.max_allowed_packet LIMIT 1")

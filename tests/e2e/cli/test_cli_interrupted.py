@@ -98,6 +98,25 @@ def test_a_database_that_does_not_answer_is_seen_and_can_be_left(url: str) -> No
             process.wait()
 
 
+def test_a_signal_while_mysql_is_connected_to_is_noticed_at_once() -> None:
+    """MySQL's driver let none through, and crashed where it came a moment earlier or later."""
+    pytest.importorskip("mysql.connector")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"mysql://ann@127.0.0.1:{silent.getsockname()[1]}/db?connect_timeout=1000"
+        with subprocess.Popen(
+            [*PROGRAM, "ls", place], stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                with silent.accept()[0]:
+                    process.terminate()
+                    assert process.wait(50) == 143
+            finally:
+                process.kill()
+            assert process.stderr is not None
+            last = process.stderr.read().splitlines()[-1]
+    assert last == "pydedup: interrupted, the store is as it was before"
+
+
 def test_what_notices_ctrl_c_may_take_its_time_to_end() -> None:
     code = f"""
 import os, signal, threading, time
