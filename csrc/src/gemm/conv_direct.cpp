@@ -14,10 +14,10 @@
 namespace pydedup {
 namespace {
 
-// Windows and sums of one row of W stay in a first-level cache of 32 KiB; at most they take a part
-// of a second-level cache.
+// Windows and sums of one row of W stay in a first-level cache of 32 KiB; at most windows take so
+// much, and sums four times as much.
 constexpr std::size_t kWindowBytes = std::size_t{16} << 10;
-constexpr std::size_t kMostWindowBytes = std::size_t{128} << 10;
+constexpr std::size_t kMostWindowBytes = std::size_t{64} << 10;
 // Fewer outputs in a row would leave vectors idle.
 constexpr std::size_t kLeastColumns = 64;
 // Rows of W in a group, up to which the image is not unfolded for them (measured: with 8, either
@@ -196,7 +196,9 @@ void Conv2d::Direct<T>::convolve(std::span<const BlockView> blocks) {
             const std::size_t begin = panel * grid.block_rows + i % cuts * rows;
             const std::size_t end =
                 std::min({begin + rows, (panel + 1) * grid.block_rows, std::size_t{grid.rows}});
-            run(blocks, {panel, i / cuts % p_.shape.batch, begin, end}, worker);
+            if (begin < end) {  // else the last row of blocks is lower
+                run(blocks, {panel, i / cuts % p_.shape.batch, begin, end}, worker);
+            }
         });
 }
 
