@@ -195,6 +195,24 @@ def test_every_kernel_takes_bf16_numbers(kernel: str) -> None:
     assert run_with_kernel(kernel, code) == "all hold\n"
 
 
+def check_wide_blocks() -> None:
+    """A block with more columns than a task gathers at once; how many depends on the threads."""
+    rng = np.random.default_rng(4)
+    w = rng.standard_normal((40, 40, 7, 7)).astype(np.float32)
+    x = rng.standard_normal((2, 40, 12, 13)).astype(np.float32)
+    block_map, pool = stored(w, (64, 1960))
+    y = conv.conv2d(block_map, pool, x, kernel=7, padding=3, threads=1)
+    for threads in (2, 3):
+        other = conv.conv2d(block_map, pool, x, kernel=7, padding=3, threads=threads)
+        np.testing.assert_array_equal(y, other)
+
+
+@pytest.mark.parametrize("kernel", RUNNABLE)
+def test_wide_blocks_give_the_same_bits_for_any_number_of_threads(kernel: str) -> None:
+    code = f"import runpy; runpy.run_path({__file__!r})['check_wide_blocks'](); print('all hold')"
+    assert run_with_kernel(kernel, code) == "all hold\n"
+
+
 few = st.integers(1, 3)
 
 

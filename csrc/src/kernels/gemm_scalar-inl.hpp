@@ -79,11 +79,12 @@ template <class T>
 void tile_nt(const T* x, const T* w, std::size_t rows, std::size_t cols, std::size_t ldw,
              const GemmNext<T>&, T* acc) noexcept {
     for (std::size_t r = 0; r < rows; ++r) {
-        T sums[kWidth] = {};
+        T sums[kWidth];
+        __builtin_memcpy(sums, acc + r * kWidth, sizeof sums);
         for (std::size_t c = 0; c < cols; ++c) {
             for (std::size_t i = 0; i < kWidth; ++i) sums[i] += x[c * kWidth + i] * w[r * ldw + c];
         }
-        for (std::size_t i = 0; i < kWidth; ++i) acc[r * kWidth + i] += sums[i];
+        __builtin_memcpy(acc + r * kWidth, sums, sizeof sums);
     }
 }
 
