@@ -23,14 +23,16 @@ from pydedup.arguments import as_count
 from pydedup.blocks import BlockGrid, BlockMap
 from pydedup.errors import ArgumentError
 from pydedup.matmul import (
+    as_factor,
     check_activation,
     checked_bias,
     compute_dtype,
     feed_blocks,
-    real_array,
+    result_dtype,
     room_for,
 )
 from pydedup.pool import PagePool
+from pydedup.types import DType
 from pydedup.words import Activation
 
 __all__ = ["Padding", "Pair", "Window", "conv2d"]
@@ -97,6 +99,7 @@ def conv2d(
     dilation: Pair = 1,
     groups: int = 1,
     activation: Activation | None = None,
+    dtype: DType | None = None,
     threads: int = 0,
 ) -> NDArray[Any]:
     """Return ``activation(conv(x, W) + bias)``: cross-correlation, as frameworks call it.
@@ -109,7 +112,7 @@ def conv2d(
         Where its pages come from.
     x
         Real numbers of shape (batch, in, height, width), or (in, height, width) for one image;
-        converted to ``compute_dtype(block_map.dtype)``.
+        converted to ``compute_dtype(block_map.dtype)``, but for bfloat16 where that is float32.
     kernel
         Size of a filter.
     bias
@@ -123,15 +126,17 @@ def conv2d(
         channels.
     activation
         One of `pydedup.matmul.ACTIVATIONS`.
+    dtype
+        Of the result; `pydedup.matmul.result_dtype` says which there are.
     threads
         0 means one per core for large images.
 
     Returns
     -------
     numpy.ndarray
-        Shape (batch, out, out_height, out_width), or without batch as x; dtype ``compute_dtype``.
-        The same bits for any number of threads and any memory budget; kernels may differ in the
-        last bits.
+        Shape (batch, out, out_height, out_width), or without batch as x; dtype ``compute_dtype``,
+        or bfloat16: that rounded. The same bits for any number of threads and any memory budget;
+        kernels may differ in the last bits.
 
     Raises
     ------
@@ -147,8 +152,8 @@ def conv2d(
     """
     window = Window.of(kernel, stride, padding, dilation)
     grid = block_map.grid
-    dtype = compute_dtype(block_map.dtype)
-    given = real_array(x, dtype, "x")
+    computed = compute_dtype(block_map.dtype)
+    given = as_factor(x, computed)
     if given.ndim not in (3, 4):
         raise ArgumentError(
             f"x has shape {given.shape}; images are (batch, channels, height, width)"
@@ -158,10 +163,13 @@ def conv2d(
     groups = as_count("groups", groups, least=1)
     _check_channels(grid, images.shape[1], groups, window)
     check_activation(activation)
-    offset = checked_bias(bias, dtype, grid.rows)
+    offset = checked_bias(bias, computed, grid.rows)
+    result = result_dtype(block_map.dtype, dtype)
+    as_bf16 = dtype is DType.BF16
     out_size = window.out_size(images.shape[2], images.shape[3])
     what = f"the result of size {out_size}"
-    y = room_for((images.shape[0], grid.rows, *out_size), dtype, what)
+    room = np.dtype(np.uint16) if as_bf16 else result
+    y = room_for((images.shape[0], grid.rows, *out_size), room, what)
     product = _core.Conv2d(
         grid.rows,
         grid.cols,
@@ -181,6 +189,7 @@ def conv2d(
     )
     if y.size:
         feed_blocks(product, block_map, pool)
+    y = y.view(result) if as_bf16 else y
     return y if given.ndim == 4 else y[0]
 
 

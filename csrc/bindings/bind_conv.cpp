@@ -36,17 +36,21 @@ class BoundConv2d {
         check_shape(shape);  // before sizes are computed from it
         const Dtype weights = as_dtype(dtype);
         const Dtype compute = compute_dtype(weights);
+        const bool x_is_bf16 = is_bf16_for(compute, x_);
+        const bool y_is_bf16 = is_bf16_for(compute, y_);
         const std::size_t x_size = shape.batch * shape.channels * shape.height * shape.width;
         const std::size_t y_size = shape.batch * shape.out_channels * shape.out_h() * shape.out_w();
         const Conv2d::Problem problem{
             as_grid(rows, cols, block_rows, block_cols),
             weights,
             shape,
-            data_of(x_, compute, x_size, false, "x"),
+            data_of(x_, x_is_bf16 ? Dtype::bf16 : compute, x_size, false, "x"),
             bias_.is_none() ? nullptr : data_of(bias_, compute, rows, false, "bias"),
             as_activation(activation),
-            data_of(y_, compute, y_size, true, "y"),
-            threads};
+            data_of(y_, y_is_bf16 ? Dtype::bf16 : compute, y_size, true, "y"),
+            threads,
+            x_is_bf16,
+            y_is_bf16};
         conv_ = std::make_unique<Conv2d>(problem);
     }
 

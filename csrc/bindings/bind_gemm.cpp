@@ -40,11 +40,8 @@ class BoundMatmul {
         const BlockGrid grid = as_grid(rows, cols, block_rows, block_cols);
         const Dtype weights = as_dtype(dtype);
         const Dtype compute = compute_dtype(weights);
-        const auto is_bf16 = [compute](const py::array& array) {
-            return compute == Dtype::f32 && py::isinstance<py::array_t<std::uint16_t>>(array);
-        };
-        const bool x_is_bf16 = is_bf16(x_);
-        const bool y_is_bf16 = is_bf16(y_);
+        const bool x_is_bf16 = is_bf16_for(compute, x_);
+        const bool y_is_bf16 = is_bf16_for(compute, y_);
         if (x_.ndim() != 2) throw Error(ErrorCode::invalid_argument, "x must be a 2-D array");
         const auto m = static_cast<std::size_t>(x_.shape(0));
         const std::size_t in = transpose ? rows : cols;

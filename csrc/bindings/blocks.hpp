@@ -179,6 +179,11 @@ class OnlyFeeder {
     std::atomic_flag& taken_;
 };
 
+/// Whether an array has bf16 numbers, which what computes in f32 takes and gives as well.
+[[nodiscard]] inline bool is_bf16_for(Dtype compute, const py::array& array) {
+    return compute == Dtype::f32 && py::isinstance<py::array_t<std::uint16_t>>(array);
+}
+
 /// A C-contiguous array of f64, f32, or bf16 (whose bits numpy has as uint16), borrowed.
 [[nodiscard]] inline std::byte* data_of(const py::object& object, Dtype dtype, std::size_t size,
                                         bool writes, const char* name) {

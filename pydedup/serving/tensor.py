@@ -183,6 +183,7 @@ class StoredTensor:
         dilation: Pair = 1,
         groups: int = 1,
         activation: Activation | None = None,
+        dtype: FloatDType | None = None,
     ) -> NDArray[Any]:
         """Return ``activation(conv(x, W) + bias)`` of images, as torch's Conv2d computes it.
 
@@ -201,13 +202,14 @@ class StoredTensor:
             ``"valid"``, or ``"same"`` at stride 1.
         groups
             Parts into which input and output channels are cut.
-        activation
+        activation, dtype
             As for `matmul`.
 
         Returns
         -------
         numpy.ndarray
-            Shape (batch, out, out_height, out_width), or without batch as x; float32 or float64.
+            Shape (batch, out, out_height, out_width), or without batch as x; float32,
+            float64 or bfloat16 as for `matmul`.
 
         Raises
         ------
@@ -227,6 +229,7 @@ class StoredTensor:
                 )
             )
         kernel = self.shape[2:] if len(self.shape) == 4 else (1, self.shape[2])
+        wanted = None if dtype is None else DType.of_floats(dtype)
         return self._with_map(
             lambda block_map: conv.conv2d(
                 block_map,
@@ -239,6 +242,7 @@ class StoredTensor:
                 dilation=dilation,
                 groups=groups,
                 activation=activation,
+                dtype=wanted,
             )
         )
 

@@ -195,6 +195,47 @@ def test_every_kernel_takes_bf16_numbers(kernel: str) -> None:
     assert run_with_kernel(kernel, code) == "all hold\n"
 
 
+def check_halves_in_and_out() -> None:
+    """Images that come in bf16, and results in it: those in f32, rounded."""
+    rng = np.random.default_rng(5)
+    half = DType.BF16.numpy
+    for channels, out, kernel, size, stride, block, groups in (
+        (24, 70, 3, (12, 13), 1, (64, 64), 1),
+        (300, 33, 1, (7, 9), 1, (64, 64), 1),
+        (96, 150, 3, (17, 60), 1, (32, 100), 1),  # sums rest between strips
+        (7, 64, 3, (9, 40), 2, (32, 31), 1),
+        (40, 40, 7, (20, 23), 1, (16, 49), 40),
+        (40, 80, 7, (20, 41), 2, (16, 20), 40),  # sums rest between blocks
+    ):
+        how: dict[str, Any] = {"stride": stride, "padding": kernel // 2, "groups": groups}
+        how |= {"kernel": kernel, "activation": "silu", "bias": rng.standard_normal(out)}
+        x = rng.standard_normal((3, channels, *size)).astype(half)
+        x[1, 0, 2, 3] = np.nan
+        for dtype in (half, np.float32):
+            w = rng.standard_normal((out, channels // groups, kernel, kernel)).astype(dtype)
+            pages = MemoryPages()
+            block_map = pages.add(w, block)
+            largest = max(map(len, pages.payloads.values()))
+            want = conv.conv2d(block_map, pages.pool(), x.astype(np.float32), **how)
+            assert want.dtype == np.float32
+            for memory in (4 * largest, 1 << 30):
+                pool = pages.pool(memory)
+                for threads in (1, 3):
+                    got = conv.conv2d(block_map, pool, x, threads=threads, **how)
+                    np.testing.assert_array_equal(got, want)
+                    got = conv.conv2d(block_map, pool, x, threads=threads, dtype=DType.BF16, **how)
+                    assert got.dtype == half
+                    rounded = want.astype(half).astype(np.float32)  # numpy knows its NaN
+                    np.testing.assert_array_equal(got.astype(np.float32), rounded)
+
+
+@pytest.mark.parametrize("kernel", RUNNABLE)
+def test_every_kernel_takes_and_gives_bf16(kernel: str) -> None:
+    check = f"runpy.run_path({__file__!r})['check_halves_in_and_out']()"
+    code = f"import runpy; {check}; print('all hold')"
+    assert run_with_kernel(kernel, code) == "all hold\n"
+
+
 def check_wide_blocks() -> None:
     """A block with more columns than a task gathers at once; how many depends on the threads."""
     rng = np.random.default_rng(4)

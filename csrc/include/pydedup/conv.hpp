@@ -48,9 +48,9 @@ void check_shape(const ConvShape& shape);
 /// bits of an image may differ where others beside it are not of bf16 numbers. A product of a
 /// padding zero is computed: with an infinite or NaN weight it is NaN.
 ///
-/// x, bias and y are in compute_dtype(weights), contiguous, and stay alive and, but for y,
-/// unchanged until the last block was fed. Not safe between threads; distinct objects are
-/// independent.
+/// x, bias and y are in compute_dtype(weights) (x and y may be in bf16), contiguous, and stay alive
+/// and, but for y, unchanged until the last block was fed. Not safe between threads; distinct
+/// objects are independent.
 class Conv2d {
   public:
     struct Problem {
@@ -62,6 +62,10 @@ class Conv2d {
         Activation activation;
         std::byte* y;      ///< batch x out_channels x out_h x out_w; written, not read
         unsigned threads;  ///< 0 = one per core
+        /// x are bf16 numbers, of sums in f32: the result is that of x as f32.
+        bool x_is_bf16 = false;
+        /// y takes bf16 numbers, of sums in f32: each is rounded to nearest.
+        bool y_is_bf16 = false;
     };
 
     /// Throws as check_shape does, and when the grid is not that of the shape.

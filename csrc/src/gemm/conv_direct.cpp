@@ -51,6 +51,15 @@ void pick(const RowsKernels& kernels, const T* from, std::size_t stride, std::si
     }
 }
 
+void pick(const RowsKernels&, const std::uint16_t* from, std::size_t stride, std::size_t count,
+          float* to) noexcept {
+    if (stride == 1) {
+        detail::copy_row(from, count, to);
+    } else {
+        detail::pick_row(from, stride, count, to);
+    }
+}
+
 }  // namespace
 
 namespace detail {
@@ -142,7 +151,8 @@ Windows<T>::Windows(const WindowLayout& layout)
 }
 
 template <class T>
-void Windows<T>::fill(const T* x, std::size_t row0, std::size_t col0, std::size_t rows,
+template <class S>
+void Windows<T>::fill(const S* x, std::size_t row0, std::size_t col0, std::size_t rows,
                       const RowsKernels& kernels) {
     if (runs_.empty() || row0 != row0_ || col0 != col0_) {
         std::fill_n(elements_.data(), layout_.elements() + kBeyond, T{0});
@@ -168,7 +178,16 @@ std::optional<detail::WindowLayout> Conv2d::Direct<T>::layout_of(const ConvShape
 
 template <class T>
 Conv2d::Direct<T>::Direct(const Problem& problem, detail::WindowLayout layout)
-    : Impl(problem), layout_(std::move(layout)) {}
+    : Impl(problem),
+      layout_(std::move(layout)),
+      y_(problem.y_is_bf16 ? nullptr : reinterpret_cast<T*>(problem.y)),
+      halves_(problem.y_is_bf16 ? reinterpret_cast<std::uint16_t*>(problem.y) : nullptr) {
+    if (y_ == nullptr && problem.grid.grid_cols() > 1) {
+        const ConvShape& s = problem.shape;
+        wide_y_ = detail::AlignedArray<T>(s.batch * s.out_channels * s.out_h() * s.out_w());
+        y_ = wide_y_.data();
+    }
+}
 
 template <class T>
 void Conv2d::Direct<T>::convolve(std::span<const BlockView> blocks) {
@@ -229,28 +248,44 @@ void Conv2d::Direct<T>::add_block(const Numbers& w, std::size_t image, std::size
     const std::size_t filter = s.kernel_h * s.kernel_w;
     const std::size_t group_channels = s.channels / s.groups;
     const std::size_t first = begin / (s.out_channels / s.groups) * group_channels;
-    const T* const x = reinterpret_cast<const T*>(p_.x) + image * s.channels * s.height * s.width;
     const std::size_t of_row = sums_of_row();
     T* const sums = worker.sums.at_least((end - begin) * of_row);
     const std::size_t out_h = s.out_h();
     const std::size_t out_w = s.out_w();
+    const auto fill = [&](std::size_t channel, const Part& part) {
+        const std::size_t place = (image * s.channels + first + channel) * s.height * s.width;
+        if constexpr (sizeof(T) == 4) {
+            if (p_.x_is_bf16) {
+                worker.windows.fill(reinterpret_cast<const std::uint16_t*>(p_.x) + place, part.row0,
+                                    part.col0, part.rows, kernels().rows);
+                return;
+            }
+        }
+        worker.windows.fill(reinterpret_cast<const T*>(p_.x) + place, part.row0, part.col0,
+                            part.rows, kernels().rows);
+    };
     for (std::size_t row0 = 0; row0 < out_h; row0 += layout_.rows()) {
         for (std::size_t col0 = 0; col0 < out_w; col0 += layout_.cols()) {
             const Part part{row0, col0, std::min(layout_.rows(), out_h - row0),
                             std::min(layout_.cols(), out_w - col0)};
             if (w.col0 == 0) std::fill_n(sums, (end - begin) * of_row, T{0});
             for (std::size_t row = begin; row < end && w.col0 != 0; ++row) {
-                load(y_of(image, row, part), part, sums + (row - begin) * of_row);
+                load(place_of(image, row, part), part, sums + (row - begin) * of_row);
             }
             for (std::size_t c = w.col0 / filter; c * filter < w.col1; ++c) {
-                worker.windows.fill(x + (first + c) * s.height * s.width, row0, col0, part.rows,
-                                    kernels().rows);
+                fill(c, part);
                 add_channel(w, c, begin, end, part, worker);
             }
             for (std::size_t row = begin; row < end; ++row) {
-                T* const y = y_of(image, row, part);
-                store(sums + (row - begin) * of_row, part, y);
-                if (w.col1 == p_.grid.cols) finish(row, part, y);
+                T* const of_channel = sums + (row - begin) * of_row;
+                const std::size_t place = place_of(image, row, part);
+                const bool complete = w.col1 == p_.grid.cols;
+                if (complete && halves_ != nullptr) {
+                    finish_halves(row, part, of_channel, place);
+                    continue;
+                }
+                store(of_channel, part, place);
+                if (complete) finish(row, part, place);
             }
         }
     }
@@ -277,37 +312,55 @@ void Conv2d::Direct<T>::add_channel(const Numbers& w, std::size_t channel, std::
 }
 
 template <class T>
-T* Conv2d::Direct<T>::y_of(std::size_t image, std::size_t channel,
-                           const Part& part) const noexcept {
+std::size_t Conv2d::Direct<T>::place_of(std::size_t image, std::size_t channel,
+                                        const Part& part) const noexcept {
     const ConvShape& s = p_.shape;
     const std::size_t row = (image * s.out_channels + channel) * s.out_h() + part.row0;
-    return reinterpret_cast<T*>(p_.y) + row * s.out_w() + part.col0;
+    return row * s.out_w() + part.col0;
 }
 
 template <class T>
-void Conv2d::Direct<T>::load(const T* y, const Part& part, T* sums) const noexcept {
+void Conv2d::Direct<T>::load(std::size_t place, const Part& part, T* sums) const noexcept {
     for (std::size_t i = 0; i < part.rows; ++i) {
-        detail::copy_row(y + i * p_.shape.out_w(), part.cols, sums + i * layout_.pitch());
+        detail::copy_row(y_ + place + i * p_.shape.out_w(), part.cols, sums + i * layout_.pitch());
     }
 }
 
 template <class T>
-void Conv2d::Direct<T>::store(const T* sums, const Part& part, T* y) const noexcept {
+void Conv2d::Direct<T>::store(const T* sums, const Part& part, std::size_t place) const noexcept {
     for (std::size_t i = 0; i < part.rows; ++i) {
-        detail::copy_row(sums + i * layout_.pitch(), part.cols, y + i * p_.shape.out_w());
+        detail::copy_row(sums + i * layout_.pitch(), part.cols, y_ + place + i * p_.shape.out_w());
     }
 }
 
 template <class T>
-void Conv2d::Direct<T>::finish(std::size_t channel, const Part& part, T* y) const noexcept {
+void Conv2d::Direct<T>::finish(std::size_t channel, const Part& part,
+                               std::size_t place) const noexcept {
     const bool is_whole = part.cols == p_.shape.out_w();
     const std::size_t lines = is_whole ? 1 : part.rows;
     const std::size_t count = is_whole ? part.rows * part.cols : part.cols;
-    const T* const bias = reinterpret_cast<const T*>(p_.bias);
-    for (std::size_t i = 0; i < lines; ++i, y += p_.shape.out_w()) {
-        for (std::size_t j = 0; bias != nullptr && j < count; ++j) y[j] += bias[channel];
-        detail::finish_row<T>(y, count, nullptr, p_.activation);
+    for (std::size_t i = 0; i < lines; ++i) {
+        finish_line(channel, y_ + place + i * p_.shape.out_w(), count);
     }
+}
+
+template <class T>
+void Conv2d::Direct<T>::finish_halves(std::size_t channel, const Part& part, T* sums,
+                                      std::size_t place) const noexcept {
+    if constexpr (sizeof(T) == 4) {
+        for (std::size_t i = 0; i < part.rows; ++i, sums += layout_.pitch()) {
+            finish_line(channel, sums, part.cols);
+            kernels().gemm.f32_to_bf16(sums, part.cols, halves_ + place + i * p_.shape.out_w());
+        }
+    }
+}
+
+template <class T>
+void Conv2d::Direct<T>::finish_line(std::size_t channel, T* sums,
+                                    std::size_t count) const noexcept {
+    const T* const bias = reinterpret_cast<const T*>(p_.bias);
+    for (std::size_t j = 0; bias != nullptr && j < count; ++j) sums[j] += bias[channel];
+    detail::finish_row<T>(sums, count, nullptr, p_.activation);
 }
 
 std::unique_ptr<Conv2d::Impl> Conv2d::Impl::direct(const Problem& problem) {

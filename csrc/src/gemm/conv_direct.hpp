@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -76,7 +77,9 @@ class Windows {
     explicit Windows(const WindowLayout& layout);
 
     /// Has those of `rows` rows of outputs from (row0, col0) on, of a channel x.
-    void fill(const T* x, std::size_t row0, std::size_t col0, std::size_t rows,
+    /// bf16 numbers are widened.
+    template <class S>
+    void fill(const S* x, std::size_t row0, std::size_t col0, std::size_t rows,
               const RowsKernels& kernels);
 
     /// By weight of the filter, what it sees of the first output; those of the others follow.
@@ -133,10 +136,16 @@ class Conv2d::Direct final : public Conv2d::Impl {
                    Worker& worker) const;
     void add_channel(const Numbers& w, std::size_t channel, std::size_t begin, std::size_t end,
                      const Part& part, Worker& worker) const;
-    [[nodiscard]] T* y_of(std::size_t image, std::size_t channel, const Part& part) const noexcept;
-    void load(const T* y, const Part& part, T* sums) const noexcept;
-    void store(const T* sums, const Part& part, T* y) const noexcept;
-    void finish(std::size_t channel, const Part& part, T* y) const noexcept;
+    // Where in y a part of a channel begins.
+    [[nodiscard]] std::size_t place_of(std::size_t image, std::size_t channel,
+                                       const Part& part) const noexcept;
+    void load(std::size_t place, const Part& part, T* sums) const noexcept;
+    void store(const T* sums, const Part& part, std::size_t place) const noexcept;
+    void finish(std::size_t channel, const Part& part, std::size_t place) const noexcept;
+    void finish_line(std::size_t channel, T* sums, std::size_t count) const noexcept;
+    // What store() and finish() do, of y in bf16.
+    void finish_halves(std::size_t channel, const Part& part, T* sums,
+                       std::size_t place) const noexcept;
 
     // Sums of one row of W: whole vectors, of which the last may be beyond the last output.
     [[nodiscard]] std::size_t sums_of_row() const noexcept {
@@ -144,6 +153,10 @@ class Conv2d::Direct final : public Conv2d::Impl {
     }
 
     const detail::WindowLayout layout_;
+    // y; where it is wanted in bf16 that is halves_, and sums rest in wide_y_, if they do.
+    T* y_;
+    std::uint16_t* const halves_;
+    detail::AlignedArray<T> wide_y_;
     detail::Workers<Worker> workers_;
 };
 

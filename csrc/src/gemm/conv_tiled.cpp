@@ -65,9 +65,10 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         : Impl(problem),
           kernels_(kernels().gemm),
           tile_(widest_tile(detail::of_type<T>(kernels_))),
-          image_(reinterpret_cast<const T*>(problem.x), problem.shape, tile_.width, kernels().rows),
+          image_(problem.x, problem.x_is_bf16, problem.shape, tile_.width, kernels().rows),
           bias_(reinterpret_cast<const T*>(problem.bias)),
-          y_(reinterpret_cast<T*>(problem.y)),
+          y_(problem.y_is_bf16 ? nullptr : reinterpret_cast<T*>(problem.y)),
+          halves_(problem.y_is_bf16 ? reinterpret_cast<Half*>(problem.y) : nullptr),
           plane_(problem.shape.out_h() * problem.shape.out_w()),
           positions_(problem.shape.batch * plane_),
           tiles_(ceil_div(positions_, tile_.width)),
@@ -84,6 +85,10 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         const auto [chunk, cuts] = cut(weights, panels, threads);
         const std::size_t chunks = ceil_div(tiles_, chunk);
         const std::size_t per_cut = ceil_div(panels, cuts);
+        if (y_ == nullptr && rests(blocks.size(), chunk, per_cut)) {
+            wide_y_ = detail::AlignedArray<T>(p_.shape.out_channels * positions_);
+            y_ = wide_y_.data();
+        }
         workers_.each(
             chunks * cuts, threads,
             [&] {
@@ -181,8 +186,12 @@ class Conv2d::Tiled final : public Conv2d::Impl {
                 const std::size_t count = s.batch * s.channels * s.height * s.width;
                 const unsigned threads =
                     detail::useful_threads(p_.threads, static_cast<double>(count));
-                const auto* const x = reinterpret_cast<const float*>(p_.x);
-                if (detail::bf16_parts(x, count, false, threads) == 1) return Way::pairs;
+                const bool are_halves =
+                    p_.x_is_bf16
+                        ? !detail::has_subnormal(reinterpret_cast<const Half*>(p_.x), count)
+                        : detail::bf16_parts(reinterpret_cast<const float*>(p_.x), count, false,
+                                             threads) == 1;
+                if (are_halves) return Way::pairs;
             }
             const std::size_t rows = std::min<std::size_t>(
                 grid.block_rows, p_.shape.out_channels / std::max<std::size_t>(p_.shape.groups, 1));
@@ -372,7 +381,17 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         }
     }
 
-    // Calls use(lane, count, first element of y) for each image that tile t has positions of.
+    // Whether sums rest in y between strips or calls, for tasks of so many tiles and rows of
+    // blocks.
+    [[nodiscard]] bool rests(std::size_t n_blocks, std::size_t tiles,
+                             std::size_t panels) const noexcept {
+        if (n_blocks != p_.grid.count()) return true;
+        const std::size_t rows = std::min<std::size_t>(panels * p_.grid.block_rows, p_.grid.rows);
+        return strip_columns(tiles) < p_.grid.cols &&
+               rows * tiles * tile_.width * sizeof(T) > kKeptBytes;
+    }
+
+    // Calls use(lane, count, first element in y) for each image that tile t has positions of.
     template <class Use>
     void each_image(std::size_t t, const Use& use) const {
         const std::size_t p0 = t * tile_.width;
@@ -380,15 +399,16 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         for (std::size_t p = p0; p < p1;) {
             const std::size_t image = p / plane_;
             const std::size_t n = std::min(p1, (image + 1) * plane_) - p;
-            use(p - p0, n, y_ + image * p_.shape.out_channels * plane_ + p % plane_);
+            use(p - p0, n, image * p_.shape.out_channels * plane_ + p % plane_);
             p += n;
         }
     }
 
     void load_sums(std::size_t t, Range rows, T* sums) const {
-        each_image(t, [&](std::size_t lane, std::size_t n, const T* y) {
+        each_image(t, [&](std::size_t lane, std::size_t n, std::size_t y) {
             for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                detail::copy_row(y + r * plane_, n, sums + (r - rows.begin) * tile_.width + lane);
+                detail::copy_row(y_ + y + r * plane_, n,
+                                 sums + (r - rows.begin) * tile_.width + lane);
             }
         });
         // Lanes without a position hold what nobody reads, but must hold something.
@@ -408,9 +428,16 @@ class Conv2d::Tiled final : public Conv2d::Impl {
                 detail::finish_row<T>(row, n_positions, nullptr, p_.activation);
             }
         }
-        each_image(t, [&](std::size_t lane, std::size_t n, T* y) {
+        each_image(t, [&](std::size_t lane, std::size_t n, std::size_t y) {
             for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                detail::copy_row(sums + (r - rows.begin) * tile_.width + lane, n, y + r * plane_);
+                const T* const from = sums + (r - rows.begin) * tile_.width + lane;
+                if constexpr (sizeof(T) == 4) {
+                    if (complete && halves_ != nullptr) {
+                        kernels_.f32_to_bf16(from, n, halves_ + y + r * plane_);
+                        continue;
+                    }
+                }
+                detail::copy_row(from, n, y_ + y + r * plane_);
             }
         });
     }
@@ -419,7 +446,10 @@ class Conv2d::Tiled final : public Conv2d::Impl {
     const Tile& tile_;
     const ImageTiles<T> image_;
     const T* const bias_;
-    T* const y_;
+    // y; where it is wanted in bf16 that is halves_, and sums rest in wide_y_, if they do.
+    T* y_;
+    Half* const halves_;
+    detail::AlignedArray<T> wide_y_;
     const std::size_t plane_;      // elements of one output channel of one image
     const std::size_t positions_;  // of the batch
     const std::size_t tiles_;

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "base/rounding.hpp"
@@ -38,8 +40,11 @@ struct PositionRuns {
 template <class T>
 class ImageTiles {
   public:
-    ImageTiles(const T* x, const ConvShape& shape, std::size_t width, const RowsKernels& kernels)
-        : x_(x),
+    /// x are bf16 numbers if so said, else T.
+    ImageTiles(const std::byte* x, bool is_bf16, const ConvShape& shape, std::size_t width,
+               const RowsKernels& kernels)
+        : x_(is_bf16 ? nullptr : reinterpret_cast<const T*>(x)),
+          halves_(is_bf16 ? reinterpret_cast<const std::uint16_t*>(x) : nullptr),
           shape_(as_one_row(shape)),
           out_h_(shape_.out_h()),
           out_w_(shape_.out_w()),
@@ -82,6 +87,22 @@ class ImageTiles {
                 std::fill_n(last, positions.empty_lanes, T{0});
             }
         }
+        if constexpr (sizeof(T) == 4) {
+            if (halves_ != nullptr) {
+                gather_from(halves_, group, c0, c1, positions, to);
+                return;
+            }
+        }
+        gather_from(x_, group, c0, c1, positions, to);
+    }
+
+  private:
+    static constexpr std::size_t kMostLanes = 32;  // of a LaneRun
+
+    template <class S>
+    void gather_from(const S* x, std::size_t group, std::size_t c0, std::size_t c1,
+                     PositionRuns& positions, T* to) const {
+        const std::size_t tile = (c1 - c0) * width_;
         const std::size_t group_channels = shape_.channels / shape_.groups;
         for (std::size_t first = c0; first < std::min(c1, c0 + filter_); ++first) {
             // All columns of one weight of the filter: first, first + filter_, ..., a channel each.
@@ -89,8 +110,8 @@ class ImageTiles {
             for (PositionRuns::Run& run : positions.runs) {
                 clip(run, in_filter / shape_.kernel_w, in_filter % shape_.kernel_w);
             }
-            const T* plane = x_ + (group * group_channels + first / filter_) * plane_;
-            if constexpr (sizeof(T) == 4) {
+            const S* plane = x + (group * group_channels + first / filter_) * plane_;
+            if constexpr (std::is_same_v<S, float>) {
                 // To list the runs takes as long as to copy one column of them.
                 const std::size_t columns = ceil_div(c1 - first, filter_);
                 if (shape_.stride_w == 1 && width_ <= kMostLanes && columns > 1) {
@@ -117,9 +138,6 @@ class ImageTiles {
             }
         }
     }
-
-  private:
-    static constexpr std::size_t kMostLanes = 32;  // of a LaneRun
 
     // Windows of one pixel, one beside the other, see no rows: long runs instead of short ones.
     static ConvShape as_one_row(ConvShape shape) noexcept {
@@ -156,12 +174,15 @@ class ImageTiles {
     }
 
     // The lanes of a run: zeros, every stride_w-th element, zeros.
-    void copy(const T* from, const PositionRuns::Run& run, T* lanes) const noexcept {
+    template <class S>
+    void copy(const S* from, const PositionRuns::Run& run, T* lanes) const noexcept {
         for (std::size_t i = 0; i < run.begin; ++i) lanes[i] = T{0};
         const std::size_t count = run.end - run.begin;
         T* const middle = lanes + run.begin;
         if (shape_.stride_w != 1) {
-            if constexpr (sizeof(T) == 4) {
+            if constexpr (!std::is_same_v<S, T>) {
+                pick_row(from, shape_.stride_w, count, middle);
+            } else if constexpr (sizeof(T) == 4) {
                 kernels_.pick_f32(from, shape_.stride_w, count, middle);
             } else {
                 kernels_.pick_f64(from, shape_.stride_w, count, middle);
@@ -173,6 +194,7 @@ class ImageTiles {
     }
 
     const T* const x_;
+    const std::uint16_t* const halves_;
     const ConvShape shape_;
     const std::size_t out_h_, out_w_;
     const std::size_t plane_;   // elements of one channel of one image

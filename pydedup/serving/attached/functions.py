@@ -305,7 +305,8 @@ def _convolution(
         return size if n_axes == 2 else (other, size)
 
     x = _cast(input, weight)
-    given = as_floats(x, weight)
+    given = as_floats(x, weight, keeps_bf16=True)
+    as_bf16 = x.dtype is torch.bfloat16 and compute_dtype(stored.dtype) == np.float32
     y = stored.conv2d(
         given if n_axes == 2 else given[..., None, :],
         bias=_bias(bias, weight),
@@ -313,6 +314,7 @@ def _convolution(
         padding=padding if isinstance(padding, str) else sizes(padding, 0),
         dilation=sizes(dilation, 1),
         groups=groups,
+        dtype="bf16" if as_bf16 else None,
     )
     return as_result(y if n_axes == 2 else y[..., 0, :], x.dtype)
 
