@@ -161,7 +161,7 @@ class SqliteAdapter(SqliteBase):
         if read_only and self._file.has_empty_wal() and self._file.is_writable():
             with (
                 forks_held_off(),
-                contextlib.suppress(sqlite3.Error),
+                contextlib.suppress(sqlite3.Error, UnicodeDecodeError),  # of a damaged schema
                 contextlib.closing(open_file(self._file, "mode=rw")) as connection,
             ):
                 connection.execute(ANY_READ).fetchall()

@@ -188,26 +188,26 @@ def test_activations_are_taken_off_the_pool_for_a_call(tmp_path: Path) -> None:
 
     seen: list[int] = []
     bias = 70 * 4  # is loaded
-    rows = 2 * (1 << 20) // (80 * 4)  # of 2 MiB: 16 of them repeated, 4 in and around the product
+    rows = 2 * (1 << 20) // (80 * 4)  # of 2 MiB: 16 of them repeated, 5 in and around the product
     # Scratch has 16 MiB for activations, the pool gives up to 16 more.
     with pydedup.open(tmp_path / "a.db", memory="64MiB") as store:
         store.add("m", Wide())
         module = store.attach(Wide().eval(), "m")
         assert reserved(rows) == 16  # nothing is known: all that there is
-        assert reserved(rows) == 3
-        assert reserved(rows // 2 + 1) == 3  # as of a call that is larger, but not much
-        assert reserved(rows // 3) == 3  # the same, but measured
+        assert reserved(rows) == 4
+        assert reserved(rows // 2 + 1) == 4  # as of a call that is larger, but not much
+        assert reserved(rows // 3) == 4  # the same, but measured
         assert reserved(rows // 3) == 0
-        assert reserved(rows * 6 // 5) == 12  # perhaps by the square of what it is larger
+        assert reserved(rows * 6 // 5) == 13  # perhaps by the square of what it is larger
         assert reserved(rows * 3 // 2) == 16  # measured
-        assert reserved(rows * 3 // 2) == 13
+        assert reserved(rows * 3 // 2) == 15
         assert reserved(rows * 5) == reserved(rows * 5) == 16  # more than there is
         module = store.attach(Wide().eval(), "m")
-        assert reserved(rows) == 3  # known of an equal one
+        assert reserved(rows) == 4  # known of an equal one
         with pytest.raises(AssertionError, match="no rows"):
             module(torch.ones(0, 80))
         assert store._pool.stats()["reserved_bytes"] == bias
-        assert reserved(rows) == 3
+        assert reserved(rows) == 4
 
 
 def test_a_batch_is_cut_where_rows_are_apart(
