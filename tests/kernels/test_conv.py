@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -72,6 +73,13 @@ def stored(w: Array, block: tuple[int, int], **how: Any) -> tuple[BlockMap, Page
     pages = MemoryPages()
     block_map = pages.add(w, block, **how)
     return block_map, pages.pool()
+
+
+def assert_holds(kernel: str, check: Callable[[], None]) -> None:
+    """Run a check of this file with a kernel, which a process chooses once."""
+    called = f"runpy.run_path({__file__!r})[{check.__name__!r}]()"
+    code = f"import runpy; {called}; print('all hold')"
+    assert run_with_kernel(kernel, code) == "all hold\n"
 
 
 def check_layers(dtype: DType, seed: int) -> None:
@@ -152,8 +160,7 @@ def check_sizes() -> None:
 
 @pytest.mark.parametrize("kernel", RUNNABLE)
 def test_every_kernel_takes_numbers_of_any_size(kernel: str) -> None:
-    code = f"import runpy; runpy.run_path({__file__!r})['check_sizes'](); print('all hold')"
-    assert run_with_kernel(kernel, code) == "all hold\n"
+    assert_holds(kernel, check_sizes)
 
 
 def check_halves() -> None:
@@ -191,8 +198,7 @@ def check_halves() -> None:
 
 @pytest.mark.parametrize("kernel", RUNNABLE)
 def test_every_kernel_takes_bf16_numbers(kernel: str) -> None:
-    code = f"import runpy; runpy.run_path({__file__!r})['check_halves'](); print('all hold')"
-    assert run_with_kernel(kernel, code) == "all hold\n"
+    assert_holds(kernel, check_halves)
 
 
 def check_halves_in_and_out() -> None:
@@ -231,9 +237,7 @@ def check_halves_in_and_out() -> None:
 
 @pytest.mark.parametrize("kernel", RUNNABLE)
 def test_every_kernel_takes_and_gives_bf16(kernel: str) -> None:
-    check = f"runpy.run_path({__file__!r})['check_halves_in_and_out']()"
-    code = f"import runpy; {check}; print('all hold')"
-    assert run_with_kernel(kernel, code) == "all hold\n"
+    assert_holds(kernel, check_halves_in_and_out)
 
 
 def check_wide_blocks() -> None:
@@ -250,8 +254,7 @@ def check_wide_blocks() -> None:
 
 @pytest.mark.parametrize("kernel", RUNNABLE)
 def test_wide_blocks_give_the_same_bits_for_any_number_of_threads(kernel: str) -> None:
-    code = f"import runpy; runpy.run_path({__file__!r})['check_wide_blocks'](); print('all hold')"
-    assert run_with_kernel(kernel, code) == "all hold\n"
+    assert_holds(kernel, check_wide_blocks)
 
 
 few = st.integers(1, 3)

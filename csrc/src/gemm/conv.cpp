@@ -4,6 +4,7 @@
 #include <string>
 
 #include "gemm/conv_impl.hpp"
+#include "gemm/useful_threads.hpp"
 #include "gemm/weights.hpp"
 #include "pydedup/error.hpp"
 
@@ -20,6 +21,17 @@ void Conv2d::Impl::feed(std::span<const BlockView> blocks) {
     }
     if (!blocks.empty() && p_.shape.batch != 0) convolve(blocks);
     fed_ += blocks.size();
+}
+
+auto Conv2d::Impl::work_of(std::span<const BlockView> blocks) const noexcept -> Work {
+    const std::size_t columns = p_.grid.grid_cols();
+    const std::size_t first = fed_ / columns;
+    std::size_t weights = 0;
+    for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
+    const std::size_t positions = p_.shape.batch * p_.shape.out_h() * p_.shape.out_w();
+    return {first, (fed_ + blocks.size() - 1) / columns - first + 1, weights,
+            detail::useful_threads(p_.threads,
+                                   static_cast<double>(weights) * static_cast<double>(positions))};
 }
 
 Conv2d::Conv2d(const Problem& problem) {

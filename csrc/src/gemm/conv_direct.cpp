@@ -7,9 +7,8 @@
 
 #include "base/rounding.hpp"
 #include "dispatch/dispatch.hpp"
-#include "gemm/activation.hpp"
 #include "gemm/copy_row.hpp"
-#include "gemm/useful_threads.hpp"
+#include "gemm/matmul_sizes.hpp"
 
 namespace pydedup {
 namespace {
@@ -25,7 +24,6 @@ constexpr std::size_t kLeastColumns = 64;
 constexpr std::size_t kMostGroupRows = 4;
 // Weights for which sums stay in registers; the kernel asks memory for what comes after so many.
 constexpr std::size_t kWeightsAtOnce = 16;
-constexpr std::size_t kPiecesPerThread = 4;
 
 template <class T>
 [[nodiscard]] RowsKernels::Sum<T, T> sum_kernel(const RowsKernels& kernels) noexcept {
@@ -192,26 +190,20 @@ Conv2d::Direct<T>::Direct(const Problem& problem, detail::WindowLayout layout)
 template <class T>
 void Conv2d::Direct<T>::convolve(std::span<const BlockView> blocks) {
     const BlockGrid& grid = p_.grid;
-    const std::size_t first = fed_ / grid.grid_cols();
-    const std::size_t panels = (fed_ + blocks.size() - 1) / grid.grid_cols() - first + 1;
-    std::size_t weights = 0;
-    for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
-    const std::size_t positions = p_.shape.batch * p_.shape.out_h() * p_.shape.out_w();
-    const unsigned threads = detail::useful_threads(
-        p_.threads, static_cast<double>(weights) * static_cast<double>(positions));
-    const std::size_t images = panels * p_.shape.batch;
+    const Work work = work_of(blocks);
+    const std::size_t images = work.panels * p_.shape.batch;
     const std::size_t wanted =
-        threads == 1 ? 1 : detail::ceil_div(kPiecesPerThread * threads, images);
+        work.threads == 1 ? 1 : detail::ceil_div(detail::kPiecesPerThread * work.threads, images);
     const std::size_t rows = detail::ceil_div(grid.block_rows, wanted);
     const std::size_t cuts = detail::ceil_div(grid.block_rows, rows);
     workers_.each(
-        images * cuts, threads,
+        images * cuts, work.threads,
         [&] {
             return Worker{detail::LastBlockReader<T>(kernels().gemm), detail::Windows<T>(layout_)};
         },
         [](Worker& worker) { worker.blocks.forget(); },
         [&](std::size_t i, Worker& worker) {
-            const std::size_t panel = first + i / (p_.shape.batch * cuts);
+            const std::size_t panel = work.first + i / (p_.shape.batch * cuts);
             const std::size_t begin = panel * grid.block_rows + i % cuts * rows;
             const std::size_t end =
                 std::min({begin + rows, (panel + 1) * grid.block_rows, std::size_t{grid.rows}});
@@ -340,7 +332,7 @@ void Conv2d::Direct<T>::finish(std::size_t channel, const Part& part,
     const std::size_t lines = is_whole ? 1 : part.rows;
     const std::size_t count = is_whole ? part.rows * part.cols : part.cols;
     for (std::size_t i = 0; i < lines; ++i) {
-        finish_line(channel, y_ + place + i * p_.shape.out_w(), count);
+        finish_channel(channel, y_ + place + i * p_.shape.out_w(), count);
     }
 }
 
@@ -349,18 +341,10 @@ void Conv2d::Direct<T>::finish_halves(std::size_t channel, const Part& part, T* 
                                       std::size_t place) const noexcept {
     if constexpr (sizeof(T) == 4) {
         for (std::size_t i = 0; i < part.rows; ++i, sums += layout_.pitch()) {
-            finish_line(channel, sums, part.cols);
+            finish_channel(channel, sums, part.cols);
             kernels().gemm.f32_to_bf16(sums, part.cols, halves_ + place + i * p_.shape.out_w());
         }
     }
-}
-
-template <class T>
-void Conv2d::Direct<T>::finish_line(std::size_t channel, T* sums,
-                                    std::size_t count) const noexcept {
-    const T* const bias = reinterpret_cast<const T*>(p_.bias);
-    for (std::size_t j = 0; bias != nullptr && j < count; ++j) sums[j] += bias[channel];
-    detail::finish_row<T>(sums, count, nullptr, p_.activation);
 }
 
 std::unique_ptr<Conv2d::Impl> Conv2d::Impl::direct(const Problem& problem) {

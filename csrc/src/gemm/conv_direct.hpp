@@ -142,7 +142,6 @@ class Conv2d::Direct final : public Conv2d::Impl {
     void load(std::size_t place, const Part& part, T* sums) const noexcept;
     void store(const T* sums, const Part& part, std::size_t place) const noexcept;
     void finish(std::size_t channel, const Part& part, std::size_t place) const noexcept;
-    void finish_line(std::size_t channel, T* sums, std::size_t count) const noexcept;
     // What store() and finish() do, of y in bf16.
     void finish_halves(std::size_t channel, const Part& part, T* sums,
                        std::size_t place) const noexcept;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <span>
 
+#include "gemm/activation.hpp"
 #include "pydedup/conv.hpp"
 
 namespace pydedup {
@@ -27,6 +28,22 @@ class Conv2d::Impl {
   protected:
     // Some blocks, of at least one image.
     virtual void convolve(std::span<const BlockView> blocks) = 0;
+
+    // What blocks are, in rows of blocks from `first` on, and by how many threads they are best
+    // multiplied.
+    struct Work {
+        std::size_t first, panels, weights;
+        unsigned threads;
+    };
+    [[nodiscard]] Work work_of(std::span<const BlockView> blocks) const noexcept;
+
+    // Some sums of an output channel: its bias, and what follows.
+    template <class T>
+    void finish_channel(std::size_t channel, T* sums, std::size_t count) const noexcept {
+        const T* const bias = reinterpret_cast<const T*>(p_.bias);
+        for (std::size_t i = 0; bias != nullptr && i < count; ++i) sums[i] += bias[channel];
+        detail::finish_row<T>(sums, count, nullptr, p_.activation);
+    }
 
     const Problem p_;
     std::size_t fed_ = 0;

@@ -13,7 +13,6 @@
 #include "base/rounding.hpp"
 #include "dispatch/dispatch.hpp"
 #include "dispatch/tile_registers.hpp"
-#include "gemm/activation.hpp"
 #include "gemm/ahead.hpp"
 #include "gemm/bf16_parts.hpp"
 #include "gemm/conv_impl.hpp"
@@ -66,7 +65,6 @@ class Conv2d::Tiled final : public Conv2d::Impl {
           kernels_(kernels().gemm),
           tile_(widest_tile(detail::of_type<T>(kernels_))),
           image_(problem.x, problem.x_is_bf16, problem.shape, tile_.width, kernels().rows),
-          bias_(reinterpret_cast<const T*>(problem.bias)),
           y_(problem.y_is_bf16 ? nullptr : reinterpret_cast<T*>(problem.y)),
           halves_(problem.y_is_bf16 ? reinterpret_cast<Half*>(problem.y) : nullptr),
           plane_(problem.shape.out_h() * problem.shape.out_w()),
@@ -76,12 +74,7 @@ class Conv2d::Tiled final : public Conv2d::Impl {
 
   protected:
     void convolve(std::span<const BlockView> blocks) override {
-        const std::size_t first = fed_ / p_.grid.grid_cols();
-        const std::size_t panels = (fed_ + blocks.size() - 1) / p_.grid.grid_cols() - first + 1;
-        std::size_t weights = 0;
-        for (const BlockView& block : blocks) weights += std::size_t{block.rows} * block.cols;
-        const unsigned threads = detail::useful_threads(
-            p_.threads, static_cast<double>(weights) * static_cast<double>(positions_));
+        const auto [first, panels, weights, threads] = work_of(blocks);
         const auto [chunk, cuts] = cut(weights, panels, threads);
         const std::size_t chunks = ceil_div(tiles_, chunk);
         const std::size_t per_cut = ceil_div(panels, cuts);
@@ -372,7 +365,7 @@ class Conv2d::Tiled final : public Conv2d::Impl {
                     if (count != 0 && (!is_here || bytes > kTogetherBytes)) break;
                     const Half* const w =
                         worker.halves.read(block) + (rows.begin - row0) * block.cols;
-                    pieces[count++] = {w, block.cols, c - gathered.begin, nullptr};
+                    pieces[count++] = {w, block.cols, c - gathered.begin};
                     c += block.cols;
                     if (!is_here) break;
                 }
@@ -421,11 +414,7 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         const std::size_t n_positions = positions_of(t);
         if (complete) {
             for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                T* const row = sums + (r - rows.begin) * tile_.width;
-                if (bias_ != nullptr) {
-                    for (std::size_t i = 0; i < n_positions; ++i) row[i] += bias_[r];
-                }
-                detail::finish_row<T>(row, n_positions, nullptr, p_.activation);
+                finish_channel(r, sums + (r - rows.begin) * tile_.width, n_positions);
             }
         }
         each_image(t, [&](std::size_t lane, std::size_t n, std::size_t y) {
@@ -445,7 +434,6 @@ class Conv2d::Tiled final : public Conv2d::Impl {
     const GemmKernels& kernels_;
     const Tile& tile_;
     const ImageTiles<T> image_;
-    const T* const bias_;
     // y; where it is wanted in bf16 that is halves_, and sums rest in wide_y_, if they do.
     T* y_;
     Half* const halves_;

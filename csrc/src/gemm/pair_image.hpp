@@ -3,7 +3,6 @@
 // for products with bf16 weights (AMX; GemmTile::tile_nt_pieces). Of one thread.
 #pragma once
 
-#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +18,6 @@ namespace pydedup::detail {
 struct HalfWeights {
     const std::uint16_t* begin;
     std::size_t cols, column;
-    const std::uint16_t* next;  ///< as GemmPiece::next
 };
 
 class PairImage {
@@ -60,8 +58,8 @@ class PairImage {
         for (std::size_t t = 0; t < tiles_; ++t) {
             for (std::size_t i = 0; i < blocks.size(); ++i) {
                 const HalfWeights& w = blocks[i];
-                pieces[i] = {x + t * of_tile_ + w.column * width_, w.begin, w.cols, w.cols,
-                             t == 0 ? w.next : nullptr};
+                const auto* const of_block = x + t * of_tile_ + w.column * width_;
+                pieces[i] = {of_block, w.begin, w.cols, w.cols, nullptr};
             }
             kernels.bf16.tiles[0].tile_nt_pieces(pieces, blocks.size(), rows, false,
                                                  sums + t * rows * width_);

@@ -142,93 +142,10 @@ words = ["kernels"]
     assert (done.returncode, done.stdout, done.stderr) == (130, "tidied up\n", said)
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_within_a_callback_is_neither_lost_nor_a_traceback(name: str, status: int) -> None:
-    """Python ignores what is raised there; it showed that, and the command went on."""
-    code = f"""
-import os, signal, sys, time, weakref
-from pydedup.cli import app, main
-
-class Thing:
-    pass
-
-def struck(_):
-    os.kill(os.getpid(), signal.{name})
-    for _ in range(1_000_000):  # the signal's exception comes at some step of these
-        pass
-
-def work(**_):
-    thing = Thing()
-    seen = weakref.ref(thing, struck)
-    del thing
-    time.sleep(60)
-
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have it ignored
-app.looking.kernels.callback = work
-sys.exit(main(["kernels"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=50
-    )
-    said = "pydedup: interrupted, the store is as it was before\n"
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
-
-
-@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_what_an_object_raises_that_was_left_half_made_is_not_shown(name: str, status: int) -> None:
-    """As the archive of an `export` was: "Exception ignored in: <function ZipFile.__del__"."""
-    code = f"""
-import os, signal, sys, time
-from pydedup.cli import app, main
-
-class Archive:
-    def __init__(self):
-        os.kill(os.getpid(), signal.{name})
-        time.sleep(60)
-        self.file = None
-
-    def __del__(self):
-        if self.file is None:
-            print("never")
-
-def work(**_):
-    Archive()
-
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have it ignored
-app.looking.kernels.callback = work
-sys.exit(main(["kernels"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=50
-    )
-    said = "pydedup: interrupted, the store is as it was before\n"
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
-
-
-def test_what_raises_its_own_interrupt_for_a_signal_ends_as_the_signal_has_it() -> None:
-    """As Ray's core does: after SIGTERM the status was that of Ctrl-C."""
-    code = """
-import os, signal, sys
-from pydedup.cli import app, main
-
-def work(**_):
-    try:
-        os.kill(os.getpid(), signal.SIGTERM)
-    except KeyboardInterrupt:
-        pass
-    raise KeyboardInterrupt
-
-app.looking.kernels.callback = work
-sys.exit(main(["kernels"]))
-"""
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=50)
-    assert done.returncode == 143
-
-
 def _program_of(work: str, main: str) -> list[str]:
     """Return the program with ``work`` in the place of a command."""
     code = f"""
-import atexit, os, signal, sys, time
+import atexit, os, signal, sys, time, weakref
 from pydedup.cli import app, main
 
 {work}
@@ -243,6 +160,62 @@ sys.exit({main})
 
 def _run_work(work: str, main: str = "main(['kernels'])") -> subprocess.CompletedProcess[str]:
     return subprocess.run(_program_of(work, main), capture_output=True, text=True, timeout=50)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_within_a_callback_is_neither_lost_nor_a_traceback(name: str, status: int) -> None:
+    """Python ignores what is raised there; it showed that, and the command went on."""
+    done = _run_work(f"""
+class Thing:
+    pass
+
+def struck(_):
+    os.kill(os.getpid(), signal.{name})
+    for _ in range(1_000_000):  # the signal's exception comes at some step of these
+        pass
+
+def work(**_):
+    thing = Thing()
+    seen = weakref.ref(thing, struck)
+    del thing
+    time.sleep(60)
+""")
+    said = "pydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_what_an_object_raises_that_was_left_half_made_is_not_shown(name: str, status: int) -> None:
+    """As the archive of an `export` was: "Exception ignored in: <function ZipFile.__del__"."""
+    done = _run_work(f"""
+class Archive:
+    def __init__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(60)
+        self.file = None
+
+    def __del__(self):
+        if self.file is None:
+            print("never")
+
+def work(**_):
+    Archive()
+""")
+    said = "pydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
+def test_what_raises_its_own_interrupt_for_a_signal_ends_as_the_signal_has_it() -> None:
+    """As Ray's core does: after SIGTERM the status was that of Ctrl-C."""
+    done = _run_work("""
+def work(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        pass
+    raise KeyboardInterrupt
+""")
+    assert done.returncode == 143
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143)])
