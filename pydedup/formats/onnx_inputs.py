@@ -25,12 +25,23 @@ from pydedup.formats._onnx_tensors import (
 from pydedup.formats.base import Array
 from pydedup.types import TensorInfo
 
-__all__ = ["OpenedGraph", "open_graph", "with_constants"]
+__all__ = ["OpenedGraph", "TextStep", "open_graph", "text_step", "with_constants"]
 
 #: As in TensorProto; the version of ONNX's format since which initialisers may be no inputs.
 _EXTERNAL, _WITH_CONSTANTS = 1, 4
 #: Smaller tensors stay inside: shapes, axes and scales, which runtimes want to know beforehand.
 _LEAST_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TextStep:
+    """What a graph does with inputs that are texts, as far as that is known.
+
+    ``operators`` take texts; ``values`` are what they give that is none, and all else is made of.
+    """
+
+    operators: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +158,35 @@ def with_constants(opened: bytes, names: Collection[str]) -> bytes:
     model.ir_version = max(model.ir_version, _WITH_CONSTANTS)
     serialised: bytes = model.SerializeToString(deterministic=True)
     return serialised
+
+
+def text_step(payload: bytes, names: Collection[str]) -> TextStep:
+    """Return what becomes of these inputs, which are texts; payload as for `open_graph`."""
+    import onnx
+
+    try:
+        graph = onnx.shape_inference.infer_shapes(parse(onnx.ModelProto, payload, "it")).graph
+    except Exception:  # of several classes; whoever asks goes without
+        return TextStep()
+    kinds = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    texts = set(names)
+    operators, values = dict[str, None](), dict[str, None]()  # sets that keep their order
+    for node in graph.node:
+        if texts.isdisjoint(node.input):
+            continue
+        operators[node.op_type] = None
+        for name in node.output:
+            kind = kinds.get(name, 0)
+            if not kind:  # of an operator that onnx does not know, or a sequence
+                return TextStep()
+            if kind == onnx.TensorProto.STRING:
+                texts.add(name)
+            else:
+                values[name] = None
+    return TextStep(tuple(operators), tuple(values))
 
 
 def _used_otherwise(graph: Any) -> Iterator[str]:

@@ -21,12 +21,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError
+from pydedup.formats.onnx_inputs import text_step
 from pydedup.pool import PagePool
 from pydedup.serving.engine import Tensors, check_inputs
 from pydedup.serving.onnx_kept import Held, Runner, Session, content_key, opened_graph, runner_of
 from pydedup.serving.onnx_loops import run_with_loops
 from pydedup.serving.onnx_own import Own
-from pydedup.serving.onnx_values import as_output, as_runtime_input, check_outputs
+from pydedup.serving.onnx_values import (
+    as_output,
+    as_runtime_input,
+    check_kinds,
+    check_outputs,
+)
 from pydedup.serving.predict import by_name
 
 __all__ = ["run_onnx"]
@@ -70,7 +76,7 @@ def run_onnx(
         When the weights do not fit the budget, or there is no memory for what is computed.
     UnsupportedFormatError
         When onnx or onnxruntime is not installed, or does not know the graph's operations, or an
-        output is no array, or of a type that numpy lacks.
+        input or output is no array, or of a type that numpy lacks, or an input is text.
     """
     runner = runner_of(pool)
     if not runner.knows(model.row.id):
@@ -127,9 +133,10 @@ def _run(
         graph = session.graph
     else:
         graph, session = runner.graph(model, payload, tensor, pool)
+    kinds = {name: session.kinds[name] for name in graph.inputs}
+    check_kinds(kinds, model.address, lambda texts: text_step(payload(), texts))
     inputs = by_name(x, graph.inputs, model.address)
     check_inputs(inputs, graph.inputs)
-    kinds = session.kinds
     given = {name: as_runtime_input(value, kinds[name]) for name, value in inputs.items()}
     if graph.is_recurrent:  # the runtime ends the process where a batch or sequence is empty
         for name, value in given.items():

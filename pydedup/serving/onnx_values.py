@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,16 @@ from numpy.typing import ArrayLike, NDArray
 from pydedup import config
 from pydedup.arguments import as_dtype
 from pydedup.errors import ArgumentError, UnsupportedFormatError, not_installed
+from pydedup.formats.onnx_inputs import TextStep
 from pydedup.serving.predict import as_input
+from pydedup.text import listed
 from pydedup.types import DType
 
 __all__ = [
     "as_output",
     "as_runtime_input",
     "as_value",
+    "check_kinds",
     "check_outputs",
     "import_onnxruntime",
     "inputs_and_outputs",
@@ -32,6 +35,8 @@ __all__ = [
 
 #: ONNX's number of the only type of inputs that numpy lacks.
 _BF16 = 16
+#: As sessions name it; outputs may be of this type.
+_TEXTS = "tensor(string)"
 #: Types of ONNX as sessions name them -> ours.
 _TYPES = {
     "tensor(float)": DType.F32,
@@ -75,10 +80,11 @@ def as_value(array: NDArray[Any], kind: int) -> Any:
 
 
 def as_runtime_input(x: ArrayLike, kind: Any) -> Any:
-    """Return an input in the type that the model wants. Raises ArgumentError."""
-    wanted = _TYPES.get(kind.type)
-    if wanted is None:
-        raise ArgumentError(f"input {kind.name!r} is a {kind.type}, which is not supported")
+    """Return an input in the type that the model wants, one of those that `check_kinds` lets pass.
+
+    Raises ArgumentError.
+    """
+    wanted = _TYPES[kind.type]
     array = as_input(x, f"input {kind.name!r}")
     both_whole = wanted.numpy.kind in "iu" and array.dtype.kind in "iu"
     if not (both_whole or wanted.is_float or wanted.numpy == array.dtype):
@@ -102,10 +108,32 @@ def as_runtime_input(x: ArrayLike, kind: Any) -> Any:
     return as_value(array, _BF16) if wanted is DType.BF16 else array
 
 
+def check_kinds(
+    kinds: Mapping[str, Any], model: str, text_step: Callable[[list[str]], TextStep]
+) -> None:
+    """Raise UnsupportedFormatError for inputs that are no arrays of numbers.
+
+    ``text_step`` returns what becomes of those that are texts.
+    """
+    for name, kind in kinds.items():
+        if kind.type in _TYPES:
+            continue
+        told = f"{model} takes {name!r} as {kind.type}, which is not supported"
+        if kind.type != _TEXTS:
+            raise UnsupportedFormatError(told)
+        step = text_step([name for name, kind in kinds.items() if kind.type == _TEXTS])
+        what = f" ({listed(step.operators)})" if step.operators else ""
+        begins = f", with the input {listed(list(map(repr, step.values)))}" if step.values else ""
+        raise UnsupportedFormatError(
+            f"{told}: do what it does with texts{what} before, in your own code, and add the model "
+            f"that begins behind that{begins} (onnx.utils.extract_model cuts it out)"
+        )
+
+
 def check_outputs(kinds: Mapping[str, str], model: str) -> None:
     """Raise UnsupportedFormatError for tensors of a type that numpy lacks; of others, see below."""
     for name, kind in kinds.items():
-        is_known = kind == "tensor(string)" or _TYPES.get(kind, DType.BF16) is not DType.BF16
+        is_known = kind == _TEXTS or _TYPES.get(kind, DType.BF16) is not DType.BF16
         if kind.startswith("tensor(") and not is_known:
             raise UnsupportedFormatError(
                 f"{model} gives {name!r} as {kind}, which is not supported"

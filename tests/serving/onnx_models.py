@@ -55,7 +55,7 @@ def save(
     graph = onnx.helper.make_graph(
         nodes, "g", list(inputs) or [value("x")], [value(output, kind, None)], initializers
     )
-    domains = [("", opset), ("com.microsoft", 1), ("nobody", 1)]
+    domains = [("", opset), ("ai.onnx.ml", 3), ("com.microsoft", 1), ("nobody", 1)]
     model = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid(*d) for d in domains]
     )

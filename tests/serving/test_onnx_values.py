@@ -13,6 +13,7 @@ import pytest
 import pydedup
 from pydedup import config
 from pydedup.errors import ArgumentError, BudgetError, UnsupportedFormatError
+from pydedup.formats.onnx_inputs import TextStep, text_step
 from pydedup.serving import onnx_kept
 
 from .onnx_models import X, node, normal, onnx, run, save, value
@@ -55,12 +56,42 @@ def test_inputs_and_outputs_that_are_no_arrays(store: pydedup.Store, tmp_path: P
         sets = [make.make_opsetid("", 17)]
         onnx.save(make.make_model(graph, opset_imports=sets, ir_version=8), tmp_path / "m.onnx")
         store.add(name, tmp_path / "m.onnx")
-    with pytest.raises(ArgumentError, match=r"input 'x' is a seq.*, which is not supported"):
+    with pytest.raises(UnsupportedFormatError, match=r"s@1 takes 'x' as seq.*, which is not supp"):
         store.predict("s", [X, X[:1]])
     flag = {"x": X, "flag": np.array(True)}
     np.testing.assert_array_equal(store.predict("o", flag)["y"], X)
     with pytest.raises(UnsupportedFormatError, match=r"'y' as optional.* without a value"):
         store.predict("o", {**flag, "flag": np.array(False)})
+
+
+def test_inputs_that_are_texts(store: pydedup.Store, tmp_path: Path) -> None:
+    """It was not said what to do; what is said to be cut out predicts."""
+    encoder = {"domain": "ai.onnx.ml", "keys_strings": ["a", "b"], "values_floats": [1.0, 2.0]}
+    nodes = [
+        node("LabelEncoder", "word", "number", **encoder),
+        node("Add", "number x", "a"),
+        node("Sin", "a", "y"),
+    ]
+    starts = [value("word", 8), value("x")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(2)}, starts)
+    unknown = [node("Words", "word", "a", domain="nobody"), node("Add", "a x", "y")]
+    store.add("texts", path)
+    told = (
+        r"texts@1 takes 'word' as tensor\(string\).* what it does with texts \(LabelEncoder\) "
+        r"before.*with the input 'number' \(onnx.utils.extract_model"
+    )
+    given = {"word": np.full(X.shape, "b"), "x": X}
+    for inputs in (given, {"x": X}, X):
+        with pytest.raises(UnsupportedFormatError, match=told):
+            store.predict("texts", inputs)
+    assert text_step(save(tmp_path / "u.onnx", unknown, {}, starts).read_bytes(), ["word"]) == (
+        TextStep()
+    )
+    cut = tmp_path / "cut.onnx"
+    onnx.utils.extract_model(path, cut, ["number", "x"], ["y"], check_model=False)
+    store.add("numbers", cut)
+    found = store.predict("numbers", {"number": np.full_like(X, 2), "x": X})["y"]
+    np.testing.assert_allclose(found, run(path, word=np.full(X.shape, "b", object), x=X))
 
 
 def test_values_that_no_memory_holds(store: pydedup.Store, tmp_path: Path) -> None:
