@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -125,7 +126,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         ),
         r"weights have shape \(3,\); that of ids, \(1, 2\), is needed",
     ),
-    "shape": (lambda m: m(X[:, :9]), r"x has shape \(3, 9\)"),
+    "shape": (
+        lambda m: m(X[:, :9]),
+        r"'0.weight' of m, of shape \(70, \d+\), does not take an input of shape \(3, 9\): its",
+    ),
     "device": (lambda m: m(X.to("meta")), "the input is on meta"),
     "sparse": (lambda m: m(X.to_sparse()), "is no plain tensor in memory"),
     "vmap": (lambda m: torch.vmap(m)(X), "cannot be part of what torch.func transforms"),
@@ -155,6 +159,27 @@ def test_refusals(store: pydedup.Store, what: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         use(module)
     torch.testing.assert_close(module.eval()(X), wanted)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "why"),
+    [
+        (nn.Conv2d(3, 8, 3), (1, 4, 9, 9), "x has 4 channels"),
+        (nn.Conv2d(3, 8, 3), (3, 9), r"it must be \(batch, channels, height, width\), or"),
+        (nn.Conv2d(3, 8, 3), (1, 3, 2, 9), "the kernel covers 3 of the image's height"),
+        (nn.Conv1d(3, 8, 3), (1, 4, 9), "x has 4 channels"),
+        (nn.Conv1d(3, 8, 3), (9,), r"it must be \(batch, channels, length\), or without batch"),
+    ],
+)
+def test_images_that_do_not_fit(
+    store: pydedup.Store, layer: nn.Module, shape: tuple[int, ...], why: str
+) -> None:
+    """Which weight it was, and of what shape, was not said."""
+    store.add("m", layer)
+    weight, given = re.escape(str(tuple(layer.weight.shape))), re.escape(str(shape))
+    told = f"'weight' of m, of shape {weight}, does not take an input of shape {given}: {why}"
+    with pytest.raises(ArgumentError, match=told):
+        store.attach(layer.eval(), "m")(torch.zeros(shape))
 
 
 def test_gradients_are_refused(store: pydedup.Store) -> None:

@@ -134,6 +134,14 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tensor.slot.shape if isinstance(tensor, StoredParameter) else tuple(tensor.shape)
 
 
+def _misfit(why: object, weight: StoredParameter, x: torch.Tensor) -> ArgumentError:
+    """Return what a kernel refused, with what it does not know: names, and shapes of tensors."""
+    return ArgumentError(
+        f"{weight.label}, of shape {_shape(weight)}, does not take an input of shape "
+        f"{tuple(x.shape)}: {why}"
+    )
+
+
 def streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
     """Return what streams this weight with this input; ``None`` to load it."""
     if type(weight) is not StoredParameter or type(x) is StoredParameter:
@@ -182,6 +190,8 @@ def _product(
         needed(copies + given.size // max(inner, 1) * outer * width)
         weights = weight.attachment.weights()
         as_bf16 = x.dtype is torch.bfloat16 and width == 4
+        if given.shape[-1:] != (inner,):
+            raise _misfit(f"its last axis must be {inner}", weight, x)
         if bias is None:
             y = weights.matmul(weight.number, given, None, transpose=transpose, as_bf16=as_bf16)
         elif _is_beside(bias, weight) and _shape(bias) == (outer,):
@@ -307,15 +317,22 @@ def _convolution(
     x = _cast(input, weight)
     given = as_floats(x, weight, keeps_bf16=True)
     as_bf16 = x.dtype is torch.bfloat16 and compute_dtype(stored.dtype) == np.float32
-    y = stored.conv2d(
-        given if n_axes == 2 else given[..., None, :],
-        bias=_bias(bias, weight),
-        stride=sizes(stride, 1),
-        padding=padding if isinstance(padding, str) else sizes(padding, 0),
-        dilation=sizes(dilation, 1),
-        groups=groups,
-        dtype="bf16" if as_bf16 else None,
-    )
+    if x.ndim not in (1 + n_axes, 2 + n_axes):
+        axes = "height, width" if n_axes == 2 else "length"
+        raise _misfit(f"it must be (batch, channels, {axes}), or without batch", weight, x)
+    offset = _bias(bias, weight)
+    try:
+        y = stored.conv2d(
+            given if n_axes == 2 else given[..., None, :],
+            bias=offset,
+            stride=sizes(stride, 1),
+            padding=padding if isinstance(padding, str) else sizes(padding, 0),
+            dilation=sizes(dilation, 1),
+            groups=groups,
+            dtype="bf16" if as_bf16 else None,
+        )
+    except ArgumentError as exc:
+        raise _misfit(exc, weight, x) from exc
     return as_result(y if n_axes == 2 else y[..., 0, :], x.dtype)
 
 
