@@ -56,6 +56,7 @@ class StoreAdds:
         dry_run: bool = False,
         progress: Progress | None = None,
         workers: int | None = None,
+        weights_key: str | None = None,
     ) -> AddReport:
         """Add a model, completely or not at all.
 
@@ -85,6 +86,9 @@ class StoreAdds:
             Threads that work on it, the caller's included; its computations use no more, either. By
             default one per core up to 4, and one where little is added. The store is the same, bit
             for bit, for any number.
+        weights_key
+            Of a torch checkpoint with several sets of weights in it, the key of those to add, such
+            as ``"params_ema"``.
 
         Raises
         ------
@@ -93,7 +97,7 @@ class StoreAdds:
             The store is as it was before.
         """
         parse_address(name)  # before it is a key: what is not text may not be hashable
-        terms = _Terms(policy, metadata, block_shape, version, graph)
+        terms = _Terms(policy, metadata, block_shape, version, graph, weights_key)
         (report,) = self._add({name: source}, terms, dry_run, progress, workers)
         return report
 
@@ -107,13 +111,14 @@ class StoreAdds:
         dry_run: bool = False,
         progress: Progress | None = None,
         workers: int | None = None,
+        weights_key: str | None = None,
     ) -> list[AddReport]:
         """Add several models with one joint layout, all of them or none; see `add`.
 
         With several ``workers``, models are read, hashed and encoded ahead of their turn; what is
         shared is decided in the order of ``models`` whatever their number.
         """
-        terms = _Terms(policy, metadata, block_shape)
+        terms = _Terms(policy, metadata, block_shape, weights_key=weights_key)
         return self._add(models, terms, dry_run, progress, workers)
 
     # ---- inside -------------------------------------------------------------------------------
@@ -177,6 +182,7 @@ class _Terms:
     block_shape: tuple[int, int] | None
     version: str | None = None
     graph: Graph | None = None
+    weights_key: str | None = None
 
     def request(
         self,
@@ -195,7 +201,7 @@ class _Terms:
             raise ArgumentError(
                 f"the mapping given for {name!r} is empty; a model is arrays by name"
             )
-        source = opened.enter_context(open_source(given))
+        source = opened.enter_context(open_source(given, self.weights_key))
         request = Request(
             name=base,
             version=number,

@@ -256,6 +256,8 @@ class AddReport:
     left_out
         What the source holds beside the model, e.g. optimizer state, and is not stored; of one of
         several files of a model, the others.
+    weights_key
+        Of a torch checkpoint with more than weights in it, the key under which these were.
     damaged_pages
         Pages of the store that blocks were looked for on and that cannot be read; nothing on them
         was shared.
@@ -278,6 +280,7 @@ class AddReport:
     damaged_pages: tuple[int, ...] = ()
     artifact_bytes: int = 0
     stored_artifact_bytes: int = 0
+    weights_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

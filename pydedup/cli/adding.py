@@ -104,6 +104,12 @@ _COLUMNS = (
     help="Threads that work on it; the store is the same for any number.  [default: one per core "
     "up to 4]",
 )
+@click.option(
+    "--weights-key",
+    metavar="KEY",
+    help="Of torch checkpoints with several sets of weights in them, the key of those to add, such "
+    "as params_ema.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be stored; write nothing.")
 @options.memory_option
 @options.json_option
@@ -119,6 +125,7 @@ def add(
     metadata: tuple[str, ...],
     block_shape: tuple[int, int] | None,
     workers: int | None,
+    weights_key: str | None,
     dry_run: bool,
     memory: str,
     as_json: bool,
@@ -140,7 +147,8 @@ def add(
         with Watch("reading", quiet=quiet):
             # Before the store is opened: what is no model, or part of one, creates none.
             sources = {
-                name: stack.enter_context(open_source(path)) for name, path in models.items()
+                name: stack.enter_context(open_source(path, weights_key))
+                for name, path in models.items()
             }
         store = stack.enter_context(opened(url, memory))
         watch = stack.enter_context(Watch("reading", quiet=quiet))
@@ -258,9 +266,13 @@ def _print(reports: Sequence[AddReport], dry_run: bool, seconds: float) -> None:
                 f"{report.model}: {size} beside its weights, such as a tokenizer, take {new} more",
                 "dim",
             )
-        if report.left_out:
-            shown = text.listed(report.left_out)
-            output.print_note(f"{report.model}: left out, not stored: {shown}", "yellow")
+        if report.weights_key or report.left_out:
+            said = []
+            if report.weights_key:
+                said.append(f"its weights are those under {report.weights_key!r}")
+            if report.left_out:
+                said.append(f"left out, not stored: {text.listed(report.left_out)}")
+            output.print_note(f"{report.model}: {'; '.join(said)}", "yellow")
         if not keeps_bits(report.certificate["policy"], report.certificate):
             nothing = guards_nothing(report.certificate)
             for line in describe(report.certificate):

@@ -158,6 +158,8 @@ class ModelSource(abc.ABC):
         What messages call this source, usually its path.
     left_out
         What the source holds and pydedup does not take, e.g. optimizer state.
+    weights_key
+        The key, of a checkpoint that has one, under which the weights were.
     """
 
     format: str = ""
@@ -165,6 +167,7 @@ class ModelSource(abc.ABC):
     def __init__(self, description: str) -> None:
         self.description = description
         self.left_out: tuple[str, ...] = ()
+        self.weights_key: str | None = None
         self._entries: tuple[TensorEntry, ...] = ()
         self._by_name: dict[str, TensorEntry] = {}
 

@@ -65,7 +65,6 @@ __all__ = ["WRITABLE", "detect", "open_source", "write_model"]
 
 _READERS: Mapping[str, Callable[[Path], ModelSource]] = {
     "safetensors": safetensors.SafetensorsSource,
-    "torch": torch.TorchSource,
     "npz": npz.NpzSource,
     "npy": npz.NpySource,
     "huggingface": folder.FolderSource,
@@ -118,6 +117,9 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 def open_source(
     source: str | os.PathLike[str] | Mapping[str, Any] | Module | ModelSource,
+    weights_key: str | None = None,
+    *,
+    every_set: bool = False,
 ) -> ModelSource:
     """Open a model for reading.
 
@@ -126,30 +128,42 @@ def open_source(
     source
         Path of a file or folder in any known format, a mapping of names to arrays or tensors, or
         a torch module; what is open already is returned.
+    weights_key
+        Of a torch checkpoint with several sets of weights in it, the key of those to read.
+    every_set
+        Read all of them as one model instead, each name behind its key.
 
     Raises
     ------
     NotFoundError
-        When the path does not exist.
+        When the path does not exist, or nothing in it has that key.
     FormatError
         When the file is damaged, unsafe, or of no known format.
     ArgumentError
-        When ``source`` is something else.
+        When ``source`` is something else, or has several sets of weights, or is no file that has
+        such keys, and one is given.
     BudgetError
         When a format that cannot be read in parts does not fit into memory.
     """
     if isinstance(source, str | os.PathLike):
+        if not isinstance(weights_key, str | None):
+            raise ArgumentError(f"weights_key must be a text, not {weights_key!r:.80}")
         if not os.fspath(source):  # to `Path`, that is the folder where the process runs
             raise ArgumentError("the path of the model is empty")
         path = Path(source)
         try:
-            opened = _READERS[detect(path)](path)
+            opened = _open_path(path, weights_key, every_set)
         except MemoryError as exc:
             if isinstance(exc, BudgetError):
                 raise
             raise BudgetError(f"no memory to open {path}") from exc
         opened.left_out += _other_shards(path.name)
         return opened
+    if weights_key is not None:
+        raise ArgumentError(
+            f"weights_key {weights_key!r} is for the path of a torch checkpoint, not for a "
+            f"{type(source).__name__}"
+        )
     if isinstance(source, ModelSource):
         return source
     if is_module(source):
@@ -160,6 +174,18 @@ def open_source(
         f"a model must be a path, a mapping of names to arrays or a torch module, "
         f"not {type(source).__name__}"
     )
+
+
+def _open_path(path: Path, weights_key: str | None, every_set: bool) -> ModelSource:
+    kind = detect(path)
+    if kind == "torch":
+        return torch.TorchSource(path, weights_key, every_set=every_set)
+    if weights_key is not None:
+        raise ArgumentError(
+            f"{path} is no torch checkpoint but {kind}; weights_key ({weights_key!r}, "
+            "--weights-key) is for these alone"
+        )
+    return _READERS[kind](path)
 
 
 def _other_shards(name: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from pydedup.formats._files import open_raw, write_array
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.base import Array, ModelSource, Outgoing, TensorEntry
 from pydedup.formats.infer_torch import infer_from_torch
+from pydedup.formats.torch_checkpoint import find_weights, is_extra
 from pydedup.formats.torch_tensors import by_dtype, require_torch, to_numpy, torch_entry
 from pydedup.graph import Graph
 
@@ -42,8 +43,6 @@ __all__ = [
     "write",
 ]
 
-#: Keys under which training scripts put the state dict, in the order in which they are tried.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 #: The number with which files of the old format begin, as pickled.
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
@@ -65,9 +64,12 @@ class TorchSource(ModelSource):
 
     format = "torch"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, weights_key: str | None = None, *, every_set: bool = False
+    ) -> None:
         super().__init__(str(path))
         require_torch()
+        self._wanted, self._every_set = weights_key, every_set
         self._zip: ZipMembers | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._places: dict[str, _Place] = {}
@@ -87,7 +89,8 @@ class TorchSource(ModelSource):
     def _open(self, path: Path) -> None:
         mapped = self._zip is not None and _can_map(self._zip, path)
         loaded = _load(path, mapped)
-        state, self.left_out = _state_dict(loaded, str(path))
+        found = find_weights(loaded, str(path), self._wanted, every_set=self._every_set)
+        state, self.weights_key, self.left_out = found.tensors, found.key, found.left_out
         self._set_entries(
             torch_entry(name, tensor, f"{path}: tensor {name!r}") for name, tensor in state.items()
         )
@@ -142,7 +145,7 @@ class ModuleSource(ModelSource):
         for name, value in module.state_dict(keep_vars=True).items():
             if isinstance(value, torch.Tensor):
                 self._tensors[name] = value
-            elif _is_extra(name):
+            elif is_extra(name):
                 left_out.append(name)
             else:
                 raise UnsupportedFormatError(
@@ -264,50 +267,6 @@ def _load(path: Path, mapped: bool) -> object:
             ) from exc
         reason = (str(exc) or type(exc).__name__).splitlines()[0][:200]
         raise FormatError(f"{path} is no readable torch checkpoint: {reason}") from exc
-
-
-def _state_dict(loaded: object, where: str) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """Unwrap a checkpoint; also return the keys beside the state dict."""
-    import torch
-
-    left_out: list[str] = []
-    value = loaded
-    for _ in range(len(_WRAPPERS)):
-        if not isinstance(value, Mapping):
-            break
-        wrapper = next((k for k in _WRAPPERS if isinstance(value.get(k), Mapping)), None)
-        if wrapper is None:
-            break
-        left_out += [str(key) for key in value if key != wrapper]
-        value = value[wrapper]
-    if not isinstance(value, Mapping):
-        raise FormatError(
-            f"{where} holds a {type(value).__name__}, not a state dict; save model.state_dict()"
-        )
-    state: dict[str, torch.Tensor] = {}
-    for name, item in value.items():
-        if not isinstance(name, str):
-            raise FormatError(f"{where} has the key {name!r:.60}; names of tensors must be text")
-        if isinstance(item, torch.Tensor):
-            state[name] = item
-        elif _is_extra(name):
-            left_out.append(name)
-        else:
-            # Quantised layers have theirs there, among the tensors of all others.
-            advice = (
-                "save that of the model as it was before it was quantised"
-                if "_packed_params" in name
-                else "save model.state_dict() alone, or under the key 'state_dict'"
-            )
-            raise FormatError(
-                f"{where}: {name!r} is a {type(item).__name__}, not a tensor; {advice}"
-            )
-    return state, tuple(left_out)
-
-
-def _is_extra(name: str) -> bool:
-    """Return whether an entry of a state dict is what ``get_extra_state`` of a module gave."""
-    return name.rpartition(".")[2] == "_extra_state"
 
 
 def _storages(value: object) -> Iterator[tuple[int, int]]:

@@ -249,6 +249,7 @@ class _Add:
                     left_out=tuple(model.request.source.left_out),
                     artifact_bytes=sum(model.artifact_sizes.values()),
                     stored_artifact_bytes=beside_bytes + model.artifact_bytes_in_rows,
+                    weights_key=model.request.source.weights_key,
                 )
             )
         return reports

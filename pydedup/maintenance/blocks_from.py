@@ -248,7 +248,7 @@ def block_source(
                 yield StoreSource(adapter, memory_bytes)
             return
     try:
-        opened = open_source(place)
+        opened = open_source(place, every_set=True)  # blocks are looked for by their hash
     except UnsupportedFormatError as exc:
         raise UnsupportedFormatError(
             f"{place} is neither a store nor a model in a format that pydedup reads"

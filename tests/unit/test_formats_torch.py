@@ -16,7 +16,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pydedup.errors import StorageFullError, UnsupportedFormatError
+from pydedup.errors import (
+    ArgumentError,
+    FormatError,
+    NotFoundError,
+    StorageFullError,
+    UnsupportedFormatError,
+)
 from pydedup.formats import _files
 from pydedup.formats.registry import open_source, write_model
 from pydedup.types import DType
@@ -122,7 +128,13 @@ def test_only_the_same_view_of_the_same_storage_is_tied(tmp_path: Path) -> None:
         assert len(set(keys.values())) == len(keys) - 1
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "module"])
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        *("state_dict", "model", "model_state_dict", "module"),
+        *("params", "params_ema", "ema", "net"),
+    ],
+)
 def test_checkpoints_are_unwrapped(wrapper: str, tmp_path: Path) -> None:
     expected = OrderedDict(model())
     moments = {0: {"exp_avg": torch.zeros(700, 401), "step": torch.tensor(1.0)}}
@@ -131,6 +143,7 @@ def test_checkpoints_are_unwrapped(wrapper: str, tmp_path: Path) -> None:
     with open_source(tmp_path / "m.pt") as source:
         check(source, expected)
         assert source.left_out == ("epoch", "optimizer")
+        assert source.weights_key == wrapper
 
 
 def test_nested_wrappers_and_extra_state(tmp_path: Path) -> None:
@@ -139,6 +152,64 @@ def test_nested_wrappers_and_extra_state(tmp_path: Path) -> None:
     with open_source(tmp_path / "m.pt") as source:
         check(source, {"w": torch.ones(2)})
         assert source.left_out == ("arch", "layer._extra_state")
+        assert source.weights_key == "model.state_dict"
+
+
+@pytest.mark.parametrize(
+    ("keys", "more"),
+    [
+        (("params", "params_ema"), {}),
+        (("state_dict", "state_dict_ema"), {"epoch": 1, "optimizer": {"state": {}}}),
+        (("model", "model_ema"), {"scheduler": {"w": torch.ones(2)}}),
+        (("state_dict", "model"), {"config": {"a": 1}}),
+        (("net", "ema"), {"d_optim": {"state": {"w": {"step": torch.ones(1)}}}}),
+    ],
+)
+def test_several_sets_of_weights(
+    keys: tuple[str, ...], more: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of plain weights and averaged ones the first were taken, or a file was said to have none."""
+    path = tmp_path / "m.pth"
+    sets = {key: {"w": torch.full((3,), float(at))} for at, key in enumerate(keys)}
+    torch.save({**more, **sets}, path)
+    with pytest.raises(ArgumentError, match="holds several sets of weights, under ") as error:
+        open_source(path)
+    assert all(repr(key) in str(error.value) for key in keys)
+    assert not any(repr(key) in str(error.value) for key in more)
+    for at, key in enumerate(keys):
+        with open_source(path, key) as source:
+            check(source, {"w": torch.full((3,), float(at))})
+            assert source.weights_key == key
+            assert set(source.left_out) == {*more, *keys} - {key}
+    with open_source(path, every_set=True) as source:
+        assert {entry.name for entry in source.entries} == {f"{key}.w" for key in keys}
+
+
+def test_weights_under_keys_of_their_own(tmp_path: Path) -> None:
+    """They may be parts of one model as well."""
+    path = tmp_path / "m.pth"
+    parts = {"encoder": {"w": torch.zeros(2)}, "decoder": {"w": torch.ones(2)}}
+    for more in ({}, {"ema": {"w": torch.ones(2)}}):
+        torch.save({"epoch": 1, "optimizer": {"w": torch.ones(2)}, **parts, **more}, path)
+        with pytest.raises(FormatError, match=r"weights_key .* what of it is the model.*'encoder'"):
+            open_source(path)
+        with open_source(path, "decoder") as source:
+            check(source, {"w": torch.ones(2)})
+
+
+def test_keys_of_weights_that_are_none(tmp_path: Path) -> None:
+    path, plain = tmp_path / "m.pth", {"w": np.ones(3, np.float32)}
+    torch.save({"params": {"w": torch.ones(2)}, "epoch": 3}, path)
+    np.savez(tmp_path / "m.npz", **plain)
+    with pytest.raises(NotFoundError, match="nothing under the key 'ema'; it has: params"):
+        open_source(path, "ema")
+    with pytest.raises(FormatError, match="holds a int under 'epoch', not a state dict"):
+        open_source(path, "epoch")
+    with pytest.raises(ArgumentError, match="must be a text"):
+        open_source(path, 3)  # type: ignore[arg-type]
+    for given, what in ((tmp_path / "m.npz", "npz"), (plain, "dict"), (nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ArgumentError, match=f"weights_key.*{what}|{what}.*weights_key"):
+            open_source(given, "params")
 
 
 def test_torch_reads_an_export_with_ties(tmp_path: Path) -> None:

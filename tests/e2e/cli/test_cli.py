@@ -154,6 +154,25 @@ def test_version() -> None:
 # ---- in -----------------------------------------------------------------------------------------
 
 
+def test_add_says_which_weights_of_a_checkpoint_it_took(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    url, path = f"sqlite:///{tmp_path / 's.db'}", tmp_path / "m.pth"
+    states = {"params": {"w": torch.zeros(2000)}, "params_ema": {"w": torch.ones(2000)}}
+    torch.save({**states, "iter": 3, "optimizers": []}, path)
+    done = run_here("add", url, "m", path)
+    assert done.returncode == 2
+    assert "under 'params', 'params_ema': say which with weights_key (--weights-key)" in done.stderr
+    assert not (tmp_path / "s.db").exists()
+    said = succeed("add", url, "m", path, "--weights-key", "params_ema")
+    assert (
+        "m@1: its weights are those under 'params_ema'; left out, not stored: params, iter, optim"
+    ) in said
+    with pydedup.open(url, mode="r") as store:
+        assert store.load("m")["w"].min() == 1
+    (report,) = document("add", url, "m", path, "--weights-key", "params")["models"]
+    assert report["weights_key"] == "params"
+
+
 def test_add_reports_what_was_stored(files: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 's.db'}"
     report = document("add", url, "m", files / "base.safetensors")

@@ -129,6 +129,25 @@ def test_a_file_with_a_tensor_that_cannot_be_read_gives_the_others(
     assert main(["verify", store_url, "--repair-from", str(path), "-q"]) == 0
 
 
+def test_any_weights_of_a_checkpoint_restore_it(
+    store_url: str, change_page: Change, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    sets = {key: {"w": torch.from_numpy(blocks(at)["w"])} for at, key in ((1, "model"), (2, "ema"))}
+    path = tmp_path / "m.pt"
+    torch.save({**sets, "epoch": 3}, path)
+    with pydedup.open(store_url) as store:
+        for key in sets:
+            assert store.add(key, path, weights_key=key).weights_key == key
+    for key in sets:
+        for page in pages(store_url, key):
+            change_page(store_url, page, ruin)
+    assert main(["verify", store_url, "--repair-from", str(path), "-q"]) == 0
+    with pydedup.open(store_url, mode="r") as store:
+        for key, state in sets.items():
+            assert store.load(key)["w"].tobytes() == state["w"].numpy().tobytes()
+
+
 def test_what_nobody_recorded_is_told(tmp_path: Path) -> None:
     """A page is gone with its rows, and what a lossy model had there with them."""
     url = f"sqlite:///{tmp_path}/store.db"
