@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "duration",
     "is_cut",
     "it_has",
+    "largest",
     "listed",
     "models",
     "moment",
@@ -32,6 +33,8 @@ __all__ = [
 
 # Of many names, a message has so many.
 _SHOWN_NAMES = 6
+#: And of many tensors with their sizes.
+_SHOWN_SIZES = 3
 _ROUNDED_UP = Context(prec=3, rounding=ROUND_CEILING)
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 # Controls, halves of surrogate pairs, and what breaks a line of text.
@@ -186,6 +189,14 @@ def listed(names: Sequence[str]) -> str:
     if len(names) <= _SHOWN_NAMES:
         return ", ".join(names)
     return f"{', '.join(names[: _SHOWN_NAMES - 1])} and {len(names) - _SHOWN_NAMES + 1:,} more"
+
+
+def largest(sizes: Mapping[str, int]) -> str:
+    """Return the largest of some tensors with their bytes, and how many others there are."""
+    shown = sorted(sizes, key=sizes.__getitem__, reverse=True)[:_SHOWN_SIZES]
+    named = [f"{name!r} ({sizes[name]:,} bytes)" for name in shown]
+    others = len(sizes) - len(shown)
+    return ", ".join(named) + (f" and {others:,} more" if others else "")
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from pydedup.serving.onnx_values import (
     check_outputs,
 )
 from pydedup.serving.predict import by_name
+from pydedup.text import largest
 
 __all__ = ["run_onnx"]
 
@@ -114,7 +115,8 @@ def check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
 def _too_large(model: StoredModel, why: object) -> BudgetError:
     return BudgetError(
         f"{model.address} is run by ONNX Runtime, which needs all of its "
-        f"{model.row.logical_bytes:,} bytes of weights at once: {why}"
+        f"{model.row.logical_bytes:,} bytes of weights at once, "
+        f"{largest({info.name: info.nbytes for info in model.tensors})}: {why}"
     )
 
 

@@ -169,6 +169,33 @@ def test_what_is_loaded_whole_must_fit_the_budget(tmp_path: Path) -> None:
             module(X)
 
 
+def test_what_is_loaded_whole_already_is_told(tmp_path: Path) -> None:
+    """It was not said what was in use."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {"a": 2000, "b": 64_000, "c": 1000, "d": 32_000, "z": 1 << 20}
+            for name, size in sizes.items():
+                self.register_parameter(name, nn.Parameter(torch.randn(size)))
+
+        def forward(self, x: Any) -> Any:
+            for weight in self.parameters():
+                x = x * weight.sin().sum()
+            return x
+
+    module = Whole().eval()
+    with pydedup.open(tmp_path / "m.db", memory="2MiB") as store:
+        store.add("m", module)
+        store.attach(module, "m")
+        told = (
+            r"'z' of m@1 cannot be streamed by Whole and is loaded whole, 4,194,304 bytes, beside "
+            r"'b' \(256,000 bytes\), 'd' \(128,000 bytes\), 'a' \(8,000 bytes\) and 1 more: "
+        )
+        with pytest.raises(BudgetError, match=told):
+            module(X)
+
+
 def test_activations_are_taken_off_the_pool_for_a_call(tmp_path: Path) -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:

@@ -32,7 +32,7 @@ from pydedup.serving.attached.pieces import Pieces
 from pydedup.serving.attached.slots import Slot, find_slots
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
 from pydedup.stack import Layer, Stack
-from pydedup.text import listed
+from pydedup.text import largest, listed
 from pydedup.types import DType
 
 __all__ = ["Attachment", "Rows", "Weights"]
@@ -180,9 +180,11 @@ class Weights:
             reservation = self._pool.reserve(slot.nbytes)
             whole = stored.numpy()
         except BudgetError as exc:
+            others = {self._names[n]: self._slots[n].nbytes for n in list(self._loaded)}
+            beside = f", beside {largest(others)}" if others else ""
             raise BudgetError(
                 f"{stored.name!r} of {self.model.address} cannot be streamed by {self._kind} and "
-                f"is loaded whole, {slot.nbytes:,} bytes: {exc}"
+                f"is loaded whole, {slot.nbytes:,} bytes{beside}: {exc}"
             ) from exc
         # Outside of inference mode: made in it, the tensor would be of no use elsewhere.
         with torch.inference_mode(False), not_measured():
