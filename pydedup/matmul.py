@@ -244,7 +244,8 @@ def feed_blocks(
     """Give a product all blocks of a matrix in order, deltas with their bases.
 
     ``members`` is `Among.members`, for a Matmul only. Windows whose pages are all here are used out
-    of the pool, and what has to be decoded of them is kept where there is memory for that.
+    of the pool, and what has to be decoded of them is kept where there is memory for that. Raises
+    what `PagePool.windows` does; BudgetError also where there is no memory for sums that rest.
     """
 
     def at_once(window: Window) -> bool:
@@ -252,9 +253,15 @@ def feed_blocks(
             pool.native, blocks_in(window, block_map), **_of(members, window.rows)
         )
 
-    for part, pages, page_index, bases in pool.stream(block_map.page_ids, block_map.bases, at_once):
-        slots, at = block_map.slots[part], codec.bases_for_core(bases)
-        product.feed(pages, page_index, slots, at, **_of(members, part))
+    try:
+        walk = pool.stream(block_map.page_ids, block_map.bases, at_once)
+        for part, pages, page_index, bases in walk:
+            slots, at = block_map.slots[part], codec.bases_for_core(bases)
+            product.feed(pages, page_index, slots, at, **_of(members, part))
+    except MemoryError as exc:
+        if isinstance(exc, BudgetError):
+            raise
+        raise BudgetError("no memory for what a product needs beside x and its result") from exc
 
 
 def blocks_in(window: Window, block_map: BlockMap) -> _core.BlockWindow:

@@ -51,6 +51,7 @@ class BoundConv2d {
             threads,
             x_is_bf16,
             y_is_bf16};
+        const WithoutGil no_gil;  // it looks through all of x
         conv_ = std::make_unique<Conv2d>(problem);
     }
 

@@ -15,6 +15,7 @@ import pydedup
 torch = pytest.importorskip("torch")
 
 from pydedup.serving.attached import pieces  # noqa: E402
+from pydedup.serving.attached.activations import Activations  # noqa: E402
 
 nn = torch.nn
 
@@ -133,6 +134,23 @@ def test_what_a_call_takes_beyond_what_was_expected_is_counted(tmp_path: Path) -
         beside = store._pool._shares._scratch  # may be used beside the budget
         assert 0 <= reserved[1] - (4 * 200**3 - beside) <= 2 << 20
         assert store._pool.stats()["reserved_bytes"] == 4 * 4  # the bias
+
+
+@pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 4), (torch.bfloat16, 2 + 4)])
+@pytest.mark.parametrize("n_axes", [1, 2])
+def test_sums_that_rest_beside_a_result_in_bf16_are_counted(
+    tmp_path: Path, n_axes: int, dtype: Any, each: int
+) -> None:
+    """A convolution took three times as much as was counted of it."""
+    kind = (nn.Conv1d, nn.Conv2d)[n_axes - 1]
+    module = kind(4, 64, 3, stride=2, padding=1).eval().to(dtype)
+    x = torch.randn((2, 4, 9_999) if n_axes == 1 else (2, 4, 99, 97)).to(dtype)
+    with torch.no_grad(), pydedup.open(tmp_path / "a.db", memory="64MiB") as store:
+        store.add("m", module)
+        store.attach(module, "m")
+        numbers = module(x).numel()
+        (known,) = Activations.of(store._pool)._peaks.values()
+        assert list(known.values()) == [numbers * each]
 
 
 def test_calls_wait_for_the_room_that_others_take(tmp_path: Path) -> None:

@@ -179,17 +179,16 @@ Conv2d::Direct<T>::Direct(const Problem& problem, detail::WindowLayout layout)
     : Impl(problem),
       layout_(std::move(layout)),
       y_(problem.y_is_bf16 ? nullptr : reinterpret_cast<T*>(problem.y)),
-      halves_(problem.y_is_bf16 ? reinterpret_cast<std::uint16_t*>(problem.y) : nullptr) {
-    if (y_ == nullptr && problem.grid.grid_cols() > 1) {
-        const ConvShape& s = problem.shape;
-        wide_y_ = detail::AlignedArray<T>(s.batch * s.out_channels * s.out_h() * s.out_w());
-        y_ = wide_y_.data();
-    }
-}
+      halves_(problem.y_is_bf16 ? reinterpret_cast<std::uint16_t*>(problem.y) : nullptr) {}
 
 template <class T>
 void Conv2d::Direct<T>::convolve(std::span<const BlockView> blocks) {
     const BlockGrid& grid = p_.grid;
+    if (y_ == nullptr && grid.grid_cols() > 1) {
+        const ConvShape& s = p_.shape;
+        wide_y_ = detail::AlignedArray<T>(s.batch * s.out_channels * s.out_h() * s.out_w());
+        y_ = wide_y_.data();
+    }
     const Work work = work_of(blocks);
     const std::size_t images = work.panels * p_.shape.batch;
     const std::size_t wanted =

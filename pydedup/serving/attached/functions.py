@@ -10,6 +10,7 @@ results are cast to the dtype that torch would return.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from pydedup.conv import Window
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import compute_dtype
 from pydedup.serving.attached.activations import made, needed
@@ -316,18 +318,27 @@ def _convolution(
 
     x = _cast(input, weight)
     given = as_floats(x, weight, keeps_bf16=True)
-    as_bf16 = x.dtype is torch.bfloat16 and compute_dtype(stored.dtype) == np.float32
     if x.ndim not in (1 + n_axes, 2 + n_axes):
         axes = "height, width" if n_axes == 2 else "length"
         raise _misfit(f"it must be (batch, channels, {axes}), or without batch", weight, x)
+    images = given if n_axes == 2 else given[..., None, :]
+    around = padding if isinstance(padding, str) else sizes(padding, 0)
+    step, apart = sizes(stride, 1), sizes(dilation, 1)
+    width = compute_dtype(stored.dtype).itemsize
+    as_bf16 = x.dtype is torch.bfloat16 and width == 4
     offset = _bias(bias, weight)
     try:
+        window = Window.of((*[1] * (2 - n_axes), *stored.shape[2:]), step, around, apart)
+        places = math.prod((*images.shape[:-3], *window.out_size(*images.shape[-2:])))
+        copies = 0 if as_bf16 or images.itemsize == width else images.size * width
+        # Sums may rest beside a result in bf16 until all are complete.
+        needed(copies + places * stored.shape[0] * (width + 2 if as_bf16 else width))
         y = stored.conv2d(
-            given if n_axes == 2 else given[..., None, :],
+            images,
             bias=offset,
-            stride=sizes(stride, 1),
-            padding=padding if isinstance(padding, str) else sizes(padding, 0),
-            dilation=sizes(dilation, 1),
+            stride=step,
+            padding=around,
+            dilation=apart,
             groups=groups,
             dtype="bf16" if as_bf16 else None,
         )
