@@ -107,7 +107,8 @@ class Node:
 class Graph:
     """Nodes in computable order between named inputs and outputs. Checked on creation.
 
-    ``halves`` are the outputs that are given as float16; others are float32 or float64.
+    ``halves`` are the outputs that are given as float16; others are float32 or float64. ``shapes``
+    are those that inputs were declared with where results may depend on them; -1 is any size.
 
     Raises
     ------
@@ -120,6 +121,7 @@ class Graph:
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     halves: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     #: For each node the values, outputs aside, that no node behind it uses.
     used_up: tuple[tuple[str, ...], ...] = field(init=False, repr=False, compare=False)
 
@@ -127,6 +129,7 @@ class Graph:
         for field_name in ("inputs", "outputs", "halves"):
             names = _names(getattr(self, field_name), f"{field_name!r} of a graph")
             object.__setattr__(self, field_name, names)
+        object.__setattr__(self, "shapes", _shapes(self.shapes, self.inputs))
         nodes: object = self.nodes
         if not isinstance(nodes, list | tuple) or not all(isinstance(n, Node) for n in nodes):
             raise ArgumentError("'nodes' of a graph must be a list of nodes")
@@ -203,6 +206,7 @@ class Graph:
                 "inputs": list(self.inputs),
                 "outputs": list(self.outputs),
                 **({"halves": list(self.halves)} if self.halves else {}),
+                **({"shapes": dict(self.shapes)} if self.shapes else {}),
                 "nodes": [
                     {
                         "op": node.op,
@@ -244,7 +248,7 @@ class Graph:
             raise ArgumentError("'nodes' of a graph must be a list of objects")
         made = tuple(_node(node) for node in nodes)
         inputs, outputs, halves = (data.get(n, ()) for n in ("inputs", "outputs", "halves"))
-        return cls(inputs, outputs, made, halves)
+        return cls(inputs, outputs, made, halves, data.get("shapes", {}))
 
 
 def _node(data: Mapping[str, Any]) -> Node:
@@ -254,6 +258,17 @@ def _node(data: Mapping[str, Any]) -> Node:
     op, inputs, output = (data.get(name) for name in ("op", "inputs", "output"))
     weights, attrs = data.get("weights", {}), data.get("attrs", {})
     return Node(op, inputs, output, weights, attrs)  # type: ignore[arg-type]  # it looks itself
+
+
+def _shapes(value: object, inputs: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    if not isinstance(value, Mapping) or not all(
+        name in inputs
+        and isinstance(shape, list | tuple)
+        and all(type(size) is int and size >= -1 for size in shape)
+        for name, shape in value.items()
+    ):
+        raise ArgumentError("'shapes' of a graph must map inputs to lists of sizes, -1 for any")
+    return {name: tuple(shape) for name, shape in value.items()}
 
 
 def _names(value: object, what: str) -> tuple[str, ...]:

@@ -98,7 +98,24 @@ class _Translation:
         outputs = tuple(self._value(v.name) for v in self._proto.output)
         kinds = (DTYPES.get(v.type.tensor_type.elem_type) for v in self._proto.output)
         halves = tuple(name for name, kind in zip(outputs, kinds, strict=True) if kind is DType.F16)
-        return Graph(self._inputs, outputs, tuple(self._nodes), halves)
+        return Graph(self._inputs, outputs, tuple(self._nodes), halves, self._declared())
+
+    def _declared(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of inputs where sizes that are fixed may be part of what is computed.
+
+        Exporters that were told of one batch write its size into a Reshape, too.
+        """
+        shapes = {
+            value.name: tuple(
+                dim.dim_value if dim.dim_value > 0 else -1
+                for dim in value.type.tensor_type.shape.dim
+            )
+            for value in self._proto.input
+            if value.name in self._inputs and value.type.tensor_type.HasField("shape")
+        }
+        is_reshaped = any(node.op == "reshape" for node in self._nodes)
+        fixed = [any(size != -1 for size in (s if is_reshaped else s[:1])) for s in shapes.values()]
+        return shapes if any(fixed) else {}
 
     # ---- helpers ------------------------------------------------------------------------------
 

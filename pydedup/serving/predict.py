@@ -62,6 +62,8 @@ class Prediction:
 
     def __post_init__(self) -> None:
         self.plan = _plan_of(self.model, self.graph, self.inputs)
+        if self.graph.shapes and self.plan is not None:
+            self._check_shapes(self.plan)
 
     @classmethod
     def of(
@@ -74,6 +76,29 @@ class Prediction:
             for name, value in by_name(x, graph.inputs, model.address).items()
         }
         return cls(model, graph, inputs, as_mapping)
+
+    def _check_shapes(self, plan: Plan) -> None:
+        """Refuse inputs of other shapes than were declared, unless each row is by itself."""
+        declared = self.graph.shapes
+        if len({shape[:1] for shape in declared.values()}) == 1:
+            if plan.rows is not None:
+                return
+            if all(value.ndim == len(declared.get(n, ())) - 1 for n, value in self.inputs.items()):
+                row = {name: value[None] for name, value in self.inputs.items()}
+                alone = plan_run(self.graph, self.model.tensor, row)
+                if alone is not None and alone.rows is not None:
+                    return
+        for name, shape in declared.items():
+            given = self.inputs[name].shape
+            if len(given) != len(shape) or any(
+                size not in (-1, own) for size, own in zip(shape, given, strict=True)
+            ):
+                sizes = ", ".join("any" if size == -1 else str(size) for size in shape)
+                raise ArgumentError(
+                    f"input {name!r} has shape {given}, and {self.model.address} was exported for "
+                    f"({sizes}), which is part of what it computes: give it that, or export it "
+                    "with axes of any size (dynamic axes)"
+                )
 
     def result(self, outputs: dict[str, _Array]) -> Any:
         """Return outputs in the form of what was given."""

@@ -120,6 +120,7 @@ GRAPH = st.fixed_dictionaries(
         "inputs": st.lists(NAMES, max_size=2),
         "outputs": st.lists(NAMES, max_size=2),
         "nodes": st.lists(NODE, max_size=3),
+        "shapes": st.dictionaries(NAMES, st.lists(st.integers(-2, 3), max_size=3), max_size=1),
     }
 )
 

@@ -68,6 +68,7 @@ def test_invalid_graphs_are_refused(make: Callable[[], object], says: str) -> No
         (lambda _, graph: graph("x", ("y",), (RELU,)), "'inputs' of a graph"),
         (lambda _, graph: graph(("x",), "y", (RELU,)), "'outputs' of a graph"),
         (lambda _, graph: graph(("x",), ("y",), (RELU,), "y"), "'halves' of a graph"),
+        (lambda _, graph: graph(("x",), ("y",), (RELU,), (), ["x"]), "'shapes' of a graph"),
         (lambda _, graph: graph(("x",), ("y",), RELU), "'nodes' of a graph"),
         (lambda _, graph: graph(("x",), ("y",), [{"op": "relu"}]), "'nodes' of a graph"),
     ],
@@ -108,7 +109,8 @@ def test_every_operation_survives_json() -> None:
         weights = {role: f'wörter "{role}"' for role in spec.weights + spec.optional_weights}
         inputs = ("x",) * spec.min_inputs
         nodes.append(Node(op, inputs, f"v{number}", weights, attrs.get(op, {})))
-    graph = Graph(("x",), ("v0", f"v{len(nodes) - 1}"), tuple(nodes), ("v0",))
+    ends = ("v0", f"v{len(nodes) - 1}")
+    graph = Graph(("x",), ends, tuple(nodes), ("v0",), {"x": (-1, 3)})
     assert Graph.from_json(graph.to_json()) == graph
     assert Graph.from_json(graph.to_json().encode()) == graph
 
@@ -123,6 +125,9 @@ def test_every_operation_survives_json() -> None:
         ({"inputs": "x"}, "'inputs' of a graph"),
         ({"halves": "x"}, "'halves' of a graph"),
         ({"halves": ["x"]}, "'x' of 'halves' is no output"),
+        ({"shapes": {"x": [True]}}, "'shapes' of a graph"),
+        ({"shapes": {"x": [-2]}}, "'shapes' of a graph"),
+        ({"shapes": {"y": [3]}}, "'shapes' of a graph"),
         ({"nodes": [{"op": "relu", "inputs": ["x"], "output": "y", "extra": 1}]}, "'extra'"),
         ({"nodes": [{"op": ["relu"], "inputs": ["x"], "output": "y"}]}, "must be text"),
         ({"nodes": [{"op": "relu", "inputs": [1], "output": "y"}]}, "list of names"),
