@@ -42,7 +42,10 @@ def interruptible(connect: Callable[[], Any]) -> Any:
             _close(made)
 
     try:
-        start_new_thread(work, ())
+        try:
+            start_new_thread(work, ())
+        except RuntimeError:  # the system gives no more, or Python ends
+            return connect()
         while not over.acquire(timeout=_LOOK_SECONDS):
             pass
     except BaseException:

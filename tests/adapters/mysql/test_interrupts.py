@@ -9,6 +9,7 @@ import pytest
 from mysql.connector import HAVE_CEXT
 
 import pydedup
+from pydedup.adapters import _mysql_waiting
 from pydedup.testing._contract_base import open_store, with_option
 
 
@@ -28,6 +29,19 @@ def test_an_interrupt_while_a_connection_is_made(
         patched.setattr(Cursor, "fetchone", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pydedup.open(mysql_database)
+    with pydedup.open(mysql_database) as store:
+        assert store.models() == []
+
+
+def test_where_there_is_no_thread_to_connect_it_is_done_without(
+    mysql_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python 3.12 ends, or in a crowded process: it was a RuntimeError of Python's."""
+
+    def refused(*arguments: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_mysql_waiting, "start_new_thread", refused)
     with pydedup.open(mysql_database) as store:
         assert store.models() == []
 
