@@ -29,7 +29,7 @@ credentials.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self, TypeVar
 
 from pydedup.text import clean, listed, plural
@@ -80,15 +80,21 @@ def without_frames(error: _E) -> _E:
     called have pages and arrays in use; some hold the error too, and in such a circle all of it
     would stay until Python happens to look for circles.
     """
+    for one in with_causes(error):
+        one.__traceback__ = None
+    return error
+
+
+def with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what led to it, each once: some are raised from themselves."""
     ahead: list[BaseException | None] = [error]
     seen = set[int]()  # a cause is most often the context as well
     while ahead:
         one = ahead.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            one.__traceback__ = None
+            yield one
             ahead += [one.__cause__, one.__context__]
-    return error
 
 
 class PydedupError(Exception):

@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pydedup.errors import with_causes
+
 __all__ = ["main"]
 
 
@@ -29,8 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + getattr(interrupt, "number", 2)  # SIGINT, before there is another one
 
 
-def interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
+def interrupt_in(error: BaseException) -> KeyboardInterrupt | None:
     """Return what Ctrl-C raised; a compiled module makes an ImportError of that."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error
+    return next((one for one in with_causes(error) if isinstance(one, KeyboardInterrupt)), None)

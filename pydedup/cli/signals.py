@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from pydedup.cli.errors import Exit, warn
+from pydedup.errors import with_causes
 
 __all__ = ["Signals", "Terminated", "interruptible"]
 
@@ -135,11 +136,10 @@ def interruptible(tell: Callable[[], None], *, to_the_end: bool = False) -> Iter
         sys.unraisablehook = before
 
 
-def _let_go(error: BaseException | None) -> None:
+def _let_go(error: BaseException) -> None:
     """Free what the interrupted calls held, while what its ``__del__`` raises is not shown."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    for one in with_causes(error):
+        traceback.clear_frames(one.__traceback__)
 
 
 class _Impatience:

@@ -249,6 +249,21 @@ def work(**_):
     assert (done.returncode, done.stdout, done.stderr) == (143, "", said)
 
 
+def test_a_signal_that_comes_out_as_an_error_raised_from_itself_is_told() -> None:
+    """As Ray raises some: the search for what had led to it went round for ever."""
+    done = _run_work("""
+def work(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        error = RuntimeError("of the dashboard")
+        raise error from error
+""")
+    said = "pydedup: interrupted, the store is as it was before\n"
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", said)
+
+
 @pytest.mark.parametrize(
     ("place", "name", "status"),
     [
