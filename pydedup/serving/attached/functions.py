@@ -118,6 +118,11 @@ def as_result(y: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     return result if result.dtype is dtype else result.to(dtype)
 
 
+def _bytes_of_each(width: int, as_bf16: bool) -> int:
+    """Return what a number of a result takes; beside one in bf16 its sum may rest meanwhile."""
+    return width + 2 if as_bf16 else width
+
+
 def _bias(bias: torch.Tensor | None, weight: StoredParameter) -> NDArray[Any] | None:
     """Return a bias that is stored, or any other vector, which is an input as well."""
     if bias is None:
@@ -189,9 +194,9 @@ def _product(
     width = compute_dtype(stored.dtype).itemsize
     if weight.rows is None and not weight.entries:
         outer, inner = stored.shape[::-1] if transpose else stored.shape
-        needed(copies + given.size // max(inner, 1) * outer * width)
-        weights = weight.attachment.weights()
         as_bf16 = x.dtype is torch.bfloat16 and width == 4
+        needed(copies + given.size // max(inner, 1) * outer * _bytes_of_each(width, as_bf16))
+        weights = weight.attachment.weights()
         if given.shape[-1:] != (inner,):
             raise _misfit(f"its last axis must be {inner}", weight, x)
         if bias is None:
@@ -331,8 +336,7 @@ def _convolution(
         window = Window.of((*[1] * (2 - n_axes), *stored.shape[2:]), step, around, apart)
         places = math.prod((*images.shape[:-3], *window.out_size(*images.shape[-2:])))
         copies = 0 if as_bf16 or images.itemsize == width else images.size * width
-        # Sums may rest beside a result in bf16 until all are complete.
-        needed(copies + places * stored.shape[0] * (width + 2 if as_bf16 else width))
+        needed(copies + places * stored.shape[0] * _bytes_of_each(width, as_bf16))
         y = stored.conv2d(
             images,
             bias=offset,
