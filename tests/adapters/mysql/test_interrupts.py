@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import _thread
+import threading
 from typing import Any
 
 import pytest
@@ -44,6 +46,24 @@ def test_where_there_is_no_thread_to_connect_it_is_done_without(
     monkeypatch.setattr(_mysql_waiting, "start_new_thread", refused)
     with pydedup.open(mysql_database) as store:
         assert store.models() == []
+
+
+def test_a_connection_that_comes_after_an_interrupt_is_closed() -> None:
+    go_on, closed = threading.Event(), threading.Event()
+
+    class Late:
+        def close(self) -> None:
+            closed.set()
+
+    def connect() -> Late:
+        _thread.interrupt_main()
+        assert go_on.wait(60)
+        return Late()
+
+    with pytest.raises(KeyboardInterrupt):
+        _mysql_waiting.interruptible(connect)
+    go_on.set()
+    assert closed.wait(60)
 
 
 def test_an_interrupt_before_the_server_has_answered(
