@@ -41,12 +41,13 @@ void check_shape(const ConvShape& shape);
 /// y = activation(conv(x, W) + bias): cross-correlation, as frameworks call it. W is the matrix
 /// view of a weight (out, channels / groups, kernel_h, kernel_w), cut into blocks of any shape.
 ///
-/// Scratch per thread: at most 256 KiB of gathered image, one and a half times as much where it is
-/// cut (AMX), 256 KiB of sums, and one block as numbers when it is not stored as such. Every
-/// element of y is summed by one thread in the order of W's columns: the result depends on neither
-/// the number of threads nor how the blocks were dealt out to feed(). With bf16 weights, last
-/// bits of an image may differ where others beside it are not of bf16 numbers. A product of a
-/// padding zero is computed: with an infinite or NaN weight it is NaN.
+/// Scratch per thread: at most 256 KiB of gathered image, up to one and a half times as much again
+/// in bf16 numbers (AMX), 256 KiB of sums, and one block as numbers when it is not stored as such.
+/// Sums of a y in bf16 may rest in f32 beside it, all of them, until the last block. Every element
+/// of y is summed by one thread in the order of W's columns: the result depends on neither the
+/// number of threads nor how the blocks were dealt out to feed(). With bf16 weights, last bits of
+/// an image may differ where others beside it are not of bf16 numbers. A product of a padding zero
+/// is computed: with an infinite or NaN weight it is NaN.
 ///
 /// x, bias and y are in compute_dtype(weights) (x and y may be in bf16), contiguous, and stay alive
 /// and, but for y, unchanged until the last block was fed. Not safe between threads; distinct
