@@ -61,18 +61,20 @@ class Stack:
         How many pages they are on.
     bias_bytes
         Bytes of the biases, which are kept.
+    dtype
+        What it computes in: float32 or float64.
     """
 
     def __init__(self, layers: Sequence[Layer], pool: PagePool) -> None:
         self._inner, self._outer = layers[0].inner, layers[-1].outer
-        self._dtype = compute_dtype(layers[0].block_map.dtype)
+        self.dtype = compute_dtype(layers[0].block_map.dtype)
         self.bias_bytes = 0
         parts, ids = [], [np.zeros(0, np.int64)]
         for layer in layers:
             block_map = layer.block_map
             windows = pool.planned(block_map.page_ids, block_map.bases)
             ids += [window.ids for window in windows]
-            bias = checked_bias(layer.bias, self._dtype, layer.outer)
+            bias = checked_bias(layer.bias, self.dtype, layer.outer)
             self.bias_bytes += 0 if bias is None else bias.nbytes
             parts.append(
                 (
@@ -95,17 +97,24 @@ class Stack:
         None where a page is not in the pool, and for whatever `pydedup.matmul.matmul` refuses: that
         says why. The bits are those that it gives.
         """
-        if x.ndim == 0 or x.shape[-1] != self._inner or not x.size:
-            return None
         try:
-            rows = as_factor(x, self._dtype)
-            if x.ndim != 2:
-                rows = rows.reshape(math.prod(x.shape[:-1]), self._inner)
-            with pool.hold(self.n_pages):
-                y = self._native.run(pool.native, rows, 0, as_bf16)
+            y = self.run_factor(pool, as_factor(x, self.dtype), as_bf16=as_bf16)
         except (PydedupError, MemoryError):
             return None
-        if y is None:
+        return y.view(DType.BF16.numpy) if as_bf16 and y is not None else y
+
+    def run_factor(
+        self, pool: PagePool, x: NDArray[Any], *, as_bf16: bool = False
+    ) -> NDArray[Any] | None:
+        """Return what `run` does of an x as `as_factor` gives it; bfloat16 as uint16, too."""
+        if x.ndim == 0 or x.shape[-1] != self._inner or not x.size:
             return None
-        made: NDArray[Any] = y.view(DType.BF16.numpy) if as_bf16 else y
-        return made if x.ndim == 2 else made.reshape(*x.shape[:-1], self._outer)
+        rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), self._inner)
+        try:
+            with pool.hold(self.n_pages):
+                y: NDArray[Any] | None = self._native.run(pool.native, rows, 0, as_bf16)
+        except (PydedupError, MemoryError):
+            return None
+        if y is None or x.ndim == 2:
+            return y
+        return y.reshape(*x.shape[:-1], self._outer)

@@ -192,11 +192,51 @@ def test_a_module_of_another_dtype_than_is_stored(
     store.add("m", net)
     with torch.no_grad():
         wanted = net.to(used)(x)
-        got = store.attach(net, "m")(x)
-    assert got.dtype is used
+        store.attach(net, "m")
+        results = [net(x) for _ in range(2)]
     rtol = 1e-12 if used == torch.float64 else 3e-2 if used == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol)
+    for got in results:
+        assert got.dtype is used
+        torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol)
     assert next(store.detach(net).parameters()).dtype is used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_later_calls_look_at_their_input_as_the_first_does(
+    store: pydedup.Store, dtype: Any
+) -> None:
+    net = nn.Linear(30, 20, dtype=dtype).eval()
+    store.add("m", net)
+    x = torch.randn(6, 30, dtype=dtype)
+    with torch.no_grad():
+        wanted = net(x)
+        store.attach(net, "m")
+        for _ in range(2):
+            net(x)
+        rtol = 3e-2 if dtype is torch.bfloat16 else 1e-5
+        strided = x.t().contiguous().t()
+        for other in (
+            strided,
+            nn.Parameter(x),
+            x.view(2, 3, 30),
+            x[:0],
+            x.clone().requires_grad_(),
+        ):
+            got = net(other)
+            torch.testing.assert_close(
+                got.view(-1, 20), wanted[: got.numel() // 20], rtol=rtol, atol=rtol
+            )
+        for wrong in (x[:, :-1], x.double(), x.half(), x.to_sparse(), x.to("meta")):
+            with pytest.raises((ArgumentError, RuntimeError)):
+                net(wrong)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(ArgumentError, match="tangent"):
+            net(torch.autograd.forward_ad.make_dual(x, x))
+        with pytest.raises(ArgumentError, match=r"torch\.func"):
+            torch.func.vmap(net)(x)
+    with pytest.raises(ArgumentError, match="requires a gradient"):
+        net(x.clone().requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), wanted, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -26,6 +26,7 @@ from pydedup.conv import Window
 from pydedup.errors import ArgumentError, BudgetError
 from pydedup.matmul import compute_dtype
 from pydedup.serving.attached.activations import made, needed
+from pydedup.serving.attached.again import product_again
 from pydedup.serving.attached.parameter import StoredParameter, handles
 from pydedup.serving.attached.weights import Rows
 from pydedup.serving.plan import bytes_of_factor
@@ -174,7 +175,8 @@ def streamed(weight: object, x: object, ndim: int = 2) -> StoredTensor | None:
 
 @handles(functional.linear)
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-    return _product(input, weight, bias, transpose=False)
+    y = product_again(input, weight, bias)
+    return _product(input, weight, bias, transpose=False) if y is None else y
 
 
 def _product(

@@ -10,6 +10,7 @@ What reaches torch's dispatcher unseen by the first does so through ``__torch_di
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
@@ -23,7 +24,7 @@ from pydedup.serving.attached.slots import Slot
 from pydedup.serving.attached.weights import Attachment, Rows
 from pydedup.serving.tensor import StoredTensor
 
-__all__ = ["StoredParameter", "handles", "refuse_tracing"]
+__all__ = ["StoredParameter", "handles", "may_be_traced", "refuse_tracing"]
 
 #: Function of torch -> what to do instead; ``NotImplemented`` means that it is no case for it.
 _HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -50,6 +51,8 @@ class StoredParameter(torch.Tensor):
     entries, rows, transposed
         What view of the tensor it is: first the entry of each of its first axes (only of a stack of
         matrices), then rows of the axis behind these, then the last two axes transposed.
+    is_whole
+        Whether it is none of these, but the tensor as it is.
     """
 
     attachment: Attachment
@@ -57,6 +60,7 @@ class StoredParameter(torch.Tensor):
     entries: tuple[int, ...]
     rows: Rows | None
     transposed: bool
+    is_whole: bool
     _is_param: bool
 
     @staticmethod
@@ -91,8 +95,8 @@ class StoredParameter(torch.Tensor):
         made.entries = entries
         made.rows = rows
         made.transposed = transposed
-        is_whole = not entries and rows is None and not transposed
-        made._is_param = slot.is_parameter and is_whole
+        made.is_whole = not entries and rows is None and not transposed
+        made._is_param = slot.is_parameter and made.is_whole
         return made
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -158,7 +162,8 @@ class StoredParameter(torch.Tensor):
 
         Of an entry of a stack they are a copy, read for this where the stack is not loaded.
         """
-        refuse_tracing(self.label)
+        if may_be_traced():
+            refuse_tracing(self.label)
         weights = self.attachment.weights()
         if self.entries:
             whole = weights.lines(self.number, self.lines())
@@ -171,7 +176,8 @@ class StoredParameter(torch.Tensor):
 
     def stored(self) -> StoredTensor:
         """Return the tensor to stream: all rows, not transposed."""
-        refuse_tracing(self.label)
+        if may_be_traced():
+            refuse_tracing(self.label)
         return self.attachment.weights().stored(self.number)
 
     def _refuse(self, what: str) -> NoReturn:
@@ -219,6 +225,15 @@ def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         return handler
 
     return register
+
+
+def may_be_traced() -> bool:
+    """Return whether `refuse_tracing` has to look closer: whether anybody sees what torch does."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+    )
 
 
 def refuse_tracing(label: str) -> None:
@@ -285,16 +300,11 @@ def _takes(handler: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 def _with_loaded(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function with the loaded tensors in the place of stored ones."""
-    changed: list[Any] = [kwargs.get("out")]
-    if _changes_first(name):  # torch.nn.init passes it by name
-        first = next(iter((*args, *kwargs.values())), None)
-        changed += first if isinstance(first, list | tuple) else [first]
-    for value in changed:
-        if type(value) is StoredParameter:
-            value._refuse(f"changed (by {name})")
+    if _changes_first(name) or "out" in kwargs:
+        _refuse_changes(name, args, kwargs)
     given: list[tuple[StoredParameter, torch.Tensor, int]] = []
     result = func(
-        *(_loaded(value, given) for value in args),
+        *[_loaded(value, given) for value in args],
         **{key: _loaded(value, given) for key, value in kwargs.items()},
     )
     for stored, tensor, version in given:
@@ -304,6 +314,18 @@ def _with_loaded(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str,
     return result
 
 
+def _refuse_changes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise ArgumentError where what a function changes is a stored tensor."""
+    changed: list[Any] = [kwargs.get("out")]
+    if _changes_first(name):  # torch.nn.init passes it by name
+        first = next(iter((*args, *kwargs.values())), None)
+        changed += first if isinstance(first, list | tuple) else [first]
+    for value in changed:
+        if type(value) is StoredParameter:
+            value._refuse(f"changed (by {name})")
+
+
+@functools.cache
 def _changes_first(name: str) -> bool:
     """Return whether a function of this name changes its first argument."""
     if name.startswith("__"):

@@ -153,6 +153,27 @@ class Weights:
             y = self._stored[number].matmul(x, bias=offset, transpose=transpose, dtype=dtype)
         return y
 
+    def again(
+        self, number: int, x: NDArray[Any], bias: int | None, *, as_bf16: bool
+    ) -> NDArray[Any] | None:
+        """Return what `matmul` does, not transposed, of an x that is ready (`Stack.run_factor`).
+
+        None where it was not called with these slots before, or has to look closer.
+        """
+        product = self._products.get((number, bias, False))
+        if product is None or product.stack is None or product.state != self.model.state:
+            return None
+        if bias is not None:
+            found = self._loaded.get(bias)
+            if found is None or self._biases.get(bias) is not product.bias:
+                return None
+            whole, version, _ = found
+            if whole._version != version:  # `matmul` says so
+                return None
+        if product.stack.dtype != (np.float32 if as_bf16 else x.dtype):
+            return None
+        return product.stack.run_factor(self._pool, x, as_bf16=as_bf16)
+
     # ---- inside -------------------------------------------------------------------------------
 
     def _product(self, number: int, bias: NDArray[np.floating] | None, transpose: bool) -> _Product:
