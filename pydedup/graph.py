@@ -103,7 +103,7 @@ class Node:
         return f"node {self.op!r} that makes {self.output!r}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Graph:
     """Nodes in computable order between named inputs and outputs. Checked on creation.
 

@@ -7,6 +7,7 @@ misses a page calls `StoredModel.refresh` and reads the block map again, once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Final
@@ -22,7 +23,7 @@ from pydedup.catalog.ahead import ModelsAhead
 from pydedup.catalog.chunks import joined_chunks
 from pydedup.catalog.digests import ModelDigest, map_digest, tensors_digest
 from pydedup.catalog.pages import expect_pages, recorded_pages, tags_in
-from pydedup.catalog.parsed import ParsedMaps
+from pydedup.catalog.parsed import ParsedMaps, parsed_graph
 from pydedup.catalog.rows import (
     ARTIFACT_DTYPE,
     artifact_digests,
@@ -277,7 +278,9 @@ class StoredModel:
         """Equal for models with the same graph, and tensors of the same names and shapes."""
         if self._layers_key is None:
             graph = self.graph()
-            self._layers_key = (None if graph is None else graph.to_json(), self.tensors)
+            text = "" if graph is None else graph.to_json()
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass")).digest()
+            self._layers_key = digest, self.tensors
         return self._layers_key
 
     def page_tags(self) -> dict[int, bytes]:
@@ -360,7 +363,7 @@ class StoredModel:
             payload = self.artifact(GRAPH_ARTIFACT)
             if payload is not None:
                 try:
-                    self._graph = Graph.from_json(payload)
+                    self._graph = parsed_graph(payload)
                 except ArgumentError as exc:
                     raise CorruptStoreError(
                         f"the graph of {self.address} cannot be read: {exc}"

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block maps that were parsed before, for whoever reads those of many models."""
+"""Block maps and graphs that were parsed before, for whoever reads those of many models."""
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from pydedup.blocks import BlockGrid, BlockMap
+from pydedup.graph import Graph
 from pydedup.types import DType
 
-__all__ = ["ParsedMaps"]
+__all__ = ["ParsedMaps", "parsed_graph"]
 
 #: Of a map, about: its entry, and 100 bytes for each of its objects.
 _ENTRY_BYTES: Final = 700
@@ -47,3 +50,19 @@ class ParsedMaps:
             self._nbytes += taken
             self._known[key] = found
         return found
+
+
+#: Graphs in use by the digest of what they were parsed from.
+_graphs: weakref.WeakValueDictionary[bytes, Graph] = weakref.WeakValueDictionary()
+
+
+def parsed_graph(payload: bytes) -> Graph:
+    """Return what `Graph.from_json` does: one object for all models that have the same layers.
+
+    Parsed, it takes several times its text, more than all else that is kept of a version.
+    """
+    digest = hashlib.blake2b(payload, digest_size=16).digest()
+    found = _graphs.get(digest)
+    if found is None:
+        found = _graphs[digest] = Graph.from_json(payload)
+    return found

@@ -302,6 +302,21 @@ def test_a_large_graph(tmp_path: Path) -> None:
         assert StoredModel(store._adapter, row).graph() == LARGE_GRAPH
 
 
+def test_versions_with_the_same_layers_have_one_graph(store_url: str) -> None:
+    """Parsed, it is most of what is kept of a version: a server of many kept one for each."""
+    with pydedup.open(store_url) as store:
+        store.add("a", weights(1), graph=LARGE_GRAPH)
+        store.add("a", weights(2), graph=LARGE_GRAPH)
+        store.add("b", weights(3), graph=Graph(("x",), ("x",), ()))
+        first, second, other = (
+            StoredModel(store._adapter, row)
+            for row in sorted(store._adapter.models(), key=lambda r: r.id)
+        )
+        assert first.graph() is second.graph() == LARGE_GRAPH
+        assert other.graph() != first.graph()
+        assert first.layers_key == second.layers_key != other.layers_key
+
+
 def image(count: int, seed: int = 5) -> bytes:
     return np.random.default_rng(seed).bytes(count)
 
