@@ -105,7 +105,7 @@ class PackedX {
                          for (std::size_t i = begin; i < end; ++i) {
                              const std::size_t others = by_tile ? strips : n_tiles;
                              for (std::size_t j = 0; j < others; ++j) {
-                                 by_tile ? pack(x, j, i) : pack(x, i, j);
+                                 pack(x, by_tile ? j : i, by_tile ? i : j);
                              }
                          }
                      });
