@@ -293,11 +293,11 @@ def made(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def needed(nbytes: int) -> None:
-    """Count memory that is about to be used, by no operator of torch."""
+def needed(nbytes: Callable[[], int]) -> None:
+    """Count memory that is about to be used, by no operator of torch; most calls do not ask."""
     meter = _here.meter
     if meter is not None and not meter.paused:
-        meter.need(nbytes)
+        meter.need(nbytes())
 
 
 @contextmanager

@@ -197,7 +197,8 @@ def _product(
     if weight.rows is None and not weight.entries:
         outer, inner = stored.shape[::-1] if transpose else stored.shape
         as_bf16 = x.dtype is torch.bfloat16 and width == 4
-        needed(copies + given.size // max(inner, 1) * outer * _bytes_of_each(width, as_bf16))
+        each = _bytes_of_each(width, as_bf16)
+        needed(lambda: copies + given.size // max(inner, 1) * outer * each)
         weights = weight.attachment.weights()
         if given.shape[-1:] != (inner,):
             raise _misfit(f"its last axis must be {inner}", weight, x)
@@ -222,11 +223,11 @@ def _product(
     if given.shape[-1:] != (inner,) or (offset is not None and offset.size not in (1, outer)):
         return NotImplemented  # torch says what is wrong
     if transpose:
-        needed(copies + (given.size + given.size // max(inner, 1) * outer) * width)
+        needed(lambda: copies + (given.size + given.size // max(inner, 1) * outer) * width)
         y = _times_rows(given, weight, rows)
     else:
         part, before = weight.attachment.weights().part(weight.number, rows)
-        needed(copies + given.size // max(inner, 1) * part.shape[0] * width)
+        needed(lambda: copies + given.size // max(inner, 1) * part.shape[0] * width)
         y = np.ascontiguousarray(part.matmul(given)[..., before : before + outer])
     if offset is not None:
         y += offset
@@ -334,11 +335,15 @@ def _convolution(
     width = compute_dtype(stored.dtype).itemsize
     as_bf16 = x.dtype is torch.bfloat16 and width == 4
     offset = _bias(bias, weight)
-    try:
+
+    def nbytes() -> int:
         window = Window.of((*[1] * (2 - n_axes), *stored.shape[2:]), step, around, apart)
         places = math.prod((*images.shape[:-3], *window.out_size(*images.shape[-2:])))
         copies = 0 if as_bf16 or images.itemsize == width else images.size * width
-        needed(copies + places * stored.shape[0] * _bytes_of_each(width, as_bf16))
+        return copies + places * stored.shape[0] * _bytes_of_each(width, as_bf16)
+
+    try:
+        needed(nbytes)
         y = stored.conv2d(
             images,
             bias=offset,
