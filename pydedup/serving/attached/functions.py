@@ -43,18 +43,18 @@ def as_input(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> t
     """Return an input that is in memory and asks for no derivative, or raise ArgumentError."""
     if not x.is_cpu:
         raise ArgumentError(f"{weight.label} is streamed on the CPU; the {what} is on {x.device}")
+    if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise ArgumentError(
+            f"the {what} of {weight.label} has a tangent, and streamed weights give none; call the "
+            "module outside of torch.autograd.forward_ad.dual_level"
+        )
     if x.requires_grad:
         if torch.is_grad_enabled():
             raise ArgumentError(
                 f"the {what} of {weight.label} requires a gradient, and streamed weights have "
                 "none; use torch.no_grad()"
             )
-        x = x.detach()
-    if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
-        raise ArgumentError(
-            f"the {what} of {weight.label} has a tangent, and streamed weights give none; call the "
-            "module outside of torch.autograd.forward_ad.dual_level"
-        )
+        x = x.detach()  # and without its tangent
     return x
 
 
@@ -67,8 +67,8 @@ def as_floats(
     """
     x = as_input(x, weight, what)
     dtype = x.dtype
-    if keeps_bf16 and dtype is torch.bfloat16:  # which numpy does not know
-        return as_numpy(x.view(torch.int16), weight).view(DType.BF16.numpy)
+    if keeps_bf16 and dtype is torch.bfloat16:
+        return as_numpy(x, weight, what).view(DType.BF16.numpy)
     if dtype in _HALVES:
         x = x.float()
     elif dtype is not torch.float32 and dtype is not torch.float64:
@@ -91,13 +91,15 @@ def _cast(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> torc
 
 
 def as_numpy(x: torch.Tensor, weight: StoredParameter, what: str = "input") -> NDArray[Any]:
-    """Return an input as an array.
+    """Return an input as an array, numbers in bfloat16 as their bits.
 
     Raises ArgumentError for what is no plain tensor, BudgetError without memory for a copy.
     """
     try:
         if torch._is_functional_tensor(x):  # numpy() would show what happens to be in memory
             raise TypeError("it is a wrapper of torch.func.functionalize")
+        if x.dtype is torch.bfloat16:  # which numpy does not know
+            x = x.view(torch.int16)
         return (x if x.is_contiguous() else x.contiguous()).numpy()  # torch's copies are counted
     except (RuntimeError, TypeError) as exc:
         if "can't allocate memory" in str(exc):
