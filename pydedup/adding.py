@@ -88,7 +88,7 @@ class StoreAdds:
             for bit, for any number.
         weights_key
             Of a torch checkpoint with several sets of weights in it, the key of those to add, such
-            as ``"params_ema"``.
+            as ``"params_ema"``, or ``"generator.ema"`` of one inside of another.
 
         Raises
         ------

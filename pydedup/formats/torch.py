@@ -274,8 +274,12 @@ def _storages(value: object) -> Iterator[tuple[int, int]]:
     import torch
 
     pending = [value]
+    seen: set[int] = set()  # what is there many times, or holds itself
     while pending:
         item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
         if isinstance(item, torch.Tensor):
             if item.layout == torch.strided and item.device.type == "cpu":
                 storage = item.untyped_storage()

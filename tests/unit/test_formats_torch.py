@@ -185,6 +185,48 @@ def test_several_sets_of_weights(
         assert {entry.name for entry in source.entries} == {f"{key}.w" for key in keys}
 
 
+def test_several_sets_of_weights_inside_of_others(tmp_path: Path) -> None:
+    """The keys that errors named were under no key that could be given."""
+    path = tmp_path / "m.pth"
+    sets = {key: {"w": torch.full((3,), float(at))} for at, key in enumerate(("params", "ema"))}
+    averaged = {"decay": 0.9, "shadow": {"w": torch.full((3,), 2.0)}}
+    torch.save({"g": sets, "d": {"w": torch.ones(1)}, "g.x": {"w": torch.ones(4)}}, path)
+    with pytest.raises(ArgumentError, match=r"under 'g\.params', 'g\.ema'.* such as 'g\.params'"):
+        open_source(path, "g")
+    for at, key in enumerate(("g.params", "g.ema")):
+        with open_source(path, key) as source:
+            check(source, {"w": torch.full((3,), float(at))})
+            assert source.weights_key == key
+    with open_source(path, "g.x") as source:
+        check(source, {"w": torch.ones(4)})
+    with pytest.raises(NotFoundError, match=r"nothing under the key 'g\.swa'; it has: g, .*g\.ema"):
+        open_source(path, "g.swa")
+    torch.save({"model": sets["params"], "ema": averaged}, path)
+    with pytest.raises(FormatError, match=r"what of it is the model: 'ema\.shadow'"):
+        open_source(path, "ema")
+    with open_source(path, "ema.shadow") as source:
+        check(source, {"w": torch.full((3,), 2.0)})
+    with open_source(path, every_set=True) as source:
+        assert {entry.name for entry in source.entries} == {"model.w", "ema.shadow.w"}
+
+
+def test_checkpoints_that_hold_themselves(tmp_path: Path) -> None:
+    """One of 200 keys took minutes; one with weights beside them, all memory."""
+    path = tmp_path / "m.pth"
+    state = {"w": torch.ones(3)}
+    many: dict[str, Any] = {}
+    many.update({f"k{at}": many for at in range(200)})
+    torch.save(many, path)
+    with pytest.raises(FormatError, match="'k0' is a dict, not a tensor"):
+        open_source(path)
+    many["model"] = state
+    torch.save(many, path)
+    with open_source(path) as source:
+        check(source, state)
+    with open_source(path, every_set=True) as source:
+        check(source, {"model.w": state["w"]})
+
+
 def test_weights_under_keys_of_their_own(tmp_path: Path) -> None:
     """They may be parts of one model as well."""
     path = tmp_path / "m.pth"
