@@ -87,8 +87,8 @@ class StoreAdds:
             default one per core up to 4, and one where little is added. The store is the same, bit
             for bit, for any number.
         weights_key
-            Of a torch checkpoint with several sets of weights in it, the key of those to add, such
-            as ``"params_ema"``, or ``"generator.ema"`` of one inside of another.
+            Of a torch checkpoint with several sets of weights in it, in a folder too, the key of
+            those to add, such as ``"params_ema"``, or ``"generator.ema"`` of one inside of another.
 
         Raises
         ------

@@ -107,8 +107,8 @@ _COLUMNS = (
 @click.option(
     "--weights-key",
     metavar="KEY",
-    help="Of torch checkpoints with several sets of weights in them, the key of those to add, such "
-    "as params_ema.",
+    help="Of torch checkpoints with several sets of weights in them, in folders too, the key of "
+    "those to add, such as params_ema.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be stored; write nothing.")
 @options.memory_option

@@ -84,9 +84,12 @@ class FolderSource(ModelSource):
 
     format = "huggingface"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, weights_key: str | None = None, *, every_set: bool = False
+    ) -> None:
         super().__init__(str(path))
         self._path = path
+        self._wanted, self._every_set = weights_key, every_set
         self._files: dict[str, ModelSource] = {}
         self._where: dict[str, tuple[ModelSource, str]] = {}
         with self._closed_on_failure():
@@ -96,9 +99,16 @@ class FolderSource(ModelSource):
                 raise FormatError(f"{path} holds no model weights{_hint(names, skipped)}")
             self._layout: list[dict[str, Any]] = []
             self._set_entries(list(self._open_parts()))
+            if weights_key is not None and all(
+                isinstance(source, safetensors.SafetensorsSource) for source in self._files.values()
+            ):
+                raise ArgumentError(
+                    f"the weights in {path} are safetensors and no torch checkpoint; weights_key "
+                    f"({weights_key!r}, --weights-key) is for these alone"
+                )
             self._check_that_it_is_one(names, skipped)
             self._artifact_files, left_out = self._choose_artifacts(names)
-            self.left_out = tuple(skipped + left_out)
+            self.left_out += tuple(skipped + left_out)
             self._graph = self._read_graph(names)
 
     @property
@@ -130,8 +140,9 @@ class FolderSource(ModelSource):
             files = []
             found: set[str] = set()
             for file in part.files:
-                source = _open_weights(self._path / part.folder / file)
+                source = self._open_weights(self._path / part.folder / file)
                 self._files[prefix + file] = source
+                self.weights_key = self.weights_key or source.weights_key
                 also = []
                 for entry in source.entries:
                     listed_in = part.weight_map.get(entry.name)
@@ -144,7 +155,7 @@ class FolderSource(ModelSource):
                     self._where[prefix + entry.name] = source, entry.name
                     key = (prefix + file, entry.key)
                     yield TensorEntry(prefix + entry.name, entry.dtype, entry.shape, key)
-                self.left_out += source.left_out
+                self.left_out += tuple(f"{prefix}{file}: {key}" for key in source.left_out)
                 metadata = find_object(source.artifacts(), safetensors.METADATA)
                 files.append({"name": file, "metadata": metadata, "also": also})
             missing = sorted(set(part.weight_map) - found)
@@ -154,6 +165,11 @@ class FolderSource(ModelSource):
                     f"{part.weight_map[missing[0]]!r}, which does not have it"
                 )
             self._layout.append({"folder": part.folder, "index": part.index, "files": files})
+
+    def _open_weights(self, path: Path) -> ModelSource:
+        if _is_safetensors(path):
+            return safetensors.SafetensorsSource(path)
+        return torch.TorchSource(path, self._wanted, every_set=self._every_set)
 
     def _check_that_it_is_one(self, names: Sequence[str], skipped: Sequence[str]) -> None:
         """Refuse a folder with a model in each of its folders: checkpoints, nightly builds."""
@@ -326,7 +342,8 @@ def weight_map_of(path: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _open_weights(path: Path) -> ModelSource:
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file of weights is of that format, and no torch checkpoint."""
     if not is_inside(path, path.parent):
         raise FormatError(
             f"{path} leads outside of the model's folder; copy it with its links resolved (cp -rL)"
@@ -337,10 +354,10 @@ def _open_weights(path: Path) -> ModelSource:
     if not known:
         refuse_foreign(path, head)
     if known or path.suffix == SAFE_SUFFIX:
-        return safetensors.SafetensorsSource(path)
+        return True
     if head[:2] != b"PK" and not torch.looks_like_legacy(head):
         raise FormatError(f"{path} is no torch checkpoint")
-    return torch.TorchSource(path)
+    return False
 
 
 def _hint(names: Sequence[str], skipped: Sequence[str]) -> str:

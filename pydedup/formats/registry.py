@@ -67,7 +67,6 @@ _READERS: Mapping[str, Callable[[Path], ModelSource]] = {
     "safetensors": safetensors.SafetensorsSource,
     "npz": npz.NpzSource,
     "npy": npz.NpySource,
-    "huggingface": folder.FolderSource,
     "onnx": onnx.OnnxSource,
     "keras": keras.KerasSource,
     "keras-h5": keras.KerasSource,
@@ -129,7 +128,8 @@ def open_source(
         Path of a file or folder in any known format, a mapping of names to arrays or tensors, or
         a torch module; what is open already is returned.
     weights_key
-        Of a torch checkpoint with several sets of weights in it, the key of those to read.
+        Of a torch checkpoint with several sets of weights in it, also in a folder, the key of
+        those to read.
     every_set
         Read all of them as one model instead, each name behind its key.
 
@@ -180,6 +180,8 @@ def _open_path(path: Path, weights_key: str | None, every_set: bool) -> ModelSou
     kind = detect(path)
     if kind == "torch":
         return torch.TorchSource(path, weights_key, every_set=every_set)
+    if kind == "huggingface":
+        return folder.FolderSource(path, weights_key, every_set=every_set)
     if weights_key is not None:
         raise ArgumentError(
             f"{path} is no torch checkpoint but {kind}; weights_key ({weights_key!r}, "

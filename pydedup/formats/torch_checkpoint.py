@@ -68,7 +68,8 @@ def find_weights(
     NotFoundError
         When nothing has the key that is ``wanted``.
     FormatError
-        When there is no state dict, or one with something else than tensors in it.
+        When there is no state dict, or one with something else than tensors in it. Beside them may
+        be an optimizer's state, numbers and texts (an epoch, say), which are left out.
     """
     if every_set and (found := dict(_all_tensors(loaded))):
         return Weights(found, None, ())
@@ -184,16 +185,27 @@ def _holds_weights(value: object, of: Any, known: _Known, depth: int = _DEPTH - 
     return known[key]
 
 
+def _is_beside(name: str, item: object) -> bool:
+    """Return whether it is what a training script keeps next to the weights themselves.
+
+    What a module has, as a quantised one does, is of a path of modules, with a dot.
+    """
+    if isinstance(item, Mapping):
+        return _OTHERS.search(name) is not None
+    return "." not in name and isinstance(item, str | int | float | None)
+
+
 def _tensors(
     value: Mapping[Any, Any], where: str, path: Sequence[str], left_out: list[str]
 ) -> dict[str, Any]:
     state: dict[str, Any] = {}
+    has_weights = any(map(is_tensor, value.values()))
     for name, item in value.items():
         if not isinstance(name, str):
             raise FormatError(f"{where} has the key {name!r:.60}; names of tensors must be text")
         if is_tensor(item):
             state[name] = item
-        elif is_extra(name):
+        elif is_extra(name) or (has_weights and _is_beside(name, item)):
             left_out.append(name)
         else:
             # Quantised layers have theirs there, among the tensors of all others.
@@ -208,6 +220,6 @@ def _tensors(
                     f"{listed(list(map(repr, parts)))}"
                 )
             raise FormatError(
-                f"{where}: {name!r} is a {type(item).__name__}, not a tensor; {advice}"
+                f"{where}: {name!r} is of type {type(item).__name__}, not a tensor; {advice}"
             )
     return state

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -217,7 +218,7 @@ def test_checkpoints_that_hold_themselves(tmp_path: Path) -> None:
     many: dict[str, Any] = {}
     many.update({f"k{at}": many for at in range(200)})
     torch.save(many, path)
-    with pytest.raises(FormatError, match="'k0' is a dict, not a tensor"):
+    with pytest.raises(FormatError, match="'k0' is of type dict, not a tensor"):
         open_source(path)
     many["model"] = state
     torch.save(many, path)
@@ -225,6 +226,42 @@ def test_checkpoints_that_hold_themselves(tmp_path: Path) -> None:
         check(source, state)
     with open_source(path, every_set=True) as source:
         check(source, {"model.w": state["w"]})
+
+
+def test_what_stands_beside_the_weights_themselves_is_left_out(tmp_path: Path) -> None:
+    """Such files were refused: 'epoch' is a int, not a tensor."""
+    path, weights = tmp_path / "m.pth", {"w": torch.ones(2), "n.b": torch.zeros(3)}
+    beside = {"epoch": 3, "best": 0.5, "arch": "x", "done": True, "tag": None}
+    beside |= {"optimizer": {"state": {0: torch.ones(2)}, "param_groups": []}}
+    torch.save({**weights, **beside}, path)
+    with open_source(path) as source:
+        check(source, weights)
+        assert source.left_out == tuple(beside)
+        assert source.weights_key is None
+    for name, value in (("n.scale", 0.5), ("more", {"w": 1}), ("items", [1])):
+        torch.save({**weights, name: value}, path)
+        with pytest.raises(FormatError, match=f"'{name}' is of type {type(value).__name__}, not"):
+            open_source(path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(FormatError, match="'epoch' is of type int, not a tensor"):
+        open_source(path)
+
+
+def test_a_checkpoint_in_a_folder_tells_its_key_and_what_is_beside(tmp_path: Path) -> None:
+    """The key could not be chosen, and what was left out of the file was not told."""
+    sets = {"params": {"w": torch.ones(3)}, "params_ema": {"w": torch.zeros(3)}}
+    torch.save({"epoch": 3, **sets}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ArgumentError, match=r"pytorch_model\.bin holds several sets of weights"):
+        open_source(tmp_path)
+    with open_source(tmp_path, "params_ema") as source:
+        check(source, sets["params_ema"])
+        assert source.weights_key == "params_ema"
+        assert source.left_out == ("pytorch_model.bin: epoch", "pytorch_model.bin: params")
+    with open_source(tmp_path, every_set=True) as source:
+        assert {entry.name for entry in source.entries} == {"params.w", "params_ema.w"}
+    safetensors.torch.save_file(sets["params"], tmp_path / "model.safetensors")
+    with pytest.raises(ArgumentError, match="safetensors and no torch checkpoint; weights_key"):
+        open_source(tmp_path, "params")
 
 
 def test_weights_under_keys_of_their_own(tmp_path: Path) -> None:
