@@ -7,7 +7,9 @@ import re
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import ROUND_CEILING, Context
+from datetime import date, timedelta
+from datetime import time as time_of_day
+from decimal import ROUND_CEILING, Context, Decimal
 
 __all__ = [
     "at_most",
@@ -24,6 +26,7 @@ __all__ = [
     "percent",
     "plural",
     "ratio",
+    "row_key",
     "saved",
     "shape",
     "size",
@@ -35,6 +38,8 @@ __all__ = [
 _SHOWN_NAMES = 6
 #: And of many tensors with their sizes.
 _SHOWN_SIZES = 3
+#: And of the key of a row, as text.
+_KEY_CHARS = 80
 _ROUNDED_UP = Context(prec=3, rounding=ROUND_CEILING)
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 # Controls, halves of surrogate pairs, and what breaks a line of text.
@@ -182,6 +187,22 @@ def duration(seconds: float) -> str:
 def moment(timestamp: float) -> str:
     """Return a point in time, local, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(timestamp))
+
+
+def row_key(value: object) -> str:
+    """Return the key of a row as people read it, and, but for the quotes of texts, as SQL has it.
+
+    Python's driver makes its own objects of dates, decimal numbers and the like.
+    """
+    from uuid import UUID
+
+    if isinstance(value, bytes | bytearray | memoryview):
+        text = f"0x{bytes(value).hex()}"
+    elif isinstance(value, date | time_of_day | timedelta | Decimal | UUID):
+        text = str(value)
+    else:
+        text = repr(value)
+    return text if len(text) <= _KEY_CHARS else f"{text[:_KEY_CHARS]}... ({len(text)} characters)"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -182,7 +182,7 @@ def _print(report: ScoreReport) -> None:
         said += f"; {text.count(report.failed)} could not be predicted"
     output.print_note(said)
     for failure in report.failures[:_SHOWN]:
-        output.print_note(f"  row with key {failure.key!r}: {failure.reason}")
+        output.print_note(f"  row with key {text.row_key(failure.key)}: {failure.reason}")
     if report.failed > _SHOWN:
         output.print_note(f"  and {text.count(report.failed - _SHOWN)} more")
     output.print_note(f"in {text.duration(report.seconds)}", "dim")
@@ -196,9 +196,9 @@ def _document(report: ScoreReport) -> dict[str, Any]:
 
 
 def _plain(key: object) -> object:
-    """Return a key as JSON has it; others than numbers and texts as Python writes them."""
+    """Return a key as JSON has it; dates and others that are no number or text, as text."""
     try:
         json.dumps(key)
     except (TypeError, ValueError):
-        return repr(key)
+        return text.row_key(key)
     return key

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, Final, Literal
 
@@ -46,6 +47,15 @@ _INT64: Final = (-(2**63), 2**63 - 1)
 _MOST_AXES: Final = 31
 #: Of a number, a message has so many digits.
 _MOST_DIGITS: Final = 25
+#: What drivers give for columns of other types; a date with its time is of Python's `date`, too.
+_KINDS: Final = (
+    (date, "a date"),
+    (time, "a time of day"),
+    (timedelta, "a span of time"),
+    (bytes | bytearray | memoryview, "bytes"),
+    (list | tuple, "a list"),
+    (dict, "a JSON object"),
+)
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _IN_SQL: Final = (
     ", which functions of SQL need (ONNX Runtime is not used for them, but by `pydedup score`)"
@@ -236,7 +246,15 @@ def _number(value: object, name: str) -> int | float:
         return int(value) if whole else float(value)
     if value is None:
         raise ArgumentError(f"{name} is NULL")
-    raise ArgumentError(f"{name} is no number but {type(value).__name__}")
+    raise ArgumentError(f"{name} is no number but {_kind(value)}")
+
+
+def _kind(value: object) -> str:
+    """Return what people call a value of SQL that is no number."""
+    if isinstance(value, str):
+        return f"the text {value[:_MOST_DIGITS]!r}{'...' if len(value) > _MOST_DIGITS else ''}"
+    words = (words for kind, words in _KINDS if isinstance(value, kind))
+    return next(words, f"of type {type(value).__name__}")
 
 
 def _checked(numbers: Sequence[int | float], kind: InputKind, names: Sequence[str]) -> Array:

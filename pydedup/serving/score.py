@@ -34,7 +34,7 @@ from pydedup.serving.features import (
 )
 from pydedup.serving.pin import Pin
 from pydedup.serving.score_table import Line, PredictionTable, Repeated, comparable, key_of
-from pydedup.text import listed
+from pydedup.text import listed, row_key
 from pydedup.types import Progress, RowFailure, ScoreReport
 from pydedup.words import OnError, check_word
 
@@ -356,11 +356,12 @@ class Scoring:
             self._write(dict(lines[:half]))
             self._write(dict(lines[half:]))
             return
+        keys = ", ".join(map(row_key, _alike(made)[:_ALIKE]))
         raise ConflictError(
             f"other writers write the same rows to {self._table}, or it takes some of these keys "
-            f"for the same: {', '.join(map(repr, _alike(made)[:_ALIKE]))}; try again, or leave all "
-            "but one of them out of the query. Or what is written breaks a unique index of another "
-            "column: drop that, or name another table"
+            f"for the same: {keys}; try again, or leave all but one of them out of the query. Or "
+            "what is written breaks a unique index of another column: drop that, or name another "
+            "table"
         )
 
     def _refusal(self, failures: Sequence[RowFailure]) -> str:
@@ -373,8 +374,8 @@ class Scoring:
         else:
             kept = f"nothing of this batch was written, {self._written:,} rows before it were"
         return (
-            f"row with {self._key.name} {first.key!r}{more}: {first.reason}; {kept}; leave such "
-            "rows out, or go on without them with on_error='skip' (--on-error skip)"
+            f"row with {self._key.name} {row_key(first.key)}{more}: {first.reason}; {kept}; leave "
+            "such rows out, or go on without them with on_error='skip' (--on-error skip)"
         )
 
 

@@ -64,6 +64,21 @@ def test_what_cannot_be_predicted(tables: Tables, source: Make, new_name: Make) 
     assert report["failures"][0] == {"key": 26, "reason": "f2 is NULL"}
 
 
+def test_keys_are_told_as_sql_has_them(tables: Tables, new_name: Make) -> None:
+    """They were Python's: datetime.date(2026, 1, 2), in the document of --json, too."""
+    add(tables.url, "m@1")
+    query = "SELECT CAST('2026-01-02' AS DATE) AS day, 'x' AS f0, 2 AS f1, 3 AS f2"
+    score = ("score", tables.url, "--model", "m@1", "--into", new_name(), "--query", query)
+    key = 2026 if tables.url.startswith("sqlite") else "2026-01-02"
+    reason = "f0 is no number but the text 'x'"
+    assert f"row with day {key}: {reason}; " in run(*score, status=2).stderr
+    skipping = (*score, "--on-error", "skip")
+    assert f"  row with key {key}: {reason}\n" in run(*skipping).stdout
+    assert json.loads(run(*skipping, "--json").stdout)["failures"] == [
+        {"key": key, "reason": reason}
+    ]
+
+
 def test_nothing_found_and_nothing_understood(tables: Tables, source: Make, new_name: Make) -> None:
     add(tables.url, "m@1")
     table, into = source(features(1)), new_name()

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import datetime
+import re
 import struct
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from pydedup.errors import ArgumentError
 from pydedup.serving.features import InputKind, features_of, plain_rows
+from pydedup.text import row_key
 
 NUMBERS = st.one_of(
     st.floats(width=32),
@@ -162,3 +166,28 @@ def test_a_list_may_be_as_deep_as_arrays_are() -> None:
 def test_lists_that_differ_in_length_are_told(text: str) -> None:
     with pytest.raises(ArgumentError, match="the lists in f differ in length"):
         features_of([text], ["f"], InputKind(ids=False, width=None))
+
+
+def test_keys_and_values_are_told_as_people_call_them() -> None:
+    """Messages had the names of Python's types, and hundreds of digits of a key."""
+    keys = {
+        "1.50": Decimal("1.50"),
+        "10:00:00": datetime.timedelta(hours=10),
+        "2026-01-02 03:04:05": datetime.datetime(2026, 1, 2, 3, 4, 5),
+        "00000000-0000-0000-0000-00000000000a": UUID(int=10),
+        "0x00ff": b"\0\xff",
+        "'a'": "a",
+        "7": 7,
+        f"{'1' * 80}... (300 characters)": Decimal("1" * 300),
+    }
+    assert [row_key(value) for value in keys.values()] == list(keys)
+    kinds = {
+        "a date": datetime.datetime(2026, 1, 2),
+        "a span of time": datetime.timedelta(1),
+        "the text '$0.00'": "$0.00",
+        f"the text '{'x' * 25}'...": "x" * 100,
+        "of type UUID": UUID(int=1),
+    }
+    for what, value in kinds.items():
+        with pytest.raises(ArgumentError, match=rf"^f is no number but {re.escape(what)}$"):
+            features_of([1, value], ["g", "f"], InputKind(ids=False, width=None))

@@ -75,7 +75,7 @@ def test_values_that_are_no_numbers(tables: Tables, new_name: Make) -> None:
     add(tables.url, "m@1")
     blob = np.array([1, np.nan, 2], "<f4").tobytes()
     cases: dict[str, str] = {
-        "SELECT 1 AS id, 'a' AS f0, 2 AS f1, 3 AS f2": "f0 is no number but str",
+        "SELECT 1 AS id, 'a' AS f0, 2 AS f1, 3 AS f2": "f0 is no number but the text 'a'",
         "SELECT 1 AS id, 1e300 AS f0, 2 AS f1, 3 AS f2": "beyond what float32 holds",
         "SELECT 1 AS id, '[1, 2' AS v": "v is a text that is no JSON array of numbers",
         "SELECT 1 AS id, '{\"a\": 1}' AS v": "v is JSON, and no array of numbers",
@@ -114,7 +114,7 @@ def test_a_text_that_is_no_utf8_is_told_with_its_row(mode: str, tmp_path: Path) 
         report = store.score(query_of("t"), "m@1", into="p", source=source.url, on_error="skip")
     assert [(failure.key, failure.reason) for failure in report.failures] == [
         ("a\udcff", "the key 'id' is no UTF-8"),
-        ("b", "f0 is no number but str"),
+        ("b", "f0 is no number but the text 'a\\udcff'"),
     ]
     wanted = float((w @ [1, 2, 3])[0])
     assert predictions(source, "p") == pytest.approx({"a": wanted, "é": wanted}, rel=1e-5)

@@ -172,7 +172,7 @@ def test_null_gives_null(connection: sqlite3.Connection) -> None:
 
 WRONG = {
     "pydedup_predict('m', 1, 2)": (ArgumentError, "there are 2 features, and the model takes 3"),
-    "pydedup_predict('m', 1, 'a', 3)": (ArgumentError, "feature 2 is no number but str"),
+    "pydedup_predict('m', 1, 'a', 3)": (ArgumentError, "feature 2 is no number but the text 'a'"),
     "pydedup_predict('m', 1, 9e999, 3)": (ArgumentError, "feature 2 is inf"),
     "pydedup_predict('m', 1, 9e99, 3)": (ArgumentError, "beyond what float32 holds"),
     "pydedup_predict('none', 1, 2, 3)": (NotFoundError, "no model 'none'"),
