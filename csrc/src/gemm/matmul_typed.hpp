@@ -396,14 +396,14 @@ class Matmul::Typed final : public Matmul::Impl {
     // How many panels, of so many columns of y, a task takes. Where x does not stay in the
     // second-level cache from one to the next, each of its strips is multiplied with several
     // while it is there: its way from the third level takes longer than that of W (AMX, 512 rows:
-    // a fifth of all time).
+    // a fifth of all time). With variants so that blocks of one come together (a twentieth).
     template <class E>
     [[nodiscard]] std::size_t panels_together(const detail::PackedX<E, T>& x, std::size_t panels,
                                               std::size_t columns,
                                               unsigned threads) const noexcept {
         const auto& kernel = *x.tile(0).kernel;
         const std::size_t tiles = std::min(x.n_tiles(), detail::kMaxTaskRows / kernel.width);
-        if (x.bytes(0, tiles) <= detail::kCachedBytes) return 1;
+        if (p_.variants == nullptr && x.bytes(0, tiles) <= detail::kCachedBytes) return 1;
         const std::size_t sums =
             (x.sums_before(tiles) + packing<E>().sums_alone) * columns * sizeof(T);
         const std::size_t most =
