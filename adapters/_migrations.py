@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from pydedup.adapter import SCHEMA_VERSION
-from pydedup.errors import NotAStoreError, ReadOnlyError, SchemaVersionError, StoreError
+from pydedup.adapter_options import hidden_rows
+from pydedup.errors import (
+    NotAStoreError,
+    ReadOnlyError,
+    SchemaVersionError,
+    StoreError,
+    UnavailableError,
+)
 
 from ._catalog import CatalogCalls
 from ._errors import DeniedError
@@ -68,6 +75,11 @@ class SchemaCalls(CatalogCalls):
             self._refuse_tables("meta")
         found = self._recorded("meta", self._sql.meta_value, ["schema_version"], ["value"])
         version = as_number(found[0][0]) if found else None
+        if not found and (hidden := hidden_rows(self)):
+            raise UnavailableError(
+                f"{self._url} shows no row of {self._sql.dialect.name('meta')}: "
+                f"{'; '.join(hidden)}, or a policy show this user all rows"
+            )
         if version is None:
             self._refuse_tables("meta")
         if version == SCHEMA_VERSION:

@@ -10,7 +10,12 @@ from contextlib import suppress
 from typing import Final
 
 from pydedup.adapter import Adapter, ModelRow
-from pydedup.adapter_options import ChangeMarkAdapter, only_sound_rows, telling_rows
+from pydedup.adapter_options import (
+    ChangeMarkAdapter,
+    hidden_rows,
+    only_sound_rows,
+    telling_rows,
+)
 from pydedup.catalog.aliases import aliases_of, wrong_aliases
 from pydedup.catalog.model import StoredModel, grid_of
 from pydedup.catalog.pages import another_store
@@ -115,8 +120,10 @@ class Catalog:
         rows = self._adapter.models(name=parsed.name, newest=SUGGESTED_MODELS)
         if not rows:
             names = sorted({row.name for row in self._adapter.models(newest=SUGGESTED_MODELS)})
+            hidden = "".join(f"; but {said}" for said in hidden_rows(self._adapter))
             return NotFoundError(
-                f"no model {parsed.name!r} in {self._adapter.url}{did_you_mean(parsed.name, names)}"
+                f"no model {parsed.name!r} in {self._adapter.url}"
+                f"{did_you_mean(parsed.name, names)}{hidden}"
             )
         for row in rows:
             said = wrong_aliases(row, ()).get(str(parsed.selector))

@@ -19,6 +19,7 @@ from pydedup.errors import (
     ConflictError,
     CorruptStoreError,
     NotAStoreError,
+    NotFoundError,
     ReadOnlyError,
     StoreError,
     UnavailableError,
@@ -313,6 +314,25 @@ def test_who_does_not_see_all_rows_writes_none(schema: str, url: str, role: str,
             theirs.remove("a")
         assert [model.name for model in store.models()] == ["b"]
         assert store.verify().errors == []
+
+
+def test_who_sees_no_row_is_told_what_hides_them(
+    schema: str, url: str, role: str, sql: Any
+) -> None:
+    """Its tables were said not to be pydedup's own, or the store to be empty."""
+    with pydedup.open(url) as store:
+        store.add("a", {"w": np.ones(3, np.float32)})
+    sql(f'GRANT USAGE ON SCHEMA {schema} TO "{role}"')
+    sql(f'GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO "{role}"')
+    sql(f"ALTER TABLE {schema}.meta ENABLE ROW LEVEL SECURITY")
+    with pytest.raises(UnavailableError, match="row-level security may hide rows of meta from"):
+        pydedup.open(as_role(url, role), mode="r")
+    sql(f"CREATE POLICY everybody ON {schema}.meta USING (true)")
+    with pydedup.open(as_role(url, role), mode="r") as theirs:
+        assert theirs.load("a")["w"][0] == 1
+        sql(f"ALTER TABLE {schema}.models ENABLE ROW LEVEL SECURITY")
+        with pytest.raises(NotFoundError, match="is empty; but row-level security may hide rows"):
+            theirs.predict("a", [1.0])
 
 
 @pytest.mark.parametrize("table", ["tensors", "block_maps", "models", "distinct_blocks"])
