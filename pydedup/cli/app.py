@@ -33,7 +33,7 @@ from pydedup.cli import (
     upkeep,
 )
 from pydedup.cli.completing import COMPLETE_VARIABLE, answer_shell
-from pydedup.cli.errors import TRACEBACK_VARIABLE, Exit, report, warn
+from pydedup.cli.errors import TRACEBACK_VARIABLE, Exit, report, warn, warnings_told
 from pydedup.cli.signals import interruptible
 
 __all__ = ["main", "program"]
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ) as signals:
             status: int | None = Exit.OK
             try:
-                with program.make_context("pydedup", words) as context:
+                with warnings_told(), program.make_context("pydedup", words) as context:
                     status = program.invoke(context)
                 sys.stdout.flush()
             except click.exceptions.Exit as error:

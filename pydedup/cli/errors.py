@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import enum
 import errno
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import click
 
@@ -29,7 +31,7 @@ from pydedup.errors import (
 )
 from pydedup.text import clean, without_secrets
 
-__all__ = ["TRACEBACK_VARIABLE", "Exit", "no_such", "report", "warn"]
+__all__ = ["TRACEBACK_VARIABLE", "Exit", "no_such", "report", "warn", "warnings_told"]
 
 TRACEBACK_VARIABLE = "PYDEDUP_TRACEBACK"
 #: Of what an unexpected exception says, a line shows no more than this; a traceback shows all.
@@ -99,6 +101,26 @@ def report(error: BaseException) -> Exit:
 def warn(text: str) -> None:
     """Say something on standard error that is no result."""
     _write(f"pydedup: {_one_line(text)}")
+
+
+@contextlib.contextmanager
+def warnings_told() -> Iterator[None]:
+    """Say what the library logs as this program says things, unless someone else listens."""
+    log, teller = logging.getLogger("pydedup"), _Teller(logging.WARNING)
+    if not log.hasHandlers():
+        log.addHandler(teller)
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
+
+
+class _Teller(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and logging.lastResort is not None:  # a request that failed: whole
+            logging.lastResort.handle(record)
+        else:
+            warn(record.getMessage())
 
 
 def _describe(error: BaseException) -> tuple[Exit, str]:

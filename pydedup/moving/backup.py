@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from pydedup.errors import (
     MissingStoreError,
     NotAStoreError,
     PydedupError,
+    StorageFullError,
 )
 from pydedup.formats._files import sync
 from pydedup.jobs import Job, job_is_dead, job_is_ours
@@ -42,6 +44,8 @@ from pydedup.words import OpenMode
 __all__ = ["backup_store", "file_url", "restore_store"]
 
 _PARTIAL = ".partial"
+#: With less free space than this, a disk is full.
+_SPARE_BYTES = 1 << 20
 #: Of a file's name, on all usual file systems.
 _NAME_BYTES = 255
 _BESIDE = ("-wal", "-shm", "-journal")
@@ -82,7 +86,7 @@ def backup_store(
     partial = target.with_name(target.name + _PARTIAL)
     damaged: list[str] = []
     leaving_out = telling_rows(source.adapter, damaged) if skip_damaged else nullcontext()
-    with contextlib.ExitStack() as stack:
+    with _room_told(target), contextlib.ExitStack() as stack:
         with _turn(target.parent), leaving_out:
             mark = source.adapter.meta().get("store_id", "")
             if os.path.lexists(partial) and target.exists() and partial.samefile(target):
@@ -233,6 +237,20 @@ def _check_free(source: Adapter, target: Path, url: str, opened: Opener, *, repl
                 f"{target} is in use ({target.name}{end} lies beside it); close it first, or give "
                 "the backup another name"
             )
+
+
+@contextlib.contextmanager
+def _room_told(target: Path) -> Iterator[None]:
+    """Tell who fills the disk what to do with a backup, which is no store to be vacuumed."""
+    try:
+        yield
+    except StorageFullError as exc:
+        if shutil.disk_usage(target.parent).free >= _SPARE_BYTES:
+            raise  # of the folder of temporary files, or of the source
+        raise StorageFullError(
+            f"no room for the backup {target}: its disk is full; free some space and run it "
+            f"again, which goes on with {target.name}{_PARTIAL}, or delete that file"
+        ) from exc
 
 
 def _drop_useless(source: Adapter, partial: Path, opened: Opener) -> None:

@@ -72,6 +72,30 @@ def mysql_place(own_mysql: Any, mysql_run: Callable[..., object]) -> Iterator[Pl
     mysql_run(own_mysql.url, f"DROP DATABASE {url.partition('?')[0].rpartition('/')[2]}")
 
 
+def test_a_backup_that_fills_the_disk_goes_on_when_there_is_room(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    """It told to vacuum, or to open, the file that is not yet a backup."""
+    rng = np.random.default_rng(0)
+    model = {f"w{n}": rng.standard_normal((1024, 1024), np.float32) for n in range(5)}
+    target = small_disk / "backup.db"
+    with pydedup.open(tmp_path / "store.db") as store:
+        store.add("m", model, policy=policies.Exact())
+        with pytest.raises(StorageFullError) as caught:
+            store.backup(target)
+        assert str(caught.value) == (
+            f"no room for the backup {target}: its disk is full; free some space and run it "
+            "again, which goes on with backup.db.partial, or delete that file"
+        )
+        assert not target.exists()
+        (small_disk / "ballast").unlink()
+        store.backup(target)
+    assert not target.with_name("backup.db.partial").exists()
+    with pydedup.open(target, mode="r") as backup:
+        assert backup.verify().ok
+        assert (backup.load("m")["w4"] == model["w4"]).all()
+
+
 @pytest.mark.parametrize("back_end", ["sqlite", "postgres", "mysql"])
 def test_a_full_disk(back_end: str, request: pytest.FixtureRequest) -> None:
     url, make_room = request.getfixturevalue(f"{back_end}_place")
