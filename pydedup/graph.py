@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from pydedup.errors import ArgumentError
-from pydedup.operations import OPS, attr_problem, shape_problem, window_problem
+from pydedup.operations import OPS, attr_problem, counts_axes, shape_problem, window_problem
 
 __all__ = [
     "GRAPH_VERSION",
@@ -108,7 +108,8 @@ class Graph:
     """Nodes in computable order between named inputs and outputs. Checked on creation.
 
     ``halves`` are the outputs that are given as float16; others are float32 or float64. ``shapes``
-    are those that inputs were declared with where results may depend on them; -1 is any size.
+    are those that inputs were declared with where results may depend on them, or on how many axes
+    there are; -1 is any size.
 
     Raises
     ------
@@ -171,6 +172,10 @@ class Graph:
     def tensors(self) -> tuple[str, ...]:
         """Return the names of all tensors that the nodes use, each once, in order of use."""
         return tuple(dict.fromkeys(name for node in self.nodes for name in node.weights.values()))
+
+    def counts_axes(self) -> bool:
+        """Return whether inputs with another number of axes would be computed along other ones."""
+        return any(counts_axes(node.op, node.attr) for node in self.nodes)
 
     def validate(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check the graph against a model's tensors.

@@ -27,7 +27,7 @@ What they compute (``x`` is the first input, ``y`` the second; numpy terms):
 ``softplus``       ``log(1 + exp(x))``
 ``softmax`` ``log_softmax``   over ``axis``
 ``flatten``        all axes from ``start_axis`` on become one, of size 1 where there is none
-``reshape``        to ``shape``, in which one entry may be -1
+``reshape``        to ``shape``, in which one entry may be -1; 0 keeps the size of that axis
 ``layer_norm``     over the last ``axes`` axes, then ``* weight + bias``
 ``batch_norm``     ``(x - mean) / sqrt(var + eps) * weight + bias`` along ``axis``
 ``add`` ``mul`` ``sub``       with broadcasting
@@ -53,7 +53,9 @@ __all__ = [
     "OpSpec",
     "attr_problem",
     "axes_of",
+    "counts_axes",
     "flattened_from",
+    "reshaped_to",
     "shape_problem",
     "window_problem",
 ]
@@ -260,6 +262,28 @@ def flattened_from(start_axis: int, shape: Sequence[int]) -> int:
     if not -rank <= start_axis < rank:
         raise ArgumentError(f"axis {start_axis} does not exist in an input of shape {shape}")
     return start_axis % rank
+
+
+def reshaped_to(shape: Sequence[int], given: Sequence[int]) -> list[int]:
+    """Return the ``shape`` of a ``reshape`` of an input, with the sizes that 0 stands for.
+
+    Raises ArgumentError where the input has no such axis.
+    """
+    if any(size == 0 and axis >= len(given) for axis, size in enumerate(shape)):
+        raise ArgumentError(f"shape {list(shape)} keeps an axis that {tuple(given)} does not have")
+    return [given[axis] if size == 0 else size for axis, size in enumerate(shape)]
+
+
+def counts_axes(op: str, attr: Callable[[str], Any]) -> bool:
+    """Return whether a node finds axes by their number from the front.
+
+    Of an input with one axis more or fewer in front these are others.
+    """
+    if op in ("reshape", "transpose"):
+        return True
+    if op == "flatten":
+        return bool(attr("start_axis") >= 0)
+    return "axis" in OPS[op].attrs and any(axis >= 0 for axis in axes_of(attr("axis")))
 
 
 def _is_int(value: object) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydedup.errors import ArgumentError
@@ -110,7 +111,7 @@ class _Translation:
             value = self._layer(layer, (value,))
         if not self._nodes:
             raise _UnknownError
-        return Graph(("input",), (value,), tuple(self._nodes))
+        return self._graph(("input",), (value,))
 
     def _functional(self, config: Mapping[str, Any]) -> Graph:
         values: dict[str, str] = {}
@@ -131,7 +132,14 @@ class _Translation:
         if sorted(order) != sorted(inputs):
             raise _UnknownError
         outputs = tuple(values[_history(item)[0]] for item in _flat_ends(config["output_layers"]))
-        return Graph(tuple(order), outputs, tuple(self._nodes))
+        return self._graph(tuple(order), outputs)
+
+    def _graph(self, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Graph:
+        graph = Graph(inputs, outputs, tuple(self._nodes))
+        ranks = {name: self._ranks.get(name) for name in inputs}
+        shapes = {name: (-1,) * rank for name, rank in ranks.items() if rank is not None}
+        # Sizes are for Keras to check; what counts axes needs to know how many there are.
+        return replace(graph, shapes=shapes) if graph.counts_axes() else graph
 
     def _layer(self, layer: Mapping[str, Any], sources: tuple[str, ...]) -> str:
         """Append what a layer does and return the value that it makes."""
@@ -263,7 +271,7 @@ class _Translation:
         if -1 in target:  # the batch is the other unknown
             raise _UnknownError
         return self._add(
-            "reshape", name, (source,), attrs={"shape": [-1, *target]}, rank=len(target) + 1
+            "reshape", name, (source,), attrs={"shape": [0, *target]}, rank=len(target) + 1
         )
 
     def _permute(self, name: str, config: Mapping[str, Any], source: str) -> str:

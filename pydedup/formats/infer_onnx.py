@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,12 +99,14 @@ class _Translation:
         outputs = tuple(self._value(v.name) for v in self._proto.output)
         kinds = (DTYPES.get(v.type.tensor_type.elem_type) for v in self._proto.output)
         halves = tuple(name for name, kind in zip(outputs, kinds, strict=True) if kind is DType.F16)
-        return Graph(self._inputs, outputs, tuple(self._nodes), halves, self._declared())
+        graph = Graph(self._inputs, outputs, tuple(self._nodes), halves)
+        return replace(graph, shapes=self._declared(counted=graph.counts_axes()))
 
-    def _declared(self) -> dict[str, tuple[int, ...]]:
+    def _declared(self, *, counted: bool) -> dict[str, tuple[int, ...]]:
         """Return the shapes of inputs where sizes that are fixed may be part of what is computed.
 
-        Exporters that were told of one batch write its size into a Reshape, too.
+        Exporters that were told of one batch write its size into a Reshape, too. So may be how many
+        axes there are, where nodes count them from the front.
         """
         shapes = {
             value.name: tuple(
@@ -115,7 +118,7 @@ class _Translation:
         }
         is_reshaped = any(node.op == "reshape" for node in self._nodes)
         fixed = [any(size != -1 for size in (s if is_reshaped else s[:1])) for s in shapes.values()]
-        return shapes if any(fixed) else {}
+        return shapes if any(fixed) or counted else {}
 
     # ---- helpers ------------------------------------------------------------------------------
 
@@ -298,15 +301,14 @@ class _Translation:
     def _reshape(self, node: Any, attrs: Attributes) -> None:
         shape = self._constant(node.input[1])
         if 0 in shape:
-            # 0 copies the input's size there; only in front can that be said otherwise.
+            # It keeps a size: in front that of the rows, where it is one of a graph, too.
             if attrs.integer("allowzero", 0) or shape[0] != 0 or 0 in shape[1:]:
                 raise UnknownError
             if shape == [0, -1]:
                 self._add("flatten", node, attrs={"start_axis": 1})
                 return
             if -1 in shape:
-                raise UnknownError
-            shape[0] = -1
+                raise UnknownError  # which cannot be told of an empty batch
         self._add("reshape", node, attrs={"shape": shape})
 
     def _layer_norm(self, node: Any, attrs: Attributes) -> None:

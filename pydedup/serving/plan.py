@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pydedup.graph import Graph, Node
 from pydedup.matmul import compute_dtype
-from pydedup.operations import axes_of, flattened_from
+from pydedup.operations import axes_of, flattened_from, reshaped_to
 from pydedup.types import DType, TensorInfo
 
 __all__ = [
@@ -295,7 +295,7 @@ def shape_after(node: Node, given: Sequence[Shape], weight: Shape) -> Shape:
             start = flattened_from(node.attr("start_axis"), x)
             return (*x[:start], _product(x[start:]))
         case "reshape":
-            return _reshaped(x, node.attr("shape"))
+            return _reshaped(x, reshaped_to(node.attr("shape"), x))
         case "transpose":
             return tuple(x[axis] for axis in node.attr("perm"))
         case "concat":
@@ -348,7 +348,7 @@ def _keeps_rows(node: Node, given: list[Shape], shape: Shape) -> bool:
             return flattened_from(node.attr("start_axis"), x) > 0
         case "reshape":
             wanted = node.attr("shape")
-            return bool(wanted) and wanted[0] == -1 and shape[0] == x[0]
+            return bool(wanted) and wanted[0] in (-1, 0) and shape[0] == x[0]
         case "transpose":
             return bool(node.attr("perm")[0] == 0)
         case "add" | "sub" | "mul":

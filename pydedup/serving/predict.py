@@ -59,11 +59,16 @@ class Prediction:
     as_mapping: bool  # the result takes the form of what was given
     #: What it needs, or None when an input is missing.
     plan: Plan | None = field(init=False)
+    #: Whether it is one row that was given without an axis for rows, which its result has neither.
+    is_row: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.plan = _plan_of(self.model, self.graph, self.inputs)
         if self.graph.shapes and self.plan is not None:
-            self._check_shapes(self.plan)
+            if all(self.inputs[n].ndim == len(shape) for n, shape in self.graph.shapes.items()):
+                self._check_shapes(self.plan)
+            else:
+                self._check_ranks(self.plan)
 
     @classmethod
     def of(
@@ -79,32 +84,67 @@ class Prediction:
 
     def _check_shapes(self, plan: Plan) -> None:
         """Refuse inputs of other shapes than were declared, unless each row is by itself."""
-        declared = self.graph.shapes
-        if len({shape[:1] for shape in declared.values()}) == 1:
-            if plan.rows is not None:
-                return
-            if all(value.ndim == len(declared.get(n, ())) - 1 for n, value in self.inputs.items()):
-                row = {name: value[None] for name, value in self.inputs.items()}
-                alone = plan_run(self.graph, self.model.tensor, row)
-                if alone is not None and alone.rows is not None:
-                    return
-        for name, shape in declared.items():
+        if plan.rows is not None and self._are_of_one_batch():
+            return
+        for name, shape in self.graph.shapes.items():
             given = self.inputs[name].shape
-            if len(given) != len(shape) or any(
-                size not in (-1, own) for size, own in zip(shape, given, strict=True)
-            ):
-                sizes = ", ".join("any" if size == -1 else str(size) for size in shape)
+            if not _fit(given, shape):
                 raise ArgumentError(
                     f"input {name!r} has shape {given}, and {self.model.address} was exported for "
-                    f"({sizes}), which is part of what it computes: give it that, or export it "
-                    "with axes of any size (dynamic axes)"
+                    f"({_sizes(shape)}), which is part of what it computes: give it that, or "
+                    "export it with axes of any size (dynamic axes)"
                 )
+
+    def _check_ranks(self, plan: Plan) -> None:
+        """Take a row that has no axis for rows as one; refuse what would be computed otherwise.
+
+        Also what has more axes, or fewer, may be rows by themselves, unless nodes count axes.
+        """
+        declared = self.graph.shapes
+        counted = self.graph.counts_axes()
+        if len(declared) == len(self.inputs) and all(
+            _fit(value.shape, declared[name][1:]) for name, value in self.inputs.items()
+        ):
+            row = {name: value[None] for name, value in self.inputs.items()}
+            alone = _plan_of(self.model, self.graph, row)
+            if alone is not None and alone.rows is not None and self._are_of_one_batch():
+                if counted:
+                    self.inputs, self.plan, self.is_row = row, alone, True
+                return
+        if plan.rows is not None and self._are_of_one_batch():
+            # What a model flattens first may be flat already.
+            users = {
+                node.op for node in self.graph.nodes if not declared.keys().isdisjoint(node.inputs)
+            }
+            if not counted or users <= {"flatten", "reshape"}:
+                return
+        name, shape = next((n, s) for n, s in declared.items() if self.inputs[n].ndim != len(s))
+        raise ArgumentError(
+            f"input {name!r} has shape {self.inputs[name].shape}, and {self.model.address} was "
+            f"exported for ({_sizes(shape)}), which is part of what it computes: give it "
+            f"{len(shape)} axes"
+        )
+
+    def _are_of_one_batch(self) -> bool:
+        return len({shape[:1] for shape in self.graph.shapes.values()}) == 1
 
     def result(self, outputs: dict[str, _Array]) -> Any:
         """Return outputs in the form of what was given."""
+        if self.is_row:
+            outputs = {name: value[0] for name, value in outputs.items()}
         if self.as_mapping or len(self.graph.outputs) != 1:
             return outputs
         return outputs[self.graph.outputs[0]]
+
+
+def _fit(given: Sequence[int], declared: Sequence[int]) -> bool:
+    return len(given) == len(declared) and all(
+        size in (-1, own) for size, own in zip(declared, given, strict=True)
+    )
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return ", ".join("any" if size == -1 else str(size) for size in shape)
 
 
 #: Of a model, its plans for inputs of some shapes, where they depend on nothing else.

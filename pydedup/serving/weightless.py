@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydedup.errors import ArgumentError
 from pydedup.graph import Node
 from pydedup.matmul import activate
-from pydedup.operations import axes_of, flattened_from
+from pydedup.operations import axes_of, flattened_from, reshaped_to
 from pydedup.serving.pooling import avg_pool2d, max_pool2d
 from pydedup.types import DType
 from pydedup.words import Activation
@@ -99,7 +99,7 @@ def _flatten(node: Node, x: _Array) -> _Array:
 
 
 def _reshape(node: Node, x: _Array) -> _Array:
-    return x.reshape(node.attr("shape"))
+    return x.reshape(reshaped_to(node.attr("shape"), x.shape))
 
 
 def _arithmetic(operation: Callable[..., Any], node: Node, x: _Array, y: _Array) -> _Array:

@@ -69,7 +69,7 @@ def _compute(node: Node, inputs: list[Array], w: dict[str, Array]) -> Any:
         case "flatten":
             return x.reshape(*x.shape[: attr("start_axis")], -1)
         case "reshape":
-            return x.reshape(attr("shape"))
+            return x.reshape([size or x.shape[i] for i, size in enumerate(attr("shape"))])
         case "layer_norm":
             axes = tuple(range(-attr("axes"), 0))
             mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)

@@ -25,6 +25,8 @@ SIZES = {
     "eight": [-1, 8],
     "cut": [4, -1],
     "two": [2, 16, 2],
+    "halves": [0, 2, 16],
+    "kept": [0, 8, 8],
 }
 PRODUCT, RELU = node("MatMul", "x w", "a"), node("Relu", "a", "y")
 POOLED = [node("Conv", "x k", "c"), node("GlobalAveragePool", "c", "p")]
@@ -130,6 +132,77 @@ def test_batches_of_several_inputs(store: pydedup.Store, tmp_path: Path) -> None
         store.predict("m", {**given, "x": normals(4, 64)})
     with pytest.raises(ArgumentError, match=r"'z' has shape \(1, 32\)"):
         store.predict("m", {**given, "z": normals(1, 32)})
+
+
+@pytest.mark.parametrize("batch", ["n", 1, 3])
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("ReduceMax", "x", "y", axes=[1], keepdims=0)],
+        [node("ReduceMean", "x", "y", axes=[1, 2], keepdims=1)],
+        [node("Softmax", "x", "y", axis=1)],
+        [node("Transpose", "x", "y", perm=[0, 2, 1])],
+        [node("Concat", "x x", "y", axis=1)],
+        [node("Flatten", "x", "y", axis=1)],
+        [node("Reshape", "x halves", "y")],
+    ],
+    ids=lambda nodes: nodes[0].op_type,
+)
+def test_a_row_is_computed_along_the_axes_of_a_batch(
+    store: pydedup.Store, tmp_path: Path, nodes: Any, batch: object
+) -> None:
+    """A positive axis was another one where the first was missing: a maximum of other numbers."""
+    session = model(tmp_path / "m.onnx", nodes, (batch, 4, 8))
+    store.add("m", tmp_path / "m.onnx")
+    x = normals(batch if isinstance(batch, int) else 5, 4, 8)
+    expected = session.run(None, {"x": x})[0]
+    np.testing.assert_allclose(store.predict("m", x), expected, 1e-5, 1e-6)
+    for row, its in zip(x, expected, strict=True):
+        np.testing.assert_allclose(store.predict("m", row), its, 1e-5, 1e-6)
+    assert store.predict_many([("m", x[0]), ("m", x)])[0].shape == expected.shape[1:]
+    by_name = store.predict("m", {"x": x[0]})
+    np.testing.assert_allclose(by_name["y"], expected[0], 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 4, 8), (8,), ()])
+def test_other_numbers_of_axes_are_refused_where_they_count(
+    store: pydedup.Store, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    model(tmp_path / "m.onnx", [node("ReduceMax", "x", "y", axes=[1], keepdims=0)], ("n", 4, 8))
+    store.add("m", tmp_path / "m.onnx")
+    with pytest.raises(ArgumentError, match=r"exported for \(any, 4, 8\).*: give it 3 axes"):
+        store.predict("m", normals(*shape))
+    (refused,) = store.predict_many([("m", normals(*shape))])
+    assert isinstance(refused, ArgumentError)
+
+
+def test_what_counts_no_axes_takes_any_number_of_them(store: pydedup.Store, tmp_path: Path) -> None:
+    model(tmp_path / "m.onnx", [PRODUCT, node("Softmax", "a", "y", axis=-1)], ("n", 64))
+    store.add("m", tmp_path / "m.onnx")
+    x = normals(2, 3, 64)
+    rows = store.predict("m", x.reshape(6, 64))
+    np.testing.assert_allclose(store.predict("m", x), rows.reshape(2, 3, 32), 1e-5, 1e-6)
+
+
+def test_rows_that_a_model_flattens_first_may_be_flat(store: pydedup.Store, tmp_path: Path) -> None:
+    nodes = [node("Flatten", "x", "f", axis=1), node("MatMul", "f w", "y")]
+    model(tmp_path / "m.onnx", nodes, ("n", 8, 8))
+    store.add("m", tmp_path / "m.onnx")
+    x = normals(3, 8, 8)
+    np.testing.assert_allclose(
+        store.predict("m", x.reshape(3, 64)), store.predict("m", x), 1e-5, 1e-6
+    )
+
+
+def test_a_reshape_that_keeps_rows_mixes_none(store: pydedup.Store, tmp_path: Path) -> None:
+    """Of 4 rows of 32 numbers it made 2 of 64."""
+    model(tmp_path / "m.onnx", [node("Reshape", "x kept", "y")], ("n", "m"))
+    store.add("m", tmp_path / "m.onnx")
+    x = normals(2, 64)
+    assert (store.predict("m", x) == x.reshape(2, 8, 8)).all()
+    assert (store.predict("m", x[0]) == x[0].reshape(8, 8)).all()
+    with pytest.raises(ArgumentError, match="reshape"):
+        store.predict("m", normals(4, 32))
 
 
 def test_a_row_without_an_axis_for_rows(store: pydedup.Store, tmp_path: Path) -> None:

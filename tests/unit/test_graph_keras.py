@@ -7,12 +7,15 @@ wrote, and the expected values are computed here.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+import pydedup
+from pydedup.errors import ArgumentError
 from pydedup.formats.infer_keras import infer_from_keras
 from pydedup.graph import Graph
 from pydedup.testing.graphs import compute
@@ -121,6 +124,32 @@ def test_keras_functional_with_two_branches(style: str) -> None:
     np.testing.assert_allclose(compute(graph, t, x)[0], expected, rtol=1e-9)
     layers[1]["inbound_nodes"] *= 2  # a layer that is called twice
     assert infer_from_keras({"class_name": "Functional", "config": inner}, WEIGHTS) is None
+
+
+def test_a_keras_row_is_computed_along_the_axes_of_a_batch(tmp_path: Path) -> None:
+    """A mean over words was one over what they are embedded in; a Reshape mixed rows."""
+    words = _sequential(
+        _layer("InputLayer", "in", batch_shape=[None, 5]),
+        _layer("Embedding", "embedding", input_dim=9, output_dim=4, mask_zero=False),
+        _layer("GlobalAveragePooling1D", "pool", data_format="channels_last", keepdims=False),
+    )
+    folded = _sequential(
+        _layer("InputLayer", "in", batch_shape=[None, 16]),
+        _layer("Reshape", "reshape", target_shape=[4, 4]),
+        _dense("dense", 3),
+    )
+    with pydedup.open(tmp_path / "store.db") as store:
+        for name, config in (("words", words), ("folded", folded)):
+            graph = infer_from_keras(config, WEIGHTS)
+            assert graph is not None
+            tensors = {name: KERAS_TENSORS[name] for name in graph.tensors()}
+            store.add(name, tensors, graph=graph)
+        for name, x in (("words", RNG.integers(0, 9, (3, 5))), ("folded", RNG.random((3, 16)))):
+            batch = store.predict(name, x)
+            np.testing.assert_allclose(store.predict(name, x[1]), batch[1], 1e-9)
+        for name, given in (("words", (2, 3, 5)), ("folded", (2, 32)), ("folded", (4, 8))):
+            with pytest.raises(ArgumentError, match=r"axes|reshape"):
+                store.predict(name, np.zeros(given, int if name == "words" else float))
 
 
 IN = _layer("InputLayer", "in", batch_shape=[None, 4])
