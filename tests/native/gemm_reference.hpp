@@ -3,6 +3,7 @@
 // any order of summation.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -10,6 +11,8 @@
 #include <random>
 #include <type_traits>
 #include <vector>
+
+#include "dispatch/dispatch.hpp"
 
 namespace pydedup::testing {
 
@@ -31,6 +34,24 @@ inline std::uint16_t upper_half(float value) {
     return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
 }
 inline float widened(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+
+inline std::vector<std::uint16_t> halves_of(const std::vector<float>& values) {
+    std::vector<std::uint16_t> bits(values.size());
+    std::transform(values.begin(), values.end(), bits.begin(), upper_half);
+    return bits;
+}
+inline std::vector<float> floats_of(const std::vector<std::uint16_t>& halves) {
+    std::vector<float> values(halves.size());
+    std::transform(halves.begin(), halves.end(), values.begin(), widened);
+    return values;
+}
+
+// Rounded to the nearest bf16 numbers.
+inline std::vector<std::uint16_t> rounded(const std::vector<float>& values) {
+    std::vector<std::uint16_t> bits(values.size());
+    kernels_named("scalar").gemm.f32_to_bf16(values.data(), values.size(), bits.data());
+    return bits;
+}
 
 // |computed - exact| <= gamma * sum of |terms| for any order of adding n terms (Higham, Accuracy
 // and Stability of Numerical Algorithms, 2002, section 3.1); 2 for the rounding of each product.

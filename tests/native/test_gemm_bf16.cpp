@@ -53,24 +53,6 @@ std::vector<Y> multiply_bf16(const Stored& w, const Factors& given, unsigned thr
     return y;
 }
 
-std::vector<Bits> rounded(const std::vector<float>& values) {
-    std::vector<Bits> bits(values.size());
-    kernels_named("scalar").gemm.f32_to_bf16(values.data(), values.size(), bits.data());
-    return bits;
-}
-
-std::vector<Bits> halves_of(const std::vector<float>& values) {
-    std::vector<Bits> bits(values.size());
-    std::transform(values.begin(), values.end(), bits.begin(), upper_half);
-    return bits;
-}
-
-std::vector<float> floats_of(const std::vector<Bits>& halves) {
-    std::vector<float> values(halves.size());
-    std::transform(halves.begin(), halves.end(), values.begin(), widened);
-    return values;
-}
-
 TEST(x_in_bf16_counts_as_the_same_numbers_in_f32) {
     const BlockGrid grid{37, 135, 16, 32};
     const Dtype dtypes[] = {Dtype::bf16, Dtype::f16, Dtype::i16};
