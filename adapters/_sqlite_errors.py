@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import shutil
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +19,7 @@ from pydedup.errors import (
     StorageFullError,
     StoreError,
     UnavailableError,
+    is_full,
 )
 
 from ._errors import KeyTakenError
@@ -27,9 +27,6 @@ from ._schema import PREFIX
 from ._sqlite_file import LARGE_PAGE_BYTES
 
 __all__ = ["meaning"]
-
-#: A failed write with less free space than this counts as a full disk.
-SPARE_BYTES: Final = 1 << 20
 
 _FREE: Final = (
     "free some space, a few MiB, and run `pydedup vacuum`, which gives back what was written; what "
@@ -103,7 +100,7 @@ def meaning(error: Exception, path: str) -> PydedupError:
         if str(error).startswith("Could not decode to UTF-8"):
             return CorruptStoreError(f"{path}: {error}; {_DAMAGED}")
         return ArgumentError(f"{path}: {error}")
-    if code & 0xFF == 10 and code != _NO_SHARED_FILE and _is_full(Path(path).parent):
+    if code & 0xFF == 10 and code != _NO_SHARED_FILE and is_full(Path(path).parent):
         code = 13
     elif code in _WRITES and (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) >= 0:
         return StorageFullError(
@@ -118,7 +115,7 @@ def meaning(error: Exception, path: str) -> PydedupError:
     if code == 19 | 12 << 8 and f"column {PREFIX}" in str(error):
         code = 11  # CONSTRAINT_DATATYPE of a table of ours: the row that is changed was damaged
     temporary = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"
-    if code == 13 and not _is_full(Path(path).parent) and _is_full(Path(temporary)):
+    if code == 13 and not is_full(Path(path).parent) and is_full(Path(temporary)):
         return StorageFullError(
             f"{path}: {error}; that is {temporary}, where SQLite has temporary files: free some "
             "space there, or set TMPDIR to another folder before you start again; what was "
@@ -153,12 +150,5 @@ def _is_empty(path: str) -> bool:
     """Whether a file is there, and nothing in it but the first page, so no table of ours."""
     try:
         return Path(path).stat().st_size <= LARGE_PAGE_BYTES
-    except OSError:
-        return False
-
-
-def _is_full(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < SPARE_BYTES
     except OSError:
         return False

@@ -30,7 +30,8 @@ credentials.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Self, TypeVar
+from pathlib import Path
+from typing import Final, Self, TypeVar
 
 from pydedup.text import clean, listed, plural
 
@@ -58,6 +59,8 @@ __all__ = [
     "UnsupportedFormatError",
 ]
 
+#: A failed write with less free space than this counts as a full disk.
+_SPARE_BYTES: Final = 1 << 20
 _E = TypeVar("_E", bound=BaseException)
 
 
@@ -70,6 +73,16 @@ def not_installed(what: str, error: ImportError, extra: str) -> str:
         f"{what} needs something that is not installed ({error}); install it with: "
         f"pip install 'pydedup[{extra}]'"
     )
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether a write that failed there failed for want of space."""
+    import shutil  # of use here alone
+
+    try:
+        return shutil.disk_usage(folder).free < _SPARE_BYTES
+    except OSError:
+        return False
 
 
 def without_frames(error: _E) -> _E:

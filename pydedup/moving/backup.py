@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,6 +26,7 @@ from pydedup.errors import (
     NotAStoreError,
     PydedupError,
     StorageFullError,
+    is_full,
 )
 from pydedup.formats._files import sync
 from pydedup.jobs import Job, job_is_dead, job_is_ours
@@ -44,8 +44,6 @@ from pydedup.words import OpenMode
 __all__ = ["backup_store", "file_url", "restore_store"]
 
 _PARTIAL = ".partial"
-#: With less free space than this, a disk is full.
-_SPARE_BYTES = 1 << 20
 #: Of a file's name, on all usual file systems.
 _NAME_BYTES = 255
 _BESIDE = ("-wal", "-shm", "-journal")
@@ -245,7 +243,7 @@ def _room_told(target: Path) -> Iterator[None]:
     try:
         yield
     except StorageFullError as exc:
-        if shutil.disk_usage(target.parent).free >= _SPARE_BYTES:
+        if not is_full(target.parent):
             raise  # of the folder of temporary files, or of the source
         raise StorageFullError(
             f"no room for the backup {target}: its disk is full; free some space and run it "

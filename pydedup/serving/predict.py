@@ -83,50 +83,46 @@ class Prediction:
         return cls(model, graph, inputs, as_mapping)
 
     def _check_shapes(self, plan: Plan) -> None:
-        """Refuse inputs of other shapes than were declared, unless each row is by itself."""
+        """Refuse inputs of other sizes than were declared, unless each row is by itself."""
         if plan.rows is not None and self._are_of_one_batch():
             return
         for name, shape in self.graph.shapes.items():
-            given = self.inputs[name].shape
-            if not _fit(given, shape):
-                raise ArgumentError(
-                    f"input {name!r} has shape {given}, and {self.model.address} was exported for "
-                    f"({_sizes(shape)}), which is part of what it computes: give it that, or "
-                    "export it with axes of any size (dynamic axes)"
-                )
+            if not _fit(self.inputs[name].shape, shape):
+                raise self._refused(name, "that, or export it with axes of any size (dynamic axes)")
 
     def _check_ranks(self, plan: Plan) -> None:
         """Take a row that has no axis for rows as one; refuse what would be computed otherwise.
 
         Also what has more axes, or fewer, may be rows by themselves, unless nodes count axes.
         """
-        declared = self.graph.shapes
+        declared, nodes = self.graph.shapes, self.graph.nodes
         counted = self.graph.counts_axes()
-        if len(declared) == len(self.inputs) and all(
-            _fit(value.shape, declared[name][1:]) for name, value in self.inputs.items()
-        ):
-            row = {name: value[None] for name, value in self.inputs.items()}
-            alone = _plan_of(self.model, self.graph, row)
-            if alone is not None and alone.rows is not None and self._are_of_one_batch():
-                if counted:
-                    self.inputs, self.plan, self.is_row = row, alone, True
-                return
-        if plan.rows is not None and self._are_of_one_batch():
+        if self._are_of_one_batch():
+            if len(declared) == len(self.inputs) and all(
+                _fit(value.shape, declared[name][1:]) for name, value in self.inputs.items()
+            ):
+                row = {name: value[None] for name, value in self.inputs.items()}
+                alone = _plan_of(self.model, self.graph, row)
+                if alone is not None and alone.rows is not None:
+                    if counted:
+                        self.inputs, self.plan, self.is_row = row, alone, True
+                    return
             # What a model flattens first may be flat already.
-            users = {
-                node.op for node in self.graph.nodes if not declared.keys().isdisjoint(node.inputs)
-            }
-            if not counted or users <= {"flatten", "reshape"}:
+            users = {node.op for node in nodes if not declared.keys().isdisjoint(node.inputs)}
+            if plan.rows is not None and (not counted or users <= {"flatten", "reshape"}):
                 return
-        name, shape = next((n, s) for n, s in declared.items() if self.inputs[n].ndim != len(s))
-        raise ArgumentError(
-            f"input {name!r} has shape {self.inputs[name].shape}, and {self.model.address} was "
-            f"exported for ({_sizes(shape)}), which is part of what it computes: give it "
-            f"{len(shape)} axes"
-        )
+        name = next(n for n, shape in declared.items() if self.inputs[n].ndim != len(shape))
+        raise self._refused(name, f"{len(declared[name])} axes")
 
     def _are_of_one_batch(self) -> bool:
         return len({shape[:1] for shape in self.graph.shapes.values()}) == 1
+
+    def _refused(self, name: str, needed: str) -> ArgumentError:
+        sizes = ", ".join("any" if size == -1 else str(size) for size in self.graph.shapes[name])
+        return ArgumentError(
+            f"input {name!r} has shape {self.inputs[name].shape}, and {self.model.address} was "
+            f"exported for ({sizes}), which is part of what it computes: give it {needed}"
+        )
 
     def result(self, outputs: dict[str, _Array]) -> Any:
         """Return outputs in the form of what was given."""
@@ -141,10 +137,6 @@ def _fit(given: Sequence[int], declared: Sequence[int]) -> bool:
     return len(given) == len(declared) and all(
         size in (-1, own) for size, own in zip(declared, given, strict=True)
     )
-
-
-def _sizes(shape: Sequence[int]) -> str:
-    return ", ".join("any" if size == -1 else str(size) for size in shape)
 
 
 #: Of a model, its plans for inputs of some shapes, where they depend on nothing else.

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "check.hpp"
-#include "dispatch/dispatch.hpp"
 #include "gemm_reference.hpp"
 #include "stored_matrix.hpp"
 

@@ -63,9 +63,9 @@ void f32_to_bf16(const float* src, std::size_t count, std::uint16_t* dst) noexce
 // most often, the next block (EPYC, 4096 x 4096 f32 in memory: 37 GB/s without and 49 with it, two
 // threads 64 and 75; 2 KiB ahead brings nothing, 4 KiB half of it).
 constexpr std::size_t kDotAheadBytes = 8192;
-// Rows of 16-bit numbers are half as long: so far ahead they are asked for into the second-level
-// cache, and so far into the first (a Xeon, 201 MB of them in memory: 10 ms without, 7.8 with it;
-// f32 gains nothing, and loses a tenth where all is in the second level).
+// Rows of 16-bit numbers are half as long: kDotAheadBytes ahead they are asked for into the
+// second-level cache, and this far ahead into the first (a Xeon, 201 MB of them in memory: 10 ms
+// without, 7.8 with it; f32 gains nothing, and loses a tenth where all is in the second level).
 constexpr std::size_t kDotSoonBytes = 1024;
 
 // M rows of x by R rows of w: M*R running sums of kLanes lanes, folded at the end of the block. A
