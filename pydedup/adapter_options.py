@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from pydedup.errors import CorruptStoreError, PydedupError
 
@@ -36,8 +37,10 @@ __all__ = [
     "hidden_rows",
     "only_sound_rows",
     "page_copies",
-    "telling_hidden",
+    "tell_hidden",
     "telling_rows",
+    "tells_hidden",
+    "told_damage",
 ]
 
 #: Told of a row that is damaged: its table, what is left of its key, and a sentence about it.
@@ -192,18 +195,44 @@ def hidden_rows(adapter: object) -> list[str]:
     return adapter.hidden_rows() if isinstance(adapter, HiddenRowsAdapter) else []
 
 
-@contextmanager
-def telling_hidden(adapter: object) -> Iterator[None]:
-    """Let errors of damage say, too, that rows may be there that this user does not see."""
-    try:
-        yield
-    except CorruptStoreError as error:
-        hidden: list[str] = []
-        with suppress(PydedupError):  # that of a connection tells less
-            hidden = hidden_rows(adapter)
-        if hidden:
-            error.args = (f"{error}; but {'; '.join(hidden)}", *error.args[1:])
-        raise
+def tell_hidden(adapter: object, error: CorruptStoreError) -> None:
+    """Let an error of damage say, too, that rows may be there that this user does not see."""
+    hidden: list[str] = []
+    with suppress(PydedupError):  # that of a connection tells less
+        hidden = hidden_rows(adapter)
+    for said in hidden:
+        if said not in str(error):
+            error.args = (f"{error}; but {said}", *error.args[1:])
+
+
+def told_damage(adapter: object, damaged: Sequence[str]) -> tuple[str, ...]:
+    """Return sentences about damage, if any behind what there is to say of rows not to be seen."""
+    return (*hidden_rows(adapter), *damaged) if damaged else ()
+
+
+class _OfAdapter(Protocol):
+    _adapter: Any
+
+
+_Self = TypeVar("_Self", bound=_OfAdapter)
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def tells_hidden(
+    method: Callable[Concatenate[_Self, _Given], _Result],
+) -> Callable[Concatenate[_Self, _Given], _Result]:
+    """Decorate a method of what has an ``_adapter``: errors of damage are told as `tell_hidden`."""
+
+    @wraps(method)
+    def told(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        try:
+            return method(self, *args, **kwargs)
+        except CorruptStoreError as error:
+            tell_hidden(self._adapter, error)
+            raise
+
+    return told
 
 
 @runtime_checkable

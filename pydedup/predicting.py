@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from numpy.typing import ArrayLike
 
 from pydedup.adapter import Adapter
+from pydedup.adapter_options import tell_hidden, tells_hidden
 from pydedup.catalog import Catalog, StoredModel
-from pydedup.errors import ArgumentError, PageNotFoundError, PydedupError
+from pydedup.errors import ArgumentError, CorruptStoreError, PageNotFoundError, PydedupError
 from pydedup.graph import Graph
 from pydedup.opening import open_rows
 from pydedup.pool import PagePool
@@ -76,10 +77,12 @@ class StorePredictions:
     #: How long a prediction may take whose graph has loops, for ONNX Runtime.
     _loop_seconds: float | None = None
 
+    @tells_hidden
     def tensor(self, name: str, tensor: str) -> StoredTensor:
         """Return one tensor to compute with where it lies. Raises NotFoundError."""
         return self._stored_tensor(self._catalog.model(name), tensor)
 
+    @tells_hidden
     def predict(self, name: str, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
         """Predict with a model whose graph the store knows, streaming its weights.
 
@@ -145,8 +148,15 @@ class StorePredictions:
                 results.append(error)
         ready = [one for one in results if isinstance(one, Prediction)]
         made = iter(predict_together(ready, self._stored_tensor, self._pool))
-        return [_told(one, next(made)) if isinstance(one, Prediction) else one for one in results]
+        results = [
+            _told(one, next(made)) if isinstance(one, Prediction) else one for one in results
+        ]
+        for result in results:
+            if isinstance(result, CorruptStoreError):
+                tell_hidden(self._adapter, result)
+        return results
 
+    @tells_hidden
     def attach(self, module: Module, name: str, *, prefix: str = "") -> Module:
         """Make a torch module compute with a model's weights where they lie, and return it.
 
@@ -162,6 +172,7 @@ class StorePredictions:
         layers.attach(module, name, self._catalog, self._pool, self._adapter.epoch, prefix)
         return module
 
+    @tells_hidden
     def detach(self, module: Module) -> Module:
         """Make an attached module a plain one, with the weights loaded, and return it.
 
@@ -176,6 +187,7 @@ class StorePredictions:
         layers.detach(module, self._catalog)
         return module
 
+    @tells_hidden
     def score(
         self,
         query: str,
@@ -237,10 +249,12 @@ class StorePredictions:
                 progress=progress,
             )
 
+    @tells_hidden
     def graph(self, name: str) -> Graph | None:
         """Return the graph that `predict` runs, if the store knows one. Raises NotFoundError."""
         return self._catalog.model(name).graph()
 
+    @tells_hidden
     def warm(self, name: str) -> int:
         """Read a model's pages into the pool, as many as fit; returns how many it holds.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pydedup import config
 from pydedup.adapter import Adapter
-from pydedup.adapter_options import telling_hidden
+from pydedup.adapter_options import tells_hidden
 from pydedup.adding import StoreAdds
 from pydedup.arguments import as_dtype
 from pydedup.catalog import Catalog, StoredModel
@@ -151,6 +151,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
 
     # ---- out ----------------------------------------------------------------------------------
 
+    @tells_hidden
     def load(self, name: str, dtype: FloatDType | None = None) -> dict[str, NDArray[Any]]:
         """Return all tensors of a model as numpy arrays (bf16 and f8 as ml_dtypes).
 
@@ -158,11 +159,11 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         others stay as they are. Raises NotFoundError, CorruptStoreError; ArgumentError for a dtype
         that is not of floating point.
         """
-        with telling_hidden(self._adapter):
-            model = self._catalog.model(name)
-            wanted = None if dtype is None else DType.of_floats(dtype)
-            return {info.name: self._read(model, info.name, wanted) for info in model.tensors}
+        model = self._catalog.model(name)
+        wanted = None if dtype is None else DType.of_floats(dtype)
+        return {info.name: self._read(model, info.name, wanted) for info in model.tensors}
 
+    @tells_hidden
     def load_torch(
         self, name: str, dtype: FloatDType | None = None, device: Device | None = None
     ) -> dict[str, torch.Tensor]:
@@ -187,6 +188,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
             )
         return state
 
+    @tells_hidden
     def export(
         self,
         name: str,
@@ -224,6 +226,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
             format=format,
         )
 
+    @tells_hidden
     def artifacts(self, name: str) -> dict[str, bytes]:
         """Return what came with a model beside its tensors (config, tokenizer), by file name.
 
@@ -289,12 +292,12 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
 
     # ---- looking ------------------------------------------------------------------------------
 
+    @tells_hidden
     def info(self, name: str) -> ModelFigures:
         """Return one model in numbers. Raises NotFoundError."""
         from pydedup.report.figures import model_figures
 
-        with telling_hidden(self._adapter):
-            return model_figures(self._adapter, self._catalog, name)
+        return model_figures(self._adapter, self._catalog, name)
 
     @overload
     def stats(self) -> StoreStats: ...
@@ -336,6 +339,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
 
         return shared_pages(self._adapter)
 
+    @tells_hidden
     def explain(self, name: str) -> Explanation:
         """Say which tensors and blocks are shared with whom, and what removing would free.
 
@@ -344,9 +348,9 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         """
         from pydedup.report.compare import explain_model
 
-        with telling_hidden(self._adapter):
-            return explain_model(self._adapter, self._catalog, self._pool, name)
+        return explain_model(self._adapter, self._catalog, self._pool, name)
 
+    @tells_hidden
     def diff(self, a: str, b: str, *, progress: Progress | None = None) -> Diff:
         """Compare two models tensor by tensor. Raises NotFoundError, CorruptStoreError."""
         from pydedup.report.compare import diff_models
@@ -354,6 +358,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
         check_progress(progress)
         return diff_models(self._adapter, self._catalog, self._pool, a, b, progress=progress)
 
+    @tells_hidden
     def report(
         self,
         path: str | os.PathLike[str] | None = None,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pydedup import registry
 from pydedup.adapter import Adapter
-from pydedup.adapter_options import hidden_rows, telling_hidden
+from pydedup.adapter_options import tells_hidden, told_damage
 from pydedup.catalog import Catalog
 from pydedup.errors import ArgumentError, CorruptStoreError, UnavailableError
 from pydedup.jobs import LEASE_SECONDS
@@ -108,6 +108,7 @@ class StoreUpkeep(abc.ABC):
                 report.unreachable.append(f"{name} cannot be evaluated: {error}")
         return report
 
+    @tells_hidden
     def vacuum(
         self,
         *,
@@ -195,6 +196,7 @@ class StoreUpkeep(abc.ABC):
 
     # ---- moving -------------------------------------------------------------------------------
 
+    @tells_hidden
     def copy_to(
         self,
         target: str | os.PathLike[str],
@@ -261,14 +263,14 @@ class StoreUpkeep(abc.ABC):
             on_conflict=on_conflict,
             damaged=damaged,
         )
-        with telling_hidden(self._adapter):
-            plan(None)  # what is wrong with the names must not create a store
-            with open_end(target, mode="a", memory=memory, schema=schema) as other:
-                check_writable(other.adapter, "copy models there")
-                items = plan(other.adapter)
-                report = copy_models(self._end(), other, items, damaged=damaged, progress=progress)
+        plan(None)  # what is wrong with the names must not create a store
+        with open_end(target, mode="a", memory=memory, schema=schema) as other:
+            check_writable(other.adapter, "copy models there")
+            items = plan(other.adapter)
+            report = copy_models(self._end(), other, items, damaged=damaged, progress=progress)
         return self._copied(report)
 
+    @tells_hidden
     def backup(
         self,
         path: str | os.PathLike[str],
@@ -289,15 +291,14 @@ class StoreUpkeep(abc.ABC):
         from pydedup.moving.backup import backup_store
 
         check_progress(progress)
-        with telling_hidden(self._adapter):
-            report = backup_store(
-                self._end(),
-                path,
-                _other_end,
-                replace=replace,
-                skip_damaged=skip_damaged,
-                progress=progress,
-            )
+        report = backup_store(
+            self._end(),
+            path,
+            _other_end,
+            replace=replace,
+            skip_damaged=skip_damaged,
+            progress=progress,
+        )
         return self._copied(report)
 
     def restore(
@@ -326,9 +327,7 @@ class StoreUpkeep(abc.ABC):
         from pydedup._memory import give_back_after
 
         give_back_after(report.stored_bytes)
-        if not report.damaged:
-            return report
-        return replace(report, damaged=(*hidden_rows(self._adapter), *report.damaged))
+        return replace(report, damaged=told_damage(self._adapter, report.damaged))
 
     def _repaired(self, place: str, progress: Progress | None) -> VerifyReport:
         """Verify, repair what is damaged, and verify again."""

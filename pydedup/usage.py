@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydedup.adapter import Adapter, ModelRow
-from pydedup.adapter_options import telling_rows
+from pydedup.adapter_options import telling_rows, told_damage
 from pydedup.blocks import SLOT_BITS
 from pydedup.catalog import ModelsAhead, ParsedMaps, StoredModel, recorded_object
 from pydedup.errors import ArgumentError, CorruptStoreError
@@ -195,7 +195,7 @@ def usage_by(adapter: Adapter, pool: PagePool, key: str) -> Usage:
             damaged,
             lambda sound: _usage_of(adapter, pool, key, sound, metadata),
         )
-    return replace(usage, damaged=tuple(damaged))
+    return replace(usage, damaged=told_damage(adapter, damaged))
 
 
 def beside_damage(

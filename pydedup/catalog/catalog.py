@@ -118,9 +118,9 @@ class Catalog:
     def _not_found(self, parsed: Address) -> PydedupError:
         """Return what is to be raised about an address that nothing has."""
         rows = self._adapter.models(name=parsed.name, newest=SUGGESTED_MODELS)
+        hidden = "".join(f"; but {said}" for said in hidden_rows(self._adapter))
         if not rows:
             names = sorted({row.name for row in self._adapter.models(newest=SUGGESTED_MODELS)})
-            hidden = "".join(f"; but {said}" for said in hidden_rows(self._adapter))
             return NotFoundError(
                 f"no model {parsed.name!r} in {self._adapter.url}"
                 f"{did_you_mean(parsed.name, names)}{hidden}"
@@ -133,7 +133,7 @@ class Catalog:
         known += [alias for _, alias, _ in self._adapter.aliases(parsed.name)]
         return NotFoundError(
             f"{parsed.name!r} has no version or alias {parsed.selector!r}"
-            f"{it_has(str(parsed.selector), known)}"
+            f"{it_has(str(parsed.selector), known)}{hidden}"
         )
 
     def _check_alias(self, row: ModelRow, alias: str) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pydedup import matmul
 from pydedup.adapter import Adapter
-from pydedup.adapter_options import telling_rows
+from pydedup.adapter_options import telling_rows, told_damage
 from pydedup.blocks import BlockMap
 from pydedup.catalog import Catalog, ModelsAhead, StoredModel, artifact_digests
 from pydedup.certificates import artifact_digest
@@ -175,7 +175,7 @@ def explain_model(adapter: Adapter, catalog: Catalog, pool: PagePool, address: s
         used_bytes=int(costs.sum()),
         shared_bytes=int(costs[shared].sum()),
         removal_frees_bytes=int(costs[~shared].sum()),
-        damaged=tuple(damaged),
+        damaged=told_damage(adapter, damaged),
         artifacts=tuple(tensors[len(model.tensors) :]),
     )
 

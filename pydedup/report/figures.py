@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydedup.adapter import LIVE, Adapter
-from pydedup.adapter_options import telling_rows
+from pydedup.adapter_options import telling_rows, told_damage
 from pydedup.catalog import (
     ARTIFACT_DTYPE,
     Catalog,
@@ -144,5 +144,5 @@ def store_stats(adapter: Adapter, catalog: Catalog, pool: Mapping[str, int]) -> 
             stored_bytes_exact=adapter.size_is_exact(),
             schema_version=adapter.schema_version() or 0,
             pool=dict(pool),
-            damaged=tuple(damaged),
+            damaged=told_damage(adapter, damaged),
         )

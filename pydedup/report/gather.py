@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pydedup.adapter import LIVE, Adapter, ModelRow
-from pydedup.adapter_options import telling_rows
+from pydedup.adapter_options import telling_rows, told_damage
 from pydedup.catalog import Catalog, StoredModel, certificate_of, model_info
 from pydedup.errors import CorruptStoreError
 from pydedup.layout import PAGE_BYTES
@@ -169,7 +169,9 @@ def _gathered(
     damaged: Sequence[str],
 ) -> StoreReport:
     stats = store_stats(adapter, catalog, pool.stats())
-    stats = replace(stats, damaged=tuple(dict.fromkeys((*stats.damaged, *damaged))))
+    stats = replace(
+        stats, damaged=tuple(dict.fromkeys((*stats.damaged, *told_damage(adapter, damaged))))
+    )
     readers = Readers.of_store(adapter, pool, rows)
     used, marginal, shared = bytes_by_group(readers, np.arange(len(rows)), len(rows))
     pages = np.bincount(readers.rows[:, 0], minlength=len(rows))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,6 +25,7 @@ from pydedup.errors import (
     StoreError,
     UnavailableError,
 )
+from pydedup.graph import Graph, Node
 from pydedup.testing._contract_base import add_pages, open_store, with_option
 
 MIB = 1 << 20
@@ -367,6 +369,61 @@ def test_what_seems_to_be_missing_may_be_hidden(
             sql(f"CREATE POLICY everybody ON {schema}.{table} USING (true)")
             assert theirs.copy_to(tmp_path / "copy.db", skip_damaged=True).damaged == ()
             sql(f"ALTER TABLE {schema}.{table} DISABLE ROW LEVEL SECURITY")
+
+
+#: What reads rows of a table alone, of a store with "a", "a@prod" and a "b" of the same layers.
+TAKES: dict[str, Callable[[pydedup.Store, Path], object]] = {
+    "predict": lambda store, path: store.predict("a", np.ones(300, np.float32)),
+    "load_torch": lambda store, path: store.load_torch("a"),
+    "export": lambda store, path: store.export("a", path / "a.npz"),
+    "warm": lambda store, path: store.warm("a"),
+    "diff": lambda store, path: store.diff("a", "b"),
+    "graph": lambda store, path: store.graph("a"),
+    "alias": lambda store, path: store.predict("a@prod", np.ones(300, np.float32)),
+    "vacuum": lambda store, path: store.vacuum(dry_run=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "takes"),
+    [
+        ("aliases", {"alias"}),
+        ("artifacts", {"graph", "predict", "export"}),
+        ("block_maps", {"predict", "load_torch", "export", "diff"}),
+        ("model_pages", {"vacuum"}),
+        ("pages", {"predict", "load_torch", "export", "warm"}),
+        ("tensors", {"predict", "load_torch", "export", "warm", "diff", "graph"}),
+    ],
+)
+def test_whoever_reads_is_told_what_may_be_hidden(
+    schema: str, url: str, role: str, sql: Any, tmp_path: Path, table: str, takes: set[str]
+) -> None:
+    """A prediction said that a page does not exist, or to restore a backup."""
+    graph = Graph(("x",), ("y",), (Node("linear", ("x",), "y", {"weight": "w"}),))
+    with pydedup.open(url) as store:
+        for name in ("a", "b"):
+            store.add(name, {"w": np.full((70, 300), 0.1, np.float32)}, graph=graph)
+        store.alias("a", "prod", "1")
+    sql(f'GRANT USAGE ON SCHEMA {schema} TO "{role}"')
+    sql(f'GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO "{role}"')
+    sql(f"ALTER TABLE {schema}.{table} ENABLE ROW LEVEL SECURITY")
+    said = f"row-level security may hide rows of {table} from this user"
+    with pydedup.open(as_role(url, role), mode="r") as theirs:
+        for take in sorted(takes):
+            with pytest.raises(CorruptStoreError) as caught:
+                TAKES[take](theirs, tmp_path)
+            assert str(caught.value).count(said) == 1, take
+        if "predict" in takes:
+            requests = [("a", np.ones(300, np.float32)), ("b", np.ones(300, np.float32))]
+            answers = theirs.predict_many(requests)
+            assert [str(answer).count(said) for answer in answers] == [1, 1]
+        if table in ("block_maps", "tensors"):
+            for damaged in (theirs.stats(by="tenant").damaged, theirs.report().damaged):
+                assert damaged[0].startswith(said)
+                assert len(damaged) > 1
+        if table == "aliases":
+            with pytest.raises(NotFoundError, match=said):
+                theirs.predict("a@other", np.ones(300, np.float32))
 
 
 def test_reading_alone_is_held_by_the_server_too(adapter: Adapter, url: str) -> None:
