@@ -237,8 +237,8 @@ class DbApiBase(abc.ABC):
     def _refuse_when_read_only(self) -> None:
         if self.read_only:
             raise ReadOnlyError(
-                f'{self._url} cannot be changed: it was opened with mode "r", or its place is '
-                "read-only"
+                f"{self._url} cannot be changed: it was opened with mode 'r', this user may not "
+                "write there, or its place cannot be written to"
             )
 
     def _refuse_inside(self, call: str) -> None:

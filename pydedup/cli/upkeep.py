@@ -300,6 +300,12 @@ def vacuum(url: str, grace: float, dry_run: bool, memory: str, as_json: bool, qu
 
 def _print_vacuum(report: VacuumReport, dry_run: bool) -> None:
     """Say what was freed, or would be."""
+    before, after = (
+        text.size_at_least(nbytes, report.stored_bytes_exact)
+        for nbytes in (report.stored_bytes_before, report.stored_bytes_after)
+    )
+    if dry_run:
+        after = f"about {text.size(report.stored_bytes_after)}"
     changed = [model for model in report.models if model.before != model.after]
     if dry_run and changed:
         rows = [[m.model, *map(text.count, (m.before, m.after, m.least))] for m in changed]
@@ -333,12 +339,7 @@ def _print_vacuum(report: VacuumReport, dry_run: bool) -> None:
             f"{text.ratio(report.amplification_before)} -> "
             f"{text.ratio(report.amplification_after)} (pages read / least possible, worst model)",
         ),
-        (
-            "store",
-            f"{text.size_at_least(report.stored_bytes_before, report.stored_bytes_exact)} -> "
-            f"{'about ' if dry_run else ''}"
-            f"{text.size_at_least(report.stored_bytes_after, report.stored_bytes_exact)}",
-        ),
+        ("store", f"{before} -> {after}"),
     ]
     if report.reencoded_blocks:
         said = f"{text.plural(report.reencoded_blocks, 'delta')} on blocks of removed models, "

@@ -62,6 +62,8 @@ def test_a_reader_needs_no_more_than_select(
         assert store.read_only
         with pytest.raises(ReadOnlyError, match="this user may not write"):
             store.add("m", {"w": np.ones(4, np.float32)})
+        with pytest.raises(ReadOnlyError, match="this user may not write"):
+            store.quotas.set("tenant", None, 1)
     user.grant("SELECT, INSERT, UPDATE, DELETE")
     writer = registry.connect(user.url, mode="a")
     try:
@@ -122,6 +124,7 @@ def test_a_reader_is_told_a_size_that_is_not_stale(
             said = capsys.readouterr().out
             if command != "ls":  # which has nothing to say of a store without models
                 assert ("at least 8." in said) != exact, said
+                assert ("-> about " in said and "about at" not in said) == (command == "vacuum")
         assert main(["stats", user.url, "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
         assert document["stored_bytes_exact"] == exact
