@@ -13,7 +13,9 @@ from pydedup.errors import (
     MissingStoreError,
     NotAStoreError,
     ReadOnlyError,
+    StorageFullError,
     UnavailableError,
+    is_full,
 )
 
 from ._url import TIMEOUT_SECONDS, seconds_of
@@ -87,7 +89,8 @@ class DatabaseFile:
 
         Raises MissingStoreError when there is none and it may not be created, NotAStoreError when
         it is no regular file, ArgumentError and ReadOnlyError when the folder to create it in is
-        missing or cannot be written, UnavailableError when the folder may not be looked into.
+        missing or cannot be written, StorageFullError when its disk is full, UnavailableError when
+        the folder may not be looked into.
         """
         try:
             status = Path(self.path).stat()
@@ -103,6 +106,11 @@ class DatabaseFile:
             if not os.access(self.folder, os.W_OK):
                 raise ReadOnlyError(
                     f"cannot create {self.path}: the folder {self.folder} cannot be written"
+                ) from None
+            if is_full(self.folder):  # or a file without a store would stay
+                raise StorageFullError(
+                    f"no room for a new store in {self.path}: its disk is full; free some space, "
+                    "a few MiB, and open it again"
                 ) from None
             return None
         except OSError as error:

@@ -147,8 +147,12 @@ def _left_by_others(path: str) -> list[str]:
 
 
 def _is_empty(path: str) -> bool:
-    """Whether a file is there, and nothing in it but the first page, so no table of ours."""
+    """Whether a file is there, and nothing in it or its log but one page, so no table of ours."""
     try:
-        return Path(path).stat().st_size <= LARGE_PAGE_BYTES
+        if Path(path).stat().st_size > LARGE_PAGE_BYTES:
+            return False
+        return Path(f"{path}-wal").stat().st_size <= LARGE_PAGE_BYTES
+    except FileNotFoundError as error:
+        return bool(error.filename != path)
     except OSError:
         return False

@@ -59,7 +59,7 @@ __all__ = [
     "UnsupportedFormatError",
 ]
 
-#: A failed write with less free space than this counts as a full disk.
+#: A disk with less free space than this counts as full: a new store takes 0.7 MiB with its log.
 _SPARE_BYTES: Final = 1 << 20
 _E = TypeVar("_E", bound=BaseException)
 
@@ -76,13 +76,14 @@ def not_installed(what: str, error: ImportError, extra: str) -> str:
 
 
 def is_full(folder: Path) -> bool:
-    """Return whether a write that failed there failed for want of space."""
+    """Return whether a folder's disk has too little space for what is written there."""
     import shutil  # of use here alone
 
     try:
-        return shutil.disk_usage(folder).free < _SPARE_BYTES
+        disk = shutil.disk_usage(folder)
     except OSError:
         return False
+    return disk.total > 0 and disk.free < _SPARE_BYTES  # some know of neither, and say 0
 
 
 def without_frames(error: _E) -> _E:

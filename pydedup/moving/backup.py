@@ -245,9 +245,11 @@ def _room_told(target: Path) -> Iterator[None]:
     except StorageFullError as exc:
         if not is_full(target.parent):
             raise  # of the folder of temporary files, or of the source
+        left = f"{target.name}{_PARTIAL}"
+        goes_on = f", which goes on with {left}, or delete that file"
         raise StorageFullError(
-            f"no room for the backup {target}: its disk is full; free some space and run it "
-            f"again, which goes on with {target.name}{_PARTIAL}, or delete that file"
+            f"no room for the backup {target}: its disk is full; free some space and run it again"
+            f"{goes_on if os.path.lexists(target.with_name(left)) else ''}"
         ) from exc
 
 

@@ -7,6 +7,7 @@ when a disk is full; what it tells a client is that its own tablespace is at its
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -70,6 +71,20 @@ def mysql_place(own_mysql: Any, mysql_run: Callable[..., object]) -> Iterator[Pl
         mysql_run(url, "SET GLOBAL innodb_file_per_table = ON")
     yield url, lambda: mysql_run(url, "DROP TABLE ballast")
     mysql_run(own_mysql.url, f"DROP DATABASE {url.partition('?')[0].rpartition('/')[2]}")
+
+
+def test_a_backup_to_a_full_disk_leaves_nothing(small_disk: Path, tmp_path: Path) -> None:
+    """It left an empty file, and told to delete it."""
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    before = sorted(small_disk.iterdir())
+    with pydedup.open(tmp_path / "store.db") as store:
+        with pytest.raises(StorageFullError, match=r"free some space and run it again$"):
+            store.backup(small_disk / "backup.db")
+        with pytest.raises(StorageFullError, match=r"no room for a new store in .*copy\.db"):
+            store.copy_to(small_disk / "copy.db")
+    assert sorted(small_disk.iterdir()) == before
 
 
 def test_a_backup_that_fills_the_disk_goes_on_when_there_is_room(

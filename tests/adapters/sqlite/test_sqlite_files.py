@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,13 +314,28 @@ def test_a_full_disk_loses_nothing(disk: SmallDisk) -> None:
     adapter.close()
 
 
+def test_a_new_store_that_fills_the_disk_is_there(disk: SmallDisk) -> None:
+    """As long as its tables were in the log alone, there was said to be no room for a store."""
+    adapter = open_store(disk.folder / "models.db")
+    with pytest.raises(StorageFullError, match=r"run `pydedup vacuum`"):
+        add_pages(adapter, 20)
+    assert adapter.epoch() == 0
+    adapter.close()
+
+
+def test_a_disk_that_tells_no_size_is_not_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=0, free=0))
+    open_store(path).close()
+
+
 def test_a_disk_that_is_full_already(disk: SmallDisk) -> None:
     filler = disk.folder / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    with pytest.raises(StorageFullError, match=r"models\.db"):
+    with pytest.raises(StorageFullError, match=r"no room for a new store in .*models\.db"):
         open_store(disk.folder / "models.db")
+    assert list(disk.folder.iterdir()) == [filler], "an empty file was left"
     filler.unlink()
     adapter = open_store(disk.folder / "models.db")
     assert adapter.epoch() == 0
