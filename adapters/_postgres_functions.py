@@ -15,6 +15,7 @@ from typing import Final
 from pydedup.errors import ArgumentError, ReadOnlyError, StoreError
 
 from ._base import DbApiBase
+from ._errors import DeniedError
 from ._postgres_url import Place
 from ._rows import words_of
 from ._sessions import WRITE
@@ -122,10 +123,16 @@ class PostgresFunctions(DbApiBase):
         return str(version)
 
     def drop_functions(self) -> None:
-        """Take the functions out. Raises StoreError when they are somebody else's."""
-        with self._scope(WRITE, self._sql.dialect.begin_write):
-            for statement in (*self._sql.dialect.lock_schema, *self.drop_statements()):
-                self._write(statement)
+        """Take the functions out. Raises ReadOnlyError when they are somebody else's."""
+        try:
+            with self._scope(WRITE, self._sql.dialect.begin_write):
+                for statement in (*self._sql.dialect.lock_schema, *self.drop_statements()):
+                    self._write(statement)
+        except DeniedError as error:
+            raise ReadOnlyError(
+                f"{self._url}: {words_of(error.__cause__ or error)}; let the owner of schema "
+                f"{self._place.schema}, or an administrator, run this command"
+            ) from error
 
     def _refuse_unless_superuser(self) -> None:
         ((is_superuser, role),) = self._query(_SUPERUSER)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pydedup import config, registry
+from pydedup.adapter_options import tell_hidden
 from pydedup.errors import (
     ArgumentError,
     BudgetError,
@@ -275,6 +276,8 @@ class PostgresFunctions:
         try:
             yield
         except PydedupError as error:
+            if self._store is not None and isinstance(error, CorruptStoreError):
+                tell_hidden(self._store._adapter, error)
             code = next((code for kind, code in _CODES if isinstance(error, kind)), "XX000")
             self._plpy.error(str(error), sqlstate=code)
 

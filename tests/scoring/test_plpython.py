@@ -314,7 +314,13 @@ def test_roles(place: Place) -> None:
         url = place.url.replace("postgres@", f"{reader}@", 1)
         said = run("sql", "install", url, status=4).stderr
         assert f"user {reader} is no superuser" in said
+        said = run("sql", "uninstall", url, status=4).stderr  # was told to ask for GRANT USAGE
+        assert f"; let the owner of schema {place.schema}, or an administrator, run this" in said
         assert place.ask("SELECT pydedup_model('m')") == [("m@1",)]
+        with place.connect() as connection:
+            connection.execute(f"ALTER TABLE {place.schema}.pages ENABLE ROW LEVEL SECURITY")
+        with pytest.raises(psycopg.errors.DataCorrupted, match="security may hide rows of pages"):
+            place.ask("SELECT pydedup_predict('m', 1, 0, 0)", role=reader)
     finally:
         with place.connect() as connection:
             for role in (reader, stranger):
