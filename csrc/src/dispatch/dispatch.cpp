@@ -29,9 +29,11 @@ constexpr const char* kNeedsNeon = "aarch64";
 using Candidates = std::array<KernelCandidate, 6>;
 
 #if defined(PYDEDUP_HAVE_AVX512)
-[[maybe_unused]] KernelTable avx512_with(const char* name, const Bf16GemmKernels& bf16) noexcept {
+[[maybe_unused]] KernelTable avx512_with(const char* name, const GemmKernels& gemm,
+                                         const Bf16GemmKernels& bf16) noexcept {
     KernelTable made = kAvx512Kernels;
     made.name = name;
+    made.gemm = gemm;
     made.gemm.bf16 = bf16;
     return made;
 }
@@ -49,7 +51,8 @@ Candidates list_candidates() noexcept {
     avx512 = &kAvx512Kernels;
 #endif
 #if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AVX512BF16)
-    static const KernelTable with_pairs = avx512_with("avx512bf16", kAvx512Bf16GemmKernels);
+    static const KernelTable with_pairs =
+        avx512_with("avx512bf16", kAvx512Kernels.gemm, kAvx512Bf16GemmKernels);
     avx512bf16 = &with_pairs;
 #endif
     return {{
@@ -128,7 +131,8 @@ const KernelTable* avx2_kernels([[maybe_unused]] bool slow_bit_deposit) noexcept
 
 const KernelTable* amx_kernels([[maybe_unused]] bool slow_f32_in_tiles) noexcept {
 #if defined(PYDEDUP_HAVE_AVX512) && defined(PYDEDUP_HAVE_AMX)
-    static const KernelTable with_tiles = avx512_with("amx", kAmxGemmKernels);
+    static const KernelTable with_tiles =
+        avx512_with("amx", kAvx512GemmAskingSoon, kAmxGemmKernels);
     static const KernelTable without_cuts = [] {
         KernelTable made = with_tiles;
         for (auto& tile : made.gemm.bf16.tiles) tile.tile_nt_cut = nullptr;

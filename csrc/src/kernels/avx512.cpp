@@ -13,8 +13,11 @@
 namespace pydedup {
 
 constinit const KernelTable kAvx512Kernels = {
-    "avx512",          isa_avx512::kHash, isa_avx512::kCodec,
-    isa_avx512::kGemm, isa_avx512::kRows, isa_avx512::sim::kSimilarity,
+    "avx512",           isa_avx512::kHash,
+    isa_avx512::kCodec, isa_avx512::kGemm<false>,
+    isa_avx512::kRows,  isa_avx512::sim::kSimilarity,
 };
+
+constinit const GemmKernels kAvx512GemmAskingSoon = isa_avx512::kGemm<true>;
 
 }  // namespace pydedup

@@ -125,6 +125,7 @@ constexpr std::size_t kNnVectors = 4;
 
 #include "kernels/gemm_vector-inl.hpp"
 
+template <bool AsksSoon>
 constexpr GemmKernels kGemm = {
     {dot_nt<F32, SameWeight<F32>>,
      block_nn<F32>,
@@ -143,8 +144,8 @@ constexpr GemmKernels kGemm = {
       {2, tile_nt<F64, 2, 8, 8>, 8},
       {1, tile_nt<F64, 1, 8, 8>, 8}},
      1},
-    dot_nt<F32, Bf16Weight>,
-    dot_nt<F32, F16Weight>,
+    dot_nt<F32, Bf16Weight, AsksSoon>,
+    dot_nt<F32, F16Weight, AsksSoon>,
     widen<Bf16Weight>,
     widen<F16Weight>,
     f32_to_bf16,

@@ -64,15 +64,16 @@ void f32_to_bf16(const float* src, std::size_t count, std::uint16_t* dst) noexce
 // threads 64 and 75; 2 KiB ahead brings nothing, 4 KiB half of it).
 constexpr std::size_t kDotAheadBytes = 8192;
 // Rows of 16-bit numbers are half as long: kDotAheadBytes ahead they are asked for into the
-// second-level cache, and this far ahead into the first (a Xeon, 201 MB of them in memory: 10 ms
-// without, 7.8 with it; f32 gains nothing, and loses a tenth where all is in the second level).
+// second-level cache; and, AsksSoon, this far ahead into the first, too, which a Xeon gains by (201
+// MB of them in memory: 10 ms without, 7.8 with it) and an EPYC loses by (a tenth). f32 gains
+// nothing on either.
 constexpr std::size_t kDotSoonBytes = 1024;
 
 // M rows of x by R rows of w: M*R running sums of kLanes lanes, folded at the end of the block. A
 // single row of x takes only 2 of w: the more rows are in flight, the sooner the hardware's
 // prefetchers lose track (EPYC, one core, 64 x 64 blocks in memory: 11 GB/s with 8 rows, 15 with 4,
 // 23 with 2).
-template <class V, class Weight, std::size_t M, std::size_t R>
+template <class V, class Weight, bool AsksSoon, std::size_t M, std::size_t R>
 void dot_nt_fixed(const typename V::Elem* x, std::size_t ldx, const typename Weight::Elem* w,
                   std::size_t cols, std::size_t ldw, typename V::Elem* y,
                   std::size_t ldy) noexcept {
@@ -93,7 +94,9 @@ void dot_nt_fixed(const typename V::Elem* x, std::size_t ldx, const typename Wei
                 if (V::kLanes >= kLine || c % kLine == 0) {
                     const auto* const at = w + r * ldw + c;
                     __builtin_prefetch(at + kLine * (kDotAheadBytes / 64), 0, kIsHalf ? 2 : 3);
-                    if constexpr (kIsHalf) __builtin_prefetch(at + kLine * (kDotSoonBytes / 64));
+                    if constexpr (kIsHalf && AsksSoon) {
+                        __builtin_prefetch(at + kLine * (kDotSoonBytes / 64));
+                    }
                 }
             }
             const Reg ws = Weight::load(w + r * ldw + c);
@@ -126,35 +129,35 @@ void dot_nt_fixed(const typename V::Elem* x, std::size_t ldx, const typename Wei
     }
 }
 
-template <class V, class Weight, std::size_t M, std::size_t R>
+template <class V, class Weight, bool AsksSoon, std::size_t M, std::size_t R>
 void dot_nt_rows(const typename V::Elem* x, std::size_t ldx, const typename Weight::Elem* w,
                  std::size_t rows, std::size_t cols, std::size_t ldw, typename V::Elem* y,
                  std::size_t ldy) noexcept {
     std::size_t r = 0;
     for (; r + R <= rows; r += R) {
-        dot_nt_fixed<V, Weight, M, R>(x, ldx, w + r * ldw, cols, ldw, y + r, ldy);
+        dot_nt_fixed<V, Weight, AsksSoon, M, R>(x, ldx, w + r * ldw, cols, ldw, y + r, ldy);
     }
     for (; r < rows; ++r) {
-        dot_nt_fixed<V, Weight, M, 1>(x, ldx, w + r * ldw, cols, ldw, y + r, ldy);
+        dot_nt_fixed<V, Weight, AsksSoon, M, 1>(x, ldx, w + r * ldw, cols, ldw, y + r, ldy);
     }
 }
 
-template <class V, class Weight>
+template <class V, class Weight, bool AsksSoon = true>
 void dot_nt(const typename V::Elem* x, std::size_t ldx, std::size_t m,
             const typename Weight::Elem* w, std::size_t rows, std::size_t cols, std::size_t ldw,
             typename V::Elem* y, std::size_t ldy) noexcept {
     for (; m >= 4; m -= 4, x += 4 * ldx, y += 4 * ldy) {
-        dot_nt_rows<V, Weight, 4, kDotRows4>(x, ldx, w, rows, cols, ldw, y, ldy);
+        dot_nt_rows<V, Weight, false, 4, kDotRows4>(x, ldx, w, rows, cols, ldw, y, ldy);
     }
     switch (m) {
         case 3:
-            dot_nt_rows<V, Weight, 3, 4>(x, ldx, w, rows, cols, ldw, y, ldy);
+            dot_nt_rows<V, Weight, false, 3, 4>(x, ldx, w, rows, cols, ldw, y, ldy);
             break;
         case 2:
-            dot_nt_rows<V, Weight, 2, 4>(x, ldx, w, rows, cols, ldw, y, ldy);
+            dot_nt_rows<V, Weight, false, 2, 4>(x, ldx, w, rows, cols, ldw, y, ldy);
             break;
         case 1:
-            dot_nt_rows<V, Weight, 1, 2>(x, ldx, w, rows, cols, ldw, y, ldy);
+            dot_nt_rows<V, Weight, AsksSoon, 1, 2>(x, ldx, w, rows, cols, ldw, y, ldy);
             break;
         default:
             break;

@@ -32,7 +32,8 @@ extern const KernelTable kAvx512Kernels;
 extern const KernelTable kNeonKernels;
 // Part of a table, for `codec.delta` of the avx2 one where PDEP is slow.
 extern const DeltaKernels kAvx2DeltaWithoutPdep;
-// Parts of a table, for `gemm.bf16` of the avx512 one.
+// Parts of a table, for `gemm` of the avx512 one on a CPU with AMX, and for `gemm.bf16` of both.
+extern const GemmKernels kAvx512GemmAskingSoon;
 extern const Bf16GemmKernels kAvx512Bf16GemmKernels;
 extern const Bf16GemmKernels kAmxGemmKernels;
 
