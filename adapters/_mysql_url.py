@@ -63,11 +63,14 @@ def locate(url: str, schema: str | None = None) -> Place:
     parts, port = _split(url)
     database = unquote(parts.path.removeprefix("/")) if schema is None else schema
     user = unquote(parts.username or "")
-    place = f"{user}@{parts.hostname or 'localhost'}" if user else parts.hostname or "localhost"
+    host = parts.hostname or "localhost"
+    place = f"[{host}]" if ":" in host else host
+    if user:
+        place = f"{user}@{place}"
     shown = f"{parts.scheme}://{place}{f':{port}' if port else ''}/{quote(database)}"
     if not database or "\0" in database or (schema is None and "/" in database):
         raise ArgumentError(f"{shown} names no database; write {FORM}")
-    options: dict[str, Any] = {"host": parts.hostname or "localhost", "database": database}
+    options: dict[str, Any] = {"host": host, "database": database}
     options |= {"port": port} if port else {}
     options |= {"user": user} if user else {}
     options |= {} if parts.password is None else {"password": unquote(parts.password)}

@@ -324,6 +324,9 @@ def _find(scheme: str) -> Connect:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name == scheme:
             return _load_point(point)
+    known, _, driver = scheme.partition("+")
+    if driver and known in _BUILT_IN:  # as SQLAlchemy has it
+        raise ArgumentError(f"{scheme}:// is not known; write {known}://, without a driver")
     raise ArgumentError(f"{scheme}:// is not known; there are adapters for: {', '.join(schemes())}")
 
 

@@ -67,6 +67,13 @@ def test_unknown_schemes_name_the_known_ones(url: str) -> None:
         registry.connect(url, mode="a")
 
 
+@pytest.mark.parametrize("url", ["postgresql+psycopg://h/d", "MySQL+pymysql://u:p@h/d"])
+def test_a_url_of_sqlalchemy_is_told_how_to_write_it(url: str) -> None:
+    scheme = url.partition("+")[0].lower()
+    with pytest.raises(ArgumentError, match=rf"is not known; write {scheme}://, without a driver$"):
+        registry.connect(url, mode="a")
+
+
 @pytest.mark.parametrize("url", ["", "postgresql:host", "sqlite:x.db"])
 def test_what_is_neither_url_nor_path(url: str) -> None:
     with pytest.raises(ArgumentError, match="write scheme://"):

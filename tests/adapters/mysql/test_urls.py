@@ -24,6 +24,11 @@ def no_password_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ("url", "shown", "options"),
     [
         ("mysql://h/db", "mysql://h/db", {"host": "h", "database": "db"}),
+        (
+            "mysql://me@[::1]:3307/db",  # shown as me@::1:3307
+            "mysql://me@[::1]:3307/db",
+            {"host": "::1", "port": 3307, "database": "db", "user": "me"},
+        ),
         ("mysql:///db", "mysql://localhost/db", {"host": "localhost", "database": "db"}),
         (
             "mysql://me@/d%20b",
