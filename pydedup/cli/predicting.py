@@ -186,6 +186,9 @@ def _write(path: Path, outputs: Mapping[str, Array]) -> None:
         with atomic_file(path) as scratch:
             scratch.write_text(document, encoding="utf-8")
         return
+    texts = [key for key, array in outputs.items() if _label(array) == "text"]
+    if texts:
+        raise ArgumentError(f"{texts[0]!r} is text, which .{suffix} files cannot hold; use .json")
     from pydedup.formats.base import TensorEntry
     from pydedup.formats.registry import write_model
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 from pydedup.formats._onnx_tensors import DTYPES, parse
-from pydedup.http.datatypes import NAMES
+from pydedup.http.datatypes import NAMES, TEXT
 from pydedup.serving.signature import Signature, TensorSpec
 
 __all__ = ["onnx_signature"]
 
 #: By the numbers of ONNX's element types; models take no others but texts, which are number 8.
 _DATATYPES = {
-    8: "BYTES",
+    8: TEXT,
     **{kind: NAMES[dtype.numpy] for kind, dtype in DTYPES.items() if dtype.numpy in NAMES},
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from pydedup.http.datatypes import BINARY_ONLY, named
+from pydedup.http.datatypes import BINARY_ONLY, TEXT, binary_texts, named
 from pydedup.http.numbers import json_numbers
 from pydedup.http.problems import HttpError, bad
 from pydedup.http.requests import InferRequest, Wanted
@@ -83,24 +83,35 @@ def infer_reply(
     parts: list[bytes] = [orjson.dumps(head)[:-1], b',"outputs":[']
     binary: list[memoryview] = []
     for number, one in enumerate(wanted):
-        if outputs[one.name].dtype.kind == "O":
-            raise bad("outputs", f"{one.name!r} is text, which is not supported; ask for others")
         datatype, array = named(outputs[one.name])
         entry: dict[str, Any] = {"name": one.name, "datatype": datatype, "shape": array.shape}
         if number:
             parts.append(b",")
         if one.binary:
-            array = np.ascontiguousarray(array)
-            entry["parameters"] = {"binary_data_size": array.nbytes}
+            payload = _binary(datatype, array)
+            entry["parameters"] = {"binary_data_size": payload.nbytes}
             parts.append(orjson.dumps(entry))
-            binary.append(array.reshape(-1).view(np.uint8).data)
+            binary.append(payload)
             continue
         if datatype in BINARY_ONLY:
             raise bad("outputs", f"{datatype} has no form in JSON; ask for binary data")
-        parts += [orjson.dumps(entry)[:-1], b',"data":[', *json_numbers(array), b"]}"]
+        parts += [orjson.dumps(entry)[:-1], b',"data":[', *_json_values(datatype, array), b"]}"]
     parts.append(b"]}")
     document = b"".join(parts)
     if not binary:
         return Reply(200, [_JSON], [document])
     length = (b"inference-header-content-length", b"%d" % len(document))
     return Reply(200, [_BINARY, length], [document, *binary])
+
+
+def _binary(datatype: str, array: NDArray[Any]) -> memoryview:
+    if datatype == TEXT:
+        return memoryview(binary_texts(array))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _json_values(datatype: str, array: NDArray[Any]) -> Iterable[bytes]:
+    """Yield what is between the brackets of an array in JSON."""
+    if datatype == TEXT:
+        return (orjson.dumps(array.reshape(-1).tolist())[1:-1],)
+    return json_numbers(array)

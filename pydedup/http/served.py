@@ -18,6 +18,7 @@ from pydedup.catalog import StoredModel, another_store
 from pydedup.errors import BudgetError, CorruptStoreError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
+from pydedup.http.datatypes import answer_bytes
 from pydedup.http.onnx_signature import onnx_signature
 from pydedup.registry import place_of
 from pydedup.replacement import DEFAULT_POLICY
@@ -173,7 +174,7 @@ class ServedStore(Store):
         for number, model, inputs, admit in others:
             try:
                 outcome = self._predict_onnx(model, inputs)
-                admit(sum(output.nbytes for output in outcome.values()), 0)
+                admit(sum(map(answer_bytes, outcome.values())), 0)
             except Exception as error:
                 outcome = error
             yield number, outcome

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def classifier(path: Path, kind: str) -> Any:
             domain="ai.onnx.ml",
             coefficients=weight.ravel().tolist(),
             intercepts=[0.0] * 3,
-            classlabels_strings=["a", "b", "c"],
+            classlabels_strings=["a", "bé", 'c"'],
         )
     ]
     if kind == "maps":
@@ -110,7 +111,7 @@ def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path
         for kind in ("plain", "maps", "bf16"):
             weight = classifier(tmp_path / "m.onnx", kind)
             store.add(kind, tmp_path / "m.onnx")
-        labels = [["a", "b", "c"][i] for i in (x @ weight.T).argmax(axis=1)]
+        labels = [["a", "bé", 'c"'][i] for i in (x @ weight.T).argmax(axis=1)]
         assert store.predict("plain", x)["label"].tolist() == labels
         for kind, said in (("maps", "'p' as seq.map.*zipmap"), ("bf16", "'p' as tensor.bfloat16")):
             with pytest.raises(UnsupportedFormatError, match=f"{kind}@1 gives {said}"):
@@ -120,6 +121,8 @@ def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path
     found = json.loads(run_here(*words, "--json").stdout)["outputs"]["label"]
     assert found == {"dtype": "text", "shape": [5], "values": labels}
     assert "label: text 5" in run_here(*words).stdout
+    done = run_here(*words, "-o", tmp_path / "y.npz")  # "convert it to one of: f64"
+    assert (done.returncode, "'label' is text, which .npz files" in done.stderr) == (2, True)
 
     server = start(own_url)
     told = server.ask("GET", "/v2/models/plain").json["outputs"]
@@ -127,9 +130,16 @@ def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path
     told = server.ask("GET", "/v2/models/plain/config").json["output"]
     assert [one["data_type"] for one in told] == ["TYPE_STRING", "TYPE_FP32"]
     entry = {"name": "x", "datatype": "FP32", "shape": [5, 4], "data": x.tolist()}
-    answer = server.infer("plain", {"inputs": [entry]})
-    assert answer.status == 400
-    assert "'label' is text" in answer.error
+    label, _ = server.infer("plain", {"inputs": [entry]}).json["outputs"]  # was refused
+    assert label == {"name": "label", "datatype": "BYTES", "shape": [5], "data": labels}
+    triton = pytest.importorskip("tritonclient.http")
+    with contextlib.closing(triton.InferenceServerClient(f"127.0.0.1:{server.port}")) as client:
+        given = triton.InferInput("x", [5, 4], "FP32")
+        given.set_data_from_numpy(x)
+        for binary in (True, False):
+            asked = [triton.InferRequestedOutput("label", binary_data=binary)]
+            answered = client.infer("plain", [given], outputs=asked).as_numpy("label")
+            assert [bytes(text).decode() if binary else text for text in answered] == labels
     (p,) = server.infer("plain", {"inputs": [entry], "outputs": [{"name": "p"}]}).json["outputs"]
     np.testing.assert_allclose(np.reshape(p["data"], (5, 3)), x @ weight.T, 1e-5)
     for kind in ("maps", "bf16"):
