@@ -153,7 +153,7 @@ class StorePredictions:
         ]
         for result in results:
             if isinstance(result, CorruptStoreError):
-                tell_hidden(self._adapter, result)
+                self._tell_hidden(result)
         return results
 
     @tells_hidden
@@ -295,6 +295,10 @@ class StorePredictions:
             self._loop_seconds,
         )
         return outputs if isinstance(x, Mapping) or len(outputs) > 1 else outputs.popitem()[1]
+
+    def _tell_hidden(self, error: CorruptStoreError) -> None:
+        """Do what `tells_hidden` does of a method, for an error that is no method's."""
+        tell_hidden(self._adapter, error)
 
     def _stored_tensor(self, model: StoredModel, name: str) -> StoredTensor:
         return stored_tensor(model, name, self._pool, lambda: self._pool.call(called(model)))

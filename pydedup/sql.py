@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from pydedup import config, registry
-from pydedup.adapter_options import tell_hidden
 from pydedup.errors import (
     ArgumentError,
     BudgetError,
@@ -277,7 +276,7 @@ class PostgresFunctions:
             yield
         except PydedupError as error:
             if self._store is not None and isinstance(error, CorruptStoreError):
-                tell_hidden(self._store._adapter, error)
+                self._store._tell_hidden(error)
             code = next((code for kind, code in _CODES if isinstance(error, kind)), "XX000")
             self._plpy.error(str(error), sqlstate=code)
 
