@@ -78,7 +78,7 @@ def find_weights(
     known: list[str] = []
     rest = wanted
     value = loaded
-    for _ in range(_DEPTH):
+    for _ in range(_DEPTH + (wanted or "").count(".")):  # who names one may know a deeper one
         if not isinstance(value, Mapping):
             break
         known += [_joined(path, key) for key, item in value.items() if isinstance(item, Mapping)]
@@ -96,7 +96,7 @@ def find_weights(
             )
         if len(sets) > 1:
             break
-        left_out += [str(key) for key in value if key != sets[0]]
+        left_out += [_joined(path, key) for key in value if key != sets[0]]
         path += sets
         value = value[sets[0]]
     if rest is not None:

@@ -273,6 +273,12 @@ def test_a_batch_is_cut_where_rows_are_apart(
         assert pieces(nn.Sequential(net(), nn.Softmax(0)).eval(), x) == 1
         assert pieces(Unknown(*net()).eval(), x) == 1
         assert pieces(net(), input=x) == 1
+        # A hook of all modules saw pieces, and made other numbers of them.
+        of_all = nn.modules.module.register_module_forward_hook(lambda _, x, y: y - y.mean(0))
+        try:
+            assert pieces(net(), x) == 1
+        finally:
+            of_all.remove()
         store.add("m", net())
         module = store.attach(net(), "m")
         module[1].register_forward_hook(lambda *_: None)

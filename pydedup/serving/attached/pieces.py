@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.modules.module import _has_any_global_hook
 
 from pydedup.errors import NotFoundError
 from pydedup.formats.infer_torch import infer_from_torch
@@ -54,7 +55,8 @@ class Pieces:
         plan = known[key]
         if plan is None or plan.rows is None or plan.nbytes <= nbytes or plan.rows < 2:
             return None
-        if infer_from_torch(module) != self._graph:  # it was changed, or has hooks by now
+        hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
+        if hooked or infer_from_torch(module) != self._graph:  # it was changed, or has hooks by now
             return None
         return max(plan.rows * nbytes // plan.nbytes, 1)
 
