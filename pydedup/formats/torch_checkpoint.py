@@ -96,7 +96,7 @@ def find_weights(
             )
         if len(sets) > 1:
             break
-        left_out += [_joined(path, key) for key in value if key != sets[0]]
+        left_out += [str(key) for key in value if key != sets[0]]
         path += sets
         value = value[sets[0]]
     if rest is not None:

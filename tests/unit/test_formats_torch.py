@@ -209,6 +209,11 @@ def test_several_sets_of_weights_inside_of_others(tmp_path: Path) -> None:
         check(source, {"w": torch.full((3,), 2.0)})
     with open_source(path, every_set=True) as source:
         assert {entry.name for entry in source.entries} == {"model.w", "ema.shadow.w"}
+    torch.save({"model": {"net": {"module": {"params": averaged}}}}, path)
+    with pytest.raises(FormatError, match=r"the model: 'model\.net\.module\.params\.shadow'"):
+        open_source(path)
+    with open_source(path, "model.net.module.params.shadow") as source:
+        check(source, {"w": torch.full((3,), 2.0)})
 
 
 def test_checkpoints_that_hold_themselves(tmp_path: Path) -> None:
