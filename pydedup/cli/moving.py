@@ -15,6 +15,7 @@ from pydedup.cli.errors import Exit, warn
 from pydedup.cli.progress import Watch
 from pydedup.cli.tables import Column, print_table
 from pydedup.errors import MissingStoreError, NotAStoreError
+from pydedup.names import check_path
 from pydedup.types import CopiedModel, CopyReport
 from pydedup.words import OnConflict
 
@@ -149,6 +150,7 @@ def restore(path: str, url: str, memory: str, as_json: bool, quiet: bool) -> Non
     A restore that was cut off continues when it is run again, so models of that backup may be there
     already. To add the models of a backup to others, use `pydedup copy FILE STORE`.
     """
+    check_path(path, "FILE")
     try:
         options.read_store(path).close()  # a mistyped name creates no store
     except MissingStoreError as error:

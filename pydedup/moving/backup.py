@@ -194,6 +194,12 @@ def _check_name(name: str) -> None:
             f"{name} would be the unfinished backup {name.removesuffix(_PARTIAL)!r}; give the "
             "backup another name"
         )
+    for end in _BESIDE:
+        if name.endswith(end):
+            raise ArgumentError(
+                f"{name} would be what SQLite keeps beside {name.removesuffix(end)!r}; give the "
+                "backup another name"
+            )
     most = _NAME_BYTES - len(_PARTIAL) - max(map(len, _BESIDE))
     if len(os.fsencode(name)) > most:
         raise ArgumentError(f"the name of a backup has at most {most} bytes; take a shorter one")

@@ -321,6 +321,9 @@ def test_names_that_no_backup_can_have(filled: New, tmp_path: Path) -> None:
     with pydedup.open(filled("sqlite"), mode="r") as store:
         with pytest.raises(ArgumentError, match=r"k\.partial would be the unfinished backup 'k'"):
             store.backup(here / "k.partial")
+        for end in ("-wal", "-shm", "-journal"):  # which SQLite would take for its own
+            with pytest.raises(ArgumentError, match=r"what SQLite keeps beside 'm\.db'"):
+                store.backup(here / f"m.db{end}")
         with pytest.raises(ArgumentError, match="has at most 239 bytes"):
             store.backup(here / ("ü" * 120))
         assert list(here.iterdir()) == []

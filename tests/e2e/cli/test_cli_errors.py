@@ -227,6 +227,13 @@ def test_every_file_that_is_missing_is_not_found(kept: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_url_is_no_backup_and_begins_no_store(kept: str, tmp_path: Path) -> None:
+    """The store to restore into was created, and stayed."""
+    said = fail("restore", kept, "m.db", status=2, cwd=tmp_path)
+    assert "FILE must be the path of a file, not a URL" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_path_that_cannot_be_followed_is_not_called_missing(kept: str, tmp_path: Path) -> None:
     """A file in a folder that was closed to the user was said not to be there; so is this one."""
     tmp_path.joinpath("loop").symlink_to("loop")
