@@ -231,6 +231,8 @@ def tells_hidden(
         except CorruptStoreError as error:
             tell_hidden(self._adapter, error)
             raise
+        finally:
+            del args, kwargs  # a URL may be one, whose password a traceback would show
 
     return told
 
