@@ -189,10 +189,11 @@ def moment(timestamp: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(timestamp))
 
 
-def row_key(value: object) -> str:
+def row_key(value: object, *, shortened: bool = True) -> str:
     """Return the key of a row as people read it, and, but for the quotes of texts, as SQL has it.
 
-    Python's driver makes its own objects of dates, decimal numbers and the like.
+    Python's driver makes its own objects of dates, decimal numbers and the like. For programs, long
+    ones are not ``shortened``.
     """
     from uuid import UUID
 
@@ -202,7 +203,9 @@ def row_key(value: object) -> str:
         text = str(value)
     else:
         text = repr(value)
-    return text if len(text) <= _KEY_CHARS else f"{text[:_KEY_CHARS]}... ({len(text)} characters)"
+    if not shortened or len(text) <= _KEY_CHARS:
+        return text
+    return f"{text[:_KEY_CHARS]}... ({len(text)} characters)"
 
 
 def listed(names: Sequence[str]) -> str:

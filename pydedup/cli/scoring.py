@@ -200,5 +200,5 @@ def _plain(key: object) -> object:
     try:
         json.dumps(key)
     except (TypeError, ValueError):
-        return text.row_key(key)
+        return text.row_key(key, shortened=False)
     return key

@@ -79,6 +79,17 @@ def test_keys_are_told_as_sql_has_them(tables: Tables, new_name: Make) -> None:
     ]
 
 
+def test_a_long_key_is_whole_in_a_document(tmp_path: Path) -> None:
+    """Of bytes it was cut short, as for people."""
+    url = f"sqlite:///{tmp_path / 'm.db'}"
+    add(url, "m@1")
+    query = f"SELECT X'{'01' * 64}' AS k, 'x' AS f0, 2 AS f1, 3 AS f2"
+    score = ("score", url, "--model", "m", "--into", "p", "--query", query, "--on-error", "skip")
+    (failure,) = json.loads(run(*score, "--json").stdout)["failures"]
+    assert failure["key"] == f"0x{'01' * 64}"
+    assert f"row with key 0x{'01' * 39}... (130 characters): " in run(*score).stdout
+
+
 def test_nothing_found_and_nothing_understood(tables: Tables, source: Make, new_name: Make) -> None:
     add(tables.url, "m@1")
     table, into = source(features(1)), new_name()
