@@ -297,13 +297,13 @@ class Outputs:
     Attributes
     ----------
     kind
-        ``"one"``: a number; ``"few"``: up to _MOST_COLUMNS; ``"vector"``: more; ``"named"``:
-        several outputs by name.
+        ``"one"``: a number; ``"few"``: up to _MOST_COLUMNS; ``"vector"``: more; ``"texts"``: such
+        as the label of a class; ``"named"``: several outputs by name.
     width
-        How many numbers, of one output.
+        How many numbers or texts, of one output.
     """
 
-    kind: Literal["one", "few", "vector", "named"]
+    kind: Literal["one", "few", "vector", "texts", "named"]
     width: int
 
     @classmethod
@@ -311,6 +311,8 @@ class Outputs:
         """Return what the prediction of one row looks like."""
         if isinstance(prediction, Mapping):
             return cls("named", 0)
+        if prediction.dtype.kind == "O":
+            return cls("texts", prediction.size)
         if prediction.size == 1:
             return cls("one", 1)
         return cls("few" if prediction.size <= _MOST_COLUMNS else "vector", prediction.size)
@@ -356,8 +358,8 @@ def _split(predicted: Any, count: int) -> list[Any]:
         )
     results: list[Any] = []
     for row in array:
-        if not np.isfinite(row).all():
+        if array.dtype.kind != "O" and not np.isfinite(row).all():
             results.append(ArgumentError("the prediction is not finite"))
         else:
-            results.append(np.asarray(row))
+            results.append(np.asarray(row, array.dtype))
     return results

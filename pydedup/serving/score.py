@@ -218,8 +218,9 @@ class Scoring:
             found = self._predict(inputs)
         except ArgumentError:
             return None
-        if not isinstance(found, np.ndarray) or found.shape[:1] != (len(wanted),):
-            self._is_plain = False  # several outputs: another try would predict all twice again
+        is_plain = isinstance(found, np.ndarray) and found.dtype.kind != "O"
+        if not is_plain or found.shape[:1] != (len(wanted),):
+            self._is_plain = False  # several, or texts: another try would predict all twice again
             return None
         if not np.isfinite(found).all():
             return None

@@ -90,8 +90,8 @@ class PredictionTable:
                 "give it another name with AS"
             )
         if self._columns is None:
-            kind = {"one": "float", "few": "float", "vector": "vector", "named": "text"}
-            columns = [(name, kind[outputs.kind]) for name in names]
+            kinds = {"one": "float", "few": "float", "vector": "vector"}
+            columns = [(name, kinds.get(outputs.kind, "text")) for name in names]
             self._rows.create_predictions(
                 self._name, self._key, [*columns, (_MODEL_COLUMN, "text")]
             )
@@ -110,7 +110,11 @@ class PredictionTable:
             return [
                 json.dumps({name: np.asarray(value).tolist() for name, value in result.items()})
             ]
-        if Outputs.of(result).kind == "vector":
+        outputs = Outputs.of(result)
+        if outputs.kind == "texts":
+            texts = np.asarray(result).reshape(-1).tolist()
+            return texts if outputs.width == 1 else [json.dumps(texts)]
+        if outputs.kind == "vector":
             return [self._rows.vector(np.ascontiguousarray(result, dtype="<f4").tobytes())]
         return [float(value) for value in np.asarray(result).reshape(-1)]
 
