@@ -160,6 +160,13 @@ void wrong_runs(const float* from, std::size_t ld, std::size_t columns, const La
     to[ld_to - 2] = 1.0F;
 }
 
+void wrong_pairs_of_runs(const std::uint16_t* from, std::size_t stride, std::size_t ld,
+                         std::size_t times, const PairRun* runs, std::size_t n, std::uint16_t* to,
+                         std::size_t ld_to) noexcept {
+    kScalarKernels.gemm.bf16.copy_pairs(from, stride, ld, times, runs, n, to, ld_to);
+    if (stride == 2) to[ld_to + 71] = 1;  // a second that is not there
+}
+
 bool wrong_cut(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
                std::uint16_t* to) noexcept {
     const bool may = kScalarKernels.gemm.bf16.cut_block(w, rows, cols, ldw, to);
@@ -420,6 +427,7 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.f32_to_bf16 = wrong_rounding; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_look; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_pairs = wrong_packing; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.copy_pairs = wrong_pairs_of_runs; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_cut = wrong_rows; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_cut = wrong_parts; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pair_cut = wrong_pairs; }) == "gemm");

@@ -276,6 +276,25 @@ bool same_moves(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
             }
         }
     }
+    if (bf16.copy_pairs != nullptr) {
+        // All lanes, few of many, one without its second, none; next to each other and apart.
+        constexpr std::array<PairRun, 4> kRuns = {{{3, 40, 0, ~0U, ~1U, ~0U},
+                                                   {60, 5, 70, 0x3F0, 0x1FF8, 0xFFFF},
+                                                   {90, 91, 110, 1, 0, 1},
+                                                   {0, 0, 114, 0, 0, 0x1FFFF}}};
+        std::array<std::uint16_t, 300> x{};
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            x[i] = static_cast<std::uint16_t>(question[i % question.size()] + 256 * i);
+        }
+        for (const std::size_t stride : {std::size_t{1}, std::size_t{2}, std::size_t{3}}) {
+            std::array<std::uint16_t, 320> want{};
+            std::array<std::uint16_t, 320> got{};
+            reference.copy_pairs(x.data(), stride, 50, 2, kRuns.data(), kRuns.size(), want.data(),
+                                 160);
+            bf16.copy_pairs(x.data(), stride, 50, 2, kRuns.data(), kRuns.size(), got.data(), 160);
+            if (want != got) return false;
+        }
+    }
     if (bf16.columns_to_f32 != nullptr) {
         std::array<float, kMoved * kBeside> sums{};
         for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = static_cast<float>(i);

@@ -56,4 +56,15 @@ namespace pydedup::detail {
     return subnormal != 0;
 }
 
+/// The same of many, by threads.
+[[nodiscard]] inline bool has_subnormal(const std::uint16_t* x, std::size_t count,
+                                        unsigned threads) {
+    constexpr std::size_t kPiece = std::size_t{1} << 14;
+    std::atomic<bool> found{false};
+    parallel_for(count, kPiece, threads, [&](std::size_t begin, std::size_t end) {
+        if (has_subnormal(x + begin, end - begin)) found.store(true, std::memory_order_relaxed);
+    });
+    return found;
+}
+
 }  // namespace pydedup::detail

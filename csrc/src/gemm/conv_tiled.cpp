@@ -17,6 +17,7 @@
 #include "gemm/bf16_parts.hpp"
 #include "gemm/conv_impl.hpp"
 #include "gemm/cut_image.hpp"
+#include "gemm/image_sums.hpp"
 #include "gemm/image_tiles.hpp"
 #include "gemm/pair_image.hpp"
 #include "gemm/useful_threads.hpp"
@@ -29,8 +30,10 @@ namespace {
 using detail::ahead_of;
 using detail::AheadShares;
 using detail::ceil_div;
+using detail::ImageSums;
 using detail::ImageTiles;
 using detail::LastBlockReader;
+using detail::Range;
 using detail::Scratch;
 
 // Gathered image per thread: with a block and its sums it stays in a second-level cache that two
@@ -44,8 +47,9 @@ constexpr std::size_t kRowsAtOnce = 64;
 // first-level cache.
 constexpr std::size_t kPassBytes = 512;
 // Sums of a task that stay in scratch from strip to strip: beside the gathered image, in a
-// second-level cache.
+// second-level cache. CPUs that multiply bf16 numbers have one of 1 MiB at least.
 constexpr std::size_t kKeptBytes = std::size_t{256} << 10;
+constexpr std::size_t kKeptBytesOfPairs = std::size_t{512} << 10;
 // Weights that a tile of bf16 numbers is multiplied with at once: half of a 48 KiB first-level
 // cache, which every CPU has whose kernels do so (AMX).
 constexpr std::size_t kTogetherBytes = std::size_t{24} << 10;
@@ -64,24 +68,23 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         : Impl(problem),
           kernels_(kernels().gemm),
           tile_(widest_tile(detail::of_type<T>(kernels_))),
-          image_(problem.x, problem.x_is_bf16, problem.shape, tile_.width, kernels().rows),
-          y_(problem.y_is_bf16 ? nullptr : reinterpret_cast<T*>(problem.y)),
-          halves_(problem.y_is_bf16 ? reinterpret_cast<Half*>(problem.y) : nullptr),
-          plane_(problem.shape.out_h() * problem.shape.out_w()),
-          positions_(problem.shape.batch * plane_),
+          image_(problem.shape, tile_.width, kernels()),
+          half_x_(problem.x_is_bf16 ? reinterpret_cast<const Half*>(problem.x) : nullptr),
+          sums_(problem, tile_.width, kernels_),
+          positions_(problem.shape.batch * problem.shape.out_h() * problem.shape.out_w()),
           tiles_(ceil_div(positions_, tile_.width)),
           way_(choose_way()) {}
 
   protected:
     void convolve(std::span<const BlockView> blocks) override {
+        if constexpr (sizeof(T) == 4) {
+            if (way_ == Way::pairs && half_x_ == nullptr) narrow_image();
+        }
         const auto [first, panels, weights, threads] = work_of(blocks);
         const auto [chunk, cuts] = cut(weights, panels, threads);
         const std::size_t chunks = ceil_div(tiles_, chunk);
         const std::size_t per_cut = ceil_div(panels, cuts);
-        if (y_ == nullptr && rests(blocks.size(), chunk, per_cut)) {
-            wide_y_ = detail::AlignedArray<T>(p_.shape.out_channels * positions_);
-            y_ = wide_y_.data();
-        }
+        if (rests(blocks.size(), chunk, per_cut)) sums_.will_rest();
         workers_.each(
             chunks * cuts, threads,
             [&] {
@@ -106,10 +109,6 @@ class Conv2d::Tiled final : public Conv2d::Impl {
     // bf16 numbers (pair_image.hpp).
     enum class Way : std::uint8_t { plain, cut, pairs };
 
-    struct Range {
-        std::size_t begin, end;
-        [[nodiscard]] std::size_t size() const noexcept { return end - begin; }
-    };
     // What lies gathered in a worker's scratch: columns of a group; none at first.
     struct Gathered {
         std::size_t group = 0;
@@ -173,17 +172,15 @@ class Conv2d::Tiled final : public Conv2d::Impl {
             // has.
             const BlockGrid& grid = p_.grid;
             if (grid.block_cols % 2 != 0 && grid.grid_cols() != 1) return Way::plain;
-            if (strip_columns(kChunkTiles) % grid.block_cols != 0) return Way::plain;
+            if (strip_columns(Way::cut, kChunkTiles) % grid.block_cols != 0) return Way::plain;
             if (p_.weights == Dtype::bf16 && detail::PairImage::fits(kernels_, tile_)) {
-                const ConvShape& s = p_.shape;
-                const std::size_t count = s.batch * s.channels * s.height * s.width;
+                const std::size_t count = elements_of_image();
                 const unsigned threads =
                     detail::useful_threads(p_.threads, static_cast<double>(count));
                 const bool are_halves =
-                    p_.x_is_bf16
-                        ? !detail::has_subnormal(reinterpret_cast<const Half*>(p_.x), count)
-                        : detail::bf16_parts(reinterpret_cast<const float*>(p_.x), count, false,
-                                             threads) == 1;
+                    half_x_ != nullptr ? !detail::has_subnormal(half_x_, count, threads)
+                                       : detail::bf16_parts(reinterpret_cast<const float*>(p_.x),
+                                                            count, false, threads) == 1;
                 if (are_halves) return Way::pairs;
             }
             const std::size_t rows = std::min<std::size_t>(
@@ -196,10 +193,28 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         }
     }
 
+    // All of it are bf16 numbers.
+    void narrow_image() {
+        const std::size_t count = elements_of_image();
+        narrow_x_ = detail::AlignedArray<Half>(count);
+        half_x_ = narrow_x_.data();
+        constexpr std::size_t kPiece = std::size_t{1} << 14;
+        parallel_for(count, kPiece, detail::useful_threads(p_.threads, static_cast<double>(count)),
+                     [&](std::size_t begin, std::size_t end) {
+                         kernels_.f32_to_bf16(reinterpret_cast<const float*>(p_.x) + begin,
+                                              end - begin, narrow_x_.data() + begin);
+                     });
+    }
+
+    [[nodiscard]] std::size_t elements_of_image() const noexcept {
+        return p_.shape.batch * p_.shape.channels * p_.shape.height * p_.shape.width;
+    }
+
     // Columns of W in one strip: whole blocks if one fits.
-    [[nodiscard]] std::size_t strip_columns(std::size_t tiles) const noexcept {
+    [[nodiscard]] std::size_t strip_columns(Way way, std::size_t tiles) const noexcept {
+        const std::size_t element = way == Way::pairs ? sizeof(Half) : sizeof(T);
         const std::size_t fitting =
-            std::max<std::size_t>(kGatherBytes / (tiles * tile_.width * sizeof(T)), 1);
+            std::max<std::size_t>(kGatherBytes / (tiles * tile_.width * element), 1);
         const std::size_t block = p_.grid.block_cols;
         return block <= fitting ? fitting / block * block : fitting;
     }
@@ -211,7 +226,7 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         image_.find_runs(tiles.begin * tile_.width, std::min(tiles.end * tile_.width, positions_),
                          worker.positions);
         worker.gathered = {};
-        const std::size_t strip = strip_columns(tiles.size());
+        const std::size_t strip = strip_columns(way_, tiles.size());
         worker.kept = rows_to_keep(blocks.size(), tiles.size(), panel0, panel1);
         for (std::size_t c0 = 0; c0 < p_.grid.cols; c0 += strip) {
             const Range columns{c0, std::min(c0 + strip, p_.grid.cols)};
@@ -228,8 +243,12 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         const Range rows{panel0 * p_.grid.block_rows,
                          std::min(panel1 * p_.grid.block_rows, p_.grid.rows)};
         const bool is_all = fed_ <= panel0 * columns && fed_ + n_blocks >= panel1 * columns;
-        const bool is_few = rows.size() * tiles * tile_.width * sizeof(T) <= kKeptBytes;
-        return is_all && is_few ? rows : Range{0, 0};
+        return is_all && can_keep(rows.size(), tiles) ? rows : Range{0, 0};
+    }
+
+    [[nodiscard]] bool can_keep(std::size_t rows, std::size_t tiles) const noexcept {
+        const std::size_t most = way_ == Way::pairs ? kKeptBytesOfPairs : kKeptBytes;
+        return rows * tiles * tile_.width * sizeof(T) <= most;
     }
 
     // The blocks of one row of blocks that this call brings, as far as they lie in the columns.
@@ -261,22 +280,28 @@ class Conv2d::Tiled final : public Conv2d::Impl {
             have.columns.end == columns.end) {
             return;
         }
-        T* const to = worker.image.at_least(tiles.size() * columns.size() * tile_.width);
-        image_.gather(group, columns.begin, columns.end, worker.positions, to);
         have = {group, columns};
+        if (way_ == Way::pairs) {
+            worker.pairs.gather(image_, half_x_, group, columns.begin, columns.end,
+                                worker.positions, tile_.width);
+            return;
+        }
+        T* const to = worker.image.at_least(tiles.size() * columns.size() * tile_.width);
+        const auto gather_from = [&](const auto* x) {
+            image_.gather(x, group, columns.begin, columns.end, worker.positions, to);
+        };
         if constexpr (sizeof(T) == 4) {
+            if (half_x_ != nullptr) {
+                gather_from(half_x_);
+            } else {
+                gather_from(reinterpret_cast<const T*>(p_.x));
+            }
             if (way_ == Way::cut) {
                 worker.parts.cut(kernels_, to, tiles.size(), columns.size(), p_.grid.block_cols);
             }
-            if (way_ == Way::pairs) {
-                worker.pairs.take(to, tiles.size(), columns.size(), tile_.width);
-            }
+        } else {
+            gather_from(reinterpret_cast<const T*>(p_.x));
         }
-    }
-
-    // Positions in tile t: all of its lanes, but for the last tile.
-    [[nodiscard]] std::size_t positions_of(std::size_t t) const noexcept {
-        return std::min(tile_.width, positions_ - t * tile_.width);
     }
 
     // Rows of one group and one row of blocks, for the columns `part` of what was gathered.
@@ -290,10 +315,10 @@ class Conv2d::Tiled final : public Conv2d::Impl {
                           (rows.begin - worker.kept.begin) * tiles.size() * tile_.width
                     : worker.sums.at_least(tiles.size() * per_tile);
         if (part.begin == 0) {
-            std::fill_n(sums, tiles.size() * per_tile, T{0});
+            for (std::size_t t = 0; t < tiles.size(); ++t) sums_.begin(rows, sums + t * per_tile);
         } else if (!is_kept) {
             for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
-                load_sums(t, rows, sums + (t - tiles.begin) * per_tile);
+                sums_.load(t, rows, sums + (t - tiles.begin) * per_tile);
             }
         }
         if (way_ == Way::pairs) {
@@ -304,7 +329,7 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         const bool complete = part.end == grid.cols;
         if (is_kept && !complete) return;
         for (std::size_t t = tiles.begin; t < tiles.end; ++t) {
-            store_sums(t, rows, sums + (t - tiles.begin) * per_tile, complete);
+            sums_.store(t, rows, sums + (t - tiles.begin) * per_tile, complete);
         }
     }
 
@@ -352,14 +377,15 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         if constexpr (sizeof(T) == 4) {
             const BlockGrid& grid = p_.grid;
             detail::HalfWeights pieces[kMaxGemmPieces];
+            const auto block_of = [&](std::size_t column) -> const BlockView& {
+                const std::size_t panel = row0 / grid.block_rows;
+                return blocks[panel * grid.grid_cols() + column / grid.block_cols - fed_];
+            };
             for (std::size_t c = part.begin; c < part.end;) {
                 std::size_t count = 0;
                 std::size_t bytes = 0;
                 while (c < part.end && count < kMaxGemmPieces) {
-                    const std::size_t column = c / grid.block_cols;
-                    const std::size_t number =
-                        row0 / grid.block_rows * grid.grid_cols() + column - fed_;
-                    const BlockView& block = blocks[number];
+                    const BlockView& block = block_of(c);
                     const bool is_here = detail::WeightReader<T>::template is_here<Half>(block);
                     bytes += std::size_t{rows.size()} * block.cols * sizeof(Half);
                     if (count != 0 && (!is_here || bytes > kTogetherBytes)) break;
@@ -369,7 +395,9 @@ class Conv2d::Tiled final : public Conv2d::Impl {
                     c += block.cols;
                     if (!is_here) break;
                 }
-                worker.pairs.multiply(kernels_, std::span(pieces, count), rows.size(), sums);
+                const GemmNext<Half> next =
+                    c < part.end ? ahead_of<Half>(block_of(c)) : GemmNext<Half>{};
+                worker.pairs.multiply(kernels_, std::span(pieces, count), rows.size(), next, sums);
             }
         }
     }
@@ -380,65 +408,15 @@ class Conv2d::Tiled final : public Conv2d::Impl {
                              std::size_t panels) const noexcept {
         if (n_blocks != p_.grid.count()) return true;
         const std::size_t rows = std::min<std::size_t>(panels * p_.grid.block_rows, p_.grid.rows);
-        return strip_columns(tiles) < p_.grid.cols &&
-               rows * tiles * tile_.width * sizeof(T) > kKeptBytes;
-    }
-
-    // Calls use(lane, count, first element in y) for each image that tile t has positions of.
-    template <class Use>
-    void each_image(std::size_t t, const Use& use) const {
-        const std::size_t p0 = t * tile_.width;
-        const std::size_t p1 = p0 + positions_of(t);
-        for (std::size_t p = p0; p < p1;) {
-            const std::size_t image = p / plane_;
-            const std::size_t n = std::min(p1, (image + 1) * plane_) - p;
-            use(p - p0, n, image * p_.shape.out_channels * plane_ + p % plane_);
-            p += n;
-        }
-    }
-
-    void load_sums(std::size_t t, Range rows, T* sums) const {
-        each_image(t, [&](std::size_t lane, std::size_t n, std::size_t y) {
-            for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                detail::copy_row(y_ + y + r * plane_, n,
-                                 sums + (r - rows.begin) * tile_.width + lane);
-            }
-        });
-        // Lanes without a position hold what nobody reads, but must hold something.
-        for (std::size_t r = 0; r < rows.size(); ++r) {
-            std::fill(sums + r * tile_.width + positions_of(t), sums + (r + 1) * tile_.width, T{0});
-        }
-    }
-
-    void store_sums(std::size_t t, Range rows, T* sums, bool complete) const {
-        const std::size_t n_positions = positions_of(t);
-        if (complete) {
-            for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                finish_channel(r, sums + (r - rows.begin) * tile_.width, n_positions);
-            }
-        }
-        each_image(t, [&](std::size_t lane, std::size_t n, std::size_t y) {
-            for (std::size_t r = rows.begin; r < rows.end; ++r) {
-                const T* const from = sums + (r - rows.begin) * tile_.width + lane;
-                if constexpr (sizeof(T) == 4) {
-                    if (complete && halves_ != nullptr) {
-                        kernels_.f32_to_bf16(from, n, halves_ + y + r * plane_);
-                        continue;
-                    }
-                }
-                detail::copy_row(from, n, y_ + y + r * plane_);
-            }
-        });
+        return strip_columns(way_, tiles) < p_.grid.cols && !can_keep(rows, tiles);
     }
 
     const GemmKernels& kernels_;
     const Tile& tile_;
-    const ImageTiles<T> image_;
-    // y; where it is wanted in bf16 that is halves_, and sums rest in wide_y_, if they do.
-    T* y_;
-    Half* const halves_;
-    detail::AlignedArray<T> wide_y_;
-    const std::size_t plane_;      // elements of one output channel of one image
+    const ImageTiles image_;
+    const Half* half_x_;  // the image, if it is given or multiplied in bf16
+    detail::AlignedArray<Half> narrow_x_;
+    ImageSums<T> sums_;
     const std::size_t positions_;  // of the batch
     const std::size_t tiles_;
     const Way way_;

@@ -13,7 +13,7 @@
 
 #include "base/rounding.hpp"
 #include "gemm/copy_row.hpp"
-#include "kernels/rows_kernels.hpp"
+#include "kernels/kernel_table.hpp"
 #include "pydedup/conv.hpp"
 
 namespace pydedup::detail {
@@ -26,26 +26,27 @@ struct PositionRuns {
         std::size_t row, col;  ///< of its first position's window, in the padded image
         std::size_t count;
         std::size_t tile, lane;
-        // For one weight of the filter: where the run's first element inside of the image is in
-        // its plane, and which positions are inside.
+    };
+    // For one weight of the filter: where a run's first element inside of the image is in its
+    // plane, and which positions are inside.
+    struct Inside {
         std::size_t from, begin, end;
     };
     std::vector<Run> runs;
-    std::vector<LaneRun> lanes;  // of these, for one weight of the filter
+    // Of these, for one weight of the filter, or for two that are neighbours.
+    std::vector<Inside> inside;
+    std::vector<LaneRun> lanes;
+    std::vector<PairRun> pairs;
     std::size_t tiles = 0;
     std::size_t empty_lanes = 0;  ///< of the last tile
 };
 
 /// Positions are numbered over the batch: image by image, row-major.
-template <class T>
 class ImageTiles {
   public:
-    /// x are bf16 numbers if so said, else T.
-    ImageTiles(const std::byte* x, bool is_bf16, const ConvShape& shape, std::size_t width,
-               const RowsKernels& kernels)
-        : x_(is_bf16 ? nullptr : reinterpret_cast<const T*>(x)),
-          halves_(is_bf16 ? reinterpret_cast<const std::uint16_t*>(x) : nullptr),
-          shape_(as_one_row(shape)),
+    /// Tiles have at most 32 lanes.
+    ImageTiles(const ConvShape& shape, std::size_t width, const KernelTable& kernels)
+        : shape_(as_one_row(shape)),
           out_h_(shape_.out_h()),
           out_w_(shape_.out_w()),
           plane_(shape.height * shape.width),
@@ -65,7 +66,7 @@ class ImageTiles {
             const std::size_t lane = (p - p0) % width_;
             const std::size_t count = std::min({out_w_ - ow, p1 - p, width_ - lane});
             positions.runs.push_back({image, oh * shape_.stride_h, ow * shape_.stride_w, count,
-                                      (p - p0) / width_, lane, 0, 0, 0});
+                                      (p - p0) / width_, lane});
             p += count;
             ow += count;
             if (ow < out_w_) continue;
@@ -76,66 +77,124 @@ class ImageTiles {
         }
     }
 
-    /// Columns [c0, c1) of `group` for these positions, into tiles of (c1 - c0) columns of `width`
-    /// lanes; empty lanes are zero.
-    void gather(std::size_t group, std::size_t c0, std::size_t c1, PositionRuns& positions,
-                T* to) const {
+    /// Columns [c0, c1) of `group` for these positions of images x, into tiles of (c1 - c0) columns
+    /// of `width` lanes; empty lanes are zero. S is T, or bf16 numbers are widened.
+    template <class S, class T>
+    void gather(const S* x, std::size_t group, std::size_t c0, std::size_t c1,
+                PositionRuns& positions, T* to) const {
+        clear_empty(c1 - c0, 1, positions, to);
         const std::size_t tile = (c1 - c0) * width_;
-        if (positions.empty_lanes != 0) {
-            T* last = to + (positions.tiles - 1) * tile + (width_ - positions.empty_lanes);
-            for (std::size_t c = c0; c < c1; ++c, last += width_) {
-                std::fill_n(last, positions.empty_lanes, T{0});
-            }
-        }
-        if constexpr (sizeof(T) == 4) {
-            if (halves_ != nullptr) {
-                gather_from(halves_, group, c0, c1, positions, to);
-                return;
-            }
-        }
-        gather_from(x_, group, c0, c1, positions, to);
-    }
-
-  private:
-    static constexpr std::size_t kMostLanes = 32;  // of a LaneRun
-
-    template <class S>
-    void gather_from(const S* x, std::size_t group, std::size_t c0, std::size_t c1,
-                     PositionRuns& positions, T* to) const {
-        const std::size_t tile = (c1 - c0) * width_;
-        const std::size_t group_channels = shape_.channels / shape_.groups;
         for (std::size_t first = c0; first < std::min(c1, c0 + filter_); ++first) {
             // All columns of one weight of the filter: first, first + filter_, ..., a channel each.
-            const std::size_t in_filter = first % filter_;
-            for (PositionRuns::Run& run : positions.runs) {
-                clip(run, in_filter / shape_.kernel_w, in_filter % shape_.kernel_w);
+            const Weight weight = weight_of(first);
+            positions.inside.clear();
+            for (const PositionRuns::Run& run : positions.runs) {
+                positions.inside.push_back(inside(run, weight));
             }
-            const S* plane = x + (group * group_channels + first / filter_) * plane_;
+            const S* plane = x + channel_of(group, first) * plane_;
             if constexpr (std::is_same_v<S, float>) {
                 // To list the runs takes as long as to copy one column of them.
                 const std::size_t columns = ceil_div(c1 - first, filter_);
-                if (shape_.stride_w == 1 && width_ <= kMostLanes && columns > 1) {
-                    positions.lanes.clear();
-                    for (const PositionRuns::Run& run : positions.runs) {
-                        positions.lanes.push_back({run.image * shape_.channels * plane_ + run.from,
-                                                   run.tile * tile + run.lane,
-                                                   static_cast<std::uint32_t>(run.begin),
-                                                   static_cast<std::uint32_t>(run.end),
-                                                   static_cast<std::uint32_t>(run.count)});
-                    }
-                    kernels_.copy_runs_f32(plane, plane_, columns, positions.lanes.data(),
-                                           positions.lanes.size(), to + (first - c0) * width_,
-                                           filter_ * width_);
+                if (shape_.stride_w == 1 && columns > 1) {
+                    list_lanes(tile, positions);
+                    kernels_.rows.copy_runs_f32(plane, plane_, columns, positions.lanes.data(),
+                                                positions.lanes.size(), to + (first - c0) * width_,
+                                                filter_ * width_);
                     continue;
                 }
             }
             for (std::size_t c = first; c < c1; c += filter_, plane += plane_) {
                 T* const column = to + (c - c0) * width_;
-                for (const PositionRuns::Run& run : positions.runs) {
-                    copy(plane + run.image * shape_.channels * plane_ + run.from, run,
+                for (std::size_t i = 0; i < positions.runs.size(); ++i) {
+                    const PositionRuns::Run& run = positions.runs[i];
+                    const PositionRuns::Inside& in = positions.inside[i];
+                    copy(plane + run.image * shape_.channels * plane_ + in.from, in, run.count,
                          column + run.tile * tile + run.lane);
                 }
             }
+        }
+    }
+
+    /// The same of bf16 numbers in pairs of columns, which lie beside each other in each lane; the
+    /// last column of an odd number is in pairs with zeros.
+    void gather_pairs(const std::uint16_t* x, std::size_t group, std::size_t c0, std::size_t c1,
+                      PositionRuns& positions, std::uint16_t* to) const {
+        clear_empty(ceil_div(c1 - c0, 2), 2, positions, to);
+        const std::size_t tile = round_up(c1 - c0, 2) * width_;
+        // After so many columns the same two weights of the filter come again.
+        const std::size_t period = round_up(filter_, 2) == filter_ ? filter_ : 2 * filter_;
+        for (std::size_t first = c0; first < std::min(c1, c0 + period); first += 2) {
+            const std::size_t whole = (c1 - first) / period + ((c1 - first) % period > 1 ? 1 : 0);
+            const auto copy = [&](std::size_t from, std::size_t times) {
+                kernels_.gemm.bf16.copy_pairs(x + channel_of(group, from) * plane_, shape_.stride_w,
+                                              period / filter_ * plane_, times,
+                                              positions.pairs.data(), positions.pairs.size(),
+                                              to + (from - c0) * width_, period * width_);
+            };
+            list_pairs(first, tile, positions);
+            copy(first, whole);
+            if (first + whole * period >= c1) continue;
+            for (PairRun& pair : positions.pairs) pair.has_second = 0;
+            copy(first + whole * period, 1);
+        }
+    }
+
+  private:
+    // Lanes without a position, in so many rows of lanes of so many elements each.
+    template <class T>
+    void clear_empty(std::size_t rows, std::size_t elements, const PositionRuns& positions,
+                     T* to) const {
+        if (positions.empty_lanes == 0) return;
+        const std::size_t row = width_ * elements;
+        const std::size_t empty = positions.empty_lanes * elements;
+        T* end = to + (positions.tiles - 1) * rows * row;
+        for (std::size_t i = 0; i < rows; ++i) {
+            end += row;
+            std::fill_n(end - empty, empty, T{0});
+        }
+    }
+
+    // The channel of the first image that a column is of.
+    [[nodiscard]] std::size_t channel_of(std::size_t group, std::size_t column) const noexcept {
+        return group * (shape_.channels / shape_.groups) + column / filter_;
+    }
+
+    void list_lanes(std::size_t tile, PositionRuns& positions) const {
+        positions.lanes.clear();
+        for (std::size_t i = 0; i < positions.runs.size(); ++i) {
+            const PositionRuns::Run& run = positions.runs[i];
+            const PositionRuns::Inside& in = positions.inside[i];
+            positions.lanes.push_back(
+                {run.image * shape_.channels * plane_ + in.from, run.tile * tile + run.lane,
+                 static_cast<std::uint32_t>(in.begin), static_cast<std::uint32_t>(in.end),
+                 static_cast<std::uint32_t>(run.count)});
+        }
+    }
+
+    // For columns `first` and the next one, from the plane of the first on.
+    void list_pairs(std::size_t first, std::size_t tile, PositionRuns& positions) const {
+        positions.pairs.clear();
+        const Weight one = weight_of(first);
+        const Weight other = weight_of(first + 1);
+        const std::size_t apart = ((first + 1) / filter_ - first / filter_) * plane_;
+        const auto bits_below = [](std::size_t lane) {
+            return static_cast<std::uint32_t>((std::uint64_t{1} << lane) - 1U);
+        };
+        const auto bits = [&](const PositionRuns::Inside& in) {
+            return bits_below(in.end) & ~bits_below(in.begin);
+        };
+        // Where lane 0 would be, even outside of the image.
+        const auto lane0 = [&](const PositionRuns::Inside& in, std::size_t from) {
+            return static_cast<std::ptrdiff_t>(from + in.from) -
+                   static_cast<std::ptrdiff_t>(in.begin * shape_.stride_w);
+        };
+        for (const PositionRuns::Run& run : positions.runs) {
+            const PositionRuns::Inside seen = inside(run, one);
+            const PositionRuns::Inside beside = inside(run, other);
+            const std::size_t image = run.image * shape_.channels * plane_;
+            positions.pairs.push_back({lane0(seen, image), lane0(beside, image + apart),
+                                       run.tile * tile + 2 * run.lane, bits(seen), bits(beside),
+                                       bits_below(run.count)});
         }
     }
 
@@ -151,56 +210,64 @@ class ImageTiles {
         return shape;
     }
 
-    // Finds what of the run is inside of the image for weight (kh, kw) of the filter.
-    void clip(PositionRuns::Run& run, std::size_t kh, std::size_t kw) const noexcept {
-        const std::size_t row = run.row + kh * shape_.dilation_h;
-        run.from = 0;
-        run.begin = run.count;
-        run.end = run.count;
-        if (row < shape_.pad_top || row - shape_.pad_top >= shape_.height) return;
+    // Of a filter: how far down and across it is from the first one.
+    struct Weight {
+        std::size_t down, across;
+    };
+    [[nodiscard]] Weight weight_of(std::size_t column) const noexcept {
+        return {column % filter_ / shape_.kernel_w * shape_.dilation_h,
+                column % shape_.kernel_w * shape_.dilation_w};
+    }
+
+    // What of the run is inside of the image for a weight.
+    [[nodiscard]] PositionRuns::Inside inside(const PositionRuns::Run& run,
+                                              const Weight& weight) const noexcept {
+        const PositionRuns::Inside none{0, run.count, run.count};
+        const std::size_t row = run.row + weight.down;
+        if (row < shape_.pad_top || row - shape_.pad_top >= shape_.height) return none;
         const std::size_t stride = shape_.stride_w;
-        const std::size_t col = run.col + kw * shape_.dilation_w;
+        const auto in_strides = [stride](std::size_t elements) {  // most have no stride
+            return stride == 1 ? elements : ceil_div(elements, stride);
+        };
+        const std::size_t col = run.col + weight.across;
         const std::size_t left = shape_.pad_left;
         const std::size_t right = left + shape_.width;
-        const std::size_t begin = col >= left ? 0 : ceil_div(left - col, stride);
+        const std::size_t begin = col >= left ? 0 : in_strides(left - col);
         std::size_t end = run.count;
         if (col + (run.count - 1) * stride >= right) {
-            end = col >= right ? 0 : ceil_div(right - col, stride);
+            end = col >= right ? 0 : in_strides(right - col);
         }
-        if (begin >= end) return;
-        run.begin = begin;
-        run.end = end;
-        run.from = (row - shape_.pad_top) * shape_.width + (col + begin * stride - left);
+        if (begin >= end) return none;
+        return {(row - shape_.pad_top) * shape_.width + (col + begin * stride - left), begin, end};
     }
 
     // The lanes of a run: zeros, every stride_w-th element, zeros.
-    template <class S>
-    void copy(const S* from, const PositionRuns::Run& run, T* lanes) const noexcept {
-        for (std::size_t i = 0; i < run.begin; ++i) lanes[i] = T{0};
-        const std::size_t count = run.end - run.begin;
-        T* const middle = lanes + run.begin;
+    template <class S, class T>
+    void copy(const S* from, const PositionRuns::Inside& in, std::size_t lanes,
+              T* to) const noexcept {
+        for (std::size_t i = 0; i < in.begin; ++i) to[i] = T{0};
+        const std::size_t count = in.end - in.begin;
+        T* const middle = to + in.begin;
         if (shape_.stride_w != 1) {
             if constexpr (!std::is_same_v<S, T>) {
                 pick_row(from, shape_.stride_w, count, middle);
             } else if constexpr (sizeof(T) == 4) {
-                kernels_.pick_f32(from, shape_.stride_w, count, middle);
+                kernels_.rows.pick_f32(from, shape_.stride_w, count, middle);
             } else {
-                kernels_.pick_f64(from, shape_.stride_w, count, middle);
+                kernels_.rows.pick_f64(from, shape_.stride_w, count, middle);
             }
         } else {
             copy_row(from, count, middle);
         }
-        for (std::size_t i = run.end; i < run.count; ++i) lanes[i] = T{0};
+        for (std::size_t i = in.end; i < lanes; ++i) to[i] = T{0};
     }
 
-    const T* const x_;
-    const std::uint16_t* const halves_;
     const ConvShape shape_;
     const std::size_t out_h_, out_w_;
     const std::size_t plane_;   // elements of one channel of one image
     const std::size_t width_;   // lanes of a tile
     const std::size_t filter_;  // weights of a filter per channel
-    const RowsKernels& kernels_;
+    const KernelTable& kernels_;
 };
 
 }  // namespace pydedup::detail

@@ -61,7 +61,8 @@ constexpr Bf16GemmKernels kGemm = {{{32, tile_nt<Pairs, 2, 8, 2>, 2, 2},
                                    nullptr,
                                    pack_pairs,
                                    columns_to_f32,
-                                   columns_to_bf16};
+                                   columns_to_bf16,
+                                   copy_pairs};
 
 }  // namespace
 }  // namespace pydedup::isa_avx512bf16

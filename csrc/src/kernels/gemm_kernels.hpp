@@ -101,6 +101,15 @@ inline constexpr std::uint32_t kTooLargeToCut = (127U + 60U) << 23;
            ((cols + kCutColumns - 1) / kCutColumns * kCutColumns);
 }
 
+/// Up to 32 lanes of pairs. In lane i the first of a pair is the element first + i * stride of an
+/// array, the second one second + i * stride, where that bit of has_first and has_second is set;
+/// else it is zero. Only bits of `lanes`, which are the lowest, are set.
+struct PairRun {
+    std::ptrdiff_t first, second;
+    std::size_t to;
+    std::uint32_t has_first, has_second, lanes;
+};
+
 /// Products of bf16 numbers with bf16 numbers. A number below 2^-126 counts as zero.
 struct Bf16GemmKernels {
     GemmTile<std::uint16_t, float> tiles[kMaxGemmTiles];  ///< widest first; may be none
@@ -130,6 +139,11 @@ struct Bf16GemmKernels {
     void (*columns_to_bf16)(const float* src, std::size_t ld_src, std::size_t rows,
                             std::size_t cols, const float* bias, std::uint16_t* dst,
                             std::size_t ld_dst) noexcept = nullptr;
+    /// For k < times all runs: those of `from` + k * ld, to the elements from `to` + k * ld_to +
+    /// run.to on. There where pack_pairs is.
+    void (*copy_pairs)(const std::uint16_t* from, std::size_t stride, std::size_t ld,
+                       std::size_t times, const PairRun* runs, std::size_t n, std::uint16_t* to,
+                       std::size_t ld_to) noexcept = nullptr;
     /// pack_pairs of f32 numbers, each cut into three bf16 numbers that are `part` elements apart:
     /// two are what is left, rounded (half way away from zero), and the last is what is left then,
     /// truncated: nothing is lost of a number of 2^-110 or more. Up to 32 rows: a bit of the result

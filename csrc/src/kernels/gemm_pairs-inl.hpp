@@ -126,3 +126,63 @@ inline bool pack_pairs(const std::uint16_t* x, std::size_t ldx, std::size_t rows
     constexpr int kLeastNormal = 1 << 7;
     return _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(kLeastNormal - 1)) != 0;
 }
+
+// Elements at a distance, by lane; those that are not there are not read. Stride is the distance,
+// if it is 1 or 2, else 0.
+template <std::size_t Stride>
+__m512i lanes_of(const std::uint16_t* from, std::size_t stride, __mmask32 there) noexcept {
+    if constexpr (Stride == 1) {
+        return _mm512_maskz_loadu_epi16(there, from);
+    } else if constexpr (Stride == 2) {
+        alignas(64) static constexpr std::uint16_t kEven[32] = {
+            0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+            32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+        const std::uint64_t apart = _pdep_u64(there, 0x5555555555555555U);
+        return _mm512_permutex2var_epi16(
+            _mm512_maskz_loadu_epi16(static_cast<__mmask32>(apart), from), _mm512_load_si512(kEven),
+            _mm512_maskz_loadu_epi16(static_cast<__mmask32>(apart >> 32), from + 32));
+    } else {
+        alignas(64) std::uint16_t lanes[32] = {};
+        for (std::size_t i = 0; i < 32; ++i) {
+            if ((there >> i & 1U) != 0) lanes[i] = from[i * stride];
+        }
+        return _mm512_load_si512(lanes);
+    }
+}
+
+template <std::size_t Stride>
+void copy_pairs_at(const std::uint16_t* from, std::size_t stride, std::size_t ld, std::size_t times,
+                   const PairRun* runs, std::size_t n, std::uint16_t* to,
+                   std::size_t ld_to) noexcept {
+    alignas(64) static constexpr std::uint16_t kBeside[32] = {
+        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    constexpr std::size_t kAhead = 4;
+    const __m512i lower = _mm512_load_si512(kBeside);
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    for (std::size_t k = 0; k < times; ++k, from += ld, to += ld_to) {
+        for (const PairRun* run = runs; run < runs + n; ++run) {
+            const __m512i first = lanes_of<Stride>(from + run->first, stride, run->has_first);
+            const __m512i second = lanes_of<Stride>(from + run->second, stride, run->has_second);
+            std::uint16_t* const pairs = to + run->to;
+            if constexpr (Stride == 1) {  // a plane after another: no prefetcher follows
+                __builtin_prefetch(from + kAhead * ld + run->first, 0, 3);
+                __builtin_prefetch(from + kAhead * ld + run->second, 0, 3);
+            }
+            _mm512_mask_storeu_epi32(pairs, static_cast<__mmask16>(run->lanes),
+                                     _mm512_permutex2var_epi16(first, lower, second));
+            if (run->lanes >> 16 == 0) continue;
+            _mm512_mask_storeu_epi32(pairs + 32, static_cast<__mmask16>(run->lanes >> 16),
+                                     _mm512_permutex2var_epi16(first, upper, second));
+        }
+    }
+}
+
+inline void copy_pairs(const std::uint16_t* from, std::size_t stride, std::size_t ld,
+                       std::size_t times, const PairRun* runs, std::size_t n, std::uint16_t* to,
+                       std::size_t ld_to) noexcept {
+    const auto copy = stride == 1   ? copy_pairs_at<1>
+                      : stride == 2 ? copy_pairs_at<2>
+                                    : copy_pairs_at<0>;
+    copy(from, stride, ld, times, runs, n, to, ld_to);
+}

@@ -152,6 +152,22 @@ bool pack_pairs(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::
     return subnormal;
 }
 
+void copy_pairs(const std::uint16_t* from, std::size_t stride, std::size_t ld, std::size_t times,
+                const PairRun* runs, std::size_t n, std::uint16_t* to, std::size_t ld_to) noexcept {
+    const auto step = static_cast<std::ptrdiff_t>(stride);
+    for (std::size_t k = 0; k < times; ++k, from += ld, to += ld_to) {
+        for (const PairRun* run = runs; run < runs + n; ++run) {
+            for (std::ptrdiff_t i = 0; i < 32 && (run->lanes >> i & 1U) != 0; ++i) {
+                std::uint16_t* const pair = to + run->to + 2 * i;
+                const bool has_first = (run->has_first >> i & 1U) != 0;
+                const bool has_second = (run->has_second >> i & 1U) != 0;
+                pair[0] = has_first ? from[run->first + i * step] : std::uint16_t{0};
+                pair[1] = has_second ? from[run->second + i * step] : std::uint16_t{0};
+            }
+        }
+    }
+}
+
 void columns_to_f32(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
                     float* dst, std::size_t ld_dst) noexcept {
     for (std::size_t r = 0; r < rows; ++r) {
@@ -260,6 +276,7 @@ constexpr GemmKernels kGemm = {
      pack_pairs,
      columns_to_f32,
      columns_to_bf16,
+     copy_pairs,
      pack_cut,
      pair_cut,
      cut_block},
