@@ -85,17 +85,24 @@ class SchemaCalls(CatalogCalls):
         if version == SCHEMA_VERSION:
             for table in TABLES:
                 if table not in ours or not self._has_shape(table):
-                    self._refuse_tables(table)
+                    self._refuse_tables(table, is_store=True)
         return version
 
     def _has_shape(self, table: str) -> bool:
         columns = self._ask(self._sql.columns_of(table), (), _column_names)
         return columns.issuperset(TABLES[table].names)
 
-    def _refuse_tables(self, table: str) -> NoReturn:
+    def _refuse_tables(self, table: str, *, is_store: bool = False) -> NoReturn:
+        """Say what is wrong with a table; ``is_store`` when ``meta`` tells that it is ours."""
+        name = self._sql.dialect.name(table)
+        if is_store:
+            raise NotAStoreError(
+                f"{self._url} is no whole store: its table {name}, or a column of it, is missing; "
+                "restore a backup"
+            )
         raise NotAStoreError(
             f"{self._url} has tables named like those of pydedup that are not its own (see "
-            f"{self._sql.dialect.name(table)}); give the store another place"
+            f"{name}); give the store another place"
         )
 
     def create_schema(self, meta: Mapping[str, str]) -> None:

@@ -211,11 +211,11 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
                 with self._committed(session, self._sql.dialect.begin_write):
                     self._finish(version, step)
 
-    def _refuse_tables(self, table: str) -> NoReturn:
+    def _refuse_tables(self, table: str, *, is_store: bool = False) -> NoReturn:
         # Tables that a user may not read are not listed: they are asked for.
         with contextlib.suppress(NotAStoreError):
             self._has_shape(table)
-        super()._refuse_tables(table)
+        super()._refuse_tables(table, is_store=is_store)
 
     def missing(self) -> MissingStoreError:
         """Return the error that there is no store, and what to do about it."""

@@ -125,6 +125,26 @@ def test_an_empty_file_is_a_place_for_a_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "table"),
+    [
+        ("ALTER TABLE pydedup_pages DROP COLUMN checksum", "pages"),
+        ("DROP TABLE pydedup_jobs", "jobs"),
+    ],
+)
+def test_a_store_that_lost_a_table_is_to_be_restored(
+    tmp_path: Path, change: str, table: str
+) -> None:
+    """It was told to take another place, as if its tables were somebody else's."""
+    path = tmp_path / "models.db"
+    open_store(path).close()
+    foreign_database(path, f"DROP VIEW pydedup_model_sizes; {change}")
+    said = rf"models\.db is no whole store: its table pydedup_{table},.* missing; restore a backup"
+    for mode in ("a", "r"):
+        with pytest.raises(NotAStoreError, match=said):
+            pydedup.open(path, mode=mode)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         "ALTER TABLE pydedup_pages DROP COLUMN checksum",
