@@ -197,7 +197,9 @@ def row_key(value: object, *, shortened: bool = True) -> str:
     """
     from uuid import UUID
 
-    if isinstance(value, bytes | bytearray | memoryview):
+    if value is None:
+        text = "NULL"
+    elif isinstance(value, bytes | bytearray | memoryview):
         text = f"0x{bytes(value).hex()}"
     elif isinstance(value, date | time_of_day | timedelta | Decimal | UUID):
         text = str(value)

@@ -175,7 +175,8 @@ def _print(report: ScoreReport) -> None:
         return
     said = f"scored {text.plural(report.rows, 'row')} with {report.model} into {report.table}"
     if report.skipped:
-        said += f"; {text.count(report.skipped)} were there"
+        were = "was" if report.skipped == 1 else "were"
+        said += f"; {text.count(report.skipped)} {were} there"
         if not report.rows + report.failed:  # maybe by another version
             said += " (to predict them anew, delete them or name another place)"
     if report.failed:

@@ -321,8 +321,10 @@ class Scoring:
         for row in found:
             key = row[place]
             key = bytes(key) if isinstance(key, (bytearray, memoryview)) else comparable(key)
-            if key is None or isinstance(key, (list, dict, set)):
-                reason = f"the key {self._key.name!r} is NULL, or a list or a set"
+            if key is None:
+                failures.append(RowFailure(key, f"the key {self._key.name!r} is NULL"))
+            elif isinstance(key, (list, dict, set)):
+                reason = f"the key {self._key.name!r} is a list, a set or JSON, which is no key"
                 failures.append(RowFailure(key, reason))
             elif key in wanted and self._keys_repeat:
                 wanted[Repeated(key)] = (*row[:place], *row[place + 1 :])

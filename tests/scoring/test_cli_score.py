@@ -74,6 +74,10 @@ def test_keys_are_told_as_sql_has_them(tables: Tables, new_name: Make) -> None:
     assert f"row with day {key}: {reason}; " in run(*score, status=2).stderr
     skipping = (*score, "--on-error", "skip")
     assert f"  row with key {key}: {reason}\n" in run(*skipping).stdout
+    score = ("score", tables.url, "--model", "m@1", "--into", new_name(), "--query")
+    one = (*score, "SELECT 1 AS id, 1 AS f0, 2 AS f1, 3 AS f2")
+    run(*one)
+    assert "; 1 was there (" in run(*one).stdout
     assert json.loads(run(*skipping, "--json").stdout)["failures"] == [
         {"key": key, "reason": reason}
     ]

@@ -150,7 +150,7 @@ def test_a_key_of_zero_stays_zero(cursor: Any, store: pydedup.Store) -> None:
 def test_a_set_is_no_key(cursor: Any, store: pydedup.Store) -> None:
     cursor.execute("CREATE TABLE sets (id SET('a', 'b'), f0 REAL, f1 REAL, f2 REAL)")
     cursor.execute("INSERT INTO sets VALUES ('a,b', 1, 2, 3)")
-    with pytest.raises(ArgumentError, match="the key 'id' is NULL, or a list or a set"):
+    with pytest.raises(ArgumentError, match="the key 'id' is a list, a set or JSON"):
         store.score("SELECT * FROM sets", "m@1", into="p")
 
 

@@ -83,7 +83,7 @@ def test_values_that_are_no_numbers(tables: Tables, new_name: Make) -> None:
         "SELECT 1 AS id, '[]' AS v": "v is an empty array",
         "SELECT 1 AS id, '[1, null, 3]' AS v": "v is NULL",
         "SELECT 1 AS id, '[1, NaN, 3]' AS v": "v is nan",
-        "SELECT NULL AS id, 1 AS f0, 2 AS f1, 3 AS f2": "the key 'id' is NULL",
+        "SELECT NULL AS id, 1 AS f0, 2 AS f1, 3 AS f2": "row with id NULL: the key 'id' is NULL;",
     }
     if not tables.kind.startswith("postgres"):
         cases[f"SELECT 1 AS id, X'{blob.hex()}' AS v"] = "v holds nan at place 1"
