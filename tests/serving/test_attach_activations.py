@@ -204,3 +204,31 @@ def test_calls_wait_for_the_room_that_others_take(tmp_path: Path) -> None:
             thread.join(60)
             assert not thread.is_alive()
         assert len(entered) == 2
+
+
+@pytest.mark.parametrize("step", ["_push_mode", "_pop_mode"])
+def test_an_interrupt_while_torch_enters_or_leaves_what_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It went on to see all that the thread did, and asked a call that was over for memory."""
+    from torch.utils import _python_dispatch
+
+    original = getattr(_python_dispatch, step)
+
+    def interrupted(*given: Any) -> None:
+        if step == "_push_mode":
+            original(*given)
+        raise KeyboardInterrupt
+
+    module = nn.Sequential(nn.Linear(80, 70), nn.ReLU(), nn.Linear(70, 5)).eval()
+    x = torch.randn(3, 80)
+    with torch.no_grad(), pydedup.open(tmp_path / "a.db", memory="64MiB") as store:
+        store.add("m", module)
+        attached = store.attach(copy.deepcopy(module), "m")
+        with monkeypatch.context() as patched:
+            patched.setattr(_python_dispatch, step, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                attached(x)
+        assert torch._C._len_torch_dispatch_stack() == 0
+        torch.testing.assert_close(attached(x), module(x))
+        assert not store._pool._shares._activations._holders

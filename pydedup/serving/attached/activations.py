@@ -119,8 +119,8 @@ class Activations:
                     peak = meter.end()
             self._note(form, sizes, peak)
         finally:
+            _here.counted, _here.meter = False, None  # before any call: an interrupt comes there
             threads.discard(thread)
-            _here.counted = False
 
     def _expected(self, form: _Form, sizes: _Sizes) -> tuple[int, bool] | None:
         """Return what a call will take at most, and whether that is known well enough."""
@@ -232,8 +232,15 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def end(self) -> int:
         """Follow nothing any more; return the most bytes that lived at a time."""
         _here.meter = None
+        self.paused = True
         self._live.clear()
+        if self._is_last():  # an interrupt came as torch entered or left it
+            torch._C._pop_torch_dispatch_stack(None)
         return self._peak
+
+    def _is_last(self) -> bool:
+        n_modes = torch._C._len_torch_dispatch_stack()
+        return n_modes > 0 and torch._C._get_dispatch_stack_at(n_modes - 1) is self
 
     def __torch_dispatch__(
         self,
