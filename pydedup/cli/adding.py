@@ -151,6 +151,7 @@ def add(
                 for name, path in models.items()
             }
         store = stack.enter_context(opened(url, memory))
+        stack.enter_context(options.prints_apart())
         watch = stack.enter_context(Watch("reading", quiet=quiet))
         reports = store.add_many(
             sources,

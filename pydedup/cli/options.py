@@ -117,7 +117,8 @@ def load_function(place: str) -> Callable[..., Any]:
         raise _bad_function(f"{place!r} is not MODULE:FUNCTION, such as metrics:accuracy")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        with prints_apart():
+            found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         file = f"; a file is named without .py, as {module[:-3]}:{name}"
         hint = file if module.endswith(".py") else ""
@@ -130,6 +131,11 @@ def load_function(place: str) -> Callable[..., Any]:
     if not callable(found):
         raise _bad_function(f"{module!r} has no function {name!r}")
     return functools.partial(_without_exit, found)
+
+
+def prints_apart() -> contextlib.AbstractContextManager[Any]:
+    """Send what a user's function prints to standard error, away from the result."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _without_exit(function: Callable[..., Any], *given: Any) -> Any:

@@ -70,7 +70,11 @@ def verify(
     """
     evaluate = {name: options.load_function(place) for name, place in metrics}
     opened = options.read_store if source is None else options.existing_store
-    with opened(url) as store, Watch("opening", quiet=quiet) as watch:
+    with (
+        opened(url) as store,
+        options.prints_apart(),
+        Watch("opening", quiet=quiet) as watch,
+    ):
         report = store.verify(evaluate=evaluate, repair_from=source, progress=watch)
     if as_json:
         output.emit_json({"ok": report.ok, **dataclasses.asdict(report)})

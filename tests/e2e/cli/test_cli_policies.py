@@ -163,6 +163,18 @@ def test_a_metric_that_guards_nothing_is_told(folder: Path) -> None:
     assert "guards nothing" not in done.stdout + run("info", "m.db", "other").stdout
 
 
+def test_what_a_metric_prints_is_not_in_the_document(folder: Path) -> None:
+    """It came before the document of --json, which then was none."""
+    lines = ["from metrics import accuracy", "print('imported')", "def talks(weights):"]
+    lines += ["    print('an epoch')", "    return accuracy(weights)"]
+    (folder / "talking.py").write_text("\n".join(lines))
+    words = ("--policy", "accuracy", "--max-drop", 0.1, "--evaluate", "talking:talks")
+    document("add", "m.db", "near", "near.safetensors", *words)
+    verified = run("verify", "m.db", "--evaluate", "near", "talking:talks", "--json")
+    assert json.loads(verified.stdout)["ok"]
+    assert verified.stderr.startswith("imported\nan epoch\n")
+
+
 def test_only_accuracy_models_are_evaluated(folder: Path) -> None:
     done = run("verify", "m.db", "--evaluate", "base", "metrics:accuracy")
     assert done.returncode == 2
