@@ -17,7 +17,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from pydedup.sets import distinct
-from pydedup.text import clean, size
+from pydedup.text import clean, plural, size
 
 __all__ = ["block_picture", "heat_map", "histogram", "line_chart", "parts_bar", "swatch"]
 
@@ -90,7 +90,7 @@ def histogram(
         x, tall = left + i * step, count * scale
         box = {"x": x + 3, "y": base - tall, "width": step - 6, "height": tall, "rx": 2}
         bar = _add(figure, "rect", {**box, "class": "bar", "data-count": count})
-        _add(bar, "title", {}, f"{label}: {count:,} {noun}")
+        _add(bar, "title", {}, f"{label}: {plural(count, noun)}")
         _text(figure, label, x + step / 2, base + 16, "tick mid")
         if count:
             _text(figure, f"{count:,}", x + step / 2, base - tall - 9, "value mid")

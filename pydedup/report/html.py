@@ -290,7 +290,7 @@ def _in_words(tensors: Sequence[TensorBlocks]) -> str:
 
 def _tensor(tensor: TensorBlocks) -> dict[str, Any]:
     info = tensor.tensor
-    most = f", with up to {tensor.most_others:,} others" if tensor.most_others else ""
+    most = f", with up to {text.plural(tensor.most_others, 'other')}" if tensor.most_others else ""
     return {
         "name": info.name,
         "shape": f"{info.dtype.label} {text.shape(info.shape)}",
@@ -320,9 +320,9 @@ def _fill(bins: Sequence[int]) -> Markup:
         return Markup("<p>No models, no pages.</p>")
     step = 100 // FILL_BINS
     labels = [f"{i * step}-{(i + 1) * step} %" for i in range(FILL_BINS)]
-    full = f"{bins[-1]:,} of {text.plural(sum(bins), 'page')} are at least {100 - step} % full"
+    full = f"At least {100 - step} % full: {bins[-1]:,} of {text.plural(sum(bins), 'page')}"
     return charts.histogram(
-        bins, labels, title="Filled to", summary=f"Histogram of pages. {full}.", noun="pages"
+        bins, labels, title="Filled to", summary=f"Histogram of pages. {full}.", noun="page"
     )
 
 

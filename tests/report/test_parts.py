@@ -144,3 +144,10 @@ def test_a_long_trace_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = np.empty(0, np.int64)
     empty = Trace(nothing, nothing.astype(np.uint32), nothing.astype(np.uint32), nothing)
     assert curves.miss_curves(empty).memory == ()
+
+
+def test_a_bar_of_one_page_is_told_in_the_singular() -> None:
+    """It was 1 pages."""
+    bars = charts.histogram([0, 1, 2], ["a", "b", "c"], title="", summary="", noun="page")
+    titles = [one.text for one in Tree.fromstring(bars).iter("title")]
+    assert titles == ["a: 0 pages", "b: 1 page", "c: 2 pages"]
