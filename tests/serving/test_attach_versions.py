@@ -200,6 +200,54 @@ def test_a_version_that_does_not_fit_is_refused_and_changes_nothing(store: pyded
     assert torch.equal(module(X), wanted)
 
 
+class Positions(nn.Module):
+    """As in transformers: files of it had the positions, and have them no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.register_buffer("ids", torch.arange(8), persistent=False)
+
+    def forward(self, x: Any) -> Any:
+        return self.norm(self.linear(x)) + self.ids
+
+
+@pytest.mark.parametrize("order", ["12", "21"])
+def test_versions_with_and_without_a_buffer_that_is_not_in_the_state(
+    store: pydedup.Store, order: str
+) -> None:
+    """The one was said not to fit a module that was attached to the other."""
+    module, x = Positions().eval(), torch.randn(3, 8)
+    state = module.state_dict()
+    store.add("m@1", {**state, "ids": module.ids})
+    store.add("m@2", {**state, "linear.bias": state["linear.bias"] + 1})
+    store.add("m@3", {**state, "ids": module.ids + 1})
+    attached = Positions().eval()
+    for version in order:
+        store.alias("m", "now", version)
+        if version == order[0]:
+            store.attach(attached, "m@now")
+        module.load_state_dict(store.load_torch(f"m@{version}"), strict=False)
+        torch.testing.assert_close(attached(x), module(x))
+    store.alias("m", "now", "3")
+    with pytest.raises(ArgumentError, match="different: ids is not what the module has there"):
+        attached(x)
+    store.attach(other := Positions().eval(), "m@3")
+    assert torch.equal(other.ids, torch.arange(8) + 1)
+
+
+def test_a_version_with_counters_that_the_first_has_not(store: pydedup.Store) -> None:
+    module, x = Positions().eval(), torch.randn(3, 8)
+    state = module.state_dict()
+    store.add("m@2", state)
+    del state["norm.num_batches_tracked"]
+    store.add("m@1", state)
+    store.alias("m", "now", "1")
+    attached = store.attach(Positions().eval(), "m@now")
+    store.alias("m", "now", "2")
+    torch.testing.assert_close(attached(x), module(x))
+
+
 def test_what_a_version_had_loaded_is_freed_with_it(store: pydedup.Store) -> None:
     from pydedup.serving.attached.modules import attachment_of
 

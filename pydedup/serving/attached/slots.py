@@ -2,14 +2,14 @@
 """Which tensors of a torch module have their values in a store.
 
 Names are those of ``state_dict()``; a buffer that is not part of it (positions, rotary tables) is
-looked for by its path and stays as it is where the store does not have it. Deliberately not here:
-whether a stored model fits (:mod:`pydedup.serving.attached.weights`).
+looked for by its path and stays as it is where the store does not have it, or has the same.
+Deliberately not here: whether a stored model fits (:mod:`pydedup.serving.attached.weights`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import nn
 from pydedup.errors import ArgumentError
 from pydedup.text import listed
 
-__all__ = ["Slot", "find_slots", "name_in_tree", "named_modules", "tensors"]
+__all__ = ["COUNTER", "Slot", "find_slots", "name_in_tree", "named_modules", "tensors"]
 
+#: What norms count in training, and need for nothing else.
+COUNTER = "num_batches_tracked"
 #: Kinds of tensors that are known to be nothing but their elements.
 _PLAIN = (torch.Tensor, nn.Parameter)
 #: Where a module has what it registers, and what a recurrent one renews when a parameter is set.
@@ -57,8 +59,16 @@ class Slot:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[Slot]:
-    """Return what is to be taken from a store that has tensors of these names.
+def find_slots(
+    module: nn.Module,
+    stored: Container[str],
+    prefix: str,
+    holds: Callable[[str, torch.Tensor], bool],
+) -> tuple[list[Slot], dict[str, torch.Tensor]]:
+    """Return what is to be taken from a store that has tensors of these names, and what stays.
+
+    What stays are buffers outside of the state dict that the store has not, or with the very values
+    of the module, which ``holds`` tells; and counters that it has not. By their names in the store.
 
     Raises ArgumentError when the module has a tensor that cannot be replaced (quantised, not
     initialised, on a device, in a list of its own as well), or a buffer without elements that the
@@ -66,11 +76,12 @@ def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[S
     """
     names = _state_names(module)
     slots: dict[int, Slot] = {}
+    kept: dict[str, torch.Tensor] = {}
     empty = []
     for path, attribute, tensor in tensors(module):
         full = f"{path}.{attribute}" if path else attribute
         own = tuple(names.get(id(tensor), ()))
-        optional = not own or attribute == "num_batches_tracked"
+        optional = not own or attribute == COUNTER
         if isinstance(tensor, nn.Parameter) and not own:
             raise ArgumentError(
                 f"parameter {full!r} of {_kind(module)} is not in its state_dict(), so that its "
@@ -79,6 +90,10 @@ def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[S
         if optional and not any(prefix + name in stored for name in own or (full,)):
             if tensor.is_meta:
                 empty.append(full)
+            kept[prefix + full] = tensor
+            continue
+        if not own and not tensor.is_meta and holds(prefix + full, tensor):
+            kept[prefix + full] = tensor
             continue
         _check(tensor, full)
         slot = slots.get(id(tensor))
@@ -98,7 +113,7 @@ def find_slots(module: nn.Module, stored: Container[str], prefix: str) -> list[S
             "outside of torch.device('meta')"
         )
     _refuse_others(module, slots)
-    return list(slots.values())
+    return list(slots.values()), kept
 
 
 def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

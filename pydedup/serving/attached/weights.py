@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ from pydedup.layout import PAGE_BYTES
 from pydedup.matmul import compute_dtype
 from pydedup.pool import PagePool, Reservation
 from pydedup.serving.attached.activations import Activations, made, not_measured
+from pydedup.serving.attached.kept import holds
 from pydedup.serving.attached.pieces import Pieces
-from pydedup.serving.attached.slots import Slot, find_slots
+from pydedup.serving.attached.slots import COUNTER, Slot, find_slots
 from pydedup.serving.tensor import StoredTensor, called, stored_tensor
 from pydedup.stack import Layer, Stack
 from pydedup.text import largest, listed
@@ -48,12 +50,18 @@ class Weights:
     """The tensors of one version, for one attached module. Safe between threads."""
 
     def __init__(
-        self, model: StoredModel, pool: PagePool, slots: Sequence[Slot], prefix: str, kind: str
+        self,
+        model: StoredModel,
+        pool: PagePool,
+        slots: Sequence[Slot],
+        kept: Mapping[str, torch.Tensor],
+        prefix: str,
+        kind: str,
     ) -> None:
         self.model = model
         self._pool = pool
         self._kind = kind
-        self._names = _fit(model, slots, prefix, kind)
+        self._names = _fit(model, pool, slots, kept, prefix, kind)
         model.block_maps()  # all at once, instead of one by one later
         self._stored = [stored_tensor(model, name, pool) for name in self._names]
         self._lock, self._process = threading.Lock(), os.getpid()
@@ -243,7 +251,14 @@ class _PartOfMap:
         return last[1]
 
 
-def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> list[str]:
+def _fit(
+    model: StoredModel,
+    pool: PagePool,
+    slots: Sequence[Slot],
+    kept: Mapping[str, torch.Tensor],
+    prefix: str,
+    kind: str,
+) -> list[str]:
     """Return the stored name of each slot. Raises ArgumentError that lists all that differs."""
     stored = {info.name: info for info in model.tensors}
     chosen, missing, differ = [], [], []
@@ -264,6 +279,11 @@ def _fit(model: StoredModel, slots: Sequence[Slot], prefix: str, kind: str) -> l
                 differ.append(f"{name} is {info.dtype.label}, not {slot.dtype}")
         if not differ and not _are_one(model, present):
             differ.append(f"{listed(present)} are one tensor in the module, and not here")
+    for name in stored.keys() & kept.keys():
+        known.add(name)
+        is_counter = name.rpartition(".")[2] == COUNTER
+        if not is_counter and not holds(model, pool, name, kept[name]):
+            differ.append(f"{name} is not what the module has there: attach a new one")
     # What `get_extra_state` gave is no weight: the module keeps its own, as where it is no tensor.
     known.update(name for name in stored if name.rpartition(".")[2] == "_extra_state")
     unexpected = [name for name in stored if name.startswith(prefix) and name not in known]
@@ -368,7 +388,8 @@ class Attachment:
         now = epoch()
         model = catalog.of_row(catalog.resolve(address))
         #: What is replaced in the module.
-        self.slots = find_slots(module, {info.name for info in model.tensors}, prefix)
+        names = {info.name for info in model.tensors}
+        self.slots, self._kept = find_slots(module, names, prefix, partial(holds, model, pool))
         self._current = now, self._weights(model)
         self._pieces = Pieces(module)
         layers = tuple((slot.names, slot.shape, slot.dtype) for slot in self.slots)
@@ -437,7 +458,7 @@ class Attachment:
             self.inside.weights = outer
 
     def _weights(self, model: StoredModel) -> Weights:
-        return Weights(model, self._pool, self.slots, self._prefix, self._kind)
+        return Weights(model, self._pool, self.slots, self._kept, self._prefix, self._kind)
 
 
 class _Inside(threading.local):
