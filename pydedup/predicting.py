@@ -49,9 +49,9 @@ def _wrong_width(request: Prediction) -> ArgumentError | None:
     (spec,) = inputs_of(request.graph, weights_of(request.model, request.graph))
     width = spec.width
     x = request.inputs[inputs[0]]
-    if x.ndim != 2 or width in (None, x.shape[1]):
+    if x.ndim not in (1, 2) or width in (None, x.shape[-1]):  # a row may come without an axis
         return None
-    return ArgumentError(f"{request.model.address} takes {width} features, and x has {x.shape[1]}")
+    return ArgumentError(f"{request.model.address} takes {width} features, and x has {x.shape[-1]}")
 
 
 def _told(request: Prediction, result: Any) -> Any:

@@ -456,8 +456,9 @@ def test_inputs_that_do_not_fit_are_told_in_our_words(family: str, tmp_path: Pat
     for given, said in (
         ("[[1, 2], [3]]", "x.json is no array: its lists differ in length or depth\n"),
         ("[[1, 2]]", "net@1 takes 60 features, and x has 2\n"),
+        ("[1, 2]", "net@1 takes 60 features, and x has 2\n"),
         ('{"x": [[1, 2]]}', "net@1 takes 60 features, and x has 2\n"),
-        ("[1, 2]", "its last axis must be 60"),
+        ("5", "its last axis must be 60"),
     ):
         (tmp_path / "x.json").write_text(given)
         line = fail("predict", family, "net", "x.json", status=2, cwd=tmp_path)
