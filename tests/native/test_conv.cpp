@@ -3,7 +3,6 @@
 // larger, so that the sanitizers see each step beside them.
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -13,7 +12,6 @@
 
 #include "check.hpp"
 #include "gemm_reference.hpp"
-#include "kernels.hpp"
 #include "pydedup/conv.hpp"
 #include "stored_matrix.hpp"
 
@@ -256,66 +254,6 @@ TEST(what_an_image_has_stays_its_own) {
             CHECK(std::equal(y.begin() + size, y.end(), others.begin() + size));
             CHECK(!std::isnan(odd) || std::any_of(others.begin(), others.begin() + size,
                                                   [](float v) { return std::isnan(v); }));
-        }
-    }
-}
-
-// Any lanes of which any have elements, as near to the ends of what there is as they can be.
-PairRun random_run(std::size_t size, std::size_t stride, std::size_t to) {
-    const auto below = [](std::size_t n) { return static_cast<std::size_t>(rng()() % n); };
-    const auto lanes_below = [](std::size_t lane) {
-        return static_cast<std::uint32_t>((std::uint64_t{1} << lane) - 1U);
-    };
-    const std::size_t count = below(32) + 1;
-    const auto elements = [&](std::ptrdiff_t& lane0, std::uint32_t& has) {
-        const std::size_t begin = below(count + 1);
-        const std::size_t end = begin + below(count - begin + 1);
-        has = lanes_below(end) & ~lanes_below(begin);
-        const std::size_t reach = end == begin ? 0 : (end - begin - 1) * stride;
-        const std::size_t most = size - 1 - reach;
-        const std::size_t first = below(3) == 0 ? most : below(3) == 0 ? 0 : below(most + 1);
-        lane0 = static_cast<std::ptrdiff_t>(first) - static_cast<std::ptrdiff_t>(begin * stride);
-    };
-    PairRun run{0, 0, to, 0, 0, lanes_below(count)};
-    elements(run.first, run.has_first);
-    elements(run.second, run.has_second);
-    return run;
-}
-
-TEST(kernels_copy_pairs_as_the_scalar_one) {
-    constexpr std::size_t kSize = 150;
-    const auto& scalar = kernels_named("scalar").gemm.bf16;
-    for (std::size_t round = 0; round < scaled(400); ++round) {
-        const std::size_t stride = round % 4 + 1;
-        const std::size_t times = round % 3 + 1;
-        std::vector<PairRun> runs;
-        std::size_t ld_to = 0;
-        for (std::size_t i = 0; i < round % 5 + 1; ++i) {
-            runs.push_back(random_run(kSize, stride, ld_to));
-            ld_to += 2 * static_cast<std::size_t>(std::popcount(runs.back().lanes)) + round % 3;
-        }
-        std::vector<Bits> from(times * kSize);
-        for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<Bits>(i + 1);
-        std::vector<Bits> want(times * ld_to, 0xFFFF), got = want;
-        scalar.copy_pairs(from.data(), stride, kSize, times, runs.data(), runs.size(), want.data(),
-                          ld_to);
-        const PairRun& last = runs.back();
-        for (std::size_t i = 0; 2 * i + last.to < ld_to - round % 3; ++i) {
-            const auto element = [&](std::ptrdiff_t lane0, std::uint32_t has) {
-                const auto at = static_cast<std::size_t>(
-                    lane0 + static_cast<std::ptrdiff_t>(i * stride + (times - 1) * kSize));
-                return (has >> i & 1U) == 0 ? Bits{0} : from.at(at);
-            };
-            const std::size_t at = (times - 1) * ld_to + last.to + 2 * i;
-            CHECK(want[at] == element(last.first, last.has_first));
-            CHECK(want[at + 1] == element(last.second, last.has_second));
-        }
-        for (const KernelTable* table : runnable_kernels()) {
-            if (table->gemm.bf16.copy_pairs == nullptr) continue;
-            got.assign(got.size(), 0xFFFF);
-            table->gemm.bf16.copy_pairs(from.data(), stride, kSize, times, runs.data(), runs.size(),
-                                        got.data(), ld_to);
-            CHECK(want == got);
         }
     }
 }

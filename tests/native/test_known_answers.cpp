@@ -330,8 +330,20 @@ void wrong_wide_sum(const float* const* from, std::size_t n, const float* scale,
     kScalarKernels.rows.sum_f32(from, n, scale, count, sum);
     if (count >= 64) sum[63] += 1;
 }
-void wrong_pick(const float* from, std::size_t stride, std::size_t count, float* to) noexcept {
-    kScalarKernels.rows.pick_f32(from, stride == 2 ? 2 : 1, count, to);
+void wrong_pick(const float* from, std::size_t ld, std::size_t stride, std::size_t rows,
+                std::size_t cols, float* to, std::size_t ld_to) noexcept {
+    kScalarKernels.rows.pick_f32(from, ld, stride < 3 ? stride : 1, rows, cols, to, ld_to);
+}
+template <class T, RowsKernels::Windows<T> RowsKernels::* Windows>
+void wrong_windows(const WindowChain<T>* chains, std::size_t n, std::size_t pitch, std::size_t rows,
+                   std::size_t cols, T* sums, std::size_t ld_sums) noexcept {
+    (kScalarKernels.rows.*Windows)(chains, n, pitch, rows, cols, sums, ld_sums);
+    if (chains->length == 6) sums[8 * ld_sums + cols - 1] += T{1};
+}
+void wrong_wide_pick(const std::uint16_t* from, std::size_t ld, std::size_t stride,
+                     std::size_t rows, std::size_t cols, float* to, std::size_t ld_to) noexcept {
+    kScalarKernels.rows.pick_bf16(from, ld, stride, rows, cols, to, ld_to);
+    if (stride == 2) to[cols - 1] = 0.0F;
 }
 void wrong_compare(const std::uint8_t* a, std::size_t a_stride, const std::uint8_t* b,
                    std::size_t b_stride, std::size_t rows, std::size_t cols, double eps,
@@ -471,6 +483,9 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(rows_of([](R& r) { r.sum_f16 = wrong_sum<float, Half, &R::sum_f16>; }) == "rows");
     CHECK(rows_of([](R& r) { r.sum_f32 = wrong_wide_sum; }) == "rows");
     CHECK(rows_of([](R& r) { r.pick_f32 = wrong_pick; }) == "rows");
+    CHECK(rows_of([](R& r) { r.pick_bf16 = wrong_wide_pick; }) == "rows");
+    CHECK(rows_of([](R& r) { r.windows_f32 = wrong_windows<float, &R::windows_f32>; }) == "rows");
+    CHECK(rows_of([](R& r) { r.windows_f64 = wrong_windows<double, &R::windows_f64>; }) == "rows");
     CHECK(rows_of([](R& r) { r.copy_runs_f32 = wrong_runs; }) == "rows");
     const auto similarity_of = [](auto change) {
         return group_of([&](KernelTable& t) { change(t.similarity); });

@@ -377,50 +377,6 @@ TEST(every_kernel_adds_rows) {
     }
 }
 
-// Any lanes of which any have elements; what is beside them is not touched.
-TEST(every_kernel_copies_runs_as_the_reference) {
-    std::vector<float> from(400);
-    std::iota(from.begin(), from.end(), 1.0F);
-    std::mt19937_64 draw(5);
-    const auto below = [&](std::size_t n) { return static_cast<std::uint32_t>(draw() % n); };
-    for (int round = 0; round < 300; ++round) {
-        std::vector<LaneRun> runs;
-        std::size_t to = 0;
-        const std::size_t columns = below(3) + 1;
-        while (runs.size() < 5) {
-            const std::uint32_t count = below(33);
-            const std::uint32_t begin = below(count + 1);
-            const std::uint32_t end = begin + below(count - begin + 1);
-            // The last element there is, at times.
-            const std::size_t first = below(3) == 0 ? 200 - (end - begin) : below(200 - 32);
-            runs.push_back({first, to, begin, end, count});
-            to += count + below(3);
-        }
-        std::vector<float> want(columns * (to + 1), -1.0F), got = want;
-        const std::vector<float> tight(
-            from.end() - static_cast<std::ptrdiff_t>(100 * columns + 100), from.end());
-        const auto copy = [&](const RowsKernels& by, std::vector<float>& into) {
-            by.copy_runs_f32(tight.data(), 100, columns, runs.data(), runs.size(), into.data(),
-                             to + 1);
-        };
-        copy(kernels_named("scalar").rows, want);
-        for (std::size_t c = 0; c < columns; ++c) {
-            for (const LaneRun& run : runs) {
-                for (std::uint32_t i = 0; i < run.count; ++i) {
-                    const bool is_there = i >= run.begin && i < run.end;
-                    const float lane = want[c * (to + 1) + run.to + i];
-                    CHECK(lane == (is_there ? tight[c * 100 + run.from + i - run.begin] : 0.0F));
-                }
-            }
-        }
-        for (const KernelTable* table : runnable_kernels()) {
-            got.assign(got.size(), -1.0F);
-            copy(table->rows, got);
-            CHECK(want == got);
-        }
-    }
-}
-
 TEST(every_kernel_widens_halves_as_the_reference) {
     // Small integers are exact in both formats, and so are their sums: all kernels agree.
     const auto as_bf16 = [](int value) {

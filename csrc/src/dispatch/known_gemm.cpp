@@ -322,6 +322,30 @@ bool same_moves(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
     return true;
 }
 
+// All lengths of chains that are summed at once, and a longer one, of as many vectors as stay in
+// registers, of half as many and of one.
+template <class T>
+bool same_windows(RowsKernels::Windows<T> sum, RowsKernels::Windows<T> wanted,
+                  const Products<T>& numbers) noexcept {
+    constexpr std::size_t kRows = 9;  // twice as many as stay in registers, in part
+    constexpr std::size_t kPitch = 11;
+    constexpr std::size_t kColumns = 7 * 64 / sizeof(T);  // whole vectors
+    constexpr std::size_t kFilled = 2 * kWindowRows;
+    for (std::size_t length = 1; length <= 9; ++length) {
+        const std::array<WindowChain<T>, 2> chains = {
+            {{numbers.x.data(), numbers.w.data(), length, 3},
+             {numbers.x.data() + 5, numbers.w.data() + 40, 2, 1}}};
+        std::array<T, kFilled * kColumns> want{};
+        std::array<T, kFilled * kColumns> got{};
+        wanted(chains.data(), 2, kPitch, kRows, kColumns, want.data(), kColumns);
+        sum(chains.data(), 2, kPitch, kRows, kColumns, got.data(), kColumns);
+        for (std::size_t i = 0; i < kRows * kColumns; ++i) {
+            if (want[i] != got[i]) return false;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 bool same_gemm(const GemmKernels& gemm, const GemmKernels& reference,
@@ -364,16 +388,24 @@ bool same_rows_summed(const RowsKernels& rows, const RowsKernels& reference,
             return false;
         }
     }
-    for (const std::size_t stride : {std::size_t{2}, std::size_t{3}}) {
+    for (const std::size_t stride : {std::size_t{1}, std::size_t{2}, std::size_t{3}}) {
         std::array<float, 200> want{};
         std::array<float, 200> got{};
         std::array<double, 200> want_wide{};
         std::array<double, 200> got_wide{};
-        reference.pick_f32(single.x.data(), stride, want.size(), want.data());
-        rows.pick_f32(single.x.data(), stride, got.size(), got.data());
-        reference.pick_f64(wide.x.data(), stride, want_wide.size(), want_wide.data());
-        rows.pick_f64(wide.x.data(), stride, got_wide.size(), got_wide.data());
+        // Two rows of whole vectors and a tail.
+        reference.pick_f32(single.x.data(), 40, stride, 2, 93, want.data(), 97);
+        rows.pick_f32(single.x.data(), 40, stride, 2, 93, got.data(), 97);
+        reference.pick_f64(wide.x.data(), 40, stride, 2, 93, want_wide.data(), 97);
+        rows.pick_f64(wide.x.data(), 40, stride, 2, 93, got_wide.data(), 97);
         if (want != got || want_wide != got_wide) return false;
+        reference.pick_bf16(halves.data(), 40, stride, 2, 93, want.data(), 97);
+        rows.pick_bf16(halves.data(), 40, stride, 2, 93, got.data(), 97);
+        if (want != got) return false;
+    }
+    if (!same_windows(rows.windows_f32, reference.windows_f32, single) ||
+        !same_windows(rows.windows_f64, reference.windows_f64, wide)) {
+        return false;
     }
     // All lanes, few of many, none.
     constexpr std::array<LaneRun, 4> kRuns = {

@@ -7,8 +7,8 @@
 
 #include "base/rounding.hpp"
 #include "dispatch/dispatch.hpp"
-#include "gemm/copy_row.hpp"
 #include "gemm/matmul_sizes.hpp"
+#include "gemm/pick_kernel.hpp"
 
 namespace pydedup {
 namespace {
@@ -22,39 +22,13 @@ constexpr std::size_t kLeastColumns = 64;
 // Rows of W in a group, up to which the image is not unfolded for them (measured: with 8, either
 // way takes as long).
 constexpr std::size_t kMostGroupRows = 4;
-// Weights for which sums stay in registers; the kernel asks memory for what comes after so many.
-constexpr std::size_t kWeightsAtOnce = 16;
 
 template <class T>
-[[nodiscard]] RowsKernels::Sum<T, T> sum_kernel(const RowsKernels& kernels) noexcept {
+[[nodiscard]] RowsKernels::Windows<T> windows_kernel(const RowsKernels& kernels) noexcept {
     if constexpr (sizeof(T) == 4) {
-        return kernels.sum_f32;
+        return kernels.windows_f32;
     } else {
-        return kernels.sum_f64;
-    }
-}
-
-template <class T>
-void pick(const RowsKernels& kernels, const T* from, std::size_t stride, std::size_t count,
-          T* to) noexcept {
-    constexpr std::size_t kFew = 16;  // cheaper than a call
-    if (stride == 1) {
-        detail::copy_row(from, count, to);
-    } else if (count <= kFew) {
-        for (std::size_t i = 0; i < count; ++i) to[i] = from[i * stride];
-    } else if constexpr (sizeof(T) == 4) {
-        kernels.pick_f32(from, stride, count, to);
-    } else {
-        kernels.pick_f64(from, stride, count, to);
-    }
-}
-
-void pick(const RowsKernels&, const std::uint16_t* from, std::size_t stride, std::size_t count,
-          float* to) noexcept {
-    if (stride == 1) {
-        detail::copy_row(from, count, to);
-    } else {
-        detail::pick_row(from, stride, count, to);
+        return kernels.windows_f64;
     }
 }
 
@@ -99,7 +73,7 @@ WindowLayout::WindowLayout(const WindowAxis& down, const WindowAxis& across, std
       rows_(rows),
       cols_(cols),
       pitch_(cols + across.reach()),
-      plane_((rows + down.reach()) * pitch_) {
+      plane_((round_up(rows, kWindowRows) + down.reach()) * pitch_) {
     const auto place_of = [](const std::vector<std::size_t>& places, std::size_t at) {
         return static_cast<std::size_t>(std::ranges::find(places, at) - places.begin());
     };
@@ -129,12 +103,19 @@ void WindowLayout::find_runs(std::size_t row0, std::size_t col0, std::size_t row
                 left >= across_.before ? 0 : ceil_div(across_.before - left, across_.stride);
             const std::size_t end =
                 left >= right ? 0 : std::min(ceil_div(right - left, across_.stride), pitch_);
-            for (std::size_t i = 0; i < rows + down_.reach() && begin < end; ++i) {
-                const std::size_t row = (row0 + i) * down_.stride + down;
-                if (row < down_.before || row >= down_.before + down_.size) continue;
+            // And so are rows [first, last).
+            const std::size_t top = row0 * down_.stride + down;
+            const std::size_t bottom = down_.before + down_.size;
+            const std::size_t first =
+                top >= down_.before ? 0 : ceil_div(down_.before - top, down_.stride);
+            const std::size_t last = top >= bottom ? 0
+                                                   : std::min(ceil_div(bottom - top, down_.stride),
+                                                              rows + down_.reach());
+            if (begin < end && first < last) {
+                const std::size_t row = top + first * down_.stride - down_.before;
                 const std::size_t col = left + begin * across_.stride - across_.before;
-                runs.push_back({(row - down_.before) * across_.size + col,
-                                plane + i * pitch_ + begin, end - begin});
+                runs.push_back({row * across_.size + col, plane + first * pitch_ + begin,
+                                last - first, end - begin});
             }
             plane += plane_;
         }
@@ -143,10 +124,7 @@ void WindowLayout::find_runs(std::size_t row0, std::size_t col0, std::size_t row
 
 template <class T>
 Windows<T>::Windows(const WindowLayout& layout)
-    : layout_(layout), elements_(layout.elements() + kBeyond) {
-    seen_.reserve(layout.offsets().size());
-    for (const std::size_t offset : layout.offsets()) seen_.push_back(elements_.data() + offset);
-}
+    : layout_(layout), elements_(layout.elements() + kBeyond) {}
 
 template <class T>
 template <class S>
@@ -159,8 +137,28 @@ void Windows<T>::fill(const S* x, std::size_t row0, std::size_t col0, std::size_
         col0_ = col0;
     }
     for (const WindowLayout::Run& run : runs_) {
-        pick(kernels, x + run.from, layout_.stride(), run.count, elements_.data() + run.to);
+        pick_kernel<S, T>(kernels)(x + run.from, layout_.down(), layout_.stride(), run.rows,
+                                   run.cols, elements_.data() + run.to, layout_.pitch());
     }
+}
+
+template <class T>
+const std::vector<WindowChain<T>>& Windows<T>::chains(std::size_t begin, std::size_t end,
+                                                      const T* weights) {
+    const std::size_t apart = layout_.chains_apart();
+    if (!chains_.empty() && begin == chains_begin_ && end == chains_end_) {
+        for (std::size_t i = 0; i < chains_.size(); ++i) chains_[i].weights = weights + i;
+        return chains_;
+    }
+    chains_begin_ = begin;
+    chains_end_ = end;
+    chains_.clear();
+    for (std::size_t k = begin; k < std::min(end, begin + apart); ++k) {
+        const std::size_t length = ceil_div(end - k, apart);
+        chains_.push_back(
+            {elements_.data() + layout_.offsets()[k], weights + (k - begin), length, apart});
+    }
+    return chains_;
 }
 
 template class Windows<float>;
@@ -259,24 +257,17 @@ void Conv2d::Direct<T>::add_block(const Numbers& w, std::size_t image, std::size
         for (std::size_t col0 = 0; col0 < out_w; col0 += layout_.cols()) {
             const Part part{row0, col0, std::min(layout_.rows(), out_h - row0),
                             std::min(layout_.cols(), out_w - col0)};
-            if (w.col0 == 0) std::fill_n(sums, (end - begin) * of_row, T{0});
-            for (std::size_t row = begin; row < end && w.col0 != 0; ++row) {
-                load(place_of(image, row, part), part, sums + (row - begin) * of_row);
+            for (std::size_t row = begin; row < end; ++row) {
+                this->begin(row, part, place_of(image, row, part), w.col0 == 0,
+                            sums + (row - begin) * of_row);
             }
             for (std::size_t c = w.col0 / filter; c * filter < w.col1; ++c) {
                 fill(c, part);
                 add_channel(w, c, begin, end, part, worker);
             }
             for (std::size_t row = begin; row < end; ++row) {
-                T* const of_channel = sums + (row - begin) * of_row;
-                const std::size_t place = place_of(image, row, part);
-                const bool complete = w.col1 == p_.grid.cols;
-                if (complete && halves_ != nullptr) {
-                    finish_halves(row, part, of_channel, place);
-                    continue;
-                }
-                store(of_channel, part, place);
-                if (complete) finish(row, part, place);
+                store(part, place_of(image, row, part), w.col1 == p_.grid.cols,
+                      sums + (row - begin) * of_row);
             }
         }
     }
@@ -289,16 +280,12 @@ void Conv2d::Direct<T>::add_channel(const Numbers& w, std::size_t channel, std::
     const std::size_t column = channel * filter;
     const std::size_t from = std::max(w.col0, column) - column;
     const std::size_t to = std::min(w.col1, column + filter) - column;
-    const std::size_t count = detail::round_up((part.rows - 1) * layout_.pitch() + part.cols,
-                                               detail::Windows<T>::kBeyond);
     T* sums = worker.sums.at_least(0);
     for (std::size_t row = begin; row < end; ++row, sums += sums_of_row()) {
-        const T* const line = w.begin + (row - w.row0) * w.ld;
-        for (std::size_t k = from; k < to; k += kWeightsAtOnce) {
-            sum_kernel<T>(kernels().rows)(worker.windows.seen() + k,
-                                          std::min(kWeightsAtOnce, to - k),
-                                          line + (column + k - w.col0), count, sums);
-        }
+        const T* const weights = w.begin + (row - w.row0) * w.ld + (column + from - w.col0);
+        const auto& chains = worker.windows.chains(from, to, weights);
+        windows_kernel<T>(kernels().rows)(chains.data(), chains.size(), layout_.pitch(), part.rows,
+                                          part.cols, sums, sums_pitch());
     }
 }
 
@@ -311,39 +298,33 @@ std::size_t Conv2d::Direct<T>::place_of(std::size_t image, std::size_t channel,
 }
 
 template <class T>
-void Conv2d::Direct<T>::load(std::size_t place, const Part& part, T* sums) const noexcept {
-    for (std::size_t i = 0; i < part.rows; ++i) {
-        detail::copy_row(y_ + place + i * p_.shape.out_w(), part.cols, sums + i * layout_.pitch());
-    }
+void Conv2d::Direct<T>::begin(std::size_t channel, const Part& part, std::size_t place,
+                              bool is_first, T* sums) const noexcept {
+    const T* const bias = reinterpret_cast<const T*>(p_.bias);
+    std::fill_n(sums, sums_of_row(), is_first && bias != nullptr ? bias[channel] : T{0});
+    if (is_first) return;
+    detail::pick_kernel<T>(kernels().rows)(y_ + place, p_.shape.out_w(), 1, part.rows, part.cols,
+                                           sums, sums_pitch());
 }
 
 template <class T>
-void Conv2d::Direct<T>::store(const T* sums, const Part& part, std::size_t place) const noexcept {
-    for (std::size_t i = 0; i < part.rows; ++i) {
-        detail::copy_row(sums + i * layout_.pitch(), part.cols, y_ + place + i * p_.shape.out_w());
+void Conv2d::Direct<T>::store(const Part& part, std::size_t place, bool is_last,
+                              T* sums) const noexcept {
+    const std::size_t out_w = p_.shape.out_w();
+    if (is_last && p_.activation != Activation::none) {
+        detail::finish_row<T>(sums, part.rows * sums_pitch(), nullptr, p_.activation);
     }
-}
-
-template <class T>
-void Conv2d::Direct<T>::finish(std::size_t channel, const Part& part,
-                               std::size_t place) const noexcept {
-    const bool is_whole = part.cols == p_.shape.out_w();
-    const std::size_t lines = is_whole ? 1 : part.rows;
-    const std::size_t count = is_whole ? part.rows * part.cols : part.cols;
-    for (std::size_t i = 0; i < lines; ++i) {
-        finish_channel(channel, y_ + place + i * p_.shape.out_w(), count);
-    }
-}
-
-template <class T>
-void Conv2d::Direct<T>::finish_halves(std::size_t channel, const Part& part, T* sums,
-                                      std::size_t place) const noexcept {
     if constexpr (sizeof(T) == 4) {
-        for (std::size_t i = 0; i < part.rows; ++i, sums += layout_.pitch()) {
-            finish_channel(channel, sums, part.cols);
-            kernels().gemm.f32_to_bf16(sums, part.cols, halves_ + place + i * p_.shape.out_w());
+        if (is_last && halves_ != nullptr) {
+            const auto round = kernels().gemm.f32_to_bf16;
+            for (std::size_t i = 0; i < part.rows; ++i) {
+                round(sums + i * sums_pitch(), part.cols, halves_ + place + i * out_w);
+            }
+            return;
         }
     }
+    detail::pick_kernel<T>(kernels().rows)(sums, sums_pitch(), 1, part.rows, part.cols, y_ + place,
+                                           out_w);
 }
 
 std::unique_ptr<Conv2d::Impl> Conv2d::Impl::direct(const Problem& problem) {

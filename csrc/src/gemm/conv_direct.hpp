@@ -27,6 +27,10 @@ struct WindowAxis {
     /// Windows a stride apart see every stride-th element, so elements lie in as many planes: those
     /// that some weight sees, by their place within a stride.
     [[nodiscard]] std::vector<std::size_t> places() const;
+    /// Weights between two that see neighbouring elements of a plane; all of them if none do.
+    [[nodiscard]] std::size_t neighbours_apart() const noexcept {
+        return stride % dilation == 0 ? std::min(stride / dilation, kernel) : kernel;
+    }
     /// How far, in strides, the last weight is from the first.
     [[nodiscard]] std::size_t reach() const noexcept { return (kernel - 1) * dilation / stride; }
 };
@@ -44,16 +48,24 @@ class WindowLayout {
     [[nodiscard]] std::size_t rows() const noexcept { return rows_; }
     [[nodiscard]] std::size_t cols() const noexcept { return cols_; }
     [[nodiscard]] std::size_t pitch() const noexcept { return pitch_; }
+    /// Elements of a row of the image from one that a weight sees to the next.
     [[nodiscard]] std::size_t stride() const noexcept { return across_.stride; }
+    /// The same of a row's first element to that of the next row.
+    [[nodiscard]] std::size_t down() const noexcept { return down_.stride * across_.size; }
     [[nodiscard]] std::size_t elements() const noexcept {
         return down_places_.size() * across_places_.size() * plane_;
     }
     /// By weight of the filter, where its first element is.
     [[nodiscard]] const std::vector<std::size_t>& offsets() const noexcept { return offsets_; }
+    /// Chains of weights that see neighbouring rows, and how far apart, in weights, these are: the
+    /// chain of weight k is k % chains_apart().
+    [[nodiscard]] std::size_t chains_apart() const noexcept {
+        return down_.neighbours_apart() * across_.kernel;
+    }
 
-    /// What of a row of the image, from element `from` of the channel on, is in a row of windows.
+    /// What of rows of the image, from element `from` of the channel on, is in rows of windows.
     struct Run {
-        std::size_t from, to, count;
+        std::size_t from, to, rows, cols;
     };
     /// All of them, for `rows` rows of outputs from (row0, col0) on.
     void find_runs(std::size_t row0, std::size_t col0, std::size_t rows,
@@ -82,16 +94,18 @@ class Windows {
     void fill(const S* x, std::size_t row0, std::size_t col0, std::size_t rows,
               const RowsKernels& kernels);
 
-    /// By weight of the filter, what it sees of the first output; those of the others follow.
-    [[nodiscard]] const T* const* seen() const noexcept { return seen_.data(); }
-
-    /// So many may be read beyond what the last weight sees.
-    static constexpr std::size_t kBeyond = 64 / sizeof(T);
+    /// What weights [begin, end) of the filter see of all outputs, given the first of these
+    /// weights.
+    [[nodiscard]] const std::vector<WindowChain<T>>& chains(std::size_t begin, std::size_t end,
+                                                            const T* weights);
 
   private:
+    static constexpr std::size_t kBeyond = 64 / sizeof(T);  // may be read of the last row
+
     const WindowLayout& layout_;
     AlignedArray<T> elements_;
-    std::vector<const T*> seen_;
+    std::vector<WindowChain<T>> chains_;
+    std::size_t chains_begin_ = 0, chains_end_ = 0;
     // Of the outputs that were last asked for. Around them the padding is zero already.
     std::vector<WindowLayout::Run> runs_;
     std::size_t row0_ = 0, col0_ = 0;
@@ -139,16 +153,17 @@ class Conv2d::Direct final : public Conv2d::Impl {
     // Where in y a part of a channel begins.
     [[nodiscard]] std::size_t place_of(std::size_t image, std::size_t channel,
                                        const Part& part) const noexcept;
-    void load(std::size_t place, const Part& part, T* sums) const noexcept;
-    void store(const T* sums, const Part& part, std::size_t place) const noexcept;
-    void finish(std::size_t channel, const Part& part, std::size_t place) const noexcept;
-    // What store() and finish() do, of y in bf16.
-    void finish_halves(std::size_t channel, const Part& part, T* sums,
-                       std::size_t place) const noexcept;
+    // Sums of an output channel before those of a block are added, and afterwards.
+    void begin(std::size_t channel, const Part& part, std::size_t place, bool is_first,
+               T* sums) const noexcept;
+    void store(const Part& part, std::size_t place, bool is_last, T* sums) const noexcept;
 
-    // Sums of one row of W: whole vectors, of which the last may be beyond the last output.
+    // Elements from a row of sums to the next, and of the sums of one row of W.
+    [[nodiscard]] std::size_t sums_pitch() const noexcept {
+        return detail::round_up(layout_.cols(), 64 / sizeof(T));
+    }
     [[nodiscard]] std::size_t sums_of_row() const noexcept {
-        return detail::round_up(layout_.rows() * layout_.pitch(), detail::Windows<T>::kBeyond);
+        return detail::round_up(layout_.rows(), kWindowRows) * sums_pitch();
     }
 
     const detail::WindowLayout layout_;

@@ -37,14 +37,6 @@ class Conv2d::Impl {
     };
     [[nodiscard]] Work work_of(std::span<const BlockView> blocks) const noexcept;
 
-    // Some sums of an output channel: its bias, and what follows.
-    template <class T>
-    void finish_channel(std::size_t channel, T* sums, std::size_t count) const noexcept {
-        const T* const bias = reinterpret_cast<const T*>(p_.bias);
-        for (std::size_t i = 0; bias != nullptr && i < count; ++i) sums[i] += bias[channel];
-        detail::finish_row<T>(sums, count, nullptr, p_.activation);
-    }
-
     const Problem p_;
     std::size_t fed_ = 0;
 };

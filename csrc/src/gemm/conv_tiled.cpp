@@ -70,7 +70,7 @@ class Conv2d::Tiled final : public Conv2d::Impl {
           tile_(widest_tile(detail::of_type<T>(kernels_))),
           image_(problem.shape, tile_.width, kernels()),
           half_x_(problem.x_is_bf16 ? reinterpret_cast<const Half*>(problem.x) : nullptr),
-          sums_(problem, tile_.width, kernels_),
+          sums_(problem, tile_.width, kernels()),
           positions_(problem.shape.batch * problem.shape.out_h() * problem.shape.out_w()),
           tiles_(ceil_div(positions_, tile_.width)),
           way_(choose_way()) {}

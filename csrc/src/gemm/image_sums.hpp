@@ -10,8 +10,8 @@
 
 #include "gemm/activation.hpp"
 #include "gemm/aligned_array.hpp"
-#include "gemm/copy_row.hpp"
-#include "kernels/gemm_kernels.hpp"
+#include "gemm/pick_kernel.hpp"
+#include "kernels/kernel_table.hpp"
 #include "pydedup/conv.hpp"
 
 namespace pydedup::detail {
@@ -24,7 +24,7 @@ struct Range {
 template <class T>
 class ImageSums {
   public:
-    ImageSums(const Conv2d::Problem& problem, std::size_t width, const GemmKernels& kernels)
+    ImageSums(const Conv2d::Problem& problem, std::size_t width, const KernelTable& kernels)
         : kernels_(kernels),
           width_(width),
           channels_(problem.shape.out_channels),
@@ -52,9 +52,8 @@ class ImageSums {
     /// Those of tile t that were stored before they were complete.
     void load(std::size_t t, Range channels, T* sums) const noexcept {
         each_image(t, [&](std::size_t lane, std::size_t n, std::size_t y) {
-            for (std::size_t c = channels.begin; c < channels.end; ++c) {
-                copy_row(y_ + y + c * plane_, n, sums + (c - channels.begin) * width_ + lane);
-            }
+            pick_kernel<T>(kernels_.rows)(y_ + y + channels.begin * plane_, plane_, 1,
+                                          channels.size(), n, sums + lane, width_);
         });
         // Lanes without a position hold what nobody reads, but must hold something.
         for (std::size_t i = 0; i < channels.size(); ++i) {
@@ -70,16 +69,18 @@ class ImageSums {
             }
         }
         each_image(t, [&](std::size_t lane, std::size_t n, std::size_t y) {
-            for (std::size_t c = channels.begin; c < channels.end; ++c) {
-                const T* const from = sums + (c - channels.begin) * width_ + lane;
-                if constexpr (sizeof(T) == 4) {
-                    if (complete && halves_ != nullptr) {
-                        kernels_.f32_to_bf16(from, n, halves_ + y + c * plane_);
-                        continue;
+            y += channels.begin * plane_;
+            if constexpr (sizeof(T) == 4) {
+                if (complete && halves_ != nullptr) {
+                    for (std::size_t i = 0; i < channels.size(); ++i) {
+                        kernels_.gemm.f32_to_bf16(sums + i * width_ + lane, n,
+                                                  halves_ + y + i * plane_);
                     }
+                    return;
                 }
-                copy_row(from, n, y_ + y + c * plane_);
             }
+            pick_kernel<T>(kernels_.rows)(sums + lane, width_, 1, channels.size(), n, y_ + y,
+                                          plane_);
         });
     }
 
@@ -102,7 +103,7 @@ class ImageSums {
         }
     }
 
-    const GemmKernels& kernels_;
+    const KernelTable& kernels_;
     const std::size_t width_;
     const std::size_t channels_;   // of the result
     const std::size_t plane_;      // elements of one of them, of one image

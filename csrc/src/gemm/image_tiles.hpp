@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "base/rounding.hpp"
-#include "gemm/copy_row.hpp"
+#include "gemm/pick_kernel.hpp"
 #include "kernels/kernel_table.hpp"
 #include "pydedup/conv.hpp"
 
@@ -91,26 +91,23 @@ class ImageTiles {
             for (const PositionRuns::Run& run : positions.runs) {
                 positions.inside.push_back(inside(run, weight));
             }
-            const S* plane = x + channel_of(group, first) * plane_;
+            const S* const plane = x + channel_of(group, first) * plane_;
+            T* const column = to + (first - c0) * width_;
+            const std::size_t columns = ceil_div(c1 - first, filter_);
             if constexpr (std::is_same_v<S, float>) {
                 // To list the runs takes as long as to copy one column of them.
-                const std::size_t columns = ceil_div(c1 - first, filter_);
                 if (shape_.stride_w == 1 && columns > 1) {
                     list_lanes(tile, positions);
                     kernels_.rows.copy_runs_f32(plane, plane_, columns, positions.lanes.data(),
-                                                positions.lanes.size(), to + (first - c0) * width_,
-                                                filter_ * width_);
+                                                positions.lanes.size(), column, filter_ * width_);
                     continue;
                 }
             }
-            for (std::size_t c = first; c < c1; c += filter_, plane += plane_) {
-                T* const column = to + (c - c0) * width_;
-                for (std::size_t i = 0; i < positions.runs.size(); ++i) {
-                    const PositionRuns::Run& run = positions.runs[i];
-                    const PositionRuns::Inside& in = positions.inside[i];
-                    copy(plane + run.image * shape_.channels * plane_ + in.from, in, run.count,
-                         column + run.tile * tile + run.lane);
-                }
+            for (std::size_t i = 0; i < positions.runs.size(); ++i) {
+                const PositionRuns::Run& run = positions.runs[i];
+                const PositionRuns::Inside& in = positions.inside[i];
+                copy(plane + run.image * shape_.channels * plane_ + in.from, in, run.count, columns,
+                     column + run.tile * tile + run.lane);
             }
         }
     }
@@ -241,25 +238,18 @@ class ImageTiles {
         return {(row - shape_.pad_top) * shape_.width + (col + begin * stride - left), begin, end};
     }
 
-    // The lanes of a run: zeros, every stride_w-th element, zeros.
+    // The lanes of a run in so many columns: zeros, every stride_w-th element, zeros.
     template <class S, class T>
-    void copy(const S* from, const PositionRuns::Inside& in, std::size_t lanes,
+    void copy(const S* from, const PositionRuns::Inside& in, std::size_t lanes, std::size_t columns,
               T* to) const noexcept {
-        for (std::size_t i = 0; i < in.begin; ++i) to[i] = T{0};
-        const std::size_t count = in.end - in.begin;
-        T* const middle = to + in.begin;
-        if (shape_.stride_w != 1) {
-            if constexpr (!std::is_same_v<S, T>) {
-                pick_row(from, shape_.stride_w, count, middle);
-            } else if constexpr (sizeof(T) == 4) {
-                kernels_.rows.pick_f32(from, shape_.stride_w, count, middle);
-            } else {
-                kernels_.rows.pick_f64(from, shape_.stride_w, count, middle);
-            }
-        } else {
-            copy_row(from, count, middle);
+        const std::size_t ld = filter_ * width_;
+        for (std::size_t c = 0; c < columns; ++c) {
+            std::fill(to + c * ld, to + c * ld + in.begin, T{0});
+            std::fill(to + c * ld + in.end, to + c * ld + lanes, T{0});
         }
-        for (std::size_t i = in.end; i < lanes; ++i) to[i] = T{0};
+        if (in.begin == in.end) return;
+        pick_kernel<S, T>(kernels_.rows)(from, plane_, shape_.stride_w, columns, in.end - in.begin,
+                                         to + in.begin, ld);
     }
 
     const ConvShape shape_;

@@ -126,6 +126,12 @@ void round_bf16(__m256 values, std::uint16_t* to) noexcept {
         _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
 }
 
+void round_bf16_n(__m256 values, std::size_t n, std::uint16_t* to) noexcept {
+    std::uint16_t all[F32::kLanes];
+    round_bf16(values, all);
+    for (std::size_t i = 0; i < n; ++i) to[i] = all[i];
+}
+
 constexpr std::size_t kDotRows4 = 2;  // 8 sums, 4 of x, 1 of w: 16 sums would not fit
 constexpr std::size_t kNnRows = 6;
 constexpr std::size_t kNnVectors = 2;

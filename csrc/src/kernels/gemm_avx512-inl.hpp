@@ -108,15 +108,22 @@ __m512 widen_bf16(__m256i bits) noexcept {
 
 __m512 widen_f16(__m256i bits) noexcept { return _mm512_cvtph_ps(bits); }
 
-void round_bf16(__m512 values, std::uint16_t* to) noexcept {
+__m256i rounded_bf16(__m512 values) noexcept {
     const __m512i bits = _mm512_castps_si512(values);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded =
         _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
     const __m512i result = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+}
+
+void round_bf16(__m512 values, std::uint16_t* to) noexcept {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded_bf16(values));
+}
+
+void round_bf16_n(__m512 values, std::size_t n, std::uint16_t* to) noexcept {
+    _mm256_mask_storeu_epi16(to, F32::first(n), rounded_bf16(values));
 }
 
 constexpr std::size_t kDotRows4 = 4;

@@ -79,6 +79,12 @@ void round_bf16(float32x4_t values, std::uint16_t* to) noexcept {
     vst1_u16(to, vshrn_n_u32(result, 16));
 }
 
+void round_bf16_n(float32x4_t values, std::size_t n, std::uint16_t* to) noexcept {
+    std::uint16_t all[F32::kLanes];
+    round_bf16(values, all);
+    for (std::size_t i = 0; i < n; ++i) to[i] = all[i];
+}
+
 constexpr std::size_t kDotRows4 = 4;
 constexpr std::size_t kNnRows = 6;
 constexpr std::size_t kNnVectors = 4;

@@ -10,7 +10,8 @@
 //         gemm_tile-inl.hpp asks for.
 // Weight: Elem (as stored), load(p), load_n(p, n) giving a V::Reg.
 // Also load_halves(p), load_halves_n(p, n): F32::kLanes 16-bit elements, or the n first and zeros;
-// and widen_bf16, widen_f16: of these to an F32::Reg; round_bf16: the other way, at a pointer.
+// and widen_bf16, widen_f16: of these to an F32::Reg; round_bf16, round_bf16_n: the other way, at a
+// pointer, all or the n first.
 //
 // Tails: columns beyond the last whole vector go through load_n, for x as for w, so no lane ever
 // multiplies a made-up zero with a stored NaN or infinity. Lanes of x that only pad a tile may hold
@@ -51,11 +52,7 @@ void widen(const std::uint16_t* src, std::size_t count, float* dst) noexcept {
 void f32_to_bf16(const float* src, std::size_t count, std::uint16_t* dst) noexcept {
     std::size_t i = 0;
     for (; i + F32::kLanes <= count; i += F32::kLanes) round_bf16(F32::load(src + i), dst + i);
-    if (i < count) {
-        std::uint16_t last[F32::kLanes];
-        round_bf16(F32::load_n(src + i, count - i), last);
-        __builtin_memcpy(dst + i, last, (count - i) * sizeof *dst);
-    }
+    if (i < count) round_bf16_n(F32::load_n(src + i, count - i), count - i, dst + i);
 }
 
 // How far ahead of its use a single row of x asks memory for w: two pages of 4 KiB, at whose ends

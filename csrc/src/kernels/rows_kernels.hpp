@@ -14,6 +14,17 @@ struct LaneRun {
     std::uint32_t begin, end, count;
 };
 
+/// Weights of a filter, `step` elements apart, that see neighbouring rows of a channel: the first
+/// one those from `from` on.
+template <class T>
+struct WindowChain {
+    const T* from;
+    const T* weights;
+    std::size_t length, step;
+};
+
+inline constexpr std::size_t kWindowRows = 8;
+
 struct RowsKernels {
     /// sum[j] += from[i][j], or from[i][j] * scale[i] unless `scale` is nullptr, for i < n in
     /// order and j < count. W is T, or a 16-bit float that is widened as it is read.
@@ -25,10 +36,23 @@ struct RowsKernels {
     Sum<float, std::uint16_t> sum_bf16;
     Sum<float, std::uint16_t> sum_f16;
 
-    /// to[i] = from[i * stride], for i < count.
-    void (*pick_f32)(const float* from, std::size_t stride, std::size_t count, float* to) noexcept;
-    void (*pick_f64)(const double* from, std::size_t stride, std::size_t count,
-                     double* to) noexcept;
+    /// sums[r * ld_sums + c] += from[(r + k) * pitch + c] * weights[k * step], for all r < rows and
+    /// c < cols, and all chains and k < length in order. So may be done for as many rows as fill up
+    /// kWindowRows, and as many columns as fill up 64 bytes.
+    template <class T>
+    using Windows = void (*)(const WindowChain<T>* chains, std::size_t n, std::size_t pitch,
+                             std::size_t rows, std::size_t cols, T* sums,
+                             std::size_t ld_sums) noexcept;
+    Windows<float> windows_f32;
+    Windows<double> windows_f64;
+
+    /// to[i * ld_to + j] = from[i * ld + j * stride], for i < rows and j < cols.
+    template <class W, class T>
+    using Pick = void (*)(const W* from, std::size_t ld, std::size_t stride, std::size_t rows,
+                          std::size_t cols, T* to, std::size_t ld_to) noexcept;
+    Pick<float, float> pick_f32;
+    Pick<double, double> pick_f64;
+    Pick<std::uint16_t, float> pick_bf16;  ///< widened
     /// For c < columns all runs: to[c * ld_to + run.to + i] = from[c * ld + run.from + i -
     /// run.begin] for begin <= i < end, and zero for other i < count.
     void (*copy_runs_f32)(const float* from, std::size_t ld, std::size_t columns,

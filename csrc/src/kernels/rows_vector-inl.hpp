@@ -79,18 +79,68 @@ void sum_rows(const typename Weight::Elem* const* from, std::size_t n,
     }
 }
 
+#include "kernels/rows_windows-inl.hpp"
+
+// The last vector of a row begins where it ends with the row.
+template <class V>
+void copy_row(const typename V::Elem* from, std::size_t count, typename V::Elem* to) noexcept {
+    if (count < V::kLanes) return V::store_n(to, V::load_n(from, count), count);
+    const std::size_t last = count - V::kLanes;
+    for (std::size_t i = 0; i < last; i += V::kLanes) V::store(to + i, V::load(from + i));
+    V::store(to + last, V::load(from + last));
+}
+
 // A constant distance is what the compiler makes shuffles of.
-template <class T, std::size_t Stride>
+template <std::size_t Stride, class T>
 void pick_fixed(const T* from, std::size_t count, T* to) noexcept {
     for (std::size_t i = 0; i < count; ++i) to[i] = from[i * Stride];
 }
 
-template <class T>
-void pick(const T* from, std::size_t stride, std::size_t count, T* to) noexcept {
-    if (stride == 2) {
-        pick_fixed<T, 2>(from, count, to);
+template <class V>
+void pick(const typename V::Elem* from, std::size_t ld, std::size_t stride, std::size_t rows,
+          std::size_t cols, typename V::Elem* to, std::size_t ld_to) noexcept {
+    const auto each_row = [&](auto pick_row) noexcept {
+        for (std::size_t i = 0; i < rows; ++i) pick_row(from + i * ld, to + i * ld_to);
+    };
+    if (stride == 1) {
+        each_row([=](const auto* a, auto* b) noexcept { copy_row<V>(a, cols, b); });
+    } else if (stride == 2) {
+        each_row([=](const auto* a, auto* b) noexcept { pick_fixed<2>(a, cols, b); });
     } else {
-        for (std::size_t i = 0; i < count; ++i) to[i] = from[i * stride];
+        each_row([=](const auto* a, auto* b) noexcept {
+            for (std::size_t j = 0; j < cols; ++j) b[j] = a[j * stride];
+        });
+    }
+}
+
+// With a distance of 2 each is half of a word, whose other half falls out, but for the last one: it
+// need not have another half.
+void pick_bf16(const std::uint16_t* from, std::size_t ld, std::size_t stride, std::size_t rows,
+               std::size_t cols, float* to, std::size_t ld_to) noexcept {
+    const auto widen = [](std::uint32_t bits) noexcept {
+        const std::uint32_t wide = bits << 16;
+        float value;
+        __builtin_memcpy(&value, &wide, sizeof value);
+        return value;
+    };
+    for (std::size_t i = 0; i < rows; ++i, from += ld, to += ld_to) {
+        std::size_t j = 0;
+        if (stride == 1) {
+            for (; j + F32::kLanes <= cols; j += F32::kLanes) {
+                F32::store(to + j, Bf16Weight::load(from + j));
+            }
+            if (const std::size_t n = cols - j; n != 0) {
+                F32::store_n(to + j, Bf16Weight::load_n(from + j, n), n);
+                j = cols;
+            }
+        } else if (stride == 2) {
+            for (; j + 1 < cols; ++j) {
+                std::uint32_t word;
+                __builtin_memcpy(&word, from + 2 * j, sizeof word);
+                to[j] = widen(word);
+            }
+        }
+        for (; j < cols; ++j) to[j] = widen(from[j * stride]);
     }
 }
 
@@ -99,7 +149,10 @@ constexpr RowsKernels kRows = {
     sum_rows<F64, SameWeight<F64>>,
     sum_rows<F32, Bf16Weight>,
     sum_rows<F32, F16Weight>,
-    pick<float>,
-    pick<double>,
+    sum_windows<F32>,
+    sum_windows<F64>,
+    pick<F32>,
+    pick<F64>,
+    pick_bf16,
     copy_runs,
 };
