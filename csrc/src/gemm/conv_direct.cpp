@@ -19,6 +19,8 @@ constexpr std::size_t kWindowBytes = std::size_t{16} << 10;
 constexpr std::size_t kMostWindowBytes = std::size_t{64} << 10;
 // Fewer outputs in a row would leave vectors idle.
 constexpr std::size_t kLeastColumns = 64;
+// Rows of sums that a kernel has in registers: fewer take as long.
+constexpr std::size_t kRowsTogether = 4;
 // Rows of W in a group, up to which the image is not unfolded for them (measured: with 8, either
 // way takes as long).
 constexpr std::size_t kMostGroupRows = 4;
@@ -55,13 +57,17 @@ std::optional<WindowLayout> WindowLayout::of(const ConvShape& s, std::size_t ele
         std::min(down.stride, down.kernel) * std::min(across.stride, across.kernel);
     const std::size_t rows_of_one = planes * (down.reach() + 1);
     if (planes >= most || rows_of_one >= most) return {};
-    const std::size_t widest = most / rows_of_one;
-    if (widest < across.reach() + std::min(kLeastColumns, across.out)) return {};
+    const std::size_t least = across.reach() + std::min(kLeastColumns, across.out);
+    // As narrow as it takes for rows that are summed together, or else for one.
+    std::size_t widest = kWindowBytes / element_bytes /
+                         (planes * (std::min(kRowsTogether, down.out) + down.reach()));
+    if (widest < least) widest = most / rows_of_one;
+    if (widest < least) return {};
     const std::size_t cols = std::min(widest - across.reach(), across.out);
     const std::size_t fitting = kWindowBytes / element_bytes / (planes * (cols + across.reach()));
-    const std::size_t rows =
-        fitting > down.reach() ? std::min(fitting - down.reach(), down.out) : 1;
-    return WindowLayout(down, across, rows, cols);
+    std::size_t rows = fitting > down.reach() ? fitting - down.reach() : 1;
+    if (rows > kRowsTogether) rows -= rows % kRowsTogether;
+    return WindowLayout(down, across, std::min(rows, down.out), cols);
 }
 
 WindowLayout::WindowLayout(const WindowAxis& down, const WindowAxis& across, std::size_t rows,
