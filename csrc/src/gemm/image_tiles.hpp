@@ -95,8 +95,7 @@ class ImageTiles {
             T* const column = to + (first - c0) * width_;
             const std::size_t columns = ceil_div(c1 - first, filter_);
             if constexpr (std::is_same_v<S, float>) {
-                // To list the runs takes as long as to copy one column of them.
-                if (shape_.stride_w == 1 && columns > 1) {
+                if (shape_.stride_w == 1) {
                     list_lanes(tile, positions);
                     kernels_.rows.copy_runs_f32(plane, plane_, columns, positions.lanes.data(),
                                                 positions.lanes.size(), column, filter_ * width_);
