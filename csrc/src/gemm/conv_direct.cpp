@@ -318,7 +318,9 @@ void Conv2d::Direct<T>::store(const Part& part, std::size_t place, bool is_last,
                               T* sums) const noexcept {
     const std::size_t out_w = p_.shape.out_w();
     if (is_last && p_.activation != Activation::none) {
-        detail::finish_row<T>(sums, part.rows * sums_pitch(), nullptr, p_.activation);
+        for (std::size_t i = 0; i < part.rows; ++i) {
+            detail::finish_row<T>(sums + i * sums_pitch(), part.cols, nullptr, p_.activation);
+        }
     }
     if constexpr (sizeof(T) == 4) {
         if (is_last && halves_ != nullptr) {

@@ -118,7 +118,7 @@ class ImageTiles {
         clear_empty(ceil_div(c1 - c0, 2), 2, positions, to);
         const std::size_t tile = round_up(c1 - c0, 2) * width_;
         // After so many columns the same two weights of the filter come again.
-        const std::size_t period = round_up(filter_, 2) == filter_ ? filter_ : 2 * filter_;
+        const std::size_t period = filter_ % 2 == 0 ? filter_ : 2 * filter_;
         for (std::size_t first = c0; first < std::min(c1, c0 + period); first += 2) {
             const std::size_t whole = (c1 - first) / period + ((c1 - first) % period > 1 ? 1 : 0);
             const auto copy = [&](std::size_t from, std::size_t times) {

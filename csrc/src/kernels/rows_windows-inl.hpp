@@ -63,7 +63,7 @@ void sum_windows_fixed(const WindowChain<typename V::Elem>* chains, std::size_t 
         const typename V::Elem* weights = chain->weights;
         const std::size_t step = chain->step;
         std::size_t length = chain->length;
-        for (; length > 7; length -= 7, row += 7 * pitch, weights += 7 * step) {
+        for (; length >= 7; length -= 7, row += 7 * pitch, weights += 7 * step) {
             add_chain<V, VN, 7>(row, weights, step, pitch, sums);
         }
         switch (length) {
@@ -84,9 +84,6 @@ void sum_windows_fixed(const WindowChain<typename V::Elem>* chains, std::size_t 
                 break;
             case 6:
                 add_chain<V, VN, 6>(row, weights, step, pitch, sums);
-                break;
-            case 7:
-                add_chain<V, VN, 7>(row, weights, step, pitch, sums);
                 break;
             default:
                 break;
