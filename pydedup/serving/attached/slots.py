@@ -3,7 +3,7 @@
 
 Names are those of ``state_dict()``; a buffer that is not part of it (positions, rotary tables) is
 looked for by its path and stays as it is where the store does not have it, or has the same.
-Deliberately not here: whether a stored model fits (:mod:`pydedup.serving.attached.weights`).
+Deliberately not here: whether a stored model fits (:mod:`pydedup.serving.attached.fit`).
 """
 
 from __future__ import annotations
