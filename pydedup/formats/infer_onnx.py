@@ -180,6 +180,8 @@ class _Translation:
     # ---- operations ---------------------------------------------------------------------------
 
     def _plain(self, node: Any) -> None:
+        if any(one.name == "axis" for one in node.attribute):
+            raise UnknownError  # before opset 7: where the second one's axes lie in the first
         if node.op_type == "Add" and self._add_bias(node):
             return
         self._add(_PLAIN[node.op_type], node, inputs=tuple(node.input))
@@ -242,6 +244,8 @@ class _Translation:
         if len(kernel) != 2:
             raise UnknownError
         stride, dilation = attrs.integers("strides", [1, 1]), attrs.integers("dilations", [1, 1])
+        if dilation != [1, 1] and attrs.text("auto_pad", "").startswith("SAME"):
+            raise UnknownError  # the runtime pads as if there were none
         found: dict[str, AttrValue] = {
             "kernel": kernel,
             "stride": stride,

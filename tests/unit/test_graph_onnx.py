@@ -151,6 +151,19 @@ def test_onnx_models_compute_the_same(name: str, tmp_path: Path) -> None:
         _model([_n("MatMul", "w x")], [_tensor("w", 2, 3)], (3, 6)),
         _model([_n("MatMul", "x w")], [_tensor("w", 2, 6, 4)], rank=3),
         _model([_n("Add", "x b")], [_tensor("b", 6)]),
+        _model([_n("Add", "x x", broadcast=1, axis=0)], [], opset=6),
+        _model(
+            [_n("MatMul", "x w", "h"), _n("Add", "h b", broadcast=1, axis=0)],
+            [_tensor("w", 4, 4), _tensor("b", 4)],
+            (4, 4),
+            opset=6,
+        ),
+        _model(
+            [_n("MaxPool", "x", kernel_shape=[3, 3], dilations=[2, 2], auto_pad="SAME_UPPER")],
+            [],
+            ("n", 2, 8, 8),
+            rank=4,
+        ),
         _model(
             [_n("MatMul", "x w", "h"), _n("Add", "h b")], [_tensor("w", 6, 4), _tensor("b", 1, 4)]
         ),
