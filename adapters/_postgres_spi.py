@@ -8,6 +8,7 @@ So there is no connection, nothing to configure, and nothing is ever written.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
@@ -22,12 +23,17 @@ from ._postgres_url import Place
 from ._sessions import Connection, SessionPool
 from ._values import Row
 
-__all__ = ["connect", "memory_setting"]
+__all__ = ["connect", "memory_setting", "viewer"]
 
 R = TypeVar("R")
 
 _TYPES: Final = {bool: "bool", int: "int8", float: "float8", str: "text", bytes: "bytea"}
 _MARK: Final = "%b"
+#: A role that is set changes within a session, and what policies of rows ask for at any time.
+_VIEWER: Final = (
+    "SELECT current_user AS name, "
+    "row_security_active(to_regclass($1)) OR row_security_active(to_regclass($2)) AS hides"
+)
 _SETTING: Final = "SELECT current_setting('pydedup.memory', true) AS memory"
 
 
@@ -40,6 +46,23 @@ def memory_setting(plpy: Any) -> str | None:
     """Return what ``pydedup.memory`` is set to in this session."""
     ((setting,),) = _rows_of(plpy.execute(_SETTING), ["memory"])
     return None if setting is None else str(setting)
+
+
+def viewer(plpy: Any, schema: str) -> Callable[[], str]:
+    """Return what tells who asks: the same as long as he may see the same models for certain.
+
+    Where row-level security hides models, that is never: policies depend on settings, and on all
+    that they look up.
+    """
+    plan = plpy.prepare(_VIEWER, ["text", "text"])
+    tables = [dialect_of(schema).name(table) for table in ("models", "aliases")]
+    asked = itertools.count()
+
+    def tell() -> str:
+        ((name, hides),) = _rows_of(plpy.execute(plan, tables), ["name", "hides"])
+        return f"{name} {next(asked)}" if hides else str(name)
+
+    return tell
 
 
 class _SpiAdapter(PostgresBase):

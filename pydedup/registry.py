@@ -183,13 +183,14 @@ def replace_lost(url: str, *, schema: str | None = None) -> tuple[str, str] | No
     return replace(url, schema=schema)
 
 
-def inside_postgres(plpy: object, schema: str) -> tuple[Adapter, str | None]:
+def inside_postgres(plpy: object, schema: str) -> tuple[Adapter, str | None, Callable[[], str]]:
     """Return the store in a schema of the PostgreSQL database that this runs in, by PL/Python.
 
-    With it comes the setting ``pydedup.memory`` of the session, ``None`` where there is none.
+    With it come the setting ``pydedup.memory`` of the session, ``None`` where there is none, and
+    what tells who asks, as far as that decides which models there are.
     """
     module = importlib.import_module("pydedup.adapters._postgres_spi")
-    return module.connect(plpy, schema), module.memory_setting(plpy)
+    return module.connect(plpy, schema), module.memory_setting(plpy), module.viewer(plpy, schema)
 
 
 class SqliteFunctions(Protocol):

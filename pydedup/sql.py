@@ -194,6 +194,7 @@ class PostgresFunctions:
         self._schema = schema
         self._store: Store | None = None
         self._state: StoreState = ("", "")
+        self._viewer: Callable[[], str] = str
         self._ready: Calls | None = None
 
     def version(self) -> str:
@@ -252,13 +253,13 @@ class PostgresFunctions:
 
     def _calls(self) -> Calls:
         if self._store is not None:
-            before, self._state = self._state, state_of(self._store._adapter)
+            before, self._state = self._state, (*state_of(self._store._adapter), self._viewer())
             if before[0] != self._state[0]:  # another store: its tables were made anew
                 self._ready = None
         if self._ready is None:
-            adapter, memory = registry.inside_postgres(self._plpy, self._schema)
+            adapter, memory, self._viewer = registry.inside_postgres(self._plpy, self._schema)
             store = Store(check_store(adapter), config.parse_memory(memory or POSTGRES_MEMORY))
-            self._store, self._state = store, state_of(adapter)
+            self._store, self._state = store, (*state_of(adapter), self._viewer())
             # Nothing is read ahead: that takes a thread, and a backend must have one alone.
             self._ready = Calls(
                 store._catalog,

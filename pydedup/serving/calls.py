@@ -33,8 +33,9 @@ __all__ = ["Calls", "StoreState", "as_json", "state_of"]
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 Array = NDArray[Any]
-#: The id of a store, which is another when its tables were made anew, and its epoch.
-StoreState = tuple[str, str]
+#: The id of a store, which is another when its tables were made anew, its epoch, and who asks
+#: where that may change.
+StoreState = tuple[str, ...]
 #: Addresses, and models, that are kept ready.
 _KEPT: Final = 64
 

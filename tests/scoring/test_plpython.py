@@ -328,6 +328,45 @@ def test_roles(place: Place) -> None:
                 connection.execute(f"DROP ROLE {role}")
 
 
+def test_who_asks_may_change_within_a_session(place: Place) -> None:
+    """Models that were ready for one role were predicted for the next, whatever that could see."""
+    w = add(place.url, "m@1")
+    tenant, stranger = unused_name(), unused_name()
+    schema, ask = place.schema, "SELECT pydedup_predict('m', 1, 0, 0)"
+    with place.connect() as connection:
+        for role in (tenant, stranger):
+            connection.execute(f"CREATE ROLE {role}")
+            connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO {role}")
+        connection.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {tenant}")
+        connection.execute(f"GRANT SELECT ON {schema}.meta TO {stranger}")
+        connection.execute(f"ALTER TABLE {schema}.models ENABLE ROW LEVEL SECURITY")
+        connection.execute(
+            f"CREATE POLICY own ON {schema}.models TO {tenant} "
+            "USING (current_setting('app.sees', true) = 'm')"
+        )
+        try:
+            found = [(pytest.approx(w[0, 0]),)]
+            assert connection.execute(ask).fetchall() == found
+            connection.execute(f"SET ROLE {stranger}")
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied"):
+                connection.execute(ask)
+            connection.execute(f"SET ROLE {tenant}")
+            for sees, hides in (("x", True), ("m", False), ("x", True)):
+                connection.execute(f"SET app.sees = '{sees}'")
+                if hides:
+                    with pytest.raises(psycopg.errors.UndefinedObject, match="no model 'm'"):
+                        connection.execute(ask)
+                else:
+                    assert connection.execute(ask).fetchall() == found
+            connection.execute("RESET ROLE")
+            assert connection.execute(ask).fetchall() == found
+        finally:
+            connection.execute("RESET ROLE")
+            for role in (tenant, stranger):
+                connection.execute(f"DROP OWNED BY {role}")
+                connection.execute(f"DROP ROLE {role}")
+
+
 def test_show_and_uninstall(place: Place) -> None:
     w = add(place.url, "m@1")
     shown = run("sql", "show", place.url, "--python-path", place.server.python_path).stdout
