@@ -356,8 +356,8 @@ class RowCalls(DbApiBase):
             raise ArgumentError(
                 f"table {table} has no row with the key {lost!r} that was written to it: the type "
                 f"of its column {key!r} made another key of it, or a trigger, a rule or an ON "
-                "CONFLICT of the table changed or dropped the row; have the query give keys that "
-                "the table takes, or name another table"
+                "CONFLICT of the table changed or dropped the row, or row-level security hides "
+                "it; have the query give keys that the table takes, or name another table"
             )
 
     def _writing(self) -> AbstractContextManager[None]:

@@ -364,7 +364,7 @@ class Scoring:
             f"other writers write the same rows to {self._table}, or it takes some of these keys "
             f"for the same: {keys}; try again, or leave all but one of them out of the query. Or "
             "what is written breaks a unique index of another column: drop that, or name another "
-            "table"
+            "table. Or row-level security hides rows that are there: score as who sees them"
         )
 
     def _refusal(self, failures: Sequence[RowFailure]) -> str:

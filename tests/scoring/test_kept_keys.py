@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import pydedup
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, ConflictError
 
 from .conftest import Tables, add
 
@@ -131,10 +131,18 @@ def test_rows_that_a_policy_of_postgresql_hides(
         tables.run(statement)
     with (
         pydedup.open(url) as store,
-        pytest.raises(ArgumentError, match="has no row with the key 8 that was written"),
+        pytest.raises(
+            ArgumentError, match=r"has no row with the key 8 .* row-level security hides"
+        ),
     ):
         store.score(WHOLE, "m@1", into=into, source=source)
     assert tables.run(f"SELECT id FROM {into}") == []
+    tables.run(f"INSERT INTO {into} VALUES (8, 0)")
+    with (
+        pydedup.open(url) as store,
+        pytest.raises(ConflictError, match=r"same: 7, 8; .* row-level security hides rows"),
+    ):
+        store.score(WHOLE, "m@1", into=into, source=source)
 
 
 def test_a_trigger_of_mariadb_that_a_user_is_not_told_of(
