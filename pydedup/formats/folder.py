@@ -28,7 +28,7 @@ from typing import Any
 from pydedup.errors import ArgumentError, FormatError
 from pydedup.formats import safetensors, torch
 from pydedup.formats._files import is_store, open_raw, refuse_foreign
-from pydedup.formats._paths import is_inside
+from pydedup.formats._paths import is_inside, other_shards
 from pydedup.formats.base import DERIVED, Array, Artifact, ModelSource, TensorEntry, find_object
 from pydedup.graph import Graph
 from pydedup.text import listed
@@ -320,7 +320,13 @@ def _part(path: Path, folder: str, files: Sequence[str]) -> _Part | None:
                 f"{path / folder} holds several weight files ({listed(found)}) and no "
                 "index; give the path of one of them"
             )
-        return _Part(folder, None, [chosen or found[0]])
+        file = chosen or found[0]
+        if rest := other_shards(file):
+            raise FormatError(
+                f"{path / folder} holds {file!r} alone of a model in {len(rest) + 1} files, and no "
+                f"index; fetch the others, {listed(rest)}, or give the path of the file"
+            )
+        return _Part(folder, None, [file])
     return None
 
 
@@ -356,7 +362,7 @@ def _is_safetensors(path: Path) -> bool:
     if known or path.suffix == SAFE_SUFFIX:
         return True
     if head[:2] != b"PK" and not torch.looks_like_legacy(head):
-        raise FormatError(f"{path} is no torch checkpoint")
+        raise FormatError(f"{path} is no torch checkpoint; give the path of the model's file")
     return False
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +39,7 @@ from pydedup.formats._files import (
     refuse_foreign,
     write_errors,
 )
-from pydedup.formats._paths import exists
+from pydedup.formats._paths import exists, other_shards
 from pydedup.formats._zip import ZipMembers
 from pydedup.formats.arrays import MappingSource
 from pydedup.formats.base import (
@@ -106,10 +105,6 @@ _SUFFIXES = {
     ".txt": "glove",
 }
 
-#: How the files are named into which Hugging Face's libraries cut a large model.
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\..+)")
-_MOST_SHARDS = 10_000
-
 _HEAD = 1 << 20
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -157,7 +152,7 @@ def open_source(
             if isinstance(exc, BudgetError):
                 raise
             raise BudgetError(f"no memory to open {path}") from exc
-        opened.left_out += _other_shards(path.name)
+        opened.left_out += other_shards(path.name)
         return opened
     if weights_key is not None:
         raise ArgumentError(
@@ -188,16 +183,6 @@ def _open_path(path: Path, weights_key: str | None, every_set: bool) -> ModelSou
             "--weights-key) is for these alone"
         )
     return _READERS[kind](path)
-
-
-def _other_shards(name: str) -> tuple[str, ...]:
-    """Return the files that have the rest of a model, by the name of one: ``x-1-of-2.bin``."""
-    found = _SHARD.fullmatch(name)
-    if found is None or int(found[3]) > _MOST_SHARDS:
-        return ()
-    head, own, count, tail = found.groups()
-    numbers = (str(n).zfill(len(own)) for n in range(1, int(count) + 1) if n != int(own))
-    return tuple(f"{head}-{number}-of-{count}{tail}" for number in numbers)
 
 
 def detect(path: Path) -> str:

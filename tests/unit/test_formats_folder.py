@@ -388,6 +388,18 @@ def test_one_of_several_files_of_a_model_is_told_to_be_that(folder: Path) -> Non
         assert source.left_out == ()
 
 
+def test_a_folder_with_one_of_several_files_is_refused(folder: Path) -> None:
+    """Of a download that was cut off before the index, a part was stored as the model."""
+    first = folder / "model-00001-of-00002.safetensors"
+    save_safe(first, state(0, "x"))
+    said = r"alone of a model in 2 files, .* fetch the others, model-00002-of-00002.safetensors, or"
+    with pytest.raises(FormatError, match=said):
+        open_source(folder)
+    first.rename(folder / "model-00001-of-00001.safetensors")
+    with open_source(folder) as source:
+        assert len(source.entries) == len(state(0, "x"))
+
+
 def test_names_that_two_folders_could_claim_are_refused(folder: Path) -> None:
     save_safe(folder / "model.safetensors", state(0, "unet/x"))
     (folder / "unet").mkdir()
