@@ -168,6 +168,8 @@ class _Translation:
         types = [self._types.get(name) for name in terms]
         if op not in _MOVES and not _FLOATS.issuperset(types):
             raise UnknownError
+        if not set(types) <= {None, *DTYPES}:
+            raise UnknownError  # texts, sequences
         self._types[node.output[0]] = types[0]
         self._nodes.append(Node(op, values, node.output[0], weights or {}, attrs or {}))
         # What exporters leave out of value_info, pools of whole images have to know.

@@ -152,6 +152,8 @@ def test_onnx_models_compute_the_same(name: str, tmp_path: Path) -> None:
         _model([_n("MatMul", "x w")], [_tensor("w", 2, 6, 4)], rank=3),
         _model([_n("Add", "x b")], [_tensor("b", 6)]),
         _model([_n("Add", "x x", broadcast=1, axis=0)], [], opset=6),
+        _model([_n("Identity", "x")], [], kind=TensorProto.STRING),
+        _model([_n("Concat", "x x", axis=0)], [], kind=TensorProto.COMPLEX64),
         _model(
             [_n("MatMul", "x w", "h"), _n("Add", "h b", broadcast=1, axis=0)],
             [_tensor("w", 4, 4), _tensor("b", 4)],
