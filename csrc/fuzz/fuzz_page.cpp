@@ -77,6 +77,7 @@ void read_content(const Page& page) {
             const bool same = same_block(page.block(slot - 1), page.block(slot));
             require(same == same_block(page.block(slot), page.block(slot - 1)), "symmetric");
         } catch (const Error&) {
+            // One of the two does not decode.
         }
     }
 }

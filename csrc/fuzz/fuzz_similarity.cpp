@@ -61,6 +61,7 @@ std::vector<Input> seeds() {
                                    ? reinterpret_cast<const std::byte*>(floats.data())
                                    : reinterpret_cast<const std::byte*>(doubles.data());
             std::vector<std::int64_t> ids;
+            ids.reserve(blocks);
             for (std::size_t i = 0; i < blocks; ++i)
                 ids.push_back(static_cast<std::int64_t>(5 * i));
             if (blocks != 0) index.add(dense_blocks(data, blocks, 4, 8, dtype), ids, 1);

@@ -103,7 +103,7 @@ int main(int argc, char** argv) {
             return 0;
         }
         if (argument == "--rounds" && i + 1 < argc) {
-            rounds = std::atol(argv[++i]);
+            rounds = std::strtol(argv[++i], nullptr, 10);
         } else if (argument.starts_with("--")) {
             std::fprintf(stderr, "usage: %s [--rounds N] [--write FOLDER] [PATH...]\n", argv[0]);
             return 2;

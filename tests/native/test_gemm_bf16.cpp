@@ -121,6 +121,34 @@ TEST(y_in_bf16_is_that_in_f32_rounded) {
     }
 }
 
+// Many rows, of which W is packed and not x where all blocks come at once: several groups of
+// panels, a last panel and a last tile that are not full, an odd number of columns. Cut between
+// calls, x is packed.
+TEST(many_rows_are_the_same_whichever_factor_is_packed) {
+    const BlockGrid grids[] = {
+        {190, 301, 64, 64}, {250, 65, 128, 65}, {1000, 900, 60, 100}, {61, 33, 64, 64}};
+    for (const BlockGrid& grid : grids) {
+        const auto drawn = halves_of(normal<float>(grid.rows * grid.cols));
+        const auto bias = normal<float>(grid.rows);
+        for (const std::size_t m : {262, 1100}) {
+            for (const bool planes : {false, true}) {
+                const Stored stored = store(drawn, grid, Dtype::bf16, planes);
+                Factors given{halves_of(normal<float>(m * grid.cols)), m};
+                for (const auto activation : {Activation::none, Activation::gelu}) {
+                    if (!sampled()) continue;
+                    given.activation = activation;
+                    given.bias = activation == Activation::none && planes ? nullptr : bias.data();
+                    const auto want = multiply_bf16<float>(stored, given, 2, 3);
+                    for (const unsigned threads : {1U, 2U, 3U}) {
+                        CHECK(same_bits(want, multiply_bf16<float>(stored, given, threads)));
+                        CHECK(rounded(want) == multiply_bf16<Bits>(stored, given, threads));
+                    }
+                }
+            }
+        }
+    }
+}
+
 // A subnormal number counts, wherever among the rows that threads pack it is: first, last, or in a
 // tile of few.
 TEST(one_subnormal_number_is_found) {
@@ -128,7 +156,7 @@ TEST(one_subnormal_number_is_found) {
     std::vector<float> w(grid.rows * grid.cols, 0.0F);
     for (std::size_t r = 0; r < grid.rows; ++r) w[r * grid.cols + r] = 0x1p100F;
     const Stored stored = store(halves_of(w), grid, Dtype::bf16, false);
-    for (const std::size_t m : {5, 31, 32, 33, 64, 1000}) {
+    for (const std::size_t m : {5, 31, 32, 33, 64, 1001}) {
         for (const std::size_t row : {std::size_t{0}, m / 2, m - 1}) {
             std::vector<float> x(m * grid.cols, 1.0F);
             x[row * grid.cols + 63] = 0x1p-130F;

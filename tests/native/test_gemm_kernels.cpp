@@ -509,12 +509,19 @@ TEST(kernels_move_pairs_as_the_scalar_one) {
             scalar.columns_to_f32(held.get(), ld, rows, cols, whole.data(), rows + 2);
             bf16.columns_to_f32(held.get(), ld, rows, cols, moved.data(), rows + 2);
             CHECK(std::memcmp(whole.data(), moved.data(), whole.size() * sizeof(float)) == 0);
-            const auto bias = tight(normal<float>(rows));
-            for (const float* const added :
-                 {static_cast<const float*>(bias.get()), static_cast<const float*>(nullptr)}) {
+            for (const bool has_bias : {true, false}) {
+                const auto of_rows = tight(normal<float>(rows));
+                const float* added = has_bias ? of_rows.get() : nullptr;
                 std::vector<Bits> there(cols * (rows + 2), 7), here = there;
                 scalar.columns_to_bf16(held.get(), ld, rows, cols, added, there.data(), rows + 2);
                 bf16.columns_to_bf16(held.get(), ld, rows, cols, added, here.data(), rows + 2);
+                CHECK(there == here);
+                const auto of_columns = tight(normal<float>(cols));
+                added = has_bias ? of_columns.get() : nullptr;
+                there.assign(rows * (cols + 2), 7);
+                here = there;
+                scalar.rows_to_bf16(held.get(), ld, rows, cols, added, there.data(), cols + 2);
+                bf16.rows_to_bf16(held.get(), ld, rows, cols, added, here.data(), cols + 2);
                 CHECK(there == here);
             }
         }

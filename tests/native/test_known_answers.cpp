@@ -134,6 +134,11 @@ void wrong_columns(const float* src, std::size_t ld_src, std::size_t rows, std::
     kScalarKernels.gemm.bf16.columns_to_bf16(src, ld_src, rows, cols, nullptr, dst, ld_dst);
 }
 
+void wrong_rows_of_sums(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                        const float* bias, std::uint16_t* dst, std::size_t ld_dst) noexcept {
+    kScalarKernels.gemm.bf16.rows_to_bf16(src, ld_src, rows, cols - 1, bias, dst, ld_dst);
+}
+
 std::uint32_t wrong_rows(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
                          std::uint16_t* to, std::size_t part, std::size_t ld_to) noexcept {
     return kScalarKernels.gemm.bf16.pack_cut(x, ldx, rows, cols, to, part, ld_to) & 1U;
@@ -446,6 +451,8 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.cut_block = wrong_cut; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_f32 = wrong_square; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_bf16 = wrong_columns; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.rows_to_bf16 = wrong_rows_of_sums; }) ==
+          "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_bf16 = wrong_half_dot; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.dot_nt_f16 = wrong_half_dot; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.codec.delta.subtract = wrong_subtract; }) == "codec");

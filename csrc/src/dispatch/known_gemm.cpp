@@ -317,6 +317,10 @@ bool same_moves(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
                                       kBeside);
             bf16.columns_to_bf16(sums.data(), kMoved, kBeside, kMoved, bias, got.data(), kBeside);
             if (want != got) return false;
+            reference.rows_to_bf16(sums.data(), kBeside, kMoved, kBeside, bias, want.data(),
+                                   kBeside);
+            bf16.rows_to_bf16(sums.data(), kBeside, kMoved, kBeside, bias, got.data(), kBeside);
+            if (want != got) return false;
         }
     }
     return true;

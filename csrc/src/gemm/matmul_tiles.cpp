@@ -6,6 +6,7 @@
 #include "gemm/activation.hpp"
 #include "gemm/matmul_typed.hpp"
 #include "gemm/transpose.hpp"
+#include "gemm/turned_product.hpp"
 
 namespace pydedup {
 namespace {
@@ -27,6 +28,26 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
             begin += rows.count;
         }
     };
+    if constexpr (!std::is_same_v<E, T>) {
+        const detail::TurnedProduct turned(p_, kernels_, y_, threads);
+        if (turned.gains() && blocks.size() == count()) {
+            const std::size_t chunks = turned.chunks();
+            each_task((chunks + 1) * turned.groups(), threads, [&](std::size_t i, Worker& worker) {
+                const std::size_t group = i / (chunks + 1);
+                const std::size_t chunk = i % (chunks + 1);
+                if (chunk < chunks) {
+                    turned.multiply(chunk, group, blocks, worker.reader, worker.x_pairs,
+                                    worker.sums, subnormal_);
+                } else if (turned.rows() < p_.m) {
+                    const auto x = packing.pack(turned.rows(), p_.m - turned.rows(), 1,
+                                                worker.template memory_of_x<E>());
+                    const auto [begin, end] = turned.panels(group);
+                    if (!subnormal_) multiply_panels(x, begin, end, 0, x.n_tiles(), worker);
+                }
+            });
+            return;
+        }
+    }
     if (const std::size_t chunks = chunks_of(packing, blocks, threads); chunks != 0) {
         const std::size_t tiles = detail::ceil_div(packing.rows, packing.width);
         // The larger chunks first: threads that take them in turns end at the same time.

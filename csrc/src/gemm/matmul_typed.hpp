@@ -9,7 +9,8 @@
 //
 // matmul.cpp has the frame and what takes few rows of x, matmul_tiles.cpp what takes x in tiles,
 // matmul_cut.cpp what cuts both factors into bf16 numbers, matmul_together.cpp several blocks at
-// once, matmul_members.cpp rows of several variants, matmul_transposed.cpp x @ W.
+// once, matmul_members.cpp rows of several variants, matmul_transposed.cpp x @ W. Where W is
+// packed, not x, turned_product.hpp has it.
 #pragma once
 
 #include <algorithm>

@@ -34,8 +34,12 @@ struct RowTile {
     [[nodiscard]] std::size_t sums() const noexcept { return kernel->width * kernel->sums(); }
 };
 
-/// Cuts rows [row, row + left) into tiles, widest first. A wider tile is taken when it wastes at
-/// most a quarter.
+/// Whether so many rows are taken as a tile of that width: it wastes at most a quarter.
+[[nodiscard]] constexpr bool fill(std::size_t rows, std::size_t width) noexcept {
+    return 4 * rows >= 3 * width;
+}
+
+/// Cuts rows [row, row + left) into tiles, widest first.
 template <class E, class A>
 std::vector<RowTile<E, A>> cut_rows(std::size_t row, std::size_t left,
                                     std::span<const GemmTile<E, A>> kernels) {
@@ -46,7 +50,7 @@ std::vector<RowTile<E, A>> cut_rows(std::size_t row, std::size_t left,
         for (const GemmTile<E, A>& tile : kernels) {
             if (tile.width == 0) break;
             pick = &tile;
-            if (4 * left >= 3 * tile.width) break;
+            if (fill(left, tile.width)) break;
         }
         tiles.push_back({pick, row, std::min(left, pick->width), sum});
         row += tiles.back().rows;

@@ -256,6 +256,7 @@ constexpr Bf16GemmKernels kGemm = {{{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>
                                    pack_pairs,
                                    columns_to_f32,
                                    columns_to_bf16,
+                                   rows_to_bf16,
                                    copy_pairs,
                                    pack_cut,
                                    pair_cut,

@@ -62,6 +62,7 @@ constexpr Bf16GemmKernels kGemm = {{{32, tile_nt<Pairs, 2, 8, 2>, 2, 2},
                                    pack_pairs,
                                    columns_to_f32,
                                    columns_to_bf16,
+                                   rows_to_bf16,
                                    copy_pairs};
 
 }  // namespace

@@ -139,6 +139,11 @@ struct Bf16GemmKernels {
     void (*columns_to_bf16)(const float* src, std::size_t ld_src, std::size_t rows,
                             std::size_t cols, const float* bias, std::uint16_t* dst,
                             std::size_t ld_dst) noexcept = nullptr;
+    /// dst[r * ld_dst + c] of src[r * ld_src + c] + bias[c], for r < rows and c < cols, otherwise
+    /// so.
+    void (*rows_to_bf16)(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                         const float* bias, std::uint16_t* dst,
+                         std::size_t ld_dst) noexcept = nullptr;
     /// For k < times all runs: those of `from` + k * ld, to the elements from `to` + k * ld_to +
     /// run.to on. There where pack_pairs is.
     void (*copy_pairs)(const std::uint16_t* from, std::size_t stride, std::size_t ld,

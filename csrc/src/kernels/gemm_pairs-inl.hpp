@@ -93,6 +93,23 @@ inline void columns_to_bf16(const float* src, std::size_t ld_src, std::size_t ro
     }
 }
 
+inline void rows_to_bf16(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                         const float* bias, std::uint16_t* dst, std::size_t ld_dst) noexcept {
+    constexpr std::size_t kWords = 16;
+    for (std::size_t c = 0; c < cols; c += kWords) {
+        const auto there =
+            static_cast<__mmask16>(cols - c < kWords ? (1U << (cols - c)) - 1U : 0xFFFFU);
+        const __m512 added =
+            bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(there, bias + c);
+        for (std::size_t r = 0; r < rows; ++r) {
+            __m512 values = _mm512_maskz_loadu_ps(there, src + r * ld_src + c);
+            if (bias != nullptr) values = _mm512_add_ps(values, added);
+            const __m512i words = _mm512_srli_epi32(rounded_to_bf16(values), 16);
+            _mm256_mask_storeu_epi16(dst + r * ld_dst + c, there, _mm512_cvtepi32_epi16(words));
+        }
+    }
+}
+
 // Asks for the rows that come next, those of another tile as a rule: a tile reads so little of each
 // that no prefetcher of the hardware follows (EPYC, 8192 rows by 384 x 384: 3.6 ms instead of 4.1).
 inline bool pack_pairs(const std::uint16_t* x, std::size_t ldx, std::size_t rows, std::size_t cols,

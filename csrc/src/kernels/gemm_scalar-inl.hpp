@@ -186,6 +186,17 @@ void columns_to_bf16(const float* src, std::size_t ld_src, std::size_t rows, std
     }
 }
 
+void rows_to_bf16(const float* src, std::size_t ld_src, std::size_t rows, std::size_t cols,
+                  const float* bias, std::uint16_t* dst, std::size_t ld_dst) noexcept {
+    for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t c = 0; c < cols; ++c) {
+            const float sum = src[r * ld_src + c];
+            const float value = bias == nullptr ? sum : sum + bias[c];
+            f32_to_bf16(&value, 1, dst + r * ld_dst + c);
+        }
+    }
+}
+
 float nearest_bf16(float value) noexcept {
     return value_of((bits_of(value) + 0x8000U) & 0xFFFF0000U);
 }
@@ -276,6 +287,7 @@ constexpr GemmKernels kGemm = {
      pack_pairs,
      columns_to_f32,
      columns_to_bf16,
+     rows_to_bf16,
      copy_pairs,
      pack_cut,
      pair_cut,
