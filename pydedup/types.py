@@ -167,12 +167,20 @@ class DType(enum.Enum):
         if isinstance(dtype, type):
             dtype = np.dtype(dtype)
         name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
-        floats = [member for member in cls if member.is_float]
-        for member in floats:
-            if dtype is member or name in (member.label, member.numpy.name):
-                return member
-        known = ", ".join(member.label for member in floats)
+        if isinstance(dtype, cls):
+            name = dtype.label
+        floats = cls._floats()
+        if name in floats:
+            return floats[name]
+        known = ", ".join(dict.fromkeys(member.label for member in floats.values()))
         raise ArgumentError(f"there is no dtype of floats {name!r}; choose one of: {known}")
+
+    @classmethod
+    @functools.cache
+    def _floats(cls) -> Mapping[str, DType]:
+        """Return those of floating point by label and by numpy's name."""
+        floats = [member for member in cls if member.is_float]
+        return {name: member for member in floats for name in (member.label, member.numpy.name)}
 
 
 @dataclass(frozen=True, slots=True)
