@@ -80,11 +80,15 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         if constexpr (sizeof(T) == 4) {
             if (way_ == Way::pairs && half_x_ == nullptr) narrow_image();
         }
+        if (tiles_ == 0) return;  // no images
         const auto [first, panels, weights, threads] = work_of(blocks);
-        const auto [chunk, cuts] = cut(weights, panels, threads);
-        const std::size_t chunks = ceil_div(tiles_, chunk);
+        const auto [chunks, cuts] = cut(weights, panels, threads);
         const std::size_t per_cut = ceil_div(panels, cuts);
-        if (rests(blocks.size(), chunk, per_cut)) sums_.will_rest();
+        if (rests(blocks.size(), ceil_div(tiles_, chunks), per_cut)) sums_.will_rest();
+        // The larger chunks first.
+        const auto tile_of = [&, chunks = chunks](std::size_t chunk) {
+            return chunk * (tiles_ / chunks) + std::min(chunk, tiles_ % chunks);
+        };
         workers_.each(
             chunks * cuts, threads,
             [&] {
@@ -97,8 +101,8 @@ class Conv2d::Tiled final : public Conv2d::Impl {
             [&](std::size_t i, Worker& worker) {
                 const std::size_t panel0 = first + i % cuts * per_cut;
                 const std::size_t panel1 = std::min(panel0 + per_cut, first + panels);
-                const std::size_t tile0 = i / cuts * chunk;
-                run_task(blocks, {tile0, std::min(tile0 + chunk, tiles_)}, panel0, panel1, worker);
+                const std::size_t chunk = i / cuts;
+                run_task(blocks, {tile_of(chunk), tile_of(chunk + 1)}, panel0, panel1, worker);
             });
     }
 
@@ -126,8 +130,8 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         Range kept{0, 0};  // rows whose sums stay in scratch from strip to strip, if any
     };
     struct Cut {
-        std::size_t chunk;  // tiles in one
-        std::size_t cuts;   // of the rows of blocks
+        std::size_t chunks;  // of the tiles
+        std::size_t cuts;    // of the rows of blocks
     };
 
     // More chunks read W more often, more cuts gather more, too few tasks leave threads idle.
@@ -139,9 +143,15 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         for (std::size_t chunk = kChunkTiles; chunk > 0; --chunk) {
             const std::size_t chunks = ceil_div(tiles_, chunk);
             for (std::size_t cuts = 1; cuts <= std::min<std::size_t>(panels, 4 * threads); ++cuts) {
-                const std::size_t tasks = chunks * cuts;
-                const double busy = static_cast<double>(tasks) /
-                                    static_cast<double>(ceil_div(tasks, threads) * threads);
+                // What the last thread to end has done: tiles of chunks that have one more or less,
+                // by rows of blocks.
+                const std::size_t rounds = ceil_div(chunks * cuts, std::size_t{threads});
+                const std::size_t larger =
+                    std::min(rounds, ceil_div(tiles_ % chunks * cuts, std::size_t{threads}));
+                const std::size_t last =
+                    (rounds * (tiles_ / chunks) + larger) * ceil_div(panels, cuts);
+                const double busy =
+                    static_cast<double>(tiles_ * panels) / static_cast<double>(last * threads);
                 // Where rows of blocks are groups of their own, cuts gather nothing twice.
                 const double gathers = p_.shape.groups >= panels ? 1.0 : static_cast<double>(cuts);
                 const double cost = (static_cast<double>(weights) * lanes * kMultiplyCost +
@@ -150,7 +160,7 @@ class Conv2d::Tiled final : public Conv2d::Impl {
                                     busy;
                 if (cost < least) {
                     least = cost;
-                    best = {chunk, cuts};
+                    best = {chunks, cuts};
                 }
             }
         }
