@@ -39,6 +39,7 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
                     turned.multiply(chunk, group, blocks, worker.reader, worker.x_pairs,
                                     worker.sums, subnormal_);
                 } else if (turned.rows() < p_.m) {
+                    // Too few for a tile of that kind: summed up as where all of x is packed.
                     const auto x = packing.pack(turned.rows(), p_.m - turned.rows(), 1,
                                                 worker.template memory_of_x<E>());
                     const auto [begin, end] = turned.panels(group);

@@ -157,9 +157,9 @@ def test_errors_are_told_once_and_in_one_line(inside: Adapter, plpy: Plpy, schem
 
 
 def test_where_it_is_and_what_memory_it_may_use(plpy: Plpy, schema: str) -> None:
-    there, memory = registry.inside_postgres(plpy, schema)
+    there, memory, _ = registry.inside_postgres(plpy, schema)
     assert (there.url, memory) == (f"postgresql:///postgres?schema={schema}", None)
     plpy.connection.execute("SET pydedup.memory = '5MiB'")
-    there, memory = registry.inside_postgres(plpy, "pydedup")
+    there, memory, _ = registry.inside_postgres(plpy, "pydedup")
     assert (there.url, memory) == ("postgresql:///postgres", "5MiB")
     assert there.schema_version() is None
