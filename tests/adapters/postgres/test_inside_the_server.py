@@ -160,6 +160,6 @@ def test_where_it_is_and_what_memory_it_may_use(plpy: Plpy, schema: str) -> None
     there, memory, _ = registry.inside_postgres(plpy, schema)
     assert (there.url, memory) == (f"postgresql:///postgres?schema={schema}", None)
     plpy.connection.execute("SET pydedup.memory = '5MiB'")
-    there, memory, _ = registry.inside_postgres(plpy, "pydedup")
+    there, memory, _ = registry.inside_postgres(Plpy(plpy.connection), "pydedup")
     assert (there.url, memory) == ("postgresql:///postgres", "5MiB")
     assert there.schema_version() is None
