@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks that are asked of memory while the one before is computed with.
+// What is asked of memory while what comes before it is computed with.
 #pragma once
 
 #include <algorithm>
@@ -42,5 +42,15 @@ class AheadShares {
     const E* end_;
     std::size_t each_;
 };
+
+/// Asks for rows x cols elements that will be written, rows at a distance of ld: where they lie far
+/// apart each line is a miss of its own.
+template <class E>
+void ask_to_write(const E* to, std::size_t ld, std::size_t rows, std::size_t cols) noexcept {
+    constexpr std::size_t kLine = 64 / sizeof(E);
+    for (std::size_t r = 0; r < rows; ++r, to += ld) {
+        for (std::size_t c = 0; c < cols; c += kLine) __builtin_prefetch(to + c, 1, 2);
+    }
+}
 
 }  // namespace pydedup::detail

@@ -85,10 +85,6 @@ class Conv2d::Tiled final : public Conv2d::Impl {
         const auto [chunks, cuts] = cut(weights, panels, threads);
         const std::size_t per_cut = ceil_div(panels, cuts);
         if (rests(blocks.size(), ceil_div(tiles_, chunks), per_cut)) sums_.will_rest();
-        // The larger chunks first.
-        const auto tile_of = [&, chunks = chunks](std::size_t chunk) {
-            return chunk * (tiles_ / chunks) + std::min(chunk, tiles_ % chunks);
-        };
         workers_.each(
             chunks * cuts, threads,
             [&] {
@@ -101,8 +97,9 @@ class Conv2d::Tiled final : public Conv2d::Impl {
             [&](std::size_t i, Worker& worker) {
                 const std::size_t panel0 = first + i % cuts * per_cut;
                 const std::size_t panel1 = std::min(panel0 + per_cut, first + panels);
-                const std::size_t chunk = i / cuts;
-                run_task(blocks, {tile_of(chunk), tile_of(chunk + 1)}, panel0, panel1, worker);
+                const Range tiles{detail::even_part(tiles_, chunks, i / cuts),
+                                  detail::even_part(tiles_, chunks, i / cuts + 1)};
+                run_task(blocks, tiles, panel0, panel1, worker);
             });
     }
 

@@ -53,8 +53,8 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
         const std::size_t tiles = detail::ceil_div(packing.rows, packing.width);
         // The larger chunks first: threads that take them in turns end at the same time.
         const auto row_of = [&](std::size_t chunk) {
-            const std::size_t before = chunk * (tiles / chunks) + std::min(chunk, tiles % chunks);
-            return std::min(packing.rows, before * packing.width);
+            const std::size_t tile = detail::even_part(tiles, chunks, chunk);
+            return std::min(packing.rows, tile * packing.width);
         };
         each_task(chunks, threads, [&](std::size_t i, Worker& worker) {
             const std::size_t row0 = row_of(i);
@@ -277,17 +277,11 @@ void Matmul::Typed<T>::store_tile(const Tile& tile, const BlockRect& rect, T* su
 template <class T>
 template <class Tile>
 void Matmul::Typed<T>::ask_for_y(const Tile& tile, const BlockRect& rect) const noexcept {
-    const auto ask = [&](const auto* y) {
-        constexpr std::size_t kLine = 64 / sizeof *y;
-        for (std::size_t i = 0; i < tile.rows; ++i) {
-            const auto* const row = y + (tile.row0 + i) * n_ + rect.row0;
-            for (std::size_t r = 0; r < rect.rows; r += kLine) __builtin_prefetch(row + r, 1, 2);
-        }
-    };
+    const std::size_t at = tile.row0 * n_ + rect.row0;
     if (y_ != nullptr) {
-        ask(y_);
+        detail::ask_to_write(y_ + at, n_, tile.rows, rect.rows);
     } else {
-        ask(halves_);
+        detail::ask_to_write(halves_ + at, n_, tile.rows, rect.rows);
     }
 }
 

@@ -5,6 +5,7 @@
 
 #include "base/rounding.hpp"
 #include "gemm/activation.hpp"
+#include "gemm/ahead.hpp"
 #include "gemm/bf16_parts.hpp"
 #include "gemm/packed_x.hpp"
 
@@ -118,39 +119,31 @@ std::vector<TurnedProduct::Columns> TurnedProduct::pack(std::span<const BlockVie
         if (tile.count < tile_.width) std::fill_n(to, elements, std::uint16_t{0});
         to += elements;
     }
-    std::size_t of_panel = 0;
+    std::size_t tile0 = 0;  // of the panel
     for (std::size_t p = first; p < end; ++p) {
-        std::size_t t = of_panel;
+        const std::size_t number = p * grid.grid_cols();
         for (std::size_t b = 0; b < grid.grid_cols(); ++b) {
-            const BlockView& block = blocks[p * grid.grid_cols() + b];
+            const BlockView& block = blocks[number + b];
             const auto* const w = reader.as<std::uint16_t>(block);
-            t = of_panel;
-            for (std::size_t r = 0; r < block.rows; r += tile_.width, ++t) {
-                kernels_.bf16.pack_pairs(w + r * block.cols, block.cols, tiles[t].count, block.cols,
-                                         tiles[t].weights + b * grid.block_cols * tile_.width,
+            for (std::size_t r = 0; r < block.rows; r += tile_.width) {
+                const Columns& columns = tiles[tile0 + r / tile_.width];
+                kernels_.bf16.pack_pairs(w + r * block.cols, block.cols, columns.count, block.cols,
+                                         columns.weights + b * grid.block_cols * tile_.width,
                                          2 * tile_.width);
             }
         }
-        of_panel = t;
+        tile0 += ceil_div(block_rect(grid, number).rows, tile_.width);
     }
     return tiles;
 }
 
-// Each line is a miss of its own: rows lie far apart.
 void TurnedProduct::ask_for_y(const Rows& rows, const Columns& columns) const noexcept {
-    const auto ask = [&](const auto* y) {
-        constexpr std::size_t kLine = 64 / sizeof *y;
-        for (std::size_t i = rows.begin; i < rows.begin + rows.count; ++i) {
-            const auto* const row = y + i * problem_.grid.rows + columns.begin;
-            for (std::size_t c = 0; c < columns.count; c += kLine) {
-                __builtin_prefetch(row + c, 1, 2);
-            }
-        }
-    };
+    const std::size_t ld = problem_.grid.rows;
+    const std::size_t at = rows.begin * ld + columns.begin;
     if (y_ != nullptr) {
-        ask(y_);
+        ask_to_write(y_ + at, ld, rows.count, columns.count);
     } else {
-        ask(halves_);
+        ask_to_write(halves_ + at, ld, rows.count, columns.count);
     }
 }
 
