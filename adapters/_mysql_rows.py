@@ -23,6 +23,16 @@ __all__ = ["MysqlRows"]
 
 #: The server gives up on who does not fetch for so long; 60 seconds by default.
 _PATIENCE: Final = "SET SESSION net_write_timeout = 86400"
+#: Modes by which a query means something else; our sessions have none of them.
+_READINGS: Final = (
+    *("ANSI_QUOTES", "PIPES_AS_CONCAT", "IGNORE_SPACE"),
+    *("HIGH_NOT_PRECEDENCE", "NO_UNSIGNED_SUBTRACTION"),
+)
+#: A user's query is read as in a session of their own. (But for backslashes in strings: the driver
+#: writes values with them.)
+_AS_READ: Final = "SET SESSION sql_mode = CONCAT_WS(',', @@SESSION.sql_mode, {})".format(
+    ", ".join(f"IF(FIND_IN_SET('{one}', @@GLOBAL.sql_mode), '{one}', NULL)" for one in _READINGS)
+)
 
 # Types and flags of the protocol.
 _INTEGERS: Final = frozenset({1, 2, 3, 8, 9, 13})
@@ -92,7 +102,7 @@ class MysqlRows(RowCalls):
         connection = cast(PreparedConnection, self._connect())
         try:
             raw = connection.raw
-            for statement in (_PATIENCE, *self._sql.dialect.begin_snapshot):
+            for statement in (_PATIENCE, _AS_READ, *self._sql.dialect.begin_snapshot):
                 self._on(raw, statement).close()
             with self._of_user("the query failed"):
                 cursor = self._on(raw, query, values)
@@ -133,6 +143,7 @@ class MysqlRows(RowCalls):
         """Return a text for enums, which are sorted by number but compared as texts."""
         with contextlib.closing(self._connect()) as connection:
             raw = cast(PreparedConnection, connection).raw
+            self._on(raw, _AS_READ).close()
             with self._of_user("the query failed"):
                 cursor = self._on(raw, f"SELECT {name} FROM {inner} LIMIT 0")  # noqa: S608 (quoted)
             (column,) = cursor.description

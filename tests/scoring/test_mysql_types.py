@@ -289,3 +289,28 @@ def test_a_database_may_be_called_otherwise_than_tables(
         assert mysql_run(mysql_url, f"SELECT id FROM `{database}`.predictions") == [(1,)]
     finally:
         mysql_run(mysql_url, f"DROP DATABASE `{database}`")
+
+
+def test_a_query_is_read_as_the_server_reads_it(
+    mysql_database: str, cursor: Any, store: pydedup.Store
+) -> None:
+    """Where names stand in double quotes, they were taken for texts: no row was found."""
+    cursor.execute("CREATE TABLE ours (id ENUM('b', 'a'), f REAL)")
+    cursor.execute("INSERT INTO ours VALUES ('b', 1), ('a', 2)")
+    query = """SELECT "id" || 'x' AS "k", f, f, f FROM ours WHERE "id" >= 'a'"""
+    cursor.execute("SELECT @@GLOBAL.sql_mode")
+    ((before,),) = cursor.fetchall()
+    cursor.execute("SET GLOBAL sql_mode = 'ANSI,NO_BACKSLASH_ESCAPES'")
+    try:
+        assert store.score(query, "m@1", into="p").rows == 2
+        rows = registry.connect_rows(mysql_database)
+        try:
+            assert isinstance(rows, RangeAdapter)
+            _, parts = read_ranges(rows, """SELECT "id" AS k, f AS n FROM "ours" """, 1)
+        finally:
+            rows.close()
+    finally:
+        cursor.execute(f"SET GLOBAL sql_mode = '{before}'")
+    assert parts == [[("a", 2)], [("b", 1)], []]
+    cursor.execute("SELECT k FROM p ORDER BY k")
+    assert cursor.fetchall() == [("ax",), ("bx",)]
