@@ -311,7 +311,8 @@ def _sources(call: Any) -> list[str]:
         arguments = call["args"]
         tensors = arguments[0] if isinstance(arguments[0], list) else arguments
         for value in call.get("kwargs", {}).values():
-            if isinstance(value, Mapping):  # another tensor, or a mask
+            # Another tensor, a mask, or training=True: noise, and statistics of the batch.
+            if value not in (None, False):
                 raise _UnknownError
         histories = [item["config"]["keras_history"] for item in tensors]
     else:  # Keras 2: [[layer, node, tensor, kwargs], ...]

@@ -126,6 +126,28 @@ def test_keras_functional_with_two_branches(style: str) -> None:
     assert infer_from_keras({"class_name": "Functional", "config": inner}, WEIGHTS) is None
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "known"),
+    [
+        ({}, True),
+        ({"training": False, "mask": None}, True),
+        ({"training": True}, False),
+        ({"mask": {"class_name": "__keras_tensor__", "config": {}}}, False),
+    ],
+)
+def test_what_a_keras_layer_is_called_with(kwargs: dict[str, Any], known: bool) -> None:
+    """Called as in training, it takes the statistics of each batch, and we took those it had."""
+    tensor = {"class_name": "__keras_tensor__", "config": {"keras_history": ["in", 0, 0]}}
+    norm = _layer("BatchNormalization", "bn", axis=-1, epsilon=1e-3, scale=True, center=True)
+    layers = [
+        {**_layer("InputLayer", "in", batch_shape=[None, 3]), "name": "in", "inbound_nodes": []},
+        {**norm, "name": "bn", "inbound_nodes": [{"args": [tensor], "kwargs": kwargs}]},
+    ]
+    inner = {"layers": layers, "input_layers": ["in", 0, 0], "output_layers": ["bn", 0, 0]}
+    graph = infer_from_keras({"class_name": "Functional", "config": inner}, WEIGHTS)
+    assert (graph is not None) == known
+
+
 def test_a_keras_row_is_computed_along_the_axes_of_a_batch(tmp_path: Path) -> None:
     """A mean over words was one over what they are embedded in; a Reshape mixed rows."""
     words = _sequential(
