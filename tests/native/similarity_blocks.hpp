@@ -24,8 +24,9 @@ inline std::vector<float> normals(std::size_t count, unsigned seed) {
 }
 
 inline BlockBatch batch_of(const std::vector<float>& values, std::size_t rows, std::size_t cols) {
-    return dense_blocks(reinterpret_cast<const std::byte*>(values.data()),
-                        values.size() / (rows * cols), rows, cols, Dtype::f32);
+    const std::size_t count = rows * cols == 0 ? 0 : values.size() / (rows * cols);
+    return dense_blocks(reinterpret_cast<const std::byte*>(values.data()), count, rows, cols,
+                        Dtype::f32);
 }
 
 inline std::vector<std::int64_t> numbers(std::size_t count, std::int64_t first = 0) {

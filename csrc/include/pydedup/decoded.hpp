@@ -33,7 +33,7 @@ class DecodedBlocks {
     void show(std::size_t slot, BlockView& block) noexcept;
 
   private:
-    class Slot;
+    class Slot;  // NOLINT(cppcoreguidelines-virtual-class-destructor): it is final
 
     [[nodiscard]] std::byte* memory() noexcept;
 

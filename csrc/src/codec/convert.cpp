@@ -61,7 +61,7 @@ std::uint64_t narrow(std::uint64_t bits, FloatFormat format) noexcept {
     const std::uint64_t sign = bits >> 63 << (format.exponent_bits + mantissa_bits);
     const std::uint64_t magnitude = bits & (kInfinity64 | (kInfinity64 - 1));
     if (magnitude >= kInfinity64) {
-        const std::uint64_t quiet = std::uint64_t{1} << (mantissa_bits - 1);
+        const std::uint64_t quiet = (std::uint64_t{1} << mantissa_bits) >> 1;
         return sign | infinity | (magnitude > kInfinity64 ? quiet : 0);
     }
     const std::int64_t exponent = static_cast<std::int64_t>(magnitude >> 52) - 1023 + top / 2;

@@ -19,7 +19,8 @@ template <class E>
 [[nodiscard]] GemmNext<E> ahead_of(const BlockView& block) noexcept {
     if (block.length > kMaxAheadBytes) return {};
     const auto* const begin = reinterpret_cast<const E*>(block.data);
-    return {begin, begin + block.length / sizeof(E)};
+    const std::size_t count = block.length / sizeof(E);
+    return {begin, begin + count};
 }
 
 /// The same in shares of whole lines, for so many calls of a kernel; later ones ask for nothing.

@@ -292,6 +292,10 @@ struct Keys {
         }
         return kept;
     }
+
+  private:
+    friend Own;  // no other class is one of these
+    Keys() = default;
 };
 
 struct Keys32 : Keys<Keys32, std::uint32_t> {

@@ -192,6 +192,10 @@ struct Keys {
         _mm512_storeu_si512(out, Own::compress(kept, x));
         return static_cast<std::size_t>(__builtin_popcount(kept));
     }
+
+  private:
+    friend Own;  // no other class is one of these
+    Keys() = default;
 };
 
 struct Keys32 : Keys<Keys32, std::uint32_t> {

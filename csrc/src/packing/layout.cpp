@@ -194,7 +194,7 @@ PackedLayout lay_out(const Problem& problem) {
     // Where large blocks of one class leave room that only small ones of another can use, classes
     // must be mixed to save pages. One page over the bound is not worth the reads.
     const auto least_pages = static_cast<std::size_t>(problem.lower_bound) - problem.existing_pages;
-    std::size_t count = split.whole.size() + mix.pages.size();
+    const std::size_t count = split.whole.size() + mix.pages.size();
     const bool few = problem.new_blocks <= kFewBlocks;
     std::int64_t least_reads = 0;
     if (few || problem.models() <= kFewModels) {
@@ -206,12 +206,12 @@ PackedLayout lay_out(const Problem& problem) {
         if (fitted.size() < count) {
             split.whole = Rows{};
             mix = {std::move(fitted), least_reads};
-            count = mix.pages.size();
         }
     }
     PackedLayout out;
     if (few) {
         std::vector<PageBlocks> all;
+        all.reserve(split.whole.size() + mix.pages.size());
         for (std::size_t p = 0; p < split.whole.size(); ++p) {
             all.emplace_back(split.whole.row(p).begin(), split.whole.row(p).end());
         }

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+
 #include "similarity/index.hpp"
 
 namespace pydedup::similarity {
@@ -12,7 +14,7 @@ constexpr std::uint64_t kFactorStream = 5;
 Hashing::Hashing(const LshParameters& parameters)
     : bands_(parameters.bands),
       band_rows_(parameters.band_rows),
-      width_(static_cast<std::int32_t>(parameters.r * kSketchUnit + 0.5)),
+      width_(static_cast<std::int32_t>(std::floor(parameters.r * kSketchUnit + 0.5))),
       raise_((kSketchMost + width_) / width_ * width_),
       reciprocal_(((std::uint64_t{1} << 40) + static_cast<std::uint64_t>(width_) - 1) /
                   static_cast<std::uint64_t>(width_)),

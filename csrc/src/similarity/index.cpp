@@ -20,7 +20,7 @@ using detail::round_up;
     throw Error(ErrorCode::invalid_argument, message);
 }
 
-const LshParameters& checked(const LshParameters& p) {
+LshParameters checked(const LshParameters& p) {
     static_cast<void>(dense_blocks(nullptr, 1, p.rows, p.cols, p.dtype));
     // A row takes whole groups of lanes; the signs of all are kept. (Also: a few damaged bytes must
     // not ask for gigabytes.)
