@@ -40,6 +40,7 @@ __all__ = [
 MOST_REPLICAS: Final = 2
 _OURS: Final = ("replicas",)
 _PREFIX: Final = re.compile(r"postgres(ql)?://")
+_SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,18 @@ def locate_shards(url: str, schema: str | None, known: Collection[str]) -> Shard
             "the URL of a sharded store lists its shards after the coordinator: "
             "postgresql+shards://host/database|host1/pages|host2/pages"
         )
-    first, replicas = _without_replicas(_PREFIX.sub("", first))
+    first, *others = (_PREFIX.sub("", one) for one in (first, *others))
+    for one in (first, *others):
+        if scheme := _SCHEME.match(one):  # its name would be that of a host, which is down
+            raise ArgumentError(
+                f"{scheme[0]} in the list: the coordinator and all shards are PostgreSQL "
+                "databases, each written as after postgresql://"
+            )
+    first, replicas = _without_replicas(first)
     coordinator = locate(f"postgresql://{first}", schema, known, also=_OURS)
     shards = []
     for number, other in enumerate(others, 1):
-        own, misplaced = _without_replicas(f"postgresql://{_PREFIX.sub('', other)}")
+        own, misplaced = _without_replicas(f"postgresql://{other}")
         if misplaced is not None:
             raise ArgumentError(
                 "replicas= is an option of the first database in the list, the coordinator: "

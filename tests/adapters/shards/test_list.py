@@ -148,6 +148,9 @@ def test_a_shard_that_another_takes_the_place_of_where_it_was_is_told(
         ("postgresql+shards://u:secret@h/d|h1/d?replcas=1", r"shard 1.*'replcas'.*mean replicas\?"),
         ("postgresql+shards://h/d|u:secret@h/d?shema=x|h2/d", "shard 1 of the list"),
         ("postgresql+shards://h/d|u:sec/ret@h/d|h2/d", "shard 1 of the list"),
+        # These were taken for hosts that are down.
+        ("postgresql+shards://u:secret@h/d|h1/d|sqlite:///s.db", "sqlite:// in the list"),
+        ("postgresql+shards://postgresql+shards://h/d|h1/d", r"postgresql\+shards:// in the list"),
     ],
 )
 def test_a_url_that_cannot_be_read(url: str, words: str) -> None:
