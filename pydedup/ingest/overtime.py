@@ -40,7 +40,7 @@ def ended_after(seconds: float, call: Callable[[], R], what: str) -> R:
     watch = _Watch(seconds, what)
     try:
         try:
-            start_new_thread(watch.run, ())
+            watch.start()
             return call()
         finally:
             watch.end()
@@ -62,12 +62,20 @@ class _Watch:
         self._sent: list[bool] = []
         self._over: list[bool] = []
         self._finished: list[bool] = []
-        self._wake, self._done = allocate_lock(), allocate_lock()
-        self._wake.acquire()
-        self._done.acquire()
+        self._wake, self._done, self._begins = (allocate_lock() for _ in range(3))
+        for lock in (self._wake, self._done, self._begins):
+            lock.acquire()
+
+    def start(self) -> None:
+        """Return when it watches."""
+        start_new_thread(self.run, ())
+        # Before it runs, CPython 3.11 takes a thread for the one that made it, and would send it
+        # what the next watch sends to that one.
+        self._begins.acquire()
 
     def run(self) -> None:
         self._begun.append(True)
+        self._begins.release()
         wait = min(self._seconds, threading.TIMEOUT_MAX)
         while not self._over and not self._wake.acquire(timeout=wait):
             self._sent.append(True)
@@ -95,9 +103,8 @@ class _Watch:
         # Taken back, what did not arrive would be looked for at every step from then on: CPython
         # 3.11 is slower for good, and hangs where a profiler is set.
         with contextlib.suppress(Overtime):
-            _send(self._thread)
-            while True:  # there is one on its way
-                pass
+            while True:  # a thread that this one has just made may be sent it instead
+                _send(self._thread)
 
 
 def _send(thread: ctypes.c_ulong) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from _thread import start_new_thread
+from collections.abc import Callable
 
 import pytest
 
@@ -53,6 +55,46 @@ def test_an_end_at_the_very_last_moment_raises_here_or_not_at_all() -> None:
             ended_after(seconds, lambda: sum(range(1000)), "it")
         except Overtime:
             continue
+
+
+def test_a_call_is_not_made_before_it_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch that ran only after its call had ended was sent what the next one sent."""
+    begun: list[str] = []
+
+    def late(run: Callable[[], None], arguments: tuple[()]) -> int:
+        def body() -> None:
+            time.sleep(0.05)
+            begun.append("the watch")
+            run(*arguments)
+
+        return start_new_thread(body, ())
+
+    monkeypatch.setattr(overtime, "start_new_thread", late)
+    assert ended_after(600, begun.copy, "it") == ["the watch"]
+
+
+def test_what_went_to_another_thread_is_sent_again() -> None:
+    """Who had called waited for it for ever."""
+    code = """
+import contextlib
+from pydedup.ingest import overtime
+
+def endless():
+    while True:
+        pass
+
+send, sent = overtime._send, []
+
+def send_all_but_one(thread):
+    sent.append(thread)
+    if len(sent) != 2:
+        send(thread)
+
+overtime._send = send_all_but_one
+with contextlib.suppress(overtime.Overtime):
+    overtime.ended_after(0.01, endless, "it")
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=100)
 
 
 def test_who_catches_it_is_sent_it_again_and_it_is_told(
