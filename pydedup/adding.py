@@ -197,10 +197,6 @@ class _Terms:
         from pydedup.policies import Lossless
 
         base, number, is_numbered = plan_address(taken, name, self.version)
-        if isinstance(given, Mapping) and not given and self.graph is None:
-            raise ArgumentError(
-                f"the mapping given for {name!r} is empty; a model is arrays by name"
-            )
         source = opened.enter_context(open_source(given, self.weights_key))
         request = Request(
             name=base,
@@ -212,6 +208,11 @@ class _Terms:
             block_shape=self.block_shape,
             is_numbered=is_numbered,
         )
+        # ONNX Runtime runs models without any, whose graph is a file beside the weights.
+        if not source.entries and request.graph is None and not any(source.artifacts()):
+            raise ArgumentError(
+                f"what is given for {name!r} has no tensors; a model is arrays by name"
+            )
         if self.graph is not None:
             self.graph.validate({entry.name: entry.shape for entry in source.entries})
         return request
