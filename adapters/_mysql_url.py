@@ -70,7 +70,7 @@ def locate(url: str, schema: str | None = None) -> Place:
     shown = f"{parts.scheme}://{place}{f':{port}' if port else ''}/{quote(database)}"
     if not database or "\0" in database or (schema is None and "/" in database):
         raise ArgumentError(f"{shown} names no database; write {FORM}")
-    options: dict[str, Any] = {"host": host, "database": database}
+    options: dict[str, Any] = {"host": unquote(host), "database": database}
     options |= {"port": port} if port else {}
     options |= {"user": user} if user else {}
     options |= {} if parts.password is None else {"password": unquote(parts.password)}

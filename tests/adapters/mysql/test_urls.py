@@ -29,6 +29,11 @@ def no_password_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             "mysql://me@[::1]:3307/db",
             {"host": "::1", "port": 3307, "database": "db", "user": "me"},
         ),
+        (
+            "mysql://[fe80::1%25eth0]/db",
+            "mysql://[fe80::1%25eth0]/db",
+            {"host": "fe80::1%eth0", "database": "db"},
+        ),
         ("mysql:///db", "mysql://localhost/db", {"host": "localhost", "database": "db"}),
         (
             "mysql://me@/d%20b",
