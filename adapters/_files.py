@@ -101,7 +101,8 @@ class DatabaseFile:
                 ) from None
             if not self.folder.is_dir():
                 raise ArgumentError(
-                    f"cannot create {self.path}: there is no folder {self.folder}; create it first"
+                    f"cannot create {self.path}: there is no folder {self.folder}; "
+                    f"{self._not_home() or 'create it first'}"
                 ) from None
             if not os.access(self.folder, os.W_OK):
                 raise ReadOnlyError(
@@ -126,10 +127,15 @@ class DatabaseFile:
     def _hindrance(self) -> str:
         """Say what must be done before the file can be created, if anything."""
         if not self.folder.is_dir():
-            return f"create the folder {self.folder}"
+            return self._not_home() or f"create the folder {self.folder}"
         if not os.access(self.folder, os.W_OK):
             return f"let its owner make the folder {self.folder} one that you may write"
         return ""
+
+    def _not_home(self) -> str:
+        """Say what to write for a home folder, where a shell did not see its ``~``."""
+        is_meant = "~" in self.folder.parts
+        return "write your home folder out, ~ is no name for it here" if is_meant else ""
 
     def is_writable(self) -> bool:
         """Whether both the file and its folder may be written, as WAL mode needs."""

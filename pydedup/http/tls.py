@@ -129,10 +129,21 @@ def certificate(options: ServeOptions) -> dict[str, Any]:
         return {}
     if options.tls_cert is None or options.tls_key is None:
         raise ArgumentError("TLS needs both a certificate and its key")
+    asked: list[bool] = []
+
+    def password() -> bytes:
+        asked.append(True)
+        return b""
+
     try:
         trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        trial.load_cert_chain(options.tls_cert, options.tls_key, password=lambda: b"")
+        trial.load_cert_chain(options.tls_cert, options.tls_key, password=password)
     except (OSError, ValueError) as error:
+        if asked:
+            raise ArgumentError(
+                f"the key {options.tls_key} has a password; write it without: openssl pkey -in "
+                f"{options.tls_key} -out NEW"
+            ) from error
         places = f"{options.tls_cert} and {options.tls_key}"
         raise ArgumentError(f"no certificate with its key in {places}: {error}") from error
     return {"ssl_certfile": str(options.tls_cert), "ssl_keyfile": str(options.tls_key)}

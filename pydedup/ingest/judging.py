@@ -266,13 +266,17 @@ def _measured(result: Any) -> Measure:
     """Return what ``evaluate`` gave. Raises EvaluationError when it is no metric."""
     if np.ma.is_masked(result):
         raise EvaluationError("evaluate returned masked scores; leave those examples out each time")
+    no_metric = (
+        f"evaluate returned {type(result).__name__}, which is neither a number nor an array of "
+        "numbers"
+    )
     try:
-        values = np.asarray(result).astype(np.float64, casting="same_kind")
+        given = np.asarray(result)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise EvaluationError(
-            f"evaluate returned {type(result).__name__}, which is neither a number nor an array "
-            f"of numbers: {error}"
-        ) from error
+        raise EvaluationError(f"{no_metric}: {error}") from error
+    if not np.can_cast(given.dtype, np.float64, "same_kind"):
+        raise EvaluationError(f"{no_metric}; it must return its metric, higher is better")
+    values = given.astype(np.float64)
     if values.ndim > 1 or values.size == 0:
         raise EvaluationError(
             f"evaluate returned an array of shape {values.shape}; it must be a number, or a 1-D "

@@ -58,6 +58,9 @@ def test_what_cannot_start_says_why(
 ) -> None:
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    locked = tmp_path / "locked.key"
+    encrypt = ["openssl", "pkey", "-in", certificate[1], "-out", locked, "-aes256"]
+    subprocess.run([*encrypt, "-passout", "pass:secret"], check=True)
     cert, key = certificate
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -75,6 +78,7 @@ def test_what_cannot_start_says_why(
             (2, ["latin", "ASCII"], [store_url, "--token-file", tmp_path / "latin"]),
             (2, ["--tls-key"], [store_url, "--tls-cert", cert]),
             (2, ["certificate"], [store_url, "--tls-cert", key, "--tls-key", cert]),
+            (2, ["has a password"], [store_url, "--tls-cert", cert, "--tls-key", locked]),
             (2, ["--max-batch"], [store_url, "--max-batch", 0]),
             (2, ["12 parsecs"], [store_url, "--max-body", "12 parsecs"]),
             (2, ["--token"], [store_url, "--token", "abc"]),

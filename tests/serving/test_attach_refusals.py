@@ -365,4 +365,7 @@ def test_ids_of_a_dtype_that_torch_refuses(store: pydedup.Store, kind: Any) -> N
         ids = torch.arange(6).view(2, 3).to(dtype)
         with pytest.raises(ArgumentError, match=rf"ids of 'weight' of m are {dtype}; int32 or int"):
             module(ids)
+    for what, kind_of_it in (("x", "str"), (np.arange(6).reshape(2, 3), "ndarray")):
+        with pytest.raises(ArgumentError, match=rf"ids of 'weight' of m are a {kind_of_it}; a ten"):
+            module(what)
     torch.testing.assert_close(module(torch.arange(6, dtype=torch.int32).view(2, 3)), wanted)

@@ -93,7 +93,7 @@ def test_an_interrupt_is_no_mistake_of_evaluate() -> None:
     [
         (float("nan"), "returned nan; scores must be finite"),
         (-np.inf, "returned -inf"),
-        (None, "NoneType, which is neither a number"),
+        (None, "NoneType, which is neither a number nor an array of numbers; it must return"),
         ("0.9", "neither a number"),
         (0.5 + 0.5j, "neither a number"),
         (np.zeros((2, 2)), r"shape \(2, 2\)"),

@@ -29,7 +29,12 @@ def _in_memory(x: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
 
 
 def _ids(ids: torch.Tensor, weight: StoredParameter) -> NDArray[Any]:
-    """Return ids, or raise ArgumentError for those of a dtype that torch refuses."""
+    """Return ids, or raise ArgumentError for what torch refuses: no tensor, or another dtype."""
+    if not isinstance(ids, torch.Tensor):
+        raise ArgumentError(
+            f"the ids of {weight.label} are a {type(ids).__name__}; a tensor of int32 or int64 is "
+            "needed"
+        )
     if ids.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(f"the ids of {weight.label} are {ids.dtype}; int32 or int64 is needed")
     return _in_memory(ids, weight)

@@ -20,6 +20,7 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.errors import (
+    ArgumentError,
     CorruptStoreError,
     NotAStoreError,
     ReadOnlyError,
@@ -110,6 +111,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for name in ("missing.db", "missing/missing.db"):
         with pytest.raises(NotAStoreError, match=name):
             registry.connect(f"sqlite:///{tmp_path}/{name}", mode="r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_folder_that_no_shell_wrote_out_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice was to create a folder called ~."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=r"write your home folder out, ~ is no name for it"):
+        registry.connect("sqlite:///~/models.db", mode="a")
+    with pytest.raises(NotAStoreError, match=r"write your home folder out"):
+        registry.connect("sqlite:///~/models.db", mode="r")
     assert list(tmp_path.iterdir()) == []
 
 
