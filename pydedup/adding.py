@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from pydedup.formats.base import ModelSource
+    from pydedup.ingest.add import Kept
     from pydedup.ingest.plan import Request, Taken
-    from pydedup.ingest.stored_index import KeptIndex
     from pydedup.policies import Policy
 
 __all__ = ["ModelInput", "StoreAdds"]
@@ -41,7 +41,7 @@ class StoreAdds:
 
     _adapter: Adapter
     _pool: PagePool
-    _kept_index: KeptIndex | None = None
+    _kept: Kept | None = None
 
     def add(
         self,
@@ -135,9 +135,8 @@ class StoreAdds:
         if not dry_run:
             check_writable(self._adapter, "add a model")
         from pydedup._memory import give_back_after
-        from pydedup.ingest.add import add_models
+        from pydedup.ingest.add import Kept, add_models
         from pydedup.ingest.plan import Taken
-        from pydedup.ingest.stored_index import KeptIndex
 
         given_as: object = models
         if not isinstance(given_as, Mapping):
@@ -147,8 +146,8 @@ class StoreAdds:
             )
         if not models:
             return []
-        if self._kept_index is None:
-            self._kept_index = KeptIndex()
+        if self._kept is None:
+            self._kept = Kept()
         with contextlib.ExitStack() as opened:
             requests: dict[str, Request] = {}  # by address
             taken = functools.cache(functools.partial(Taken.of, self._adapter))
@@ -167,7 +166,7 @@ class StoreAdds:
                 dry_run=dry_run,
                 progress=progress,
                 workers=workers,
-                kept=self._kept_index,
+                kept=self._kept,
             )
         give_back_after(sum(report.logical_bytes for report in reports))
         return reports

@@ -145,7 +145,7 @@ class Store(StoreAdds, StorePredictions, StoreUpkeep):
     def close(self) -> None:
         """Close the database and drop the pool. Idempotent."""
         self._closed = True
-        self._kept_index = None
+        self._kept = None
         self._pool.clear()
         self._adapter.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Container, Hashable, Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -17,7 +17,7 @@ from pydedup.adapter_options import (
     telling_rows,
 )
 from pydedup.catalog.aliases import aliases_of, wrong_aliases
-from pydedup.catalog.model import StoredModel, grid_of
+from pydedup.catalog.model import StoredModel
 from pydedup.catalog.pages import another_store
 from pydedup.catalog.rows import SUGGESTED_MODELS, model_info
 from pydedup.errors import CorruptStoreError, NotFoundError, PydedupError
@@ -34,8 +34,6 @@ _CACHED_MODELS: Final = 256
 # The room: this share of the budget for pages, beside it, and at least so many bytes.
 _ROOM_SHARE: Final = 16
 _ROOM_BYTES: Final = 16 << 20
-# What is kept of a model, about: of itself, of a tensor, and of a block that is a delta.
-_MODEL_BYTES, _TENSOR_BYTES, _BLOCK_BYTES = 6144, 1024, 24
 #: Addresses whose models are remembered until the database is changed.
 _FOUND_MODELS: Final = 1024
 
@@ -161,7 +159,7 @@ class Catalog:
             self._refuse_another_store()
             model = StoredModel(self._adapter, row, self._pool)
             self._models[row.id] = model
-            self._unmeasured += _size_of(model)
+            self._unmeasured += model.memory_bytes
             if self._unmeasured > self._room // 8:
                 self._make_room()
         else:
@@ -174,7 +172,7 @@ class Catalog:
         self._unmeasured = held = 0
         for number, model_id in enumerate(reversed(list(self._models))):
             model = self._models.get(model_id)
-            held += 0 if model is None else _size_of(model)
+            held += 0 if model is None else model.memory_bytes
             if number >= _CACHED_MODELS and held > self._room:
                 self._models.pop(model_id, None)
 
@@ -194,12 +192,23 @@ class Catalog:
 
         What is cached of pages, whose ids begin anew with the tables, would be taken for its own.
         """
-        with only_sound_rows(self._adapter):
-            found = self._adapter.meta().get("store_id")
         if self._store_id is None:
-            self._store_id = found
-        elif found != self._store_id:
+            self._store_id = self._id_of_store()
+        elif not self.is_of_this_store():
             raise another_store(self._adapter, self._pool)
+
+    def is_of_this_store(self) -> bool:
+        """Whether models are cached, of the store that has these tables now."""
+        return self._store_id is not None and self._store_id == self._id_of_store()
+
+    def _id_of_store(self) -> str | None:
+        with only_sound_rows(self._adapter):
+            return self._adapter.meta().get("store_id")
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how many bytes are remembered of models."""
+        return sum(model.memory_bytes for model in list(self._models.values()))
 
     def infos(self, name: str | None = None) -> list[ModelInfo]:
         """Return what the store knows of its live models, ordered by name, then age."""
@@ -227,18 +236,15 @@ class Catalog:
         """Drop what is cached of a model."""
         self._models.pop(model_id, None)
 
+    def forget_others(self, model_ids: Container[int]) -> None:
+        """Drop what is cached of all models but these."""
+        for model_id in [number for number in self._models if number not in model_ids]:
+            self.forget(model_id)
+
     def refresh(self) -> None:
         """Forget all block maps."""
         for model in list(self._models.values()):
             model.refresh()
-
-
-def _size_of(model: StoredModel) -> int:
-    """Return about how many bytes are remembered of a model once it was read whole."""
-    blocks = sum(grid_of(info).count for info in model.in_blocks)
-    texts = len(model.row.certificate) + len(model.row.metadata)
-    tensors = _TENSOR_BYTES * len(model.in_blocks)
-    return _MODEL_BYTES + 2 * texts + tensors + _BLOCK_BYTES * blocks
 
 
 def _is_other(one: ModelRow, other: ModelRow) -> bool:

@@ -51,6 +51,8 @@ __all__ = ["SourceHashes", "StoredModel", "grid_of"]
 _HASHES_PER_READ: Final = 16 * 1024
 #: Block maps that are read one by one: whoever asks for more of a model goes through it.
 _READ_SINGLY: Final = 4
+# What is remembered of a model, about: of itself, of a tensor, and of a block that is a delta.
+_MODEL_BYTES, _TENSOR_BYTES, _BLOCK_BYTES = 6144, 1024, 24
 #: Pages through which artifacts are read where there is no pool.
 _FEW_PAGES_BYTES: Final = 8 << 20
 _MAP_ADVICE: Final = "remove the model and add it again, or restore a backup"
@@ -152,6 +154,14 @@ class StoredModel:
     def address(self) -> str:
         """``name@version``."""
         return self.row.address
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """About how many bytes are remembered of it once it was read whole."""
+        blocks = sum(grid_of(info).count for info in self.in_blocks)
+        texts = len(self.row.certificate) + len(self.row.metadata)
+        tensors = _TENSOR_BYTES * len(self.in_blocks)
+        return _MODEL_BYTES + 2 * texts + tensors + _BLOCK_BYTES * blocks
 
     def check_live(self) -> ModelRow:
         """Return its row as it is now.

@@ -8,7 +8,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from pydedup.ingest.scan import unreadable_pages
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.staged import MatchedModel, MatchedTensor
 from pydedup.ingest.stored_index import KeptIndex
+from pydedup.ingest.stored_models import KeptModels
 from pydedup.ingest.tensors import match_tensors
 from pydedup.ingest.transposed import Transposed
 from pydedup.ingest.workers import Workers, worker_count
@@ -47,11 +48,19 @@ from pydedup.pool import PagePool
 from pydedup.sets import distinct
 from pydedup.types import AddReport, Progress
 
-__all__ = ["add_models"]
+__all__ = ["Kept", "add_models"]
 
 # Of pages of new blocks, which models after them are compared with: for one worker, for several.
 _SPOOL_BYTES, _SHARED_SPOOL_BYTES = 4 * 1024 * 1024, 32 * 1024 * 1024
 _ATTEMPTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What adds of one open store leave each other of what they read."""
+
+    index: KeptIndex = field(default_factory=KeptIndex)
+    models: KeptModels = field(default_factory=KeptModels)
 
 
 def add_models(
@@ -62,13 +71,13 @@ def add_models(
     dry_run: bool,
     progress: Progress | None,
     workers: int | None,
-    kept: KeptIndex,
+    kept: Kept,
 ) -> list[AddReport]:
     """Add models with one joint layout, all of them or none.
 
     Memory: one tensor, the pool, and about 16 bytes and one index entry per block; with more than
     one of ``workers`` up to 200 MiB more, whatever is added (docs/architecture.md, "Workers").
-    ``kept`` is what adds of one open store leave each other of its similarity index.
+    ``kept`` is what adds of one open store leave each other.
     Holds no lock while hashing or staging. Pages that turn out to be damaged are nothing to share
     blocks with: what was matched is then matched anew, without them.
 
@@ -120,7 +129,7 @@ class _Add:
     dry_run: bool
     progress: Progress | None
     started: float
-    kept: KeptIndex
+    kept: Kept
 
     def attempt(
         self, epoch: int, unreadable: Collection[int], keeps_bases: bool
@@ -132,7 +141,13 @@ class _Add:
         memory = _SHARED_SPOOL_BYTES if self.workers.are_several else _SPOOL_BYTES
         with Spool(memory, workers=self.workers) as spool:
             matcher = Matcher(
-                self.adapter, self.pool, spool, unreadable, self.kept, keeps_bases=keeps_bases
+                self.adapter,
+                self.pool,
+                spool,
+                unreadable,
+                self.kept.index,
+                self.kept.models.take(self.adapter, self.pool, epoch),
+                keeps_bases=keeps_bases,
             )
             try:
                 models = self._match(matcher)
@@ -165,6 +180,8 @@ class _Add:
                 return None
             stager.finish()
             matcher.candidates.keep()
+            if stager.epoch == epoch + 1:  # else others changed the store meanwhile
+                self.kept.models.keep(matcher.models, self.pool, stager.epoch)
             return self._reports(matcher, models, published)
 
     def _match(self, matcher: Matcher) -> list[MatchedModel]:
@@ -194,7 +211,7 @@ class _Add:
         self, matcher: Matcher, ahead: Ahead, request: Request, advance: Callable[[int], None]
     ) -> MatchedModel:
         name, policy = request.name, request.policy
-        previous = Previous.of(self.adapter, matcher.stored, matcher.catalog, name, policy)
+        previous = Previous.of(self.adapter, matcher.stored, matcher.models.catalog, name, policy)
         if isinstance(policy, Accuracy):
             tell = functools.partial(self._tell_of_evaluation, policy)
             chosen = choose_blocks(matcher, ahead, request, policy, previous, advance, tell)

@@ -23,9 +23,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pydedup.adapter import Adapter, ModelRow
+from pydedup.adapter import ModelRow
 from pydedup.blocks import BlockGrid
-from pydedup.catalog import Catalog, grid_of
+from pydedup.catalog import grid_of
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.alike import ByShape, Find, matched_blocks, stored_blocks
 from pydedup.ingest.names import ByName, prefixes
@@ -216,10 +216,8 @@ class Aligned:
         The tensors of all of these by their shapes instead of their names.
     """
 
-    def __init__(
-        self, adapter: Adapter, catalog: Catalog, stored: StoredTable, reader: BlockReader
-    ) -> None:
-        self._models = StoredModels(adapter, catalog)
+    def __init__(self, models: StoredModels, stored: StoredTable, reader: BlockReader) -> None:
+        self._models = models
         self.by_shape = ByShape(self._models, stored)
         self._stored = stored
         self._reader = reader

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from pydedup.adapter import LIVE, Adapter, BlockRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.blocks import MatrixView
-from pydedup.catalog import Catalog
 from pydedup.codec import EncodedBlocks
 from pydedup.hashing import hash_keys, hash_view
 from pydedup.ingest.aligned import Aligned
@@ -33,6 +32,7 @@ from pydedup.ingest.scan import PageScan
 from pydedup.ingest.similar import LookedAt, Similar, look_at
 from pydedup.ingest.spool import NO_BASE, Spool
 from pydedup.ingest.stored_index import KeptIndex
+from pydedup.ingest.stored_models import StoredModels
 from pydedup.ingest.stored_table import StoredTable
 from pydedup.layout import split_places
 from pydedup.policies import Policy
@@ -142,13 +142,16 @@ class Matcher:
     """Matches the tensors of one batch, in order. Not thread-safe.
 
     Pages of the store that are ``unreadable`` are nothing that blocks are shared with. ``kept`` is
-    what an add before this one left of the similarity index. Unless it ``keeps_bases``, no block is
-    kept by itself where a delta takes less, as a base of later ones (families.py).
+    what an add before this one left of the similarity index, ``models`` what it read of models.
+    Unless it ``keeps_bases``, no block is kept by itself where a delta takes less, as a base of
+    later ones (families.py).
 
     Attributes
     ----------
     adapter, pool
         The store.
+    models
+        The models of it that are compared with.
     spool
         What it does not have.
     look
@@ -164,6 +167,7 @@ class Matcher:
         spool: Spool,
         unreadable: Collection[int] = (),
         kept: KeptIndex | None = None,
+        models: StoredModels | None = None,
         *,
         keeps_bases: bool = True,
     ) -> None:
@@ -174,9 +178,9 @@ class Matcher:
         self.reader = BlockReader(PageScan(adapter, pool), spool, self.stored)
         self.candidates = Candidates(adapter, pool, self.stored, kept)
         self.similar = Similar(self.reader, self.candidates)
-        self.catalog = Catalog(adapter, pool)
+        self.models = StoredModels(adapter, pool) if models is None else models
         self.met = MetTensors(self.reader)
-        self.aligned = Aligned(adapter, self.catalog, self.stored, self.reader)
+        self.aligned = Aligned(self.models, self.stored, self.reader)
         self._known = ByHash()
         self._looked_up: set[bytes] = set()
         # What the store said about hashes that were asked about, but not looked up yet.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -17,15 +18,18 @@ from pydedup.catalog import Catalog, StoredModel, grid_of
 from pydedup.errors import CorruptStoreError
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.names import ByName
+from pydedup.pool import PagePool
 from pydedup.sets import distinct
 from pydedup.types import DType, TensorInfo
 
-__all__ = ["NEWEST", "Kind", "Stored", "StoredModels", "kind_of"]
+__all__ = ["NEWEST", "KeptModels", "Kind", "Stored", "StoredModels", "kind_of"]
 
 #: Models, of the store and of an add, that may be looked at.
 NEWEST = 32
 # Of those who read some pages, the ones that are asked: the first may be who brought them.
 _READERS = 8
+# What is kept for the next add takes at most this share of the pool's budget, beside it.
+_KEPT_SHARE = 16
 
 #: Shape of a tensor, and the dtypes of its bases.
 Kind: TypeAlias = tuple[tuple[int, ...], tuple[DType, ...]]
@@ -46,14 +50,30 @@ class Stored:
 
 
 class StoredModels:
-    """These models; each is read once. Not thread-safe."""
+    """These models; each is read once. Not thread-safe.
 
-    def __init__(self, adapter: Adapter, catalog: Catalog) -> None:
+    Attributes
+    ----------
+    catalog
+        Where they, and their block maps, are remembered.
+    """
+
+    def __init__(self, adapter: Adapter, pool: PagePool) -> None:
+        self.catalog = Catalog(adapter, pool)
         self._adapter = adapter
-        self._catalog = catalog
+        self._read: dict[int, Stored] = {}  # by id
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin an add: which models there are is asked anew."""
         self._newest: list[ModelRow] | None = None
         self._readers: dict[int, ModelRow | None] = {}  # by id
         self._known: dict[int, Stored | None] = {}  # by id
+
+    def forget_unused(self) -> None:
+        """Forget what was read of models that nobody asked for since the add began."""
+        self._read = {number: known for number, known in self._known.items() if known is not None}
+        self.catalog.forget_others(self._read)
 
     def newest(self) -> list[ModelRow]:
         """Return the newest models, newest first."""
@@ -82,10 +102,43 @@ class StoredModels:
         if row.id not in self._known:
             known = None
             with suppress(CorruptStoreError):
-                model = self._catalog.of_row(row)
-                cuts = dict.fromkeys((kind_of(info), grid_of(info)) for info in model.tensors)
-                known = Stored(model, {}, list(cuts))
-                for info in model.tensors:
-                    known.tensors.setdefault(kind_of(info), ByName())[info.name] = info
+                known = self._stored(self.catalog.of_row(row))
             self._known[row.id] = known
         return self._known[row.id]
+
+    def _stored(self, model: StoredModel) -> Stored:
+        known = self._read.get(model.row.id)
+        if known is None or known.model is not model:
+            cuts = dict.fromkeys((kind_of(info), grid_of(info)) for info in model.tensors)
+            known = self._read[model.row.id] = Stored(model, {}, list(cuts))
+            for info in model.tensors:
+                known.tensors.setdefault(kind_of(info), ByName())[info.name] = info
+        return known
+
+
+class KeptModels:
+    """What an add has read of them, for the next one of the same open store.
+
+    As `KeptIndex`: one add has it at a time, and there is no lock. It is right as long as nobody
+    changes the store: a vacuum moves blocks.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[int, StoredModels]] = deque(maxlen=1)
+
+    def take(self, adapter: Adapter, pool: PagePool, epoch: int) -> StoredModels:
+        """Return what was kept, if the store is at the same epoch, or begin anew."""
+        try:
+            kept_at, models = self._kept.pop()
+        except IndexError:
+            return StoredModels(adapter, pool)
+        if kept_at != epoch or not models.catalog.is_of_this_store():
+            return StoredModels(adapter, pool)
+        models.begin()
+        return models
+
+    def keep(self, models: StoredModels, pool: PagePool, epoch: int) -> None:
+        """Keep what an add asked for, all of it as it is at this epoch, unless it is too much."""
+        models.forget_unused()
+        if models.catalog.memory_bytes <= pool.stats()["budget_bytes"] // _KEPT_SHARE:
+            self._kept.append((epoch, models))

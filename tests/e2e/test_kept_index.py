@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adds of one open store keep of its similarity index: as right as one that is read anew.
+"""What adds of one open store keep, of its similarity index and of the models that they compared
+with: as right as what is read anew.
 
 Two stores get the same models in the same order, one from stores that stay open, the other from
 stores that are opened for each step: what is stored must be the same, byte by byte.
@@ -21,6 +22,7 @@ from pydedup import policies
 from pydedup.adapter import LIVE
 from pydedup.errors import PydedupError
 from pydedup.ingest.stored_index import KeptIndex, StoredIndex
+from pydedup.ingest.stored_models import NEWEST
 from pydedup.signatures import read_segments
 from pydedup.testing.faults import Fault, inject
 
@@ -114,9 +116,9 @@ def contents(store: pydedup.Store) -> dict[str, list[Any]]:
 
 def check_kept(store: pydedup.Store) -> int:
     """Compare what a store has kept with what is read anew; returns how many kinds of block."""
-    kept, adapter = store._kept_index, store._adapter
-    if kept is None:
+    if store._kept is None:
         return 0
+    kept, adapter = store._kept.index, store._adapter
     index, other = kept.take(adapter.meta()["store_id"]), StoredIndex(None)
     live = np.array(adapter.page_ids(LIVE), np.int64)
     for kind in list(index._kinds):
@@ -203,6 +205,58 @@ def test_an_add_reads_what_is_new_of_the_index(tmp_path: Path) -> None:
         assert not read
 
 
+@contextlib.contextmanager
+def models_read(store: pydedup.Store) -> Iterator[list[int]]:
+    """Note the models whose tensors are read."""
+    adapter: Any = store._adapter
+    read: list[int] = []
+    tensors = adapter.tensors
+
+    def noting(model_id: int) -> object:
+        read.append(model_id)
+        return tensors(model_id)
+
+    adapter.tensors = noting
+    try:
+        yield read
+    finally:
+        del adapter.tensors
+
+
+def test_an_add_reads_models_that_it_does_not_know_yet(tmp_path: Path) -> None:
+    with pydedup.open(tmp_path / "a.db") as store, pydedup.open(tmp_path / "a.db") as other:
+
+        def read_by_add(number: int) -> set[int]:
+            near = {name: w + np.float32(number) * 1e-4 for name, w in base(1).items()}
+            with models_read(store) as read:
+                store.add(f"m{number}", near)
+            return set(read)
+
+        ids = []
+        for number in range(4):
+            read = read_by_add(number)
+            assert read == set(ids[-1:])  # what the add before this one brought
+            ids.append(store._catalog.resolve(f"m{number}").id)
+        other.add("else", base(2))
+        assert len(read_by_add(4)) > 1  # others may have moved blocks
+        assert len(read_by_add(5)) == 1
+        other.remove("m0")
+        other.vacuum()
+        assert len(read_by_add(6)) > 1
+        assert store.verify().ok
+
+
+def test_of_models_no_more_is_kept_than_the_last_add_asked_for(tmp_path: Path) -> None:
+    with pydedup.open(tmp_path / "a.db") as store:
+        for number in range(40):
+            store.add(f"m{number}", {"w": base(number)[f"{number}.w"]})
+        assert store._kept is not None
+        epoch = store._adapter.epoch()
+        models = store._kept.models.take(store._adapter, store._pool, epoch)
+        assert 0 < models.catalog.memory_bytes < 40 * 8192
+        assert 0 < len(models.catalog._models) <= NEWEST
+
+
 def test_what_takes_too_much_memory_is_not_kept(tmp_path: Path) -> None:
     """An eighth of the pool's budget: here 128 KiB."""
     rng = np.random.default_rng(0)
@@ -237,7 +291,7 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         stopped(store)
         found = store.add("n", tuned(1, 1))
         assert found.delta_blocks == found.blocks
-    assert store._kept_index is None
+    assert store._kept is None
 
 
 def test_pages_that_no_segment_covers_are_covered_by_the_next_add_that_looks(

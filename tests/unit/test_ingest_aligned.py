@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 
 from pydedup.formats.base import TensorEntry
 from pydedup.ingest.aligned import Aligned
@@ -29,14 +28,12 @@ class CountedGrid:
         return hash(self.block_shape)
 
 
-def test_of_many_models_in_one_add_the_newest_are_looked_at(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_many_models_in_one_add_the_newest_are_looked_at() -> None:
     """Each looked at all before it: of 1,500 models a million comparisons, for two candidates."""
     nobody: Any = None
     reader: Any = SimpleNamespace(plain=lambda chosen: chosen)
-    aligned, grid = Aligned(nobody, nobody, nobody, reader), CountedGrid()
-    monkeypatch.setattr(aligned._models, "newest", list)  # the store has none
+    store: Any = SimpleNamespace(newest=list)  # has none
+    aligned, grid = Aligned(store, nobody, reader), CountedGrid()
     entry = TensorEntry("w", DType.F32, (64, 64), "w")
     for number in range(500):
         other = SimpleNamespace(name=f"m{number}", address=f"m{number}@v1")
