@@ -207,8 +207,10 @@ class _Terms:
             block_shape=self.block_shape,
             is_numbered=is_numbered,
         )
-        # ONNX Runtime runs models without any, whose graph is a file beside the weights.
-        if not source.entries and request.graph is None and not any(source.artifacts()):
+        # There are modules without any, as norms may be, and models that ONNX Runtime runs, whose
+        # graph is a file beside the weights.
+        is_nothing = not source.entries and request.graph is None and not any(source.artifacts())
+        if is_nothing and isinstance(given, (str, os.PathLike, Mapping)):
             raise ArgumentError(
                 f"what is given for {name!r} has no tensors; a model is arrays by name"
             )
