@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -205,32 +206,15 @@ def test_an_add_reads_what_is_new_of_the_index(tmp_path: Path) -> None:
         assert not read
 
 
-@contextlib.contextmanager
-def models_read(store: pydedup.Store) -> Iterator[list[int]]:
-    """Note the models whose tensors are read."""
-    adapter: Any = store._adapter
-    read: list[int] = []
-    tensors = adapter.tensors
-
-    def noting(model_id: int) -> object:
-        read.append(model_id)
-        return tensors(model_id)
-
-    adapter.tensors = noting
-    try:
-        yield read
-    finally:
-        del adapter.tensors
-
-
 def test_an_add_reads_models_that_it_does_not_know_yet(tmp_path: Path) -> None:
     with pydedup.open(tmp_path / "a.db") as store, pydedup.open(tmp_path / "a.db") as other:
 
         def read_by_add(number: int) -> set[int]:
             near = {name: w + np.float32(number) * 1e-4 for name, w in base(1).items()}
-            with models_read(store) as read:
+            adapter = store._adapter
+            with mock.patch.object(adapter, "tensors", wraps=adapter.tensors) as tensors:
                 store.add(f"m{number}", near)
-            return set(read)
+            return {call.args[0] for call in tensors.call_args_list}
 
         ids = []
         for number in range(4):
