@@ -176,8 +176,9 @@ class StorePredictions:
     def detach(self, module: Module) -> Module:
         """Make an attached module a plain one, with the weights loaded, and return it.
 
-        Raises ArgumentError for a module that is not attached to this store as a whole, and
-        NotFoundError when the model was removed.
+        Raises ArgumentError for a module that is not attached to this store as a whole, or that the
+        version which its address means now does not fit, and NotFoundError when the model was
+        removed; the module then stays attached.
         """
         from pydedup.formats.torch_tensors import require_torch
 

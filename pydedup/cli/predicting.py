@@ -125,13 +125,15 @@ def _read(path: str) -> Array | dict[str, Array]:
         if Path(path).is_dir():
             raise FormatError(f"{path} is a folder; give a .npy, .npz or .json file")
         payload = Path(path).read_bytes()
-    except OSError:
+    except OSError as error:
         if path.lstrip().startswith(("[", "{")):  # the numbers themselves
             raise click.UsageError(
                 f"inputs come from files: {path[:40]!r} is none; give '-' and send it to standard "
                 "input, or write it to a .json file"
             ) from None
-        raise
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise FormatError(f"{path!r:.200} cannot be read: {error.strerror}") from error
     return _parse(payload, path)
 
 

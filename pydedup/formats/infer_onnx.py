@@ -355,6 +355,8 @@ class _Translation:
             raise UnknownError
         if not axes:  # all axes or none, by a further attribute
             raise UnknownError
+        if len({axis < 0 for axis in axes}) > 1:
+            raise UnknownError  # 1 and -1 may be the same, which the runtime reduces once
         keep = bool(attrs.integer("keepdims", 1))
         axis: AttrValue = axes[0] if len(axes) == 1 else axes
         op = "mean" if node.op_type == "ReduceMean" else "max"

@@ -54,14 +54,14 @@ def torch_entry(name: str, tensor: torch.Tensor, where: str) -> TensorEntry:
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout)
         raise UnsupportedFormatError(f"{where} is {kind}; convert it to a dense tensor")
-    if tensor.is_neg() or tensor.is_conj():
-        raise UnsupportedFormatError(f"{where} is a lazily negated view; clone() it first")
     dtype = dtypes().get(tensor.dtype)
     if dtype is None:
         refusal = DType.refusal(
             in_bytes=tensor.dtype.itemsize == 1, in_pairs=tensor.dtype.is_complex
         )
         raise UnsupportedFormatError(f"{where} has dtype {tensor.dtype}, which {refusal}")
+    if tensor.is_neg():
+        raise UnsupportedFormatError(f"{where} is a lazily negated view; clone() it first")
     shape = tuple(tensor.shape)
     key: Hashable = name
     if tensor.numel():

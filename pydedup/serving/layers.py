@@ -97,8 +97,8 @@ def attach(
 def detach(module: nn.Module, catalog: Catalog) -> None:
     """Make an attached module a plain one again, with the weights that its address has now.
 
-    Raises ArgumentError when the module is not attached, to this store, as a whole, or has a part
-    whose class was made of the attached one.
+    Raises ArgumentError when the module is not attached, to this store, as a whole, has a part
+    whose class was made of the attached one, or does not fit the version that its address means.
     """
     attachment = attachment_of(module)
     if attachment is None or attachment.root() is not module:

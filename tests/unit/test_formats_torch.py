@@ -401,6 +401,7 @@ def test_a_quantised_module_is_refused_and_extra_state_left_out() -> None:
         (torch.eye(3).to_sparse(), "sparse"),
         (torch.zeros(2, device="meta"), "meta"),
         (torch.zeros(2, dtype=torch.complex64), r"complex64, .*\(torch\.view_as_real"),
+        (torch.zeros(2, dtype=torch.complex64).conj(), r"complex64, .*\(torch\.view_as_real"),
         (
             torch.zeros(2, dtype=torch.float8_e8m0fnu),
             r"stored; give its bytes.*view\(torch\.uint8\)",

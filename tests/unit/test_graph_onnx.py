@@ -179,6 +179,7 @@ def test_onnx_models_compute_the_same(name: str, tmp_path: Path) -> None:
         _model([_n("Erf", "x")], []),
         _model([_n("ReduceMean", "x")], []),
         _model([_n("ReduceMean", "x axes", keepdims=0)], [_ints("axes")], rank=0),
+        _model([_n("ReduceMean", "x", axes=[1, -1])], [], opset=11),
         _model([_n("ReduceMax", "x axes", keepdims=0)], [_ints("axes")], rank=0),
         _model([_n("Add", "x x")], [], kind=TensorProto.INT32),
         _model([_n("ReduceMax", "x", axes=[1])], [], kind=TensorProto.INT64, opset=11),

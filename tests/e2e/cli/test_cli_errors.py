@@ -240,6 +240,7 @@ def test_a_path_that_cannot_be_followed_is_not_called_missing(kept: str, tmp_pat
     for command in (
         ("add", "m.db", "n", "loop/m.npz"),
         ("report", kept, "--trace", "loop/m.npz"),
+        ("predict", kept, "m@1", "loop/m.npz"),
     ):
         said = fail(*command, status=5, cwd=tmp_path)
         assert "'loop/m.npz' cannot be read: Too many levels of symbolic links" in said
