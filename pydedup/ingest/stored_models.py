@@ -62,18 +62,21 @@ class StoredModels:
         self.catalog = Catalog(adapter, pool)
         self._adapter = adapter
         self._read: dict[int, Stored] = {}  # by id
-        self.begin()
+        self._begin()
 
-    def begin(self) -> None:
-        """Begin an add: which models there are is asked anew."""
+    def _begin(self) -> None:
         self._newest: list[ModelRow] | None = None
         self._readers: dict[int, ModelRow | None] = {}  # by id
         self._known: dict[int, Stored | None] = {}  # by id
 
-    def forget_unused(self) -> None:
-        """Forget what was read of models that nobody asked for since the add began."""
+    def end(self) -> None:
+        """End an add: keep what was read of the tensors that it asked for, for the next one.
+
+        Which models there are is asked anew then. Rows have metadata of any size.
+        """
         self._read = {number: known for number, known in self._known.items() if known is not None}
         self.catalog.forget_others(self._read)
+        self._begin()
 
     def newest(self) -> list[ModelRow]:
         """Return the newest models, newest first."""
@@ -134,11 +137,10 @@ class KeptModels:
             return StoredModels(adapter, pool)
         if kept_at != epoch or not models.catalog.is_of_this_store():
             return StoredModels(adapter, pool)
-        models.begin()
         return models
 
     def keep(self, models: StoredModels, pool: PagePool, epoch: int) -> None:
         """Keep what an add asked for, all of it as it is at this epoch, unless it is too much."""
-        models.forget_unused()
+        models.end()
         if models.catalog.memory_bytes <= pool.stats()["budget_bytes"] // _KEPT_SHARE:
             self._kept.append((epoch, models))

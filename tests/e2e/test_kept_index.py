@@ -9,6 +9,8 @@ stores that are opened for each step: what is stored must be the same, byte by b
 from __future__ import annotations
 
 import contextlib
+import gc
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,25 @@ def test_of_models_no_more_is_kept_than_the_last_add_asked_for(tmp_path: Path) -
         models = store._kept.models.take(store._adapter, store._pool, epoch)
         assert 0 < models.catalog.memory_bytes < 40 * 8192
         assert 0 < len(models.catalog._models) <= NEWEST
+
+
+def test_rows_of_models_that_were_not_compared_with_are_not_kept(tmp_path: Path) -> None:
+    """They have metadata of any size: 24 MB stayed, beside a pool of 16."""
+    with pydedup.open(tmp_path / "a.db", memory="16MiB") as store:
+        for number in range(24):
+            note = {"note": "x" * 1_000_000}
+            store.add(f"large{number}", {"w": base(number)[f"{number}.w"]}, metadata=note)
+        for number in range(24, 32):
+            store.add(f"m{number}", {"w": base(number)[f"{number}.w"]})
+        assert store._kept is not None
+        tracemalloc.start()
+        try:
+            store.add("other", {"w": base(50)["50.w"]})
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 4_000_000
+        finally:
+            tracemalloc.stop()
+        assert store._kept.models._kept  # but those that it compared with
 
 
 def test_what_takes_too_much_memory_is_not_kept(tmp_path: Path) -> None:
