@@ -10,6 +10,7 @@ integers, as coarse as what is left allows.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,8 @@ _OF_F32 = 2.0**-25
 _MOST_NOISE, _MOST_OF_SAMPLE, _AS_WELL = 16, 4, 2
 # Of all squares of a sample: of rows of noise alone about a quarter is left.
 _MOST_REST = 0.15
+# Of all squares: more than sums of them are rounded by.
+_SLACK = 1e-9
 # Rows or columns of a sample that differ, at least.
 _LEAST_SAMPLE = 2
 
@@ -169,15 +172,30 @@ def seems_low_rank(sample: Difference, error: float, *, twice: bool = False) -> 
     one = apart if apart.shape[0] < apart.shape[1] else apart.T
     if len(one) < _LEAST_SAMPLE:
         return False
+    noise = max(sample.coarse / 12**0.5, error)
     try:
         with one_thread():
-            squares = np.linalg.eigvalsh(one @ one.T)
+            gram = one @ one.T
+            total, count = float(np.trace(gram)), len(gram)
+            least = min(_MOST_OF_SAMPLE * noise**2 * apart.size, _MOST_REST * total)
+            most = min(count - count // 2, MAX_RANK)
+            largest = most // 2 if twice else most
+            if total - _most_of_largest(gram, largest) > least + _SLACK * total:
+                return False
+            rest = np.linalg.eigvalsh(gram)[: count - largest].sum()
     except np.linalg.LinAlgError:  # it did not converge
         return False
-    most = min(len(squares) - len(squares) // 2, MAX_RANK)
-    rest = squares[: len(squares) - (most // 2 if twice else most)].sum()
-    noise = max(sample.coarse / 12**0.5, error)
-    return bool(rest <= min(_MOST_OF_SAMPLE * noise**2 * apart.size, _MOST_REST * squares.sum()))
+    return bool(rest <= least)
+
+
+def _most_of_largest(gram: NDArray[np.float64], largest: int) -> float:
+    """Return what the sum of so many of the largest eigenvalues is at most (Cauchy-Schwarz).
+
+    That is known of the sums of all and of their squares, without looking for any.
+    """
+    total, count = float(np.trace(gram)), len(gram)
+    spread = max(_squares(gram) - total**2 / count, 0.0)
+    return total * largest / count + math.sqrt(spread * largest * (count - largest) / count)
 
 
 def find_factors(difference: Difference, error: float) -> Factors | None:

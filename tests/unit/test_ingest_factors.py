@@ -7,6 +7,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pydedup import codec
@@ -114,6 +116,30 @@ def test_few_rows_or_columns_of_noise_seem_to_have_no_low_rank(few: int, across:
         0, 1e-4, (128, few) if across else (few, 256)
     )
     assert not seems_low_rank(spaced(apart, 1e-9), 0.0)
+
+
+@given(
+    rows=st.integers(2, 130),
+    cols=st.integers(2, 130),
+    rank=st.integers(1, 70),
+    blur=st.sampled_from([0.0, 1e-4, 0.1, 0.5, 2.0]),
+    error=st.sampled_from([0.0, 1e-3, 0.1]),
+    twice=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_sample_is_judged_as_by_its_singular_values(
+    rows: int, cols: int, rank: int, blur: float, error: float, twice: bool
+) -> None:
+    rng = np.random.default_rng([rows, cols, rank])
+    by = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, cols)) / rank**0.5
+    sample = spaced(by + blur * rng.normal(size=by.shape), 2.0**-30)
+    squares = np.linalg.svd(sample.apart.astype(np.float64), compute_uv=False) ** 2
+    largest = min((len(squares) + 1) // 2, MAX_RANK) // (2 if twice else 1)
+    rest = squares[largest:].sum() / squares.sum()
+    noise = max(sample.coarse / 12**0.5, error)
+    most = min(4 * noise**2 * by.size / squares.sum(), 0.15)
+    if abs(rest - most) > 1e-9:  # nearer, how sums are rounded decides
+        assert seems_low_rank(sample, error, twice=twice) == (rest < most)
 
 
 def test_an_adapter_of_few_rows_is_one() -> None:
