@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from numpy.typing import ArrayLike
@@ -278,8 +278,16 @@ class StorePredictions:
 
     def _predict_onnx(self, model: StoredModel, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
         """Predict with a model that was ONNX and has operations that we do not run ourselves."""
-        from pydedup.formats.onnx import GRAPH
         from pydedup.serving.onnx_session import run_onnx
+
+        outputs = run_onnx(model, *self._onnx_parts(model), self._pool, x, self._loop_seconds)
+        return outputs if isinstance(x, Mapping) or len(outputs) > 1 else outputs.popitem()[1]
+
+    def _onnx_parts(
+        self, model: StoredModel
+    ) -> tuple[Callable[[], bytes], Callable[[str], StoredTensor]]:
+        """Return how the graph of such a model is read, and how its tensors are."""
+        from pydedup.formats.onnx import GRAPH
 
         def payload() -> bytes:
             found = model.artifact(GRAPH)
@@ -287,15 +295,7 @@ class StorePredictions:
                 raise no_graph(model)
             return found
 
-        outputs = run_onnx(
-            model,
-            payload,
-            lambda tensor: self._stored_tensor(model, tensor),
-            self._pool,
-            x,
-            self._loop_seconds,
-        )
-        return outputs if isinstance(x, Mapping) or len(outputs) > 1 else outputs.popitem()[1]
+        return payload, lambda tensor: self._stored_tensor(model, tensor)
 
     def _tell_hidden(self, error: CorruptStoreError) -> None:
         """Do what `tells_hidden` does of a method, for an error that is no method's."""

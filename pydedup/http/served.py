@@ -6,6 +6,7 @@ Everything here may wait for the database, so it is called from threads, never f
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from pydedup.adapter import Adapter, ModelRow
 from pydedup.adapter_options import only_sound_rows
 from pydedup.catalog import StoredModel, another_store
-from pydedup.errors import BudgetError, CorruptStoreError
+from pydedup.errors import BudgetError, PydedupError, UnavailableError, UnsupportedFormatError
 from pydedup.formats.onnx import GRAPH as ONNX_GRAPH
 from pydedup.graph import Graph
 from pydedup.http.datatypes import answer_bytes
@@ -120,17 +121,24 @@ class ServedStore(Store):
     def ready(self, address: str) -> Served:
         """Do what `served` does, for a model that can be predicted with.
 
-        Raises BudgetError where its weights are more than the memory ever has room for.
+        Raises BudgetError where its weights are more than the memory ever has room for,
+        UnsupportedFormatError where what runs it does not take its graph.
         """
         found = self.served(address)
         if found.graph is None:
-            self._check_that_it_may_fit(found.row)
+            self._prepare(found.row)
         return found
 
-    def _check_that_it_may_fit(self, row: ModelRow) -> None:
-        from pydedup.serving.onnx_session import check_that_it_may_fit
+    def _prepare(self, row: ModelRow) -> None:
+        """Make a model of ONNX Runtime ready; what it is refused for, the index tells from then."""
+        from pydedup.serving.onnx_session import prepare_onnx
 
-        check_that_it_may_fit(self._catalog.of_row(row), self._pool)
+        model = self._catalog.of_row(row)
+        try:
+            prepare_onnx(model, *self._onnx_parts(model), self._pool)
+        except UnsupportedFormatError as error:
+            self._hindrances[row.id] = str(error)
+            raise
 
     def _look_at(self, model: StoredModel) -> Served:
         row, graph = model.row, model.graph()
@@ -139,7 +147,7 @@ class ServedStore(Store):
         payload = model.artifact(ONNX_GRAPH)
         if payload is None:
             raise no_graph(model)
-        return Served(row, None, onnx_signature(payload))
+        return Served(row, None, onnx_signature(payload, row.address))
 
     def predict_served(
         self, asks: Sequence[tuple[Served, Arrays, Admit]]
@@ -177,6 +185,9 @@ class ServedStore(Store):
                 admit(sum(map(answer_bytes, outcome.values())), 0)
             except Exception as error:
                 outcome = error
+                if isinstance(error, UnsupportedFormatError):  # of these inputs, or of all?
+                    with contextlib.suppress(PydedupError):
+                        self._prepare(model.row)
             yield number, outcome
 
     def _together(self, ready: list[tuple[int, Prediction]]) -> Iterator[tuple[int, Outcome]]:
@@ -204,25 +215,40 @@ class ServedStore(Store):
         """Return all models, ordered by name, then age, but for those whose row is damaged."""
         with only_sound_rows(self._adapter):
             rows = sorted(self._adapter.models(), key=lambda row: (row.name, row.id))
-        known, found = self._hindrances, {}
-        for row in rows:  # a published model never changes
-            found[row.id] = known[row.id] if row.id in known else self._hindrance(row)
-        self._hindrances = found  # as a whole: others may be making theirs
-        return [IndexEntry(row.name, row.version, found[row.id]) for row in rows]
+        entries = [IndexEntry(row.name, row.version, self._hindrance(row)) for row in rows]
+        for gone in self._hindrances.keys() - {row.id for row in rows}:
+            self._hindrances.pop(gone, None)
+        return entries
 
     def _hindrance(self, row: ModelRow) -> str:
+        known = self._hindrances.get(row.id)
+        if known is None:
+            try:
+                known = self._lasting_hindrance(row)
+            except UnavailableError:
+                raise
+            except PydedupError as error:  # what is damaged may be mended
+                return str(error)
+            known = self._hindrances.setdefault(row.id, known)
+        return known
+
+    def _lasting_hindrance(self, row: ModelRow) -> str:
+        """Return what a model is refused for as long as it is there, as far as its graph tells."""
+        from pydedup.serving.onnx_session import check_that_it_may_fit
         from pydedup.serving.onnx_values import is_installed
 
         names = {name for name, _ in self._adapter.artifacts(row.id)}
-        if GRAPH_ARTIFACT in names:
-            return ""
-        if ONNX_GRAPH not in names:
+        if names.isdisjoint((GRAPH_ARTIFACT, ONNX_GRAPH)):
             return NO_GRAPH
-        if not is_installed():
+        if GRAPH_ARTIFACT not in names and not is_installed():
             return "the extra onnx is not installed here"
+        model = self._catalog.of_row(row)
         try:
-            self._check_that_it_may_fit(row)
-        except (BudgetError, CorruptStoreError) as error:
+            if self._look_at(model).graph is None:
+                check_that_it_may_fit(model, self._pool)
+        except (UnsupportedFormatError, BudgetError) as error:
+            if isinstance(error, BudgetError) and not error.never:
+                raise
             return str(error)
         return ""
 

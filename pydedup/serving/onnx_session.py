@@ -14,14 +14,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydedup.catalog import StoredModel
 from pydedup.errors import ArgumentError, BudgetError
-from pydedup.formats.onnx_inputs import text_step
+from pydedup.formats.onnx_inputs import OpenedGraph, text_step
 from pydedup.pool import PagePool
 from pydedup.serving.engine import Tensors, check_inputs
 from pydedup.serving.onnx_kept import Held, Runner, Session, content_key, opened_graph, runner_of
@@ -36,10 +36,12 @@ from pydedup.serving.onnx_values import (
 from pydedup.serving.predict import by_name
 from pydedup.text import largest
 
-__all__ = ["run_onnx"]
+__all__ = ["prepare_onnx", "run_onnx"]
 
 #: What the runtime says where there is no memory for what it computes, and what we make of it.
 _NO_MEMORY, _TOLD_AS = "std::bad_alloc", "there is no memory for what it computes"
+
+_T = TypeVar("_T")
 
 
 def run_onnx(
@@ -79,18 +81,22 @@ def run_onnx(
         When onnx or onnxruntime is not installed, or does not know the graph's operations, or an
         input or output is no array, or of a type that numpy lacks, or an input is text.
     """
-    runner = runner_of(pool)
-    if not runner.knows(model.row.id):
-        with contextlib.suppress(BudgetError):  # there is room for its pages when others are done
-            payload()
-    if model.row.logical_bytes <= pool.memory_bytes:
-        with runner.calls.hold(1), contextlib.suppress(BudgetError):
-            return _run(runner, model, payload, tensor, pool, x, seconds)
-    else:  # others need neither wait nor make room for what is in vain
-        check_that_it_may_fit(model, pool)
-    # What others keep as long as they run may have left no room: once more, with nobody beside.
-    with runner.alone():
-        return _run(runner, model, payload, tensor, pool, x, seconds)
+    return _with_room(
+        model,
+        payload,
+        pool,
+        lambda runner: _run(runner, model, payload, tensor, pool, x, seconds),
+    )
+
+
+def prepare_onnx(
+    model: StoredModel, payload: Callable[[], bytes], tensor: Tensors, pool: PagePool
+) -> None:
+    """Make ready what predicting needs beside the weights, as far as it is not.
+
+    Raises what `run_onnx` does of the model, whatever its inputs are.
+    """
+    _with_room(model, payload, pool, lambda runner: _opened(runner, model, payload, tensor, pool))
 
 
 def check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
@@ -112,6 +118,43 @@ def check_that_it_may_fit(model: StoredModel, pool: PagePool) -> None:
 # ---- inside -------------------------------------------------------------------------------------
 
 
+def _with_room(
+    model: StoredModel, payload: Callable[[], bytes], pool: PagePool, call: Callable[[Runner], _T]
+) -> _T:
+    """Return what a call does that others may leave no room for."""
+    runner = runner_of(pool)
+    if not runner.knows(model.row.id):
+        with contextlib.suppress(BudgetError):  # there is room for its pages when others are done
+            payload()
+    if model.row.logical_bytes <= pool.memory_bytes:
+        with runner.calls.hold(1), contextlib.suppress(BudgetError):
+            return call(runner)
+    else:  # others need neither wait nor make room for what is in vain
+        check_that_it_may_fit(model, pool)
+    # What others keep as long as they run may have left no room: once more, with nobody beside.
+    with runner.alone():
+        return call(runner)
+
+
+def _opened(
+    runner: Runner,
+    model: StoredModel,
+    payload: Callable[[], bytes],
+    tensor: Tensors,
+    pool: PagePool,
+) -> tuple[OpenedGraph, Session | Own[Held]]:
+    """Return the graph of a model and what runs it, if that is possible."""
+    session: Session | Own[Held] | None = runner.own(model.row.id)
+    if isinstance(session, Own):
+        graph = session.graph
+    else:
+        graph, session = runner.graph(model, payload, tensor, pool)
+    kinds = {name: session.kinds[name].type for name in graph.inputs}
+    check_kinds(kinds, model.address, lambda texts: text_step(payload(), texts))
+    check_outputs(session.outputs, model.address)
+    return graph, session
+
+
 def _too_large(model: StoredModel, why: object) -> BudgetError:
     return BudgetError(
         f"{model.address} is run by ONNX Runtime, which needs all of its "
@@ -130,16 +173,10 @@ def _run(
     seconds: float | None,
 ) -> dict[str, NDArray[Any]]:
     """Do what `run_onnx` promises, as far as other calls leave room for the weights."""
-    session: Session | Own[Held] | None = runner.own(model.row.id)
-    if isinstance(session, Own):
-        graph = session.graph
-    else:
-        graph, session = runner.graph(model, payload, tensor, pool)
-    kinds = {name: session.kinds[name] for name in graph.inputs}
-    check_kinds(kinds, model.address, lambda texts: text_step(payload(), texts))
+    graph, session = _opened(runner, model, payload, tensor, pool)
     inputs = by_name(x, graph.inputs, model.address)
     check_inputs(inputs, graph.inputs)
-    given = {name: as_runtime_input(value, kinds[name]) for name, value in inputs.items()}
+    given = {name: as_runtime_input(value, session.kinds[name]) for name, value in inputs.items()}
     if graph.is_recurrent:  # the runtime ends the process where a batch or sequence is empty
         for name, value in given.items():
             shape = tuple(value.shape if isinstance(value, np.ndarray) else value.shape())
@@ -149,7 +186,6 @@ def _run(
                     "cannot be run on nothing"
                 )
     outputs = session.outputs
-    check_outputs(outputs, model.address)
     # Kept until the end: the runtime reads the arrays where they are.
     held: dict[str, Held] = {}
     if isinstance(session, Session):

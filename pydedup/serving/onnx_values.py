@@ -109,19 +109,19 @@ def as_runtime_input(x: ArrayLike, kind: Any) -> Any:
 
 
 def check_kinds(
-    kinds: Mapping[str, Any], model: str, text_step: Callable[[list[str]], TextStep]
+    kinds: Mapping[str, str], model: str, text_step: Callable[[list[str]], TextStep]
 ) -> None:
     """Raise UnsupportedFormatError for inputs that are no arrays of numbers.
 
     ``text_step`` returns what becomes of those that are texts.
     """
     for name, kind in kinds.items():
-        if kind.type in _TYPES:
+        if kind in _TYPES:
             continue
-        told = f"{model} takes {name!r} as {kind.type}, which is not supported"
-        if kind.type != _TEXTS:
+        told = f"{model} takes {name!r} as {kind}, which is not supported"
+        if kind != _TEXTS:
             raise UnsupportedFormatError(told)
-        step = text_step([name for name, kind in kinds.items() if kind.type == _TEXTS])
+        step = text_step([name for name, kind in kinds.items() if kind == _TEXTS])
         what = f" ({listed(step.operators)})" if step.operators else ""
         begins = f", with the input {listed(list(map(repr, step.values)))}" if step.values else ""
         raise UnsupportedFormatError(
@@ -131,22 +131,29 @@ def check_kinds(
 
 
 def check_outputs(kinds: Mapping[str, str], model: str) -> None:
-    """Raise UnsupportedFormatError for tensors of a type that numpy lacks; of others, see below."""
+    """Raise UnsupportedFormatError for outputs that are never arrays of numpy, or for none.
+
+    What is optional may be an array, or not.
+    """
+    if not kinds:
+        raise UnsupportedFormatError(f"{model} has no outputs")
     for name, kind in kinds.items():
         is_known = kind == _TEXTS or _TYPES.get(kind, DType.BF16) is not DType.BF16
-        if kind.startswith("tensor(") and not is_known:
-            raise UnsupportedFormatError(
-                f"{model} gives {name!r} as {kind}, which is not supported"
-            )
+        is_other = kind.startswith(("seq(", "map(", "sparse_tensor("))
+        if is_other or (kind.startswith("tensor(") and not is_known):
+            raise _no_array(name, kind, model)
 
 
 def as_output(value: Any, name: str, kind: str, model: str) -> NDArray[Any]:
     """Return an output, if it is an array. Raises UnsupportedFormatError."""
     if isinstance(value, np.ndarray):
         return value
+    raise _no_array(name, kind + (" without a value" if value is None else ""), model)
+
+
+def _no_array(name: str, kind: str, model: str) -> UnsupportedFormatError:
     advice = "; convert its classifier with options={'zipmap': False}" if "map(" in kind else ""
-    kind += " without a value" if value is None else ""
-    raise UnsupportedFormatError(
+    return UnsupportedFormatError(
         f"{model} gives {name!r} as {kind}, which is not supported{advice}"
     )
 

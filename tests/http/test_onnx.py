@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,85 @@ def test_outputs_that_are_text_or_no_arrays(start: Start, own_url: str, tmp_path
         answer = server.infer(kind, {"inputs": [entry]})
         assert answer.status == 501
         assert f"{kind}@1 gives 'p'" in answer.error
+
+
+def unusable(path: Path, kind: str) -> None:
+    """Save a model of which no request can be answered."""
+    make = onnx.helper
+    x, y = (make.make_tensor_value_info(name, 1, ["n", 1]) for name in "xy")
+    if kind == "texts":
+        x = make.make_tensor_value_info("x", 8, ["n", 1])
+        words = {"keys_strings": ["a"], "values_floats": [2.0], "domain": "ai.onnx.ml"}
+        nodes = [make.make_node("LabelEncoder", ["x"], ["k"], **words)]
+    elif kind == "sequences":
+        x = make.make_tensor_sequence_value_info("x", 1, None)
+        nodes = [make.make_node("ConcatFromSequence", ["x"], ["k"], axis=0)]
+    else:
+        nodes = [make.make_node("Frobnicate", ["x"], ["k"])]
+    nodes.append(make.make_node("Ceil", ["k"], ["y"]))
+    weight = onnx.numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
+    graph = make.make_graph(nodes, "g", [x], [y], [weight])
+    sets = [make.make_opsetid("", 17), make.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(make.make_model(graph, opset_imports=sets, ir_version=9), path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("texts", "bad@1 takes 'x' as tensor(string), which is not supported: do what it does"),
+        ("sequences", "bad@1 takes 'x' as seq(tensor(float)), which is not supported"),
+        ("unknown", "ONNX Runtime cannot load bad@1: "),
+    ],
+)
+def test_a_model_that_refuses_every_request_is_not_ready(
+    start: Start, tmp_path: Path, kind: str, why: str
+) -> None:
+    """It was said to be ready, and to take FP32 instead of a sequence."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    unusable(tmp_path / "m.onnx", kind)
+    with pydedup.open(url) as store:
+        store.add("bad", tmp_path / "m.onnx")
+    server = start(url)
+    if kind != "unknown":  # the first to ask: an index looks at what the graph declares
+        (listed,) = server.ask("POST", "/v2/repository/index").json
+        assert (listed["state"], why in listed["reason"]) == ("UNAVAILABLE", True)
+        assert server.ask("GET", "/v2/models/bad").status == 501
+    entry = {"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1]}
+    for answer in (
+        server.infer("bad", {"inputs": [entry]}),
+        server.ask("GET", "/v2/models/bad/ready"),
+        server.ask("POST", "/v2/repository/models/bad/load"),
+    ):
+        assert answer.status == 501
+        assert why in answer.error
+        (listed,) = server.ask("POST", "/v2/repository/index").json
+        assert (listed["state"], why in listed["reason"]) == ("UNAVAILABLE", True)
+
+
+def test_an_index_tells_a_damaged_graph_until_it_is_mended(
+    start: Start, own_url: str, tmp_path: Path
+) -> None:
+    """A graph that was lost in part was READY."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    model(tmp_path / "m.onnx")
+    with pydedup.open(own_url) as store:
+        store.copy_to(url, ["dense"])
+    with pydedup.open(url) as store:
+        store.add("ceil", tmp_path / "m.onnx")
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
+        database.execute("CREATE TABLE kept AS SELECT * FROM pydedup_artifacts")
+        database.execute("UPDATE pydedup_artifacts SET payload = substr(payload, 2)")
+    server = start(url)
+
+    def states() -> dict[str, str]:
+        entries = server.ask("POST", "/v2/repository/index").json
+        return {entry["name"]: entry["state"] for entry in entries}
+
+    assert states() == {"dense": "UNAVAILABLE", "ceil": "UNAVAILABLE"}
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
+        database.execute("DELETE FROM pydedup_artifacts")
+        database.execute("INSERT INTO pydedup_artifacts SELECT * FROM kept")
+    assert states() == {"dense": "READY", "ceil": "READY"}
 
 
 def test_weights_that_never_fit(start: Start, tmp_path: Path) -> None:
