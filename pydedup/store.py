@@ -25,7 +25,7 @@ from pydedup.opening import check_writable, connect_store, pool_of
 from pydedup.predicting import StorePredictions
 from pydedup.registry import place_of
 from pydedup.replacement import DEFAULT_POLICY, Trace, check_policy
-from pydedup.serving.tensor import ArtifactOnDemand, TensorsOnDemand
+from pydedup.serving.on_demand import ArtifactOnDemand, TensorsOnDemand
 from pydedup.types import GRAPH_ARTIFACT, DType, ModelInfo, Progress, check_progress
 from pydedup.upkeep import StoreUpkeep
 from pydedup.words import Device, FileFormat, FloatDType, OpenMode, Replacement

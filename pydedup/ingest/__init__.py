@@ -6,8 +6,10 @@ add.py does it all, a step after the other:
 - plan.py says what is to be added, staged.py what becomes of it;
 - tensors.py reads and matches a model: match.py finds what the store has already (met.py: what
   this add has met), similar.py what a new block is near to (candidates.py, stored_index.py,
-  aligned.py, pairs.py) and how it is kept then (deltas.py); previous.py takes over what the version
-  before had; names.py finds a tensor whose name has another prefix there;
+  aligned.py, alike.py, pairs.py; seen together, low_rank.py and transposed.py) and how it is kept
+  then (deltas.py), families.py what is kept whole for others; previous.py takes over what the
+  version before had; names.py finds a tensor whose name has another prefix there;
+- artifacts.py matches what is large beside the weights;
 - replace.py and accuracy.py search for what a metric allows (searches.py, trial.py, judging.py,
   confidence.py);
 - quota.py asks whether there may be so much; pages.py and write.py stage it, publish.py publishes.

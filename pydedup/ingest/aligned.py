@@ -272,7 +272,7 @@ class Aligned:
         self, request: Request | ModelRow, entry: TensorEntry | TensorInfo, grid: BlockGrid
     ) -> Iterator[tuple[_Key, Find]]:
         kind = kind_of(entry)
-        for row in sorted(self._models.newest(), key=lambda row: row.name != request.name):
+        for row in self._models.likeliest(request.name):
             other = self._models.tensors_of(row)
             if other is None or kind not in other.tensors:
                 continue

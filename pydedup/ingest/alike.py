@@ -161,7 +161,7 @@ class ByShape:
         yield from reversed(list(added))
         if len(pages):
             yield from self._models.readers(pages)
-        yield from sorted(self._models.newest(), key=lambda row: row.name != request.name)
+        yield from self._models.likeliest(request.name)
 
     def _in_store(self, row: ModelRow, kind: Kind, cut: BlockGrid) -> Alike:
         key = kind, cut, row.id

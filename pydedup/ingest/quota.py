@@ -44,7 +44,7 @@ def check_quotas(
         found = references(number)
         is_new = found >= 0
         found[is_new] = -1 - found[is_new]
-        found[~is_new] = matcher.stored.places(references(number)[~is_new])
+        found[~is_new] = matcher.stored.places(found[~is_new])
         return found
 
     def readers() -> Readers:

@@ -85,6 +85,10 @@ class StoredModels:
                 self._newest = self._adapter.models(newest=NEWEST)[::-1]
         return self._newest
 
+    def likeliest(self, name: str) -> list[ModelRow]:
+        """Return the newest models, the versions of the one with that name first."""
+        return sorted(self.newest(), key=lambda row: row.name != name)
+
     def readers(self, pages: NDArray[np.int64]) -> list[ModelRow]:
         """Return models that read one of these pages, oldest first."""
         with only_sound_rows(self._adapter):

@@ -129,16 +129,13 @@ class Transposed:
                 if not near or asked > _MOST:
                     break
                 asked += len(tensors)
-                there = tensors.blocks(at)
-                for place, base in enumerate(near):
-                    found = [tensors[i] for i in np.flatnonzero(there == base).tolist()]
-                    if found:
-                        # Layers come in one order: the next one is likely that after the last.
-                        name, find = min(found, key=lambda one: (model, one[0]) in self._found)
-                        cut = grid.transposed if is_transposed else None
-                        best = model, name, _Bases(find, grid, cut)
-                        near = near[:place]  # what a further model has may be nearer
-                        break
+                near, where = _nearest(near, tensors.blocks(at))
+                if where:
+                    # Layers come in one order: the next one is likely that after the last.
+                    found = (tensors[i] for i in where)
+                    name, find = min(found, key=lambda one: (model, one[0]) in self._found)
+                    cut = grid.transposed if is_transposed else None
+                    best = model, name, _Bases(find, grid, cut)
         return best
 
     def _part(
@@ -167,14 +164,10 @@ class Transposed:
                 if not near:
                     break
                 asked += 1
-                there = find(at, False)
-                for place, base in enumerate(near):
-                    found = at[there == base].tolist()
-                    if found:
-                        row, col = divmod(found[0], cut.grid_cols)
-                        best = model, name, _Bases(find, grid, cut, row - across, col - down)
-                        near = near[:place]
-                        break
+                near, where = _nearest(near, find(at, False))
+                if where:
+                    row, col = divmod(int(at[where[0]]), cut.grid_cols)
+                    best = model, name, _Bases(find, grid, cut, row - across, col - down)
         return best
 
     def _note(self, looks: Looks, found: bool) -> None:
@@ -195,6 +188,18 @@ class Transposed:
             for away, base in zip(some.estimates.tolist(), some.references.tolist(), strict=True)
         ]
         return [base for _, base in sorted(near)]
+
+
+def _nearest(near: list[int], there: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    """Return where the first of ``near`` is among others that any is, behind those before it.
+
+    What somebody else has may be one of these, which are nearer: all are, where there is none.
+    """
+    for place, base in enumerate(near):
+        where = np.flatnonzero(there == base).tolist()
+        if where:
+            return near[:place], where
+    return near, []
 
 
 @dataclass(frozen=True, slots=True)

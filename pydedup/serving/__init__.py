@@ -8,7 +8,7 @@ returns. onnx_session.py runs models that only ONNX Runtime can (onnx_kept.py: w
 onnx_own.py: models that are asked again; onnx_values.py: what it takes and gives). layers.py and
 attached/ are for torch modules. For predictions in SQL, features.py turns rows into inputs,
 score.py writes a table (score_table.py) at one version (pin.py), and calls.py is what functions
-call.
+call. on_demand.py gives writers of files what they ask for.
 
 Deliberately not here: how models get into a store (:mod:`pydedup.ingest`).
 """

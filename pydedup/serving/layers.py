@@ -22,6 +22,7 @@ from pydedup.pool import PagePool
 from pydedup.serving.attached import (  # noqa: F401  (they register)
     experts,
     functions,
+    norms,
     recurrent,
     views,
 )

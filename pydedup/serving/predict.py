@@ -275,7 +275,7 @@ def as_predicted(
     requests: Sequence[Prediction], tensor_of: TensorOf, pool: PagePool
 ) -> Iterator[tuple[int, Any]]:
     """Do what `predict_together` does; yield each request's number and result once it is there."""
-    for places in _groups(requests, pool.activation_bytes // 2):
+    for places in _groups(requests, _most(pool)):
         group = [requests[place] for place in places]
         try:
             made = _run_group(group, tensor_of, pool) if len(group) > 1 else None

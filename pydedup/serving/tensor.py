@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -21,14 +20,12 @@ from pydedup.conv import Padding, Pair
 from pydedup.errors import ArgumentError, CorruptStoreError
 from pydedup.joint import Factor
 from pydedup.pool import Called, PagePool
-from pydedup.types import DType, Progress, TensorInfo
+from pydedup.types import DType, TensorInfo
 from pydedup.words import Activation, BagMode, FloatDType
 
 __all__ = [
-    "ArtifactOnDemand",
     "StoredTensor",
     "TensorOf",
-    "TensorsOnDemand",
     "called",
     "matmul_together",
     "stored_tensor",
@@ -393,42 +390,3 @@ def matmul_together(
         result.reshape(*x.shape[:-1], result.shape[-1])
         for x, result in zip(xs, results, strict=True)
     ]
-
-
-class TensorsOnDemand:
-    """A model's tensors by name, each loaded when a writer asks for it, with progress in bytes."""
-
-    def __init__(
-        self,
-        read: Callable[[str], NDArray[Any]],
-        total_bytes: int,
-        progress: Progress | None,
-    ) -> None:
-        self._read = read
-        self._total = total_bytes
-        self._done = 0
-        self._progress = progress
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        array = self._read(name)
-        self._done += array.nbytes
-        if self._progress is not None:
-            self._progress("reading", self._done, self._total)
-        return array
-
-
-@dataclass(frozen=True, slots=True)
-class ArtifactOnDemand:
-    """What came with a model beside its tensors, loaded when a writer asks for it."""
-
-    name: str
-    model: StoredModel
-
-    @property
-    def payload(self) -> bytes:
-        """What it is. Raises CorruptStoreError, and NotFoundError when the model was removed."""
-        payload = self.model.artifact(self.name)
-        if payload is None:
-            self.model.check_live()
-            raise CorruptStoreError(f"{self.model.address}: its {self.name!r} is lost")
-        return payload

@@ -18,11 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from pydedup import _core
 from pydedup.arguments import as_block_shape, as_count, as_integers, check_array
 from pydedup.errors import ArgumentError
-from pydedup.similarity._arguments import (
-    as_dtype,
-    as_float,
-    as_number,
-)
+from pydedup.similarity._arguments import as_dtype, as_float, as_number
 from pydedup.types import DType
 
 __all__ = ["L2LSH", "SIMILARITY_VERSION", "Fetch"]

@@ -16,11 +16,7 @@ from numpy.typing import NDArray
 from pydedup import _core
 from pydedup.arguments import as_block_shape, as_count, as_integers, check_array
 from pydedup.errors import ArgumentError
-from pydedup.similarity._arguments import (
-    as_float,
-    as_number,
-    blocks_of,
-)
+from pydedup.similarity._arguments import as_float, as_number, blocks_of
 
 __all__ = ["Distances", "distances", "magnitude", "upper_bounds"]
 

@@ -8,6 +8,7 @@ views      parts of it, transposed or in another dtype, that stay in the store
 functions  what torch's functions do when they are given such a tensor: products
 rows       the same, for look-ups of rows and bags of them
 experts    matrices of mixtures of experts: loaded, or read piece by piece
+norms      those with running statistics: what would change these is refused
 recurrent  layers of many steps: loaded, or streamed step by step
 activations  what torch allocates in a call, counted against the budget
 pieces     how batches that are too large for the budget are cut

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from pydedup.errors import BudgetError
 from pydedup.formats.torch_tensors import to_torch
 from pydedup.serving.attached.activations import made
 from pydedup.serving.attached.functions import as_input
-from pydedup.serving.attached.parameter import StoredParameter, handles
+from pydedup.serving.attached.parameter import StoredParameter, are_loaded, handles
 
 __all__: list[str] = []
 
@@ -83,13 +82,7 @@ def _is_loaded(weight: StoredParameter) -> bool:
     """Load it if the experts take a small part of the budget, and return whether it is."""
     slots = weight.attachment.slots
     nbytes = sum(slot.nbytes for slot in slots if len(slot.shape) == len(weight.slot.shape))
-    if not weight.attachment.has_room_for(nbytes, _LOADED_PART):
-        return False
-    try:
-        weight.loaded()
-    except BudgetError:  # others have loaded too much
-        return False
-    return True
+    return are_loaded([weight], nbytes, _LOADED_PART)
 
 
 def _pieces(weight: StoredParameter) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -19,12 +19,12 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from pydedup.errors import ArgumentError
+from pydedup.errors import ArgumentError, BudgetError
 from pydedup.serving.attached.slots import Slot
 from pydedup.serving.attached.weights import Attachment, Rows
 from pydedup.serving.tensor import StoredTensor
 
-__all__ = ["StoredParameter", "handles", "may_be_traced", "refuse_tracing"]
+__all__ = ["StoredParameter", "are_loaded", "handles", "may_be_traced", "refuse_tracing"]
 
 #: Function of torch -> what to do instead; ``NotImplemented`` means that it is no case for it.
 _HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -215,6 +215,22 @@ def _shape(slot: Slot, entries: tuple[int, ...], rows: Rows | None) -> tuple[int
     """Return the shape of a view that is not transposed."""
     shape = slot.shape[len(entries) :]
     return shape if rows is None else (rows[1] - rows[0], *shape[1:])
+
+
+def are_loaded(weights: Sequence[StoredParameter], nbytes: int, part: int) -> bool:
+    """Load weights of one module, if there are any, and return whether all are.
+
+    They are where the ``nbytes`` of these, and of others that come with them, are no more than that
+    part of the budget (4: a quarter), and others have not loaded too much.
+    """
+    if weights and not weights[0].attachment.has_room_for(nbytes, part):
+        return False
+    try:
+        for weight in weights:
+            weight.loaded()
+    except BudgetError:
+        return False
+    return True
 
 
 def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

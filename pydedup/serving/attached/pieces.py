@@ -53,7 +53,7 @@ class Pieces:
                 known = self._known = {}
             known[key] = _plan(self._graph, tensor, x)
         plan = known[key]
-        if plan is None or plan.rows is None or plan.nbytes <= nbytes or plan.rows < 2:
+        if plan is None or plan.rows is None or plan.fits_in(nbytes):
             return None
         hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
         if hooked or infer_from_torch(module) != self._graph:  # it was changed, or has hooks by now

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from pydedup.errors import BudgetError
-from pydedup.serving.attached.parameter import StoredParameter, handles
+from pydedup.serving.attached.parameter import StoredParameter, are_loaded, handles
 
 __all__: list[str] = []
 
@@ -85,17 +84,8 @@ def _register(layer: Any, cell: Any, step: _Step) -> None:
 def _can_be_loaded(weights: Sequence[Any]) -> bool:
     """Load all weights where they take a small part of the budget, and return whether they are."""
     stored = [weight for weight in weights if type(weight) is StoredParameter]
-    if not stored:
-        return True
-    n_bytes = sum(weight.slot.nbytes for weight in stored)
-    if not stored[0].attachment.has_room_for(n_bytes, _LOADED_PART):
-        return False
-    try:
-        for weight in stored:
-            weight.loaded()
-    except BudgetError:  # others have loaded too much
-        return False
-    return True
+    nbytes = sum(weight.slot.nbytes for weight in stored)
+    return are_loaded(stored, nbytes, _LOADED_PART)
 
 
 def _layers(

@@ -279,8 +279,8 @@ class Attachment:
         self._epoch = epoch
         now = epoch()
         model = catalog.of_row(catalog.resolve(address))
-        #: What is replaced in the module.
         names = {info.name for info in model.tensors}
+        #: What is replaced in the module, and what stays.
         self.slots, self._kept = find_slots(module, names, prefix, partial(holds, model, pool))
         self._current = now, self._weights(model)
         self._pieces = Pieces(module)
