@@ -28,6 +28,8 @@ _LARGEST_HEAD = 64 * 1024
 _LINGER_SECONDS = 5.0
 #: Headers that say where a body ends.
 _FRAMING = (b"content-length", b"transfer-encoding")
+#: Headers that ask for what no other will do: the only value, and the status of all others.
+_UNDERSTOOD = {b"transfer-encoding": (b"chunked", 501), b"expect": (b"100-continue", 417)}
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -129,6 +131,12 @@ class LimitedProtocol(HttpToolsProtocol):
         if length > _LARGEST_HEAD:
             self._refuse_head()
             raise httptools.HttpParserError  # so that the parser stops
+        for name, (understood, status) in _UNDERSTOOD.items():
+            asked = b", ".join(value for key, value in self.headers if key == name).strip().lower()
+            if asked not in (b"", understood):
+                only = f"{name.decode()}: only {understood.decode()!r} is understood"
+                self._refuse(status, only)
+                raise httptools.HttpParserError
         self._stop_timer()
         self._in_head = False
         self._head_bytes = 0

@@ -14,6 +14,7 @@ import pytest
 from pydedup.testing.serving import Server, Start, until
 
 GOOD = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
+INDEX = b"POST /v2/repository/index HTTP/1.1\r\n"
 
 
 def test_pipelined_and_chunked_requests(server: Server) -> None:
@@ -37,8 +38,11 @@ def test_pipelined_and_chunked_requests(server: Server) -> None:
     [
         (b"garbage\r\n\r\n", b"400"),
         (b"GET /v2 HTTP/1.1\r\nX: %s\r\n\r\n" % (b"x" * 70_000), b"431"),
-        (b"POST /v2/repository/index HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
-        (b"POST /v2/repository/index HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
+        (INDEX + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (INDEX + b"Content-Length: -1\r\n\r\n", b"400"),
+        (INDEX + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", b"501"),
+        (INDEX + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n", b"501"),
+        (INDEX + b"Expect: 200-ok\r\nContent-Length: 2\r\n\r\n{}", b"417"),
     ],
 )
 @pytest.mark.parametrize("before", [0, 1, 3])
