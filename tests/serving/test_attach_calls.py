@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import pydedup
+from pydedup.blocks import BlockMap
 from pydedup.errors import ArgumentError
 
 torch = pytest.importorskip("torch")
@@ -110,6 +113,26 @@ class LastRows(nn.Module):
 
 def test_the_last_rows_of_a_matrix(check: Check) -> None:
     assert check(LastRows(), torch.randn(4, 50)) == set()
+
+
+def test_a_matrix_that_is_cut_at_each_length(tmp_path: Path) -> None:
+    """Of each length a block map was kept as long as the module, and counted nowhere."""
+    module = Calls(lambda x, w: torch.stack([linear(x, w[:n]).sum() for n in range(1, 71)])).eval()
+    x = torch.randn(4, 50)
+    with torch.no_grad(), pydedup.open(tmp_path / "cut.db") as store:
+        store.add("m", module)
+        wanted = module(x)
+        store.attach(module, "m")
+        gc.collect()
+        before = _block_maps()
+        torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-3)
+        gc.collect()
+        assert _block_maps() <= before + 2
+
+
+def _block_maps() -> int:
+    """Return how many there are."""
+    return sum(type(one) is BlockMap for one in gc.get_objects())
 
 
 def test_convolutions_with_some_of_the_filters(check: Check) -> None:

@@ -64,7 +64,7 @@ class Weights:
         #: Whole tensors, with what torch counts of changes in place, when they were new.
         self._loaded: dict[int, tuple[torch.Tensor, int, Reservation]] = {}
         self._biases: dict[int, NDArray[np.floating]] = {}
-        self._parts: dict[tuple[int, Rows], tuple[StoredTensor, int]] = {}
+        self._parts: dict[tuple[int, int, int], StoredTensor] = {}
         self._products: dict[tuple[int, int | None, bool], _Product] = {}
         self._slots = slots
 
@@ -81,11 +81,14 @@ class Weights:
 
         Rows are those of the matrix view: of a stack, those of its matrices, one below the other.
         """
-        key = number, rows
+        # By blocks: of a matrix that is cut at each length there is, few parts are kept.
+        height = self._stored[number].block_shape[0]
+        first, stop = rows[0] // height * height, -(-rows[1] // height) * height
+        key = number, first, stop
         found = self._parts.get(key)
         if found is None:
-            found = self._parts[key] = self._part(self._names[number], rows)
-        return found
+            found = self._parts[key] = self._part(self._names[number], first, stop)
+        return found, rows[0] - first
 
     def loaded(self, number: int) -> torch.Tensor:
         """Return the whole tensor of a slot in the module's dtype.
@@ -189,15 +192,12 @@ class Weights:
                 stack = Stack([Layer(block_map, bias, None, transpose)], self._pool)
         return _Product(state, bias, stack)
 
-    def _part(self, name: str, rows: Rows) -> tuple[StoredTensor, int]:
+    def _part(self, name: str, first: int, stop: int) -> StoredTensor:
         info = self.model.tensor(name)
-        grid = grid_of(info)
-        height = grid.block_rows
-        first = rows[0] // height * height
-        stop = min(-(-rows[1] // height) * height, grid.rows)
+        stop = min(stop, grid_of(info).rows)
         part = replace(info, shape=(stop - first, *info.shape[info.row_axes :]), row_axes=1)
         block_map = _PartOfMap(self.model, name, (first, stop))
-        return StoredTensor(part, block_map, self._pool, self.model.refresh), rows[0] - first
+        return StoredTensor(part, block_map, self._pool, self.model.refresh)
 
     def _load(self, number: int) -> tuple[torch.Tensor, int, Reservation]:
         slot, stored = self._slots[number], self._stored[number]
