@@ -40,8 +40,10 @@ def connect(url: str, *, mode: str, schema: str | None = None) -> Adapter:
     NotAStoreError
         When the file is something else, which is then left as it is, or, with mode ``"r"``,
         when it does not exist.
-    ReadOnlyError, UnavailableError
+    ReadOnlyError, StorageFullError, UnavailableError
         When it cannot be created or opened.
+    StoreError
+        When Python's SQLite is older than 3.37.
     """
     if sqlite3.sqlite_version_info < (3, 37):
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")

@@ -343,7 +343,7 @@ def _certificate(
         "shared": sum(r.shares for r, k in zip(replacements, levels, strict=True) if k == 0),
         "refused": int(refused),
         "untried": int((levels == KEPT).sum()) - int(refused),
-        "levels": [int(count) for count in taken],
+        "levels": taken.tolist(),
         "saved": sum(r.saved[k] for r, k in zip(replacements, levels, strict=True) if k >= 0),
         "finetuned": bool(finetuned),
         "ended": trial.ended if replacements else "there was nothing to replace",

@@ -32,7 +32,8 @@ def blocks_of(array: NDArray[Any], name: str) -> tuple[NDArray[Any], tuple[int, 
     return flat, (1, flat.shape[1])
 
 
-def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+def known_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return what numpy makes of a dtype that must be given."""
     if dtype is None:  # to numpy that is float64
         raise ArgumentError("dtype must be given: the one that all blocks have")
     try:
@@ -42,6 +43,7 @@ def as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def as_float(dtype: np.dtype[Any], name: str) -> DType:
+    """Return a dtype of numpy as one of those that have distances."""
     for member in _FLOATS:
         if member.numpy == dtype:
             return member
@@ -50,6 +52,7 @@ def as_float(dtype: np.dtype[Any], name: str) -> DType:
 
 
 def as_number(value: object, name: str) -> float:
+    """Return a number that must be 0 or more."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from pydedup import _core
 from pydedup.arguments import as_block_shape, as_count, as_integers, check_array
 from pydedup.errors import ArgumentError
-from pydedup.similarity._arguments import as_dtype, as_float, as_number
+from pydedup.similarity._arguments import as_float, as_number, known_dtype
 from pydedup.types import DType
 
 __all__ = ["L2LSH", "SIMILARITY_VERSION", "Fetch"]
@@ -92,7 +92,7 @@ class L2LSH:
         rows: int = 8,
         seed: int = 0,
     ) -> None:
-        self._dtype = as_float(as_dtype(dtype), "dtype")
+        self._dtype = as_float(known_dtype(dtype), "dtype")
         self._shape = as_block_shape(block_shape, most=2**31 - 1)
         self._index = _core.L2Index(
             self._dtype.code,
