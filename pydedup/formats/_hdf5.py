@@ -117,8 +117,9 @@ def numeric(
             continue
         dtype = _dtype_of(item)
         if dtype is None:
-            if not skeleton and item.shape is not None and item.dtype.kind in "fc":
-                raise _refused(item, path, where)  # weights, if of a type that no store has
+            is_weight = item.dtype.kind in "fc" or _is_opaque(item)
+            if is_weight and not skeleton and item.shape is not None:
+                raise _refused(item, path, where)  # of a type that no store has
             continue
         _check_layout(item, path, where, skeleton=skeleton)
         offset = None
@@ -352,7 +353,17 @@ def _copy_inline(item: Any, target: Any, path: str, where: str) -> Any:
     return target.create_dataset(path, data=item[()], dtype=item.dtype)
 
 
+def _is_opaque(dataset: Any) -> bool:
+    """Return whether it holds bytes as Keras leaves bf16 and 8-bit floats, without their type."""
+    return dataset.dtype.kind == "V" and not dataset.dtype.names and dataset.dtype.itemsize <= 2
+
+
 def _refused(dataset: Any, path: str, where: str) -> UnsupportedFormatError:
+    if _is_opaque(dataset):
+        return UnsupportedFormatError(
+            f"{where}: dataset {path!r} has bytes whose type the file does not name, as Keras "
+            "leaves weights of bfloat16 in a legacy .h5 file; save the model as .keras"
+        )
     refusal = DType.refusal(in_pairs=dataset.dtype.kind == "c")
     return UnsupportedFormatError(
         f"{where}: dataset {path!r} has dtype {dataset.dtype}, which {refusal}"

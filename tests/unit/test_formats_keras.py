@@ -376,6 +376,16 @@ def test_models_of_other_formats_become_plain_hdf5(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 
+def test_bfloat16_whose_type_is_not_told_is_refused(tmp_path: Path) -> None:
+    """Keras leaves it so in legacy files: it was left out, and a model without weights stored."""
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        layer = file.create_group("model_weights").create_group("dense")
+        layer.attrs["weight_names"] = ["kernel"]
+        layer["kernel"] = np.ones((4, 2), np.uint16).view("V2")
+    with pytest.raises(UnsupportedFormatError, match=r"'model_weights/dense/kernel' has bytes"):
+        open_source(tmp_path / "m.h5")
+
+
 @pytest.mark.parametrize("dtype", ["complex64", "longdouble"])
 def test_numbers_that_no_store_has_are_refused(dtype: str, tmp_path: Path) -> None:
     """They were left out of the model without a word, where other formats refuse them."""
