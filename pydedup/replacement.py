@@ -97,7 +97,7 @@ class Trace:
             complete=np.bool_(self.complete),
         )
         with atomic_file(Path(path)) as scratch:
-            scratch.write_bytes(content.getbuffer())
+            scratch.write_bytes(content.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
