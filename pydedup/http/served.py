@@ -225,8 +225,8 @@ class ServedStore(Store):
         if known is None:
             try:
                 known = self._lasting_hindrance(row)
-            except UnavailableError:
-                raise
+            except UnavailableError:  # a shard with a graph: all else is listed and served
+                return ""
             except PydedupError as error:  # what is damaged may be mended
                 return str(error)
             known = self._hindrances.setdefault(row.id, known)
@@ -238,14 +238,16 @@ class ServedStore(Store):
         from pydedup.serving.onnx_values import is_installed
 
         names = {name for name, _ in self._adapter.artifacts(row.id)}
-        if names.isdisjoint((GRAPH_ARTIFACT, ONNX_GRAPH)):
+        if GRAPH_ARTIFACT in names:  # not read: large ones lie on pages
+            return ""
+        if ONNX_GRAPH not in names:
             return NO_GRAPH
-        if GRAPH_ARTIFACT not in names and not is_installed():
+        if not is_installed():
             return "the extra onnx is not installed here"
         model = self._catalog.of_row(row)
         try:
-            if self._look_at(model).graph is None:
-                check_that_it_may_fit(model, self._pool)
+            self._look_at(model)
+            check_that_it_may_fit(model, self._pool)
         except (UnsupportedFormatError, BudgetError) as error:
             if isinstance(error, BudgetError) and not error.never:
                 raise

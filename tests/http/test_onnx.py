@@ -214,14 +214,16 @@ def test_an_index_tells_a_damaged_graph_until_it_is_mended(
         store.add("ceil", tmp_path / "m.onnx")
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
         database.execute("CREATE TABLE kept AS SELECT * FROM pydedup_artifacts")
-        database.execute("UPDATE pydedup_artifacts SET payload = substr(payload, 2)")
+        database.execute(
+            "UPDATE pydedup_artifacts SET payload = substr(payload, 2) WHERE name LIKE '%onnx%'"
+        )
     server = start(url)
 
     def states() -> dict[str, str]:
         entries = server.ask("POST", "/v2/repository/index").json
         return {entry["name"]: entry["state"] for entry in entries}
 
-    assert states() == {"dense": "UNAVAILABLE", "ceil": "UNAVAILABLE"}
+    assert states() == {"dense": "READY", "ceil": "UNAVAILABLE"}
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
         database.execute("DELETE FROM pydedup_artifacts")
         database.execute("INSERT INTO pydedup_artifacts SELECT * FROM kept")
