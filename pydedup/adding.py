@@ -207,12 +207,12 @@ class _Terms:
             block_shape=self.block_shape,
             is_numbered=is_numbered,
         )
-        # There are modules without any, as norms may be, and models that ONNX Runtime runs, whose
-        # graph is a file beside the weights.
-        is_nothing = not source.entries and request.graph is None and not any(source.artifacts())
+        # There are modules without any, as norms may be.
+        is_nothing = not source.entries and request.graph is None and not source.has_program
         if is_nothing and isinstance(given, (str, os.PathLike, Mapping)):
             raise ArgumentError(
-                f"what is given for {name!r} has no tensors; a model is arrays by name"
+                f"{source.description} has no tensors to store as {name!r}; "
+                "a model is arrays by name"
             )
         if self.graph is not None:
             self.graph.validate({entry.name: entry.shape for entry in source.entries})

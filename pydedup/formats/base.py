@@ -160,9 +160,12 @@ class ModelSource(abc.ABC):
         What the source holds and pydedup does not take, e.g. optimizer state.
     weights_key
         The key, of a checkpoint that has one, under which the weights were.
+    has_program
+        Whether it says itself what is computed. Such a model may have no tensors.
     """
 
     format: str = ""
+    has_program: bool = False
 
     def __init__(self, description: str) -> None:
         self.description = description

@@ -90,6 +90,7 @@ class KerasSource(ModelSource):
                 self._legacy = _LEGACY_ROOT in self._file
                 self._config_text = self._read_config()
                 self._config = self._parse_config()
+                self.has_program = self._config_text is not None
                 self.left_out = tuple(key for key in self._file if _skip(key))
                 datasets = list(numeric(self._file, _skip, self.description))
                 self._structure = build_skeleton(self._file, _skip, self.description)

@@ -58,6 +58,7 @@ class OnnxSource(ModelSource):
     """Reader of an ``.onnx`` file and its external data. Safe between threads."""
 
     format = "onnx"
+    has_program = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))

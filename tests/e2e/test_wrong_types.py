@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> Iterator[Any]:
         (lambda store: store.add("m", MODEL, graph=[{"op": "linear"}]), r"Graph, not list"),
         (lambda store: store.add("m", MODEL, graph="{}"), r"not str; Graph\.from_json"),
         (lambda store: store.add("m", MODEL, metadata="acme"), "metadata 'acme' is no mapping"),
-        (lambda store: store.add("m", {}), "given for 'm' has no tensors; a model is arrays"),
+        (lambda store: store.add("m", {}), "the given mapping has no tensors to store as 'm'"),
         (lambda store: store.add_many([("m", MODEL)]), "mapping of names to sources.* not list"),
         (lambda store: store.predict_many([3]), "pair of a model and its input, not 3"),
         (lambda store: store.predict_many(5), "pairs of a model and its input, not 5"),
@@ -71,15 +71,19 @@ def test_what_is_of_the_wrong_kind_is_named(
         call(store)
 
 
-@pytest.mark.parametrize("name", ["m.safetensors", "m.npz", "m.pt"])
+@pytest.mark.parametrize("name", ["m.safetensors", "told.safetensors", "m.npz", "m.pt", "folder"])
 def test_a_file_without_tensors_is_no_model(store: Any, tmp_path: Path, name: str) -> None:
-    """A dict without any was refused, and such a file stored."""
+    """A dict without any was refused, and such a file, or one that tells of itself, stored."""
     torch = pytest.importorskip("torch")
     numpy_files = pytest.importorskip("safetensors.numpy")
     numpy_files.save_file({}, tmp_path / "m.safetensors")
     np.savez(tmp_path / "m.npz")
     torch.save({}, tmp_path / "m.pt")
-    with pytest.raises(ArgumentError, match="given for 'm' has no tensors"):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text('{"model_type": "bert"}')
+    for told in ("told.safetensors", "folder/model.safetensors"):
+        numpy_files.save_file({}, tmp_path / told, metadata={"format": "pt"})
+    with pytest.raises(ArgumentError, match=rf"/{name} has no tensors to store as 'm'"):
         store.add("m", tmp_path / name)
 
 
