@@ -377,15 +377,20 @@ def test_a_database_that_is_restored_under_a_server(start: Start, tmp_path: Path
         with pydedup.open(live) as store:
             store.add(name, {"w": np.full((3, 4), value, np.float32)}, graph=graph)
 
+    def copy(source: Path, target: Path) -> None:
+        with (
+            contextlib.closing(sqlite3.connect(source)) as read,
+            contextlib.closing(sqlite3.connect(target)) as written,
+        ):
+            read.backup(written)
+
     add("first", 1.0)
-    with sqlite3.connect(live) as source, sqlite3.connect(dump) as copy:
-        source.backup(copy)
+    copy(live, dump)
     server = start(str(live))
     add("lost", 2.0)
     for name in ("first", "lost"):
         assert server.infer(name, GOOD).status == 200
-    with sqlite3.connect(dump) as copy, sqlite3.connect(live) as target:
-        copy.backup(target)
+    copy(dump, live)
     add("twin", 1.0)  # has the number of the model that is lost, and no page
     add("new", 3.0)
     assert server.infer("first", GOOD).status == 200
