@@ -185,8 +185,9 @@ class ServedStore(Store):
                 admit(sum(map(answer_bytes, outcome.values())), 0)
             except Exception as error:
                 outcome = error
-                if isinstance(error, UnsupportedFormatError):  # of these inputs, or of all?
-                    with contextlib.suppress(PydedupError):
+                known = self._hindrances.get(model.row.id)
+                if isinstance(error, UnsupportedFormatError) and not known:
+                    with contextlib.suppress(PydedupError):  # of these inputs, or of all?
                         self._prepare(model.row)
             yield number, outcome
 
@@ -248,8 +249,10 @@ class ServedStore(Store):
         try:
             self._look_at(model)
             check_that_it_may_fit(model, self._pool)
-        except (UnsupportedFormatError, BudgetError) as error:
-            if isinstance(error, BudgetError) and not error.never:
+        except UnsupportedFormatError as error:
+            return str(error)
+        except BudgetError as error:
+            if not error.never:
                 raise
             return str(error)
         return ""
