@@ -225,7 +225,7 @@ class Scoring:
         if not np.isfinite(found).all():
             return None
         outputs = Outputs.of(found[0])
-        if outputs != (self.target.outputs or outputs):
+        if outputs != (self.target.outputs or self._expected(outputs)):
             return None
         if outputs.kind == "vector":
             lines: Sequence[Line] = [self.target.line(row) for row in found]
@@ -279,7 +279,16 @@ class Scoring:
         if self._kind.width is not None:
             plain = next((outputs for axes, outputs in made if axes == 1), None) or self._of_zeros()
             known[:0] = [plain] if isinstance(plain, Outputs) else []
-        return next(filter(self.target.takes, known), known[0])
+        return next(filter(self.target.takes, known), self._expected(known[0]))
+
+    def _expected(self, outputs: Outputs) -> Outputs:
+        """Return what predictions such as one row's are to look like, as far as a table says.
+
+        Where the model tells no width, rows may give more or fewer numbers than it has columns.
+        """
+        if self._kind.width is None and outputs.kind in ("one", "few", "vector"):
+            return self.target.numbers() or outputs
+        return outputs
 
     def _of_zeros(self) -> Outputs | ArgumentError:
         """Return what the prediction of a row of zeros looks like."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -76,8 +77,18 @@ class PredictionTable:
         return set(map(comparable, self._rows.present_keys(self._name, self._key.name, keys)))
 
     def takes(self, outputs: Outputs) -> bool:
-        """Whether it is there and has the columns of such predictions."""
-        return not self._missing(outputs)
+        """Whether it is there and has the columns of such predictions, and of no longer ones."""
+        if self._missing(outputs):
+            return False
+        return outputs == (self.numbers() or outputs) if outputs.kind == "few" else True
+
+    def numbers(self) -> Outputs | None:
+        """Return of how many numbers it has the columns, ``None`` unless they are numbered."""
+        columns = self._columns or ()
+        width = next(n for n in count() if f"prediction_{n}" not in columns)
+        found = Outputs.of(np.zeros(width))  # of one, and of many, there is one column
+        numbered = found.kind == "few" and width and "prediction" not in columns
+        return found if numbered else None
 
     def prepare(self, outputs: Outputs) -> None:
         """See that it fits predictions; create it when it is missing."""

@@ -164,6 +164,29 @@ def test_where_the_model_tells_no_width_the_first_row_does(tables: Tables, new_n
     assert predictions(tables, into) == {2: 1.0}
 
 
+@pytest.mark.parametrize("columns", [2, 5])
+def test_where_the_model_tells_no_width_a_table_does(
+    columns: int, tables: Tables, new_name: Make
+) -> None:
+    """The row that came first did, and had no value for the last column, or no column."""
+    into = new_name()
+    names = [f"prediction_{n}" for n in range(columns)]
+    made = ", ".join(f"{name} DOUBLE PRECISION NOT NULL" for name in names)
+    graph = Graph(("x",), ("y",), (Node("embedding", ("x",), "y", {"weight": "w"}),))
+    rows = ", ".join(["1"] * 3), ", ".join(["1"] * columns)
+    query = f"SELECT 1 AS id, '[{rows[0]}]' AS v UNION ALL SELECT 2, '[{rows[1]}]'"
+    with pydedup.open(tables.url) as store:
+        store.add("ids@1", {"w": np.ones((5, 1), np.float32)}, graph=graph)
+        tables.run(f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, {made})")
+        report = store.score(query, "ids@1", into=into, batch=1, on_error="skip")
+        query = "SELECT 3 AS id, 1 AS a, 1 AS b, 1 AS c"
+        again = store.score(query, "ids@1", into=into, on_error="skip")
+    wanted = f"the model gives 3 numbers for it, and the table takes {columns} of each row"
+    assert [(one.key, one.reason) for one in report.failures] == [(1, wanted)]
+    assert [(one.key, one.reason) for one in again.failures] == [(3, wanted)]
+    assert tables.run(f"SELECT * FROM {into}") == [(2, *[1.0] * columns)]
+
+
 def test_a_key_that_is_not_unique_is_told(tables: Tables, new_name: Make) -> None:
     add(tables.url, "m@1")
     query = "SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 1, 4, 5, 6"
