@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import math
 import mmap
 import os
@@ -245,8 +247,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
             # Renaming onto /dev/null would take it away from everybody.
             raise ArgumentError(f"{path} is no regular file; choose another path")
         _refuse_database(target)
-        scratch = _scratch_beside(path, target)
-        try:
+        _refuse_missing_folder(path, target)
+        with _folder_beside(target) as folder:
+            scratch = folder / target.name
             # A file that is replaced keeps its mode, and nobody else reads the new one before; for
             # a new file the umask of the user applies, unlike with mkstemp.
             kept = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
@@ -258,9 +261,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
                 scratch.chmod(kept)
             scratch.replace(target)
             sync(target.parent)
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -278,19 +278,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         target = path.resolve() if path.is_symlink() else path
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ArgumentError(f"{path} exists and is no empty folder; choose another path")
-        scratch = _scratch_beside(path, target)
-        try:
+        _refuse_missing_folder(path, target)
+        with _folder_beside(target) as folder:
+            scratch = folder / target.name
             scratch.mkdir()
             yield scratch
-            for folder, _, names in os.walk(scratch):
+            for walked, _, names in os.walk(scratch):
                 for name in names:
-                    sync(Path(folder, name))
-                sync(Path(folder))
+                    sync(Path(walked, name))
+                sync(Path(walked))
             # Renaming onto an empty folder replaces it; onto one filled meanwhile it fails.
             scratch.rename(target)
             sync(target.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _refuse_database(path: Path) -> None:
@@ -306,11 +305,44 @@ def _refuse_database(path: Path) -> None:
         raise ArgumentError(f"{path} is a SQLite database, maybe a store; choose another path")
 
 
-def _scratch_beside(path: Path, target: Path) -> Path:
-    """Return where to write first what is to be ``target``, which ``path`` names."""
+def _refuse_missing_folder(path: Path, target: Path) -> None:
+    """Raise ArgumentError where there is no folder for ``target``, which ``path`` names."""
     if not target.parent.is_dir():
         raise ArgumentError(f"{path} cannot be written: folder {target.parent} does not exist")
-    return target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+
+
+@contextlib.contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """Yield a folder to write in first what is to be ``target``; in the end it is not there.
+
+    Who writes has it locked: so what one left who was killed is known, and goes with the next one.
+    """
+    hidden = f".{target.name[:50]}."  # of so many characters, the longest have 200 bytes
+    for left in target.parent.glob(f"{glob.escape(hidden)}{'[0-9a-f]' * 12}.tmp"):
+        with contextlib.suppress(OSError), _opened(left) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    folder = target.with_name(f"{hidden}{secrets.token_hex(6)}.tmp")
+    unlocked = folder.with_suffix(".new")  # nobody may take it for one that was left
+    try:
+        unlocked.mkdir()
+        with _opened(unlocked) as fd:
+            with contextlib.suppress(OSError):  # file systems without locks
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            unlocked.rename(folder)
+            yield folder
+    finally:
+        for made in (unlocked, folder):
+            shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

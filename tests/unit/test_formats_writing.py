@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,35 @@ def test_an_interrupt_as_a_member_of_a_zip_archive_is_opened(
     with pytest.raises(KeyboardInterrupt):
         write_model(tmp_path / "m", {"embedding": TABLE}, entries, artifacts, format=kind)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "huggingface"])
+def test_what_a_killed_export_left_goes_with_the_next_one(kind: str, tmp_path: Path) -> None:
+    """It lay there for ever, hidden, as large as the model."""
+    target, entry = tmp_path / "m.[1]", TensorEntry("embedding", DType.F32, (2, 3), 1)
+
+    class Waiting:
+        def __getitem__(self, name: str) -> Any:
+            os.write(said, b"?")
+            os.read(answer, 1)
+            return TABLE
+
+    (asked, said), (answer, answered) = os.pipe(), os.pipe()
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if not children[-1]:
+            write_model(target, Waiting(), [entry], [], format=kind)
+            os._exit(0)
+        assert os.read(asked, 1) == b"?"
+    assert len(list(tmp_path.iterdir())) == 2, "neither takes the other's away"
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    others = tmp_path / ".o.0123456789ab.tmp", tmp_path / ".m.1.0123456789ab.tmp"
+    for other in others:
+        other.mkdir()
+    write_model(target, {"embedding": TABLE}, [entry], [], format=kind)
+    assert set(tmp_path.iterdir()) == {target, *others}
+    for end in (asked, said, answer, answered):
+        os.close(end)
