@@ -106,7 +106,7 @@ def find_weights(
     if not isinstance(value, Mapping):
         under = "" if key is None else f" under {key!r}"
         raise FormatError(
-            f"{where} holds a {type(value).__name__}{under}, not a state dict; save "
+            f"{where} holds a value of type {type(value).__name__}{under}, not a state dict; save "
             "model.state_dict()"
         )
     return Weights(_tensors(value, where, path, left_out), key, tuple(left_out))

@@ -160,6 +160,21 @@ class _Waiting:
         return slice(self.start, self.start + self.grid.count)
 
 
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """All blocks of a bundle, by their numbers: the stacks, what is known, and whose they are.
+
+    ``owners`` are numbers of tensors, of each of which ``asked`` has what may be near.
+    """
+
+    stacks: Sequence[tuple[MatrixView, NDArray[np.int64]]]
+    digests: NDArray[np.uint64]
+    references: NDArray[np.int64]
+    errors: NDArray[np.float64]
+    owners: NDArray[np.int64]
+    asked: Sequence[Asked]
+
+
 class _Bundle:
     """What waits to be matched: tensors, and copies of their blocks, stacked by kind."""
 
@@ -216,17 +231,35 @@ class _Bundle:
 
     def match(self, advance: Callable[[int], None]) -> dict[str, MatchedTensor]:
         """Match all that wait, by name; then none does."""
-        tensors, count, stacks = self._tensors, self._count, _stacks(self._parts)
-        policy = self._request.policy
+        waiting, blocks = self._tensors, self._gathered()
         self._clear()
+        self._matcher.ask(hash_keys(blocks.digests[blocks.references == NO_BASE]))
+        done: dict[str, MatchedTensor] = {}
+        for number in self._adapted_among(waiting, blocks):
+            one = waiting[number]
+            found = self._match_alone(one.entry, advance)
+            done[one.entry.name], blocks.references[one.blocks] = found, found.references
+        self._match_stacks(waiting, blocks)
+        for one in waiting:
+            here, entry, grid = one.blocks, one.entry, one.grid
+            if entry.name in done:
+                continue
+            references, digests = blocks.references[here], blocks.digests[here]
+            self._matcher.aligned.note(self._request, entry, grid, references)
+            largest_error = float(blocks.errors[here].max(initial=0.0))
+            done[entry.name] = MatchedTensor(entry, grid, references, digests, largest_error)
+            advance(entry.nbytes)
+        return done
+
+    def _gathered(self) -> _Blocks:
+        """Return all blocks that wait, and what the version before says of them."""
+        count, stacks = self._count, _stacks(self._parts)
         digests = np.empty((count, 2), np.uint64)
         for view, blocks in stacks:
             digests[blocks] = hash_view(view)
-        references = np.full(count, NO_BASE, np.int64)
-        errors = np.zeros(count)
-        asked: list[Asked] = []
-        owners = np.empty(count, np.int64)
-        for number, waiting in enumerate(tensors):
+        references, errors = np.full(count, NO_BASE, np.int64), np.zeros(count)
+        owners, asked = np.empty(count, np.int64), []
+        for number, waiting in enumerate(self._tensors):
             here, entry, grid = waiting.blocks, waiting.entry, waiting.grid
             owners[here] = number
             known = waiting.known or _known(self._previous, entry, grid, digests[here])
@@ -239,23 +272,22 @@ class _Bundle:
                     self._adapted.can_be(grid, entry.dtype),
                 )
             )
-        self._matcher.ask(hash_keys(digests[references == NO_BASE]))
-        done: dict[str, MatchedTensor] = {}
-        for number in self._adapted_among(tensors, asked, stacks, digests, references):
-            waiting = tensors[number]
-            found = self._match_alone(waiting.entry, advance)
-            done[waiting.entry.name], references[waiting.blocks] = found, found.references
+        return _Blocks(stacks, digests, references, errors, owners, asked)
+
+    def _match_stacks(self, tensors: Sequence[_Waiting], all_blocks: _Blocks) -> None:
+        """Match the blocks of each stack, of all tensors together."""
         starts = np.array([waiting.start for waiting in tensors], np.int64)
+        asked, policy = all_blocks.asked, self._request.policy
         can_be_adapted = np.array([one.can_be_adapted for one in asked], np.bool_)
-        for view, blocks in stacks:
-            of = owners[blocks]
+        for view, blocks in all_blocks.stacks:
+            of = all_blocks.owners[blocks]
             numbers = blocks - starts[of]
             together = Together(asked, of, numbers)
             transposed = Transposes(asked, of, numbers)
             matched = self._matcher.match(
                 view,
-                digests=digests[blocks],
-                known=references[blocks],
+                digests=all_blocks.digests[blocks],
+                known=all_blocks.references[blocks],
                 policy=policy,
                 hints=Hints(
                     together,
@@ -270,43 +302,28 @@ class _Bundle:
                     transposed=transposed,
                 ),
             )
-            references[blocks] = matched.references
-            errors[blocks] = np.maximum(errors[blocks], matched.errors)
-        for waiting in tensors:
-            here, entry, grid = waiting.blocks, waiting.entry, waiting.grid
-            if entry.name in done:
-                continue
-            self._matcher.aligned.note(self._request, entry, grid, references[here])
-            largest = float(errors[here].max(initial=0.0))
-            done[entry.name] = MatchedTensor(entry, grid, references[here], digests[here], largest)
-            advance(entry.nbytes)
-        return done
+            all_blocks.references[blocks] = matched.references
+            all_blocks.errors[blocks] = np.maximum(all_blocks.errors[blocks], matched.errors)
 
-    def _adapted_among(
-        self,
-        tensors: Sequence[_Waiting],
-        asked: Sequence[Asked],
-        stacks: Sequence[tuple[MatrixView, NDArray[np.int64]]],
-        digests: NDArray[np.uint64],
-        references: NDArray[np.int64],
-    ) -> list[int]:
+    def _adapted_among(self, tensors: Sequence[_Waiting], all_blocks: _Blocks) -> list[int]:
         """Return which tensors an adapter seems to have been merged into, by a block in the middle.
 
         That is a new one: of frozen tensors the store has it. Large tensors are looked at first:
         most of the model is in these, and heads are small.
         """
+        asked = all_blocks.asked
         middles = {
             waiting.start + waiting.grid.middle: number
             for number, waiting in enumerate(tensors)
             if waiting.known is None and asked[number].can_be_adapted
         }
         chosen = np.array([*middles], np.int64)
-        chosen = chosen[references[chosen] == NO_BASE]
-        keys = zip(chosen.tolist(), hash_keys(digests[chosen]), strict=True)
+        chosen = chosen[all_blocks.references[chosen] == NO_BASE]
+        keys = zip(chosen.tolist(), hash_keys(all_blocks.digests[chosen]), strict=True)
         new = np.array([block for block, key in keys if not self._matcher.is_known(key)], np.int64)
         at = {
             middles[int(blocks[row])]: (view, row)
-            for view, blocks in stacks
+            for view, blocks in all_blocks.stacks
             for row in np.flatnonzero(is_among(blocks, new)).tolist()
         }
         adapted = []

@@ -17,7 +17,6 @@ from torch import nn
 from pydedup._memory import give_back_freed
 from pydedup.catalog import Catalog
 from pydedup.errors import ArgumentError
-from pydedup.formats.torch_tensors import to_torch
 from pydedup.pool import PagePool
 from pydedup.serving.attached import (  # noqa: F401  (they register)
     experts,
@@ -118,7 +117,7 @@ def detach(module: nn.Module, catalog: Catalog) -> None:
     with torch.inference_mode(False):  # tensors made in it could not be trained
         for number in {stored.number for *_, stored in places}:  # all, before anything is changed
             slot = attachment.slots[number]
-            tensor = to_torch(weights.stored(number).numpy()).to(slot.dtype)
+            tensor = weights.read(number)
             loaded[number] = (
                 nn.Parameter(tensor, slot.requires_grad)
                 if slot.is_parameter

@@ -248,6 +248,29 @@ def test_a_version_with_counters_that_the_first_has_not(store: pydedup.Store) ->
     torch.testing.assert_close(attached(x), module(x))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_version_without_counters_that_the_first_has(store: pydedup.Store, device: str) -> None:
+    """As saved by others than torch; torch takes them for 0 as well."""
+    module, x = Positions().eval(), torch.randn(3, 8)
+    module.norm.num_batches_tracked.fill_(7)
+    state = module.state_dict()
+    store.add("m@1", state)
+    del state["norm.num_batches_tracked"]
+    store.add("m@2", state)
+    with torch.device(device):
+        attached = Positions().eval()
+    attached.ids = module.ids
+    store.alias("m", "now", "1")
+    store.attach(attached, "m@now")
+    assert attached.norm.num_batches_tracked == 7
+    store.alias("m", "now", "2")
+    torch.testing.assert_close(attached(x), module(x))
+    assert attached.norm.num_batches_tracked == 0
+    store.detach(attached)
+    assert attached.norm.num_batches_tracked == 0
+    torch.testing.assert_close(attached(x), module(x))
+
+
 def test_what_a_version_had_loaded_is_freed_with_it(store: pydedup.Store) -> None:
     from pydedup.serving.attached.modules import attachment_of
 

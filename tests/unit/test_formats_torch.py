@@ -287,7 +287,7 @@ def test_keys_of_weights_that_are_none(tmp_path: Path) -> None:
     np.savez(tmp_path / "m.npz", **plain)
     with pytest.raises(NotFoundError, match="nothing under the key 'ema'; it has: params"):
         open_source(path, "ema")
-    with pytest.raises(FormatError, match="holds a int under 'epoch', not a state dict"):
+    with pytest.raises(FormatError, match="a value of type int under 'epoch', not a state dict"):
         open_source(path, "epoch")
     with pytest.raises(ArgumentError, match="must be a text"):
         open_source(path, 3)  # type: ignore[arg-type]

@@ -63,9 +63,9 @@ class Whole(nn.Module):
     ("value", "says"),
     [
         (Whole(), r"holds the Python object [\w.]*Whole"),
-        ([torch.ones(2)], "holds a list, not a state dict"),
-        (torch.ones(2), "holds a Tensor, not a state dict"),
-        (3, "holds a int"),
+        ([torch.ones(2)], "holds a value of type list, not a state dict"),
+        (torch.ones(2), "holds a value of type Tensor, not a state dict"),
+        (3, "holds a value of type int"),
         ({"w": torch.ones(2), "a.epoch": 3}, "'a.epoch' is of type int, not a tensor"),
         ({"w": {"x": torch.ones(2)}}, "'w' is of type dict, not a tensor"),
         (

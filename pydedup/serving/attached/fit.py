@@ -36,7 +36,10 @@ def fit(
     prefix: str,
     kind: str,
 ) -> list[str]:
-    """Return the stored name of each slot. Raises ArgumentError that lists all that differs."""
+    """Return the stored name of each slot, empty for a counter that this version has not.
+
+    Raises ArgumentError that lists all that differs.
+    """
     stored = {info.name: info for info in model.tensors}
     chosen, missing, differ = [], [], []
     known: set[str] = set()
@@ -45,7 +48,9 @@ def fit(
         known.update(names)
         present = [name for name in names if name in stored]
         if not present:
-            missing.append(" = ".join(names))
+            if names[0].rpartition(".")[2] != COUNTER:
+                missing.append(" = ".join(names))
+            chosen.append("")
             continue
         chosen.append(present[0])
         for name in present:

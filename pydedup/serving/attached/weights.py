@@ -59,7 +59,11 @@ class Weights:
         self._kind = kind
         self._names = fit(model, pool, slots, kept, prefix, kind)
         model.block_maps()  # all at once, instead of one by one later
-        self._stored = [stored_tensor(model, name, pool) for name in self._names]
+        self._stored = {
+            number: stored_tensor(model, name, pool)
+            for number, name in enumerate(self._names)
+            if name
+        }
         self._lock, self._process = threading.Lock(), os.getpid()
         #: Whole tensors, with what torch counts of changes in place, when they were new.
         self._loaded: dict[int, tuple[torch.Tensor, int, Reservation]] = {}
@@ -75,6 +79,13 @@ class Weights:
     def stored(self, number: int) -> StoredTensor:
         """Return the tensor of a slot, to stream."""
         return self._stored[number]
+
+    def read(self, number: int) -> torch.Tensor:
+        """Return the whole tensor of a slot, anew, in the module's dtype."""
+        slot, stored = self._slots[number], self._stored.get(number)
+        if stored is None:  # a counter; torch as well takes it for 0 where a checkpoint has none
+            return torch.zeros(slot.shape, dtype=slot.dtype)
+        return to_torch(stored.numpy()).to(slot.dtype)
 
     def part(self, number: int, rows: Rows) -> tuple[StoredTensor, int]:
         """Return the least rows in whole blocks that hold these of a slot, and how many precede.
@@ -200,21 +211,20 @@ class Weights:
         return StoredTensor(part, block_map, self._pool, self.model.refresh)
 
     def _load(self, number: int) -> tuple[torch.Tensor, int, Reservation]:
-        slot, stored = self._slots[number], self._stored[number]
+        slot = self._slots[number]
         try:
             reservation = self._pool.reserve(slot.nbytes)
-            whole = stored.numpy()
+            # Outside of inference mode: made in it, the tensor would be of no use elsewhere.
+            with torch.inference_mode(False), not_measured():
+                tensor = self.read(number)
         except BudgetError as exc:
             others = {self._names[n]: self._slots[n].nbytes for n in list(self._loaded)}
             beside = f", beside {largest(others)}" if others else ""
             raise BudgetError(
-                f"{stored.name!r} of {self.model.address} cannot be streamed by {self._kind} and "
-                f"is loaded whole, {slot.nbytes:,} bytes{beside}: {exc}"
+                f"{self._names[number]!r} of {self.model.address} cannot be streamed by "
+                f"{self._kind} and is loaded whole, {slot.nbytes:,} bytes{beside}: {exc}"
             ) from exc
-        # Outside of inference mode: made in it, the tensor would be of no use elsewhere.
-        with torch.inference_mode(False), not_measured():
-            tensor = to_torch(whole).to(slot.dtype)
-            return tensor, tensor._version, reservation
+        return tensor, tensor._version, reservation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
