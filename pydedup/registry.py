@@ -295,8 +295,8 @@ def redact(url: str) -> str:
     head, separator, rest = url.partition("://")
     if head.lower().endswith("+shards") and "|" in rest:
         return f"{head}://{_redact_list(rest.split('|'))}"
-    if not separator and "@" in url and ":" in url:  # mistyped
-        return f"{url.partition(':')[0]}:***@{url.rpartition('@')[2]}"
+    if not separator and "@" in url and ":" in url:  # mistyped; options may be secret, too
+        return f"{url.partition(':')[0]}:***@{url.rpartition('@')[2].partition('?')[0]}"
     if separator and not rest.startswith("/"):
         location, mark, query = rest.partition("?")
         if "@" in query and ":" in location:

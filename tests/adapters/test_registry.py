@@ -169,6 +169,7 @@ def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch, target: str)
         ("models.db", "models.db"),
         ("postgresql:/u:pw@h/d", "postgresql:***@h/d"),  # mistyped
         ("mysql:u:p@w@h/d", "mysql:***@h/d"),
+        ("mysql:/u:pw@h/d?ssl_key_password=pw", "mysql:***@h/d"),  # no such option is known
     ],
 )
 def test_passwords_are_not_shown(url: str, shown: str) -> None:
