@@ -26,7 +26,7 @@ from pydedup.errors import (
 
 from ._catalog import CatalogCalls
 from ._errors import DeniedError
-from ._schema import TABLES, Dialect, create_statements
+from ._schema import TABLES, VIEWS, Dialect, create_statements
 from ._values import as_number, text
 
 __all__ = ["MIGRATIONS", "Migration", "SchemaCalls"]
@@ -90,7 +90,25 @@ class SchemaCalls(CatalogCalls):
 
     def _has_shape(self, table: str) -> bool:
         columns = self._ask(self._sql.columns_of(table), (), _column_names)
-        return columns.issuperset(TABLES[table].names)
+        return columns.issuperset((TABLES.get(table) or VIEWS[table]).names)
+
+    def _missing_views(self) -> list[str]:
+        """Return a complaint of each view for people that is not there, or is another."""
+        found = []
+        for view in VIEWS:
+            try:
+                if self._has_shape(view):
+                    continue
+            except DeniedError:  # which is no matter of the store
+                continue
+            except StoreError as error:
+                if type(error) not in (StoreError, NotAStoreError):  # the former in SQLite
+                    raise
+            found.append(
+                f"the view {self._sql.dialect.name(view)} is missing, or a column of it; the store "
+                "that `pydedup copy` or a restored backup makes has it"
+            )
+        return found
 
     def _refuse_tables(self, table: str, *, is_store: bool = False) -> NoReturn:
         """Say what is wrong with a table; ``is_store`` when ``meta`` tells that it is ours."""

@@ -25,7 +25,7 @@ from ._base import DbApiBase, fetch_all
 from ._dbapi import PAYLOADS_PER_READ, DbApiAdapter
 from ._errors import DeniedError
 from ._mysql_cursors import TEXT_MARK
-from ._mysql_errors import DefinedError, RefusedError, packet_advice
+from ._mysql_errors import DefinedError, packet_advice
 from ._mysql_rows import MysqlRows
 from ._mysql_server import MOST_PAYLOAD_BYTES, may_create
 from ._mysql_url import Place
@@ -189,7 +189,7 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
                     # Views would read with the rights of their creator, and break when he goes.
                     made = statement.replace("CREATE VIEW", "CREATE SQL SECURITY INVOKER VIEW")
                     self._define(made)
-            except (RefusedError, DeniedError) as error:
+            except DeniedError as error:
                 said = f"{self._url} holds no store; {self._grant(self._who())}"
                 raise ReadOnlyError(said) from error
             with self._committed(session, self._sql.dialect.begin_write):
@@ -345,13 +345,14 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
         self._refuse_inside("compact()")
 
     def integrity_errors(self) -> list[str]:
-        """Return what CHECK TABLE finds wrong; nothing where InnoDB only reads.
+        """Return what CHECK TABLE finds wrong, and which views are missing.
 
-        There it counts rows that are deleted and not yet purged, takes the index for corrupt, and
-        MariaDB refuses to read that, to everybody, until it is started again.
+        Where InnoDB only reads, tables are not checked. There it counts rows that are deleted and
+        not yet purged, takes the index for corrupt, and MariaDB refuses to read that, to everybody,
+        until it is started again.
         """
         if self._query(INNODB_READS)[0][0]:
-            return []
+            return self._missing_views()
         found, readable = self._checked(TABLES), set()
         # A lock that was waited for in vain is told like damage, in words; here it is an error.
         for table in found:
@@ -369,7 +370,8 @@ class MysqlBase(ReadsAgain, MysqlRows, DbApiAdapter):
                     f"{self._url}: {complaints[0]}; it could not be checked, as while a backup of "
                     "the server is made (LOCK INSTANCE FOR BACKUP); try again when that is over"
                 )
-        return [complaint for complaints in again.values() for complaint in complaints]
+        complaints = [complaint for complaints in again.values() for complaint in complaints]
+        return complaints + self._missing_views()
 
     def _checked(self, tables: Iterable[str]) -> dict[str, list[str]]:
         """Return what CHECK TABLE says of those of the tables that are not as they should be."""

@@ -34,7 +34,7 @@ class DefinedError(StoreError):
     """What was to be defined exists already."""
 
 
-class RefusedError(ReadOnlyError):
+class RefusedError(DeniedError, ReadOnlyError):
     """The user may not make a change; the server would."""
 
 

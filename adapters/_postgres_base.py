@@ -205,7 +205,7 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
             self._query(f"VACUUM (ANALYZE) {self._sql.dialect.name(table)}")
 
     def integrity_errors(self) -> list[str]:
-        """Return which indexes are not to be used, and what amcheck finds where it may run."""
+        """Return what amcheck finds, and which indexes are not to be used and views missing."""
         check = self._query(
             "SELECT p.oid::regproc::text FROM pg_proc p JOIN pg_extension e "
             "ON e.extnamespace = p.pronamespace WHERE e.extname = 'amcheck' "
@@ -225,8 +225,9 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
                 and (complaint := self._checked(str(check[0][0]), str(name), int(oid)))
             ):
                 complaints[index] = complaint
+        missing = self._missing_views()
         if not complaints:
-            return []
+            return missing
         # Who makes an index CONCURRENTLY has one that is not valid until it is complete; what that
         # takes the place of gets another name, is not valid any more, and goes.
         in_work = self._indexes_in_work()
@@ -235,7 +236,7 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
             complaint
             for index, complaint in complaints.items()
             if index in there and (index[2] or index[1] not in in_work)
-        ]
+        ] + missing
 
     def hidden_rows(self) -> list[str]:
         """Return a sentence about the tables that row-level security is active of, if any are."""

@@ -29,7 +29,7 @@ from pydedup.errors import (
 )
 
 from ._base import DbApiBase
-from ._errors import CancelledError, KeyTakenError
+from ._errors import CancelledError, DeniedError, KeyTakenError
 from ._schema import TABLES, VIEWS
 from ._select import as_table, check_select
 from ._sessions import WRITE, Connection
@@ -44,6 +44,11 @@ NAME_BYTES: Final = 63
 _KEYS_ONE_BY_ONE: Final = 256
 #: How often a transaction is tried that the database gives up for another, as of a deadlock.
 _WRITES: Final = 5
+#: Errors that are no fault of a user's query or table.
+_AS_EVER: Final = (
+    *(KeyTakenError, UnavailableError, ConflictError),
+    *(ReadOnlyError, StorageFullError, CorruptStoreError),
+)
 _NAME: Final = re.compile(r"[^\W\d]\w*")
 #: A database of MySQL is often called like my-app; what ends a name, or marks a value, is in none.
 _SCHEMA_NAME: Final = re.compile(r"""[^\x00-\x1f"'`%?\\]+""")
@@ -372,22 +377,15 @@ class RowCalls(DbApiBase):
         """
         try:
             yield
-        except (
-            KeyTakenError,
-            UnavailableError,
-            ConflictError,
-            ReadOnlyError,
-            StorageFullError,
-            CorruptStoreError,
-        ):
-            raise
         except OverflowError as error:
             raise ArgumentError(
                 f"{self._url}: {what}: a number is beyond what the database holds ({error}); "
                 "make a text of it"
             ) from error
         except PydedupError as error:
-            if not isinstance(error.__cause__, self.driver_error):
+            # A privilege that the user lacks is one of these where the server is asked to write.
+            as_ever = isinstance(error, _AS_EVER) and not isinstance(error, DeniedError)
+            if as_ever or not isinstance(error.__cause__, self.driver_error):
                 raise
             raise ArgumentError(
                 f"{self._url}: {what}: {words_of(error.__cause__)}"

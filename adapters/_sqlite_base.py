@@ -352,13 +352,13 @@ class SqliteBase(SqliteRows, DbApiAdapter):
             cursor.execute("PRAGMA cache_spill = ON")
 
     def integrity_errors(self) -> list[str]:
-        """Return what SQLite's own check finds wrong."""
+        """Return what SQLite's own check finds wrong, and which views are missing."""
         try:
             with self._pool.acquire() as session:
                 rows = self._pragma(session, "integrity_check")
         except CorruptStoreError as error:
             return [str(error)]
-        return [complaint for (complaint,) in rows if complaint != "ok"]
+        return [said for (said,) in rows if said != "ok"] + self._missing_views()
 
 
 def _as_it_is(value: bytes) -> str | bytes:

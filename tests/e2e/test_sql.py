@@ -129,6 +129,18 @@ def test_sharing_in_python_is_the_view(store_url: str) -> None:
     assert len({row[4] for row in found}) > 1
 
 
+def test_a_view_that_was_dropped_is_seen_by_verify(store_url: str) -> None:
+    """Nothing of ours reads it, and so nothing said that the SQL of others would fail."""
+    fill(store_url)
+    with pydedup.open(store_url, mode="r") as store:
+        assert store.verify().errors == []
+    rows(store_url, "DROP VIEW pydedup.sharing")
+    with pydedup.open(store_url, mode="r") as store:
+        (complaint,) = store.verify().errors
+        assert len(store.models()) == 3
+    assert re.match(r"database: the view .*sharing.* is missing", complaint)
+
+
 # ---- roles --------------------------------------------------------------------------------------
 
 #: Role -> the URL of somebody who has it and nothing more.

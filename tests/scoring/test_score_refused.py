@@ -393,3 +393,31 @@ def test_arguments_that_are_wrong(tables: Tables, new_name: Make) -> None:
         for source, said in {"sqlite:///:memory:": "in memory", "": "is no URL of a store"}.items():
             with pytest.raises(ArgumentError, match=said):
                 store.score(query, "m@1", into=new_name(), source=source)
+
+
+@pytest.mark.parametrize("missing", ["INSERT", "SELECT", "CREATE"])
+@pytest.mark.parametrize("kind", ["postgres", "mysql"])
+def test_a_privilege_that_a_user_lacks(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, missing: str
+) -> None:
+    """It was a wrong argument in PostgreSQL, and in MariaDB a database that takes no changes."""
+    user, source = request.getfixturevalue(f"{kind}_user")
+    of_all = {"postgres": "postgres_url", "mysql": "mysql_database"}[kind]
+    tables = Tables(request.getfixturevalue(of_all))
+    schema = "" if kind == "mysql" else request.getfixturevalue("postgres_schema") + "."
+    models, into = f"sqlite:///{tmp_path / 'models.db'}", f"{schema}mine"
+    add(models, "m@1")
+    if schema:
+        tables.run(f"CREATE SCHEMA {schema[:-1]}")
+        tables.run(f"GRANT USAGE ON SCHEMA {schema[:-1]} TO {user}")
+    # Who may do nothing at all does not see a database of MariaDB.
+    tables.run(f"CREATE TABLE {schema}other (id BIGINT)")
+    tables.run(f"GRANT SELECT ON {schema}other TO {user}")
+    if missing != "CREATE":
+        tables.run(f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, prediction DOUBLE PRECISION)")
+        tables.run(f"GRANT {'SELECT' if missing == 'INSERT' else 'INSERT'} ON {into} TO {user}")
+    with (
+        pydedup.open(models) as store,
+        pytest.raises(ArgumentError, match=r"(permission|command) denied"),
+    ):
+        store.score("SELECT 1 AS id, 1.0, 2.0, 3.0", "m@1", into=into, source=source)
