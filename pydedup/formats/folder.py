@@ -362,7 +362,9 @@ def _is_safetensors(path: Path) -> bool:
     if known or path.suffix == SAFE_SUFFIX:
         return True
     if head[:2] != b"PK" and not torch.looks_like_legacy(head):
-        raise FormatError(f"{path} is no torch checkpoint; give the path of the model's file")
+        graph = min((one.name for one in path.parent.glob("*.onnx")), default=None)
+        what = "the model's file" if graph is None else f"{graph!r}, whose weights these may be"
+        raise FormatError(f"{path} is no torch checkpoint; give the path of {what}")
     return False
 
 

@@ -56,3 +56,13 @@ def test_weights_that_may_not_be_read_are_named(
         monkeypatch.setattr(module, "open", refuse)
     with pytest.raises(FormatError, match=r"model\.safetensors cannot be read: Permission denied"):
         open_source(tmp_path)
+
+
+def test_weights_of_an_onnx_graph_are_no_torch_checkpoint(tmp_path: Path) -> None:
+    """The message sent to "the model's file", which they may be taken for."""
+    (tmp_path / "weights.bin").write_bytes(bytes(4096))
+    with pytest.raises(FormatError, match=r"weights\.bin is no torch .* path of the model's file$"):
+        open_source(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"a graph")
+    with pytest.raises(FormatError, match=r"give the path of 'model\.onnx', whose weights these"):
+        open_source(tmp_path)
