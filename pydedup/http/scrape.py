@@ -21,6 +21,12 @@ __all__ = ["Histogram", "Rates", "Scrape", "Source", "parse"]
 #: Larger answers are none of our server's.
 _LARGEST_BYTES = 16 * 1024 * 1024
 _PATIENCE_SECONDS = 5.0
+_OTHER_NAME = " Call the server by a name that the certificate has"
+#: By OpenSSL's code: one that nobody known has signed, in several ways, and one of another name.
+_HOW_TO_TRUST = {
+    **dict.fromkeys((18, 19, 20, 21), " (--tls-ca FILE names one to trust)"),
+    **dict.fromkeys((62, 64), _OTHER_NAME),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +215,8 @@ class Source:
                 self.close()
                 if isinstance(error, ssl.SSLCertVerificationError):
                     raise UnavailableError(
-                        f"the certificate of {self.url} is not trusted: {error.verify_message} "
-                        "(--tls-ca FILE names one to trust)"
+                        f"the certificate of {self.url} is not trusted: {error.verify_message}"
+                        f"{_HOW_TO_TRUST.get(error.verify_code, '')}"
                     ) from error
                 if fresh or last:  # one that was open may have been closed for being idle
                     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -137,6 +137,12 @@ def test_a_token_and_tls(start: Start, store_url: str, certificate: tuple[Path, 
     assert untrusted.returncode == 4
     assert f"the certificate of {server.url} is not trusted: self" in untrusted.stderr
     assert "--tls-ca" in untrusted.stderr
+    # It was told to trust what it trusts.
+    other_name = server.url.replace("127.0.0.1", "127.1")
+    misnamed = top(other_name, *words[1:], "--tls-ca", cert, PYDEDUP_TOKEN="s3cret")
+    assert misnamed.returncode == 4
+    assert "by a name that the certificate has" in misnamed.stderr
+    assert "--tls-ca" not in misnamed.stderr
     none = top(*words, "--tls-ca", __file__)
     assert none.returncode == 2
     assert f"no certificate (PEM) in {__file__}" in none.stderr
