@@ -94,6 +94,17 @@ def test_a_promise_is_not_broken_by_chance() -> None:
         rechecked(lambda _: next(found))
 
 
+def test_what_was_said_to_vary_is_asked_twice() -> None:
+    """It ended the whole verify, or broke a promise that the second answer kept."""
+    for first, second, noise in ((0.5, 0.9, 0.0), (0.88984, 0.8899, 0.00015)):
+        found = iter((first, second))
+        report = rechecked(lambda _, found=found: next(found), deterministic=False, noise=noise)
+        assert report.broken_promises == []
+        assert report.notes == [f"m@1: the metric is {second:.6g}; the certificate says 0.895"]
+    (broken,) = rechecked(lambda _: 0.5, deterministic=False).broken_promises
+    assert broken.endswith("promised, twice; it may be chance, as evaluate varies: verify again")
+
+
 @pytest.mark.parametrize("wrong", [5, 50])
 def test_other_examples_say_nothing_about_a_promise(wrong: int) -> None:
     rows = {"all": 20, "steering": None, "judging": None}
