@@ -195,7 +195,7 @@ def _zip_errors(path: Path) -> Iterator[None]:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
         reason = str(exc) or type(exc).__name__
-        raise FormatError(f"{path} is a damaged or truncated zip archive: {reason}") from exc
+        raise FormatError(f"{path} is a damaged or truncated zip archive: {reason:.200}") from exc
     except (OSError, ValueError, KeyError, UnicodeDecodeError) as exc:
         if isinstance(exc, FormatError):
             raise

@@ -144,11 +144,13 @@ class OnnxSource(ModelSource):
     def _external_place(self, tensor: Any, n_bytes: int, where: str) -> Place:
         fields = {item.key: item.value for item in tensor.external_data}
         location = fields.get("location", "")
+        if not isinstance(location, str):  # protobuf gives what is no UTF-8 as bytes
+            raise FormatError(f"{where} has damaged external data: {fields!s:.200}")
         try:
             offset = int(fields.get("offset", "0"))
             length = int(fields.get("length", str(n_bytes)))
         except ValueError as exc:
-            raise FormatError(f"{where} has damaged external data: {fields}") from exc
+            raise FormatError(f"{where} has damaged external data: {fields!s:.200}") from exc
         if not stays_inside(location) or offset < 0:
             raise FormatError(
                 f"{where} names the external file {location!r:.80}, which is not inside the "

@@ -171,7 +171,10 @@ def new_session(model: bytes, constants: Mapping[str, Any]) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if constants:
         options.add_external_initializers(list(constants), list(constants.values()))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    # There is nothing to fall back to; it would print so, to standard output, and try again.
+    return ort.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], enable_fallback=False
+    )
 
 
 def inputs_and_outputs(session: Any) -> tuple[dict[str, Any], dict[str, str]]:

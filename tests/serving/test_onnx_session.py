@@ -294,6 +294,22 @@ def test_an_operation_that_nobody_knows(store: pydedup.Store, tmp_path: Path) ->
         store.predict("m", X)
 
 
+def test_what_the_runtime_says_is_not_printed(
+    store: pydedup.Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A name that is no UTF-8 had it print four lines to standard output, and try once more."""
+    path = save(
+        tmp_path / "m.onnx",
+        [node("MatMul", "x w", "a"), node("Guess", "a", "y")],
+        {"w": normal(64, 80)},
+    )
+    path.write_bytes(path.read_bytes().replace(b"Guess", b"Gues\xff"))
+    store.add("m", path)
+    with pytest.raises(UnsupportedFormatError, match=r"ONNX Runtime cannot load m@1: .*utf-8"):
+        store.predict("m", X)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_info_says_who_runs_it(store: pydedup.Store, tmp_path: Path) -> None:
     path = stack(tmp_path, "m", {"w": normal(64, 80), "v": normal(80, 9), "bias": normal(9)})
     store.add("m", path)

@@ -323,3 +323,15 @@ def test_an_empty_directory_in_an_archive_is_no_member(tmp_path: Path) -> None:
         archive.mkdir("folder")
     with open_source(tmp_path / "m.npz") as source:
         assert [entry.name for entry in source.entries] == ["a"]
+
+
+def test_what_is_said_of_a_damaged_archive_is_not_what_is_in_it(tmp_path: Path) -> None:
+    """The length of a name was damaged: the message had the whole array in it."""
+    np.savez(tmp_path / "m.npz", w=np.zeros((20, 30)))
+    raw = bytearray((tmp_path / "m.npz").read_bytes())
+    raw[27] = 0x10  # the high byte of that length
+    (tmp_path / "m.npz").write_bytes(raw)
+    damaged = pytest.raises(FormatError, match=r"is a damaged or truncated zip archive")
+    with damaged as caught, open_source(tmp_path / "m.npz") as source:
+        source.read("w")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))

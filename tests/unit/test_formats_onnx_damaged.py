@@ -135,6 +135,15 @@ def test_external_data_stays_in_its_folder(
         assert source.read("w").tolist() == [0, 0, 0]
 
 
+def test_an_external_file_whose_name_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    """It was a TypeError, of a path in bytes."""
+    _external(tmp_path / "m.onnx", location="w.data")
+    raw = (tmp_path / "m.onnx").read_bytes()
+    (tmp_path / "m.onnx").write_bytes(raw.replace(b"w.data", b"w.\xffata"))
+    with pytest.raises(FormatError, match=r"initialiser 'w' has damaged external data"):
+        open_source(tmp_path / "m.onnx")
+
+
 def test_links_within_the_hub_cache_are_followed(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--me--m" / "snapshots" / "abc"
     blobs = tmp_path / "models--me--m" / "blobs"
