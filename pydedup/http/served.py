@@ -239,16 +239,16 @@ class ServedStore(Store):
         from pydedup.serving.onnx_values import is_installed
 
         names = {name for name, _ in self._adapter.artifacts(row.id)}
-        if names.isdisjoint((GRAPH_ARTIFACT, ONNX_GRAPH)):
+        if GRAPH_ARTIFACT in names:  # not read: large ones lie on pages, which take time to come
+            return ""
+        if ONNX_GRAPH not in names:
             return NO_GRAPH
-        is_ours = GRAPH_ARTIFACT in names
-        if not is_ours and not is_installed():
+        if not is_installed():
             return "the extra onnx is not installed here"
         model = self._catalog.of_row(row)
         try:
             self._look_at(model)
-            if not is_ours:
-                check_that_it_may_fit(model, self._pool)
+            check_that_it_may_fit(model, self._pool)
         except UnsupportedFormatError as error:
             return str(error)
         except BudgetError as error:
