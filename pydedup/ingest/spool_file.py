@@ -40,7 +40,7 @@ class SpoolFile:
     def write(self, number: int, payload: bytes) -> None:
         """Append a page. Raises what `full_disk` makes of a full disk."""
         said = (
-            f"no space left for a temporary file in {_folder()}; free some or "
+            f"no space left for the temporary file in {_folder()}; free some or "
             "set TMPDIR to a folder with room for the new blocks"
         )
         with self._lock, full_disk(said):
