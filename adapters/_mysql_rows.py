@@ -214,6 +214,14 @@ class MysqlRows(RowCalls):
         )
         return {text(name) for (name,) in rows if name is not None}  # of an expression it is NULL
 
+    def _indexless(self, schema: str, table: str) -> str:
+        found = self._query(
+            "SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = ? "
+            "AND table_type LIKE '%VIEW'",
+            [schema, table],
+        )
+        return "a view" if found else ""
+
     def _kept_types(self, schema: str, table: str, key: str) -> frozenset[type]:
         # Engines such as BLACKHOLE keep nothing.
         found = self._query(

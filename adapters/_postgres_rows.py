@@ -283,6 +283,15 @@ class PostgresRows(RowCalls):
         )
         return {name for (name,) in rows}
 
+    def _indexless(self, schema: str, table: str) -> str:
+        found = self._query(
+            "SELECT CAST(c.relkind AS text) FROM pg_class c JOIN pg_namespace n "
+            "ON n.oid = c.relnamespace WHERE n.nspname = %b AND c.relname = %b",
+            [schema, table],
+        )
+        kind = found[0][0] if found else ""
+        return {"v": "a view", "m": "a materialized view", "f": "a foreign table"}.get(kind, "")
+
     def vector(self, payload: bytes) -> object:
         """Return float32 in little-endian order as a list, for an array of the server's."""
         return list(struct.unpack(f"<{len(payload) // 4}f", payload))

@@ -97,6 +97,10 @@ class RowCalls(DbApiBase):
     def _unique_columns(self, schema: str, table: str) -> set[str]:
         """Return the columns that an index makes unique by themselves."""
 
+    @abc.abstractmethod
+    def _indexless(self, schema: str, table: str) -> str:
+        """Return what it is, where nobody can make an index on it: a view, say; else nothing."""
+
     def vector(self, payload: bytes) -> object:
         """Return float32 in little-endian order as a value of kind ``vector``."""
         return payload
@@ -226,9 +230,13 @@ class RowCalls(DbApiBase):
             if not columns:
                 return None
             if key in columns and key not in self._unique_columns(*split_name(table)):
+                said = f"column {key!r} of table {table} is not unique by itself"
+                advice = "make it the primary key"
+                if kind := self._indexless(*split_name(table)):
+                    said = f"{table} is {kind}, and no index makes its column {key!r} unique"
+                    advice = "name the table that it is of"
                 raise ArgumentError(
-                    f"column {key!r} of table {table} is not unique by itself, so that no row is "
-                    "known to be done; make it the primary key, or name a new table"
+                    f"{said}, so that no row is known to be done; {advice}, or name a new table"
                 )
         return tuple(columns)
 
@@ -358,8 +366,9 @@ class RowCalls(DbApiBase):
         there = self.present_keys(table, key, keys)
         lost = next((one for one in map(plain_key, keys) if one not in there), None)
         if lost is not None:
+            shown = repr(lost) if isinstance(lost, str | bytes) else str(lost)
             raise ArgumentError(
-                f"table {table} has no row with the key {lost!r} that was written to it: the type "
+                f"table {table} has no row with the key {shown} that was written to it: the type "
                 f"of its column {key!r} made another key of it, or a trigger, a rule or an ON "
                 "CONFLICT of the table changed or dropped the row, or row-level security hides "
                 "it; have the query give keys that the table takes, or name another table"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import marshal
+import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -134,6 +135,29 @@ class SqliteRows(RowCalls):
         )
         return found | {name for (name,) in alone if name is not None}
 
+    def _indexless(self, schema: str, table: str) -> str:
+        found = self._query(
+            "SELECT 1 FROM sqlite_master WHERE type = 'view' AND lower(name) = lower(?)", [table]
+        )
+        return "a view" if found else ""
+
+    def insert_predictions(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> bool:
+        """Insert rows; of a key that an INTEGER PRIMARY KEY does not take, tell which it is."""
+        try:
+            return super().insert_predictions(table, columns, rows)
+        except ArgumentError as error:
+            code = getattr(error.__cause__, "sqlite_errorcode", None)
+            keys = [row[0] for row in rows if not _is_whole(row[0])]
+            if code != sqlite3.SQLITE_MISMATCH or not keys:
+                raise
+            raise ArgumentError(
+                f"column {columns[0]!r} of table {table} is an INTEGER PRIMARY KEY, which takes "
+                f"whole numbers alone, and not the key {keys[0]!r}; have the query give keys "
+                "that the table takes, or name another table"
+            ) from error.__cause__
+
     def _kept_types(self, schema: str, table: str, key: str) -> frozenset[type]:
         # ON CONFLICT IGNORE, of any constraint, drops a row.
         found = self._query(
@@ -146,6 +170,17 @@ class SqliteRows(RowCalls):
         if not found:
             return frozenset()
         return _KEEPS.get(found[0][0].partition("(")[0].strip().upper(), frozenset())
+
+
+def _is_whole(key: object) -> bool:
+    """Whether SQLite takes a key for a whole number of 64 bits."""
+    if isinstance(key, str) and (not key.isascii() or "_" in key):
+        return False
+    try:
+        number = float(key) if isinstance(key, int | float | str) else math.nan
+        return number.is_integer() and -(2.0**63) <= number < 2.0**63
+    except ValueError:  # a text
+        return False
 
 
 def _only_reads(action: int, *about: str | None) -> int:

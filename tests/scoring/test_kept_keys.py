@@ -39,7 +39,7 @@ def test_a_key_that_the_table_does_not_keep(tables: Tables, new_name: Make) -> N
         f"CREATE TABLE {into} (id BIGINT PRIMARY KEY, prediction DOUBLE PRECISION, {column})"
     )
     query = "SELECT 7 AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 1.25, 1, 2, 3"
-    assert_not_kept(tables, query, into, r".*1\.25.*", on_error="skip")
+    assert_not_kept(tables, query, into, r"1\.25", on_error="skip")
 
 
 def test_a_trigger_that_takes_a_whole_key(tables: Tables, new_name: Make) -> None:

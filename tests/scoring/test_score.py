@@ -193,6 +193,18 @@ def test_a_table_of_ones_own(tables: Tables, source: Make, new_name: Make) -> No
     np.testing.assert_allclose([found[i + 1] for i in range(5)], (x @ w.T)[:, 0], rtol=1e-4)
 
 
+def test_a_view_is_no_table_to_write_to(tables: Tables, new_name: Make) -> None:
+    """One was to make the key of a view its primary key, which nobody can."""
+    add(tables.url, "m@1")
+    table, view = new_name(), new_name().replace("t_", "v_")
+    tables.run(f"CREATE TABLE {table} (id BIGINT PRIMARY KEY, prediction REAL)")
+    tables.run(f"CREATE VIEW {view} AS SELECT * FROM {table}")
+    said = "is a view, and no index makes its column 'id' unique, .*; name the table that it is of,"
+    with pydedup.open(tables.url) as store, pytest.raises(ArgumentError, match=said):
+        store.score("SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c", "m@1", into=view)
+    tables.run(f"DROP VIEW {view}")
+
+
 def test_a_store_that_is_read_only_writes_elsewhere(
     tables: Tables, source: Make, new_name: Make
 ) -> None:

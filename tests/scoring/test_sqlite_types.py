@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQLite: keys of more than one type, that are no UTF-8, or not unique after all."""
+"""SQLite: keys of more than one type, or of a wrong one, that are no UTF-8, or not unique."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
@@ -89,3 +90,15 @@ def test_a_number_beyond_those_of_sqlite_is_told(tmp_path: Path) -> None:
         ):
             with pytest.raises(ArgumentError, match=r"table t: a number is beyond .*; make a text"):
                 call()
+
+
+@pytest.mark.parametrize("key", ["abc", 1.5, b"7", "1_0", "9999999999999999999"])
+def test_a_key_that_is_no_whole_number_is_told(tmp_path: Path, key: object) -> None:
+    """SQLite says "datatype mismatch", and neither which column nor which row."""
+    with rows_of(tmp_path, "CREATE TABLE t (k INTEGER PRIMARY KEY)") as rows:
+        said = f"'k' of table t is an INTEGER PRIMARY KEY, .* not the key {re.escape(repr(key))};"
+        with pytest.raises(ArgumentError, match=said):
+            rows.insert_predictions("t", ["k"], [[7], ["8"], [" 9e0 "], [key], [10.0]])
+        assert rows.present_keys("t", "k", [7, 8, 9, 10]) == set()
+        assert rows.insert_predictions("t", ["k"], [[7], ["8"], [" 9e0 "], [10.0]])
+        assert rows.present_keys("t", "k", [7, 8, 9, 10]) == {7, 8, 9, 10}
