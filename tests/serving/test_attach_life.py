@@ -117,6 +117,32 @@ def test_a_class_that_was_made_of_an_attached_one(store: pydedup.Store) -> None:
     assert type(module[2]) is nn.Linear
 
 
+def test_a_parametrized_part_stays_so_while_it_is_attached(store: pydedup.Store) -> None:
+    """Removing it was torch's AttributeError; and what joined it was lost when it was detached."""
+    module = net()
+    first = module[0]
+    nn.utils.parametrizations.weight_norm(first).eval()
+    wanted = module(X)
+    store.add("m", module)
+    store.attach(module, "m")
+    with pytest.raises(ArgumentError, match=r"'weight' of a ParametrizedLinear stays .*detach"):
+        nn.utils.parametrize.remove_parametrizations(first, "weight")
+    with pytest.raises(AttributeError, match="other"):
+        del type(first).other
+    torch.testing.assert_close(module(X), wanted)
+    nn.utils.parametrizations.weight_norm(first, "bias").eval()
+    torch.testing.assert_close(module(X), wanted)
+    with pytest.raises(ArgumentError, match="'0' in the module has become a ParametrizedLinear"):
+        store.detach(module)
+    torch.testing.assert_close(module(X), wanted)
+    nn.utils.parametrize.remove_parametrizations(first, "bias")
+    store.detach(module)
+    torch.testing.assert_close(module(X), wanted)
+    nn.utils.parametrize.remove_parametrizations(first, "weight")
+    assert type(first) is nn.Linear
+    torch.testing.assert_close(module(X), wanted)
+
+
 def test_a_module_is_freed_without_a_collection_of_circles(store: pydedup.Store) -> None:
     module = net()
     store.add("m", module)

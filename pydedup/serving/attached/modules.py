@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from pydedup.errors import ArgumentError
 from pydedup.serving.attached.parameter import refuse_tracing
@@ -172,11 +173,13 @@ def enclose(module: nn.Module, attachment: Attachment) -> None:
 def release(module: nn.Module) -> None:
     """Give all modules of a tree their classes back.
 
-    Raises ArgumentError, and leaves them as they are, for a class that was made of an attached one.
+    Raises ArgumentError, and leaves them as they are, for a class that was made of an attached one,
+    or got a property, as one that was parametrized before does.
     """
     attached = [(path, m) for path, m in named_modules(module) if isinstance(m, _Any)]
     for path, inner in attached:
-        if not _stands_in(type(inner)):
+        changed = any(isinstance(one, property) for one in vars(type(inner)).values())
+        if changed or not _stands_in(type(inner)):
             raise ArgumentError(
                 f"{name_in_tree(path)} has become a {type(inner).__name__} since it was attached; "
                 "undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
@@ -201,11 +204,36 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
         if callable(getattr(base, "generate", None)):
             names["generate"] = _in_one_version(base)
         metaclass: Any = type(base)
+        if _is_parametrized(base):
+            metaclass = _keeping(metaclass)
         first = _first_base(_root_of(base).__base__ or object)
         made = metaclass(base.__name__, (first, base), names)
         assert made is not None
         _classes[base] = made
     return made
+
+
+def _is_parametrized(base: type) -> bool:
+    """Return whether a class is one of those that torch makes for each parametrized module.
+
+    It reads and deletes the properties that it gave them of whichever class the module has.
+    """
+    return base.__module__ == parametrize.__name__ and base.__name__.startswith("Parametrized")
+
+
+@functools.cache
+def _keeping(metaclass: Any) -> Any:
+    """Return a metaclass by which a class refuses to lose what only the one behind it has."""
+
+    def refuse(cls: type, name: str) -> None:
+        if name not in vars(cls) and hasattr(cls, name):
+            raise ArgumentError(
+                f"{name!r} of a {cls.__name__} stays parametrized while it is attached to a store; "
+                "detach the module first, store.detach(module)"
+            )
+        metaclass.__delattr__(cls, name)
+
+    return type(metaclass)(metaclass.__name__, (metaclass,), {"__delattr__": refuse})
 
 
 def _stands_in(cls: type) -> bool:

@@ -165,6 +165,11 @@ def tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, s
 
 
 def _check(tensor: torch.Tensor, name: str) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise ArgumentError(
+            f"{name!r} has no shape before the module is called; call it once, or build it with "
+            "sizes, and then attach it"
+        )
     if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_quantized:
         raise ArgumentError(
             f"{name!r} is a {type(tensor).__name__} of layout {tensor.layout}; only plain dense "
