@@ -64,6 +64,8 @@ _SQLITE = b"SQLite format 3\0"
 _OF_A_STORE, _OURS = slice(68, 72), b"pydd"
 #: What SQLite has beside a database that is open.
 _BESIDE = ("-wal", "-shm")
+#: What the folder that is written in first ends in until it is locked; it is empty so long.
+_UNLOCKED = ".new"
 _IS_DATABASE = "is a SQLite database, maybe a store, and no file of a model"
 #: Beginnings of files that people mistake for models, or that are models we cannot read.
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
@@ -318,18 +320,22 @@ def _folder_beside(target: Path) -> Iterator[Path]:
     Who writes has it locked: so what one left who was killed is known, and goes with the next one.
     """
     hidden = f".{target.name[:50]}."  # of so many characters, the longest have 200 bytes
-    for left in target.parent.glob(f"{glob.escape(hidden)}{'[0-9a-f]' * 12}.tmp"):
-        with contextlib.suppress(OSError), _opened(left) as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
+    for suffix, remove in ((".tmp", shutil.rmtree), (_UNLOCKED, os.rmdir)):
+        for left in target.parent.glob(f"{glob.escape(hidden)}{'[0-9a-f]' * 12}{suffix}"):
+            with contextlib.suppress(OSError), _opened(left) as fd:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(left)
     folder = target.with_name(f"{hidden}{secrets.token_hex(6)}.tmp")
-    unlocked = folder.with_suffix(".new")  # nobody may take it for one that was left
+    unlocked = folder.with_suffix(_UNLOCKED)
     try:
-        unlocked.mkdir()
-        with _opened(unlocked) as fd:
-            with contextlib.suppress(OSError):  # file systems without locks
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            unlocked.rename(folder)
+        with contextlib.ExitStack() as stack:
+            while not folder.exists():
+                unlocked.mkdir()
+                with contextlib.suppress(FileNotFoundError):  # taken for one that was left
+                    fd = stack.enter_context(_opened(unlocked))
+                    with contextlib.suppress(OSError):  # file systems without locks
+                        fcntl.flock(fd, fcntl.LOCK_EX)
+                    unlocked.rename(folder)
             yield folder
     finally:
         for made in (unlocked, folder):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -252,9 +253,35 @@ def test_what_a_killed_export_left_goes_with_the_next_one(kind: str, tmp_path: P
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     others = tmp_path / ".o.0123456789ab.tmp", tmp_path / ".m.1.0123456789ab.tmp"
-    for other in others:
+    just_made = tmp_path / ".m.[1].0123456789ab.new"  # by one who was killed before he locked it
+    for other in (*others, just_made):
         other.mkdir()
     write_model(target, {"embedding": TABLE}, [entry], [], format=kind)
     assert set(tmp_path.iterdir()) == {target, *others}
     for end in (asked, said, answer, answered):
         os.close(end)
+
+
+@pytest.mark.parametrize("event", ["open", "os.rename"])
+def test_a_folder_that_is_taken_for_one_that_was_left_is_made_again(
+    event: str, tmp_path: Path
+) -> None:
+    """Nobody knows whose it is before it is locked."""
+    target, entry = tmp_path / "m.npz", TensorEntry("embedding", DType.F32, (2, 3), 1)
+    taken: list[str] = []
+
+    def take_away(happens: str, arguments: tuple[object, ...]) -> None:
+        path = str(arguments[0]) if arguments else ""
+        if happens == event and path.endswith(".new") and not taken:
+            taken.append(path)
+            Path(path).rmdir()
+
+    child = os.fork()
+    if not child:  # of its own: no such hook is ever given back
+        sys.addaudithook(take_away)
+        try:
+            write_model(target, {"embedding": TABLE}, [entry], [])
+        finally:
+            os._exit(0 if taken and target.exists() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert list(tmp_path.iterdir()) == [target]
