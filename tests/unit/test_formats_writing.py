@@ -285,3 +285,26 @@ def test_a_folder_that_is_taken_for_one_that_was_left_is_made_again(
             os._exit(0 if taken and target.exists() else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_may_be_written_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an error, though the file was there."""
+    _give(tmp_path / "first.safetensors")  # what is imported for it, not everybody may read
+    folder = tmp_path / "letterbox"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.chmod(0o300)
+    user = os.geteuid()
+    if user == 0:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        _give(Path("m.safetensors"))
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+    with open_source(folder / "m.safetensors") as source:
+        assert source.read("embedding").tobytes() == TABLE.tobytes()
+    assert [path.name for path in folder.iterdir()] == ["m.safetensors"]
