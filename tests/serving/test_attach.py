@@ -256,6 +256,13 @@ def test_a_module_without_weights(store: pydedup.Store) -> None:
     assert type(store.detach(module)) is nn.ReLU
 
 
+def test_a_module_without_weights_for_a_model_that_has_some(store: pydedup.Store) -> None:
+    """It was an IndexError."""
+    store.add("m@1", net())
+    with pytest.raises(ArgumentError, match=r"m@1 does not fit ReLU: not in the module: \S+, "):
+        store.attach(nn.ReLU().eval(), "m@1")
+
+
 def test_an_unknown_model(store: pydedup.Store) -> None:
     store.add("m", net())
     for name in ("x", "m@2"):

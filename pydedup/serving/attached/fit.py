@@ -115,7 +115,7 @@ def _tie_hint(slots: Sequence[Slot], stored: set[str]) -> str:
 
 def _prefix_hint(wanted: Sequence[str], stored: set[str], prefix: str) -> str:
     """Return what to do where a prefix is all that names differ by, as wrappers give them one."""
-    for name in sorted(stored):
+    for name in sorted(stored) if wanted else ():
         before = name.removesuffix(wanted[0])
         if before.endswith(".") and stored == {before + one for one in wanted}:
             return (
