@@ -41,6 +41,7 @@ _TIMES: Final = {7: "DATETIME(6)", 10: "DATE", 12: "DATETIME(6)"}
 _TEXT: Final = "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
 _UNSIGNED: Final = 32
 _ENUM: Final = 256
+_SET: Final = 2048
 _BINARY: Final = 63
 #: Strings, quoted names and comments, but for those that the server runs.
 _NO_SQL: Final = re.compile(
@@ -140,7 +141,10 @@ class MysqlRows(RowCalls):
             raise self._translate(error) from error
 
     def _order_of(self, name: str, inner: str) -> str:
-        """Return a text for enums, which are sorted by number but compared as texts."""
+        """Return a text for enums, which are sorted by number but compared as texts.
+
+        Raises ArgumentError for sets, which the driver gives and does not take.
+        """
         with contextlib.closing(self._connect()) as connection:
             raw = cast(PreparedConnection, connection).raw
             self._on(raw, _AS_READ).close()
@@ -149,6 +153,12 @@ class MysqlRows(RowCalls):
             (column,) = cursor.description
             cursor.fetchall()
             cursor.close()
+        if column[7] & _SET:
+            key = text(column[0])
+            raise ArgumentError(
+                f"the key {key!r} is a SET, which is no key; have the query give its text, "
+                f"CONCAT({key})"
+            )
         return f"CONCAT({name})" if column[7] & _ENUM else name
 
     def _beside_values(self, query: str) -> str:

@@ -265,6 +265,11 @@ class PostgresRows(RowCalls):
                 )
             table = f"{schema}.{table}"
         self._table(table)
+        if table.startswith("pg_temp"):
+            raise ArgumentError(
+                f"{table!r} would be a temporary table, which goes with the connection that made "
+                "it; name another schema, as in public.predictions"
+            )
         return table
 
     def _columns_of(self, schema: str, table: str) -> list[str]:

@@ -409,6 +409,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 def plain_key(value: Any) -> Any:
     """Return a key as it can be looked up in a set."""
+    if isinstance(value, set):  # of a SET of MySQL; what is asked for is its text
+        return frozenset(value)
     return bytes(value) if isinstance(value, bytearray | memoryview) else value
 
 

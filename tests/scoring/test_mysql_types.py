@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,27 @@ def test_a_key_of_zero_stays_zero(cursor: Any, store: pydedup.Store) -> None:
     assert cursor.fetchall() == [(0,), (5,)]
 
 
-def test_a_set_is_no_key(cursor: Any, store: pydedup.Store) -> None:
+def test_a_set_is_no_key(mysql_database: str, cursor: Any, store: pydedup.Store) -> None:
     cursor.execute("CREATE TABLE sets (id SET('a', 'b'), f0 REAL, f1 REAL, f2 REAL)")
     cursor.execute("INSERT INTO sets VALUES ('a,b', 1, 2, 3)")
     with pytest.raises(ArgumentError, match="the key 'id' is a list, a set or JSON"):
         store.score("SELECT * FROM sets", "m@1", into="p")
+    with (
+        contextlib.closing(registry.connect_rows(mysql_database)) as rows,
+        pytest.raises(ArgumentError, match=r"the key 'id' is a SET.* its text, CONCAT\(id\)"),
+    ):
+        rows.key_bounds("SELECT * FROM sets", "id", 1)
+
+
+def test_a_table_may_have_a_set_for_the_key(cursor: Any, store: pydedup.Store) -> None:
+    """What the driver gave of it was a TypeError."""
+    cursor.execute("CREATE TABLE p (id SET('a', 'b') PRIMARY KEY, prediction REAL)")
+    query = "SELECT 'a,b' AS id, 1 AS a, 2 AS b, 3 AS c UNION ALL SELECT 'b', 4, 5, 6"
+    first = store.score(query, "m@1", into="p")
+    again = store.score(query, "m@1", into="p")
+    assert (first.rows, again.rows, again.skipped) == (2, 0, 2)
+    cursor.execute("SELECT id FROM p ORDER BY id")
+    assert cursor.fetchall() == [({"b"},), ({"a", "b"},)]
 
 
 def test_a_text_that_begins_with_a_number_is_not_the_number(

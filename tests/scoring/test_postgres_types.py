@@ -407,6 +407,12 @@ def test_what_the_server_advises_is_passed_on(rows: RowAdapter) -> None:
         pass
 
 
+def test_a_temporary_table_is_refused(store: pydedup.Store) -> None:
+    """It was made, and gone: it "has no column 'id'; it has: "."""
+    with pytest.raises(ArgumentError, match=r"'pg_temp.p' would be a temporary table"):
+        store.score("SELECT 1 AS id, 1 AS a, 2 AS b, 3 AS c", "m@1", into="pg_temp.p")
+
+
 def test_a_schema_may_be_called_otherwise_than_tables(postgres_url: str) -> None:
     """Where it is the first of the search path, a name of a table alone means one of it."""
     model, graph = linear()
