@@ -39,11 +39,17 @@ class ReadsAgain(DbApiBase):
         """Return what ``read`` returns; it may fail for a while, but in a transaction."""
         if self._pool.scope() is not None:
             return read()
-        end, pause = 0.0, FIRST_PAUSE_SECONDS
+        end = pause = 0.0
         began, had_connection = time.monotonic(), self._pool.has_own()
         while True:
             try:
+                if pause:
+                    time.sleep(pause)
                 return read()
+            except KeyboardInterrupt:
+                if pause:  # nor does what tidies up behind it wait anew
+                    self._gave_up_at = time.monotonic()
+                raise
             except (ConnectionLostError, CancelledError) as error:
                 now = time.monotonic()
                 # Where connections are few, one comes free sooner or later.
@@ -57,12 +63,11 @@ class ReadsAgain(DbApiBase):
                     if now - began < IN_VAIN_SECONDS:
                         continue
                 end = end or now + AGAIN_SECONDS  # a host that fell silent took long to fail
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS) or FIRST_PAUSE_SECONDS
                 if now + pause > end:
                     if is_away:
                         self._gave_up_at = now
                     raise
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _ask(self, sql: str, parameters: Sequence[Any], result: Callable[[Any], R]) -> R:
         """Run a SELECT, on a new connection where the old one is lost."""

@@ -307,3 +307,38 @@ def test_an_operation_waits_once_for_a_server_that_stays_away(
         finally:
             own_server.start()
         assert same(store.load("m@new"), new)
+
+
+def test_who_is_interrupted_as_he_waits_for_a_server_does_not_wait_anew(
+    own_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C took ten seconds more, for which the server was waited for to tidy up there."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            raise KeyboardInterrupt
+
+    clock = SimpleNamespace(monotonic=lambda: 60 + sum(slept), sleep=sleep)
+    old, new = network(1), network(1)
+    new["0.weight"][::2] = 0
+    with pydedup.open(own_server.new_place()) as store:
+        for address, model in {"m@old": old, "m@new": new}.items():
+            store.add(address, model, policy=policies.Exact(), block_shape=(1, 512))
+        store.remove("m@old")
+        monkeypatch.setattr("pydedup.adapters._again.time", clock)
+        killed: list[object] = []
+
+        def kill(*told: object) -> None:
+            if not killed:
+                own_server.kill()
+                killed.append(told)
+
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                store.vacuum(progress=kill)
+        finally:
+            own_server.start()
+        assert len(slept) == 1
+        assert same(store.load("m@new"), new)
