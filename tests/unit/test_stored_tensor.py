@@ -63,6 +63,13 @@ def test_numpy_takes_a_tensor_for_its_values() -> None:
         stored(x).matmul(gone)
 
 
+def test_rows_without_columns_may_be_any_number() -> None:
+    """A lookup made room for a number for each 4,096 of them."""
+    tensor = stored(np.empty((2**50, 0), np.float32))
+    assert tensor.take([0, 2**50 - 1]).shape == (2, 0)
+    assert tensor.bag([2**50 - 1], [0]).shape == (1, 0)
+
+
 def test_columns_are_those_that_there_are() -> None:
     """Others were told as damage of the store, or were fewer than asked for."""
     w = RNG.standard_normal((6, 20)).astype(np.float32)

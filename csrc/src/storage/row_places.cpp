@@ -72,8 +72,9 @@ RowPlaces::RowPlaces(const BlockGrid& grid, Dtype dtype, std::span<const std::in
     blocks_.resize(count);
     std::vector<std::size_t> next(starts_.begin(), starts_.end() - 1);
     for (std::size_t b = 0; b < count; ++b) blocks_[next[places_[b].page]++] = b;
-    row_pages_.resize(grid.grid_rows());
-    for (std::size_t row = 0; row < row_pages_.size() && grid_cols_ != 0; ++row) {
+    // Rows of no elements may be more than memory has room for numbers.
+    row_pages_.resize(grid_cols_ == 0 ? 0 : grid.grid_rows());
+    for (std::size_t row = 0; row < row_pages_.size(); ++row) {
         const std::span blocks(places_.data() + row * grid_cols_, grid_cols_);
         const bool same = std::all_of(blocks.begin(), blocks.end(), [&](const Place& place) {
             return place.page == blocks[0].page;
