@@ -125,8 +125,8 @@ TEST(y_in_bf16_is_that_in_f32_rounded) {
 // panels, a last panel and a last tile that are not full, an odd number of columns. Cut between
 // calls, x is packed.
 TEST(many_rows_are_the_same_whichever_factor_is_packed) {
-    const BlockGrid grids[] = {
-        {190, 301, 64, 64}, {250, 65, 128, 65}, {1000, 900, 60, 100}, {61, 33, 64, 64}};
+    const BlockGrid grids[] = {{190, 301, 64, 64}, {250, 65, 128, 65}, {1000, 900, 60, 100},
+                               {61, 33, 64, 64},   {256, 640, 64, 64}, {192, 384, 64, 64}};
     for (const BlockGrid& grid : grids) {
         const auto drawn = halves_of(normal<float>(grid.rows * grid.cols));
         const auto bias = normal<float>(grid.rows);

@@ -172,6 +172,23 @@ void wrong_pairs_of_runs(const std::uint16_t* from, std::size_t stride, std::siz
     if (stride == 2) to[ld_to + 71] = 1;  // a second that is not there
 }
 
+bool wrong_strip(const TurnedRows& rows, std::uint16_t* y, std::size_t ld) noexcept {
+    TurnedRows fewer = rows;
+    fewer.cols -= 1;
+    return kScalarKernels.gemm.bf16.turned_to_bf16(fewer, y, ld);
+}
+
+bool wrong_strip_in_f32(const TurnedRows& rows, float* y, std::size_t ld) noexcept {
+    TurnedRows plain = rows;
+    plain.bias = nullptr;
+    return kScalarKernels.gemm.bf16.turned_to_f32(plain, y, ld);
+}
+
+bool blind_strip(const TurnedRows& rows, float* y, std::size_t ld) noexcept {
+    kScalarKernels.gemm.bf16.turned_to_f32(rows, y, ld);
+    return false;
+}
+
 bool wrong_cut(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
                std::uint16_t* to) noexcept {
     const bool may = kScalarKernels.gemm.bf16.cut_block(w, rows, cols, ldw, to);
@@ -449,6 +466,10 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pack_cut = wrong_parts; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.pair_cut = wrong_pairs; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.cut_block = wrong_cut; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_to_bf16 = wrong_strip; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_to_f32 = wrong_strip_in_f32; }) ==
+          "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_to_f32 = blind_strip; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_f32 = wrong_square; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_bf16 = wrong_columns; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.rows_to_bf16 = wrong_rows_of_sums; }) ==

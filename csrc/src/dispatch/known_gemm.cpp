@@ -177,6 +177,57 @@ bool same_pairs(const Bf16GemmKernels& bf16, Question question) noexcept {
     return multiply_tiles<kPairRows, std::uint16_t, float>(bf16.tiles, x, w, value_of_bf16);
 }
 
+// Strips of 32 rows by two tiles: two whole steps of columns and a tail of an odd number, where a
+// subnormal number is found as well.
+bool same_strips(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
+                 Question question) noexcept {
+    constexpr std::size_t kCols = 69;
+    constexpr std::size_t kTiles = 2;
+    constexpr std::size_t kStep = 3 * kCutColumns * kTurnedRows;
+    constexpr std::size_t kLd = kTiles * kTurnedRows + 3;
+    if (bf16.turned_to_bf16 == nullptr) return true;
+    const auto number = [&](std::size_t i) {
+        const auto size = static_cast<float>(question[i % question.size()] % 64) - 32.0F;
+        return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(size) >> 16);
+    };
+    std::array<std::uint16_t, kTurnedRows * kCols> x{};
+    std::array<std::uint16_t, kTiles * kStep> w{};
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = number(i);
+    for (std::size_t t = 0; t < kTiles; ++t) {
+        for (std::size_t c = 0; c < kCols; ++c) {
+            for (std::size_t r = 0; r < kTurnedRows; ++r) {
+                w[t * kStep + c / 2 * 2 * kTurnedRows + 2 * r + c % 2] = number(r * kCols + c + t);
+            }
+        }
+    }
+    std::array<float, kTiles * kTurnedRows> bias{};
+    for (std::size_t r = 0; r < bias.size(); ++r) bias[r] = static_cast<float>(r) * 0.25F;
+    const TileRegisters registers(bf16);
+    for (const bool plain : {true, false}) {
+        if (!plain) x[20 * kCols + kCols - 1] = 0x8001;
+        const TurnedRows rows{x.data(),
+                              kCols,
+                              kCols,
+                              w.data(),
+                              kTiles,
+                              kStep,
+                              plain ? bias.data() : nullptr,
+                              plain ? x.data() : nullptr};
+        const auto same = [&]<class Y>(auto strip, auto wanted, Y) {
+            std::array<Y, kTurnedRows * kLd> want{};
+            std::array<Y, kTurnedRows * kLd> got{};
+            const bool found = wanted(rows, want.data(), kLd);
+            return strip(rows, got.data(), kLd) == found && found != plain &&
+                   (found || want == got);
+        };
+        if (!same(bf16.turned_to_bf16, reference.turned_to_bf16, std::uint16_t{}) ||
+            !same(bf16.turned_to_f32, reference.turned_to_f32, float{})) {
+            return false;
+        }
+    }
+    return true;
+}
+
 // Numbers of three parts: 21 rows by 39 of 55 columns, of either factor alone, as products of lower
 // parts do not count.
 bool same_cuts(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
@@ -358,6 +409,7 @@ bool same_gemm(const GemmKernels& gemm, const GemmKernels& reference,
            same_products(gemm.f64, reference.f64, question) &&
            same_halves(gemm, reference, question) && same_pairs(gemm.bf16, question) &&
            same_moves(gemm.bf16, reference.bf16, question) &&
+           same_strips(gemm.bf16, reference.bf16, question) &&
            same_cuts(gemm.bf16, reference.bf16, question);
 }
 

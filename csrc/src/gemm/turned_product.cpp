@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "base/rounding.hpp"
+#include "dispatch/tile_registers.hpp"
 #include "gemm/activation.hpp"
 #include "gemm/ahead.hpp"
 #include "gemm/bf16_parts.hpp"
@@ -21,12 +22,19 @@ constexpr std::size_t kColumnsInAPass = 384;
 constexpr std::size_t kLeastColumns = 128;
 // A task has so many rows at least, if there is more than one for each thread.
 constexpr std::size_t kLeastRows = 256;
+// Strips by more columns are no faster where y is in bf16 (measured).
+constexpr std::size_t kMostColumnsOfStrip = 512;
 // Rows of x that a tile takes at once.
 constexpr std::size_t kRowsOfTile = 8;
 
+// Whether kernels take strips of rows by many tiles.
+bool takes_strips(const GemmKernels& kernels) noexcept {
+    return kernels.bf16.turned_to_bf16 != nullptr;
+}
+
 // Elements of W that are packed for one column of y.
-std::size_t packed_columns(const BlockGrid& grid) noexcept {
-    return round_up(grid.cols, std::size_t{2});
+std::size_t packed_columns(const BlockGrid& grid, const GemmKernels& kernels) noexcept {
+    return round_up(grid.cols, takes_strips(kernels) ? kCutColumns : std::size_t{2});
 }
 
 }  // namespace
@@ -44,10 +52,14 @@ TurnedProduct::TurnedProduct(const Matmul::Problem& problem, const GemmKernels& 
     // Of the last rows of a panel some may be there only to fill up a tile.
     const std::size_t rows =
         round_up(std::min<std::size_t>(grid.block_rows, grid.rows), tile_.width);
-    const std::size_t bytes = rows * packed_columns(grid) * sizeof(std::uint16_t);
-    const bool has_pairs = grid.block_cols % 2 == 0 || grid.grid_cols() == 1;
-    if (!problem.x_is_bf16 || problem.variants != nullptr || !problem.places.empty() ||
-        tile_.group != 2 || tile_.tile_nt_pieces != nullptr || !has_pairs ||
+    const std::size_t bytes = rows * packed_columns(grid, kernels) * sizeof(std::uint16_t);
+    // Columns are to be added up in the order of blocks.
+    const std::size_t together = takes_strips(kernels) ? kCutColumns : 2;
+    const bool has_pairs = grid.block_cols % together == 0 || grid.grid_cols() == 1;
+    if (!problem.x_is_bf16 || problem.weights != Dtype::bf16 || problem.variants != nullptr ||
+        !problem.places.empty() || tile_.group != 2 || !has_pairs ||
+        (tile_.tile_nt_pieces != nullptr && !takes_strips(kernels)) ||
+        (takes_strips(kernels) && y == nullptr && grid.cols > kMostColumnsOfStrip) ||
         kPackedBytes / bytes * rows < kLeastColumns || 8 * rows * panels > 9 * grid.rows) {
         return;
     }
@@ -63,7 +75,8 @@ TurnedProduct::TurnedProduct(const Matmul::Problem& problem, const GemmKernels& 
     while (groups * chunks < 4 * std::size_t{threads} && rows_ >= 2 * chunks * least) {
         chunks *= 2;
     }
-    const std::size_t chunk = round_up(ceil_div(rows_, chunks), kRowsOfTile);
+    const std::size_t chunk =
+        round_up(ceil_div(rows_, chunks), takes_strips(kernels) ? kTurnedRows : kRowsOfTile);
     if (chunk < even) return;
     panels_ = ceil_div(panels, groups);
     chunk_ = chunk;
@@ -77,26 +90,61 @@ void TurnedProduct::multiply(std::size_t chunk, std::size_t group,
     const std::size_t end = std::min(rows_, begin + chunk_);
     const std::size_t cols = problem_.grid.cols;
     const std::vector<Columns> tiles = pack(blocks, group, reader, packed);
-    float* const acc = sums.at_least(kRows * tile_.width);
-    for (std::size_t row = begin; row < end; row += kRows) {
-        const Rows rows{row, std::min(kRows, end - row)};
-        const auto* const x = reinterpret_cast<const std::uint16_t*>(problem_.x) + row * cols;
+    const bool in_strips = takes_strips(kernels_);
+    const std::size_t strip = in_strips ? kTurnedRows : kRows;
+    float* const acc = sums.at_least(strip * tile_.width);
+    const TileRegisters registers(kernels_.bf16);
+    for (std::size_t row = begin; row < end; row += strip) {
+        const Rows rows{row, std::min(strip, end - row)};
+        const std::uint16_t* const x = x_at(row);
         const std::size_t count = rows.count * cols;
-        if (group == 0 && has_subnormal(x, count)) subnormal = true;  // once for each row
+        const std::size_t done = in_strips ? multiply_strip(rows, end, tiles, subnormal) : 0;
+        // Once for each row.
+        if (done == 0 && group == 0 && has_subnormal(x, count)) subnormal = true;
         if (subnormal) return;
-        const std::size_t next = std::min(kRows, end - row - rows.count) * cols;
+        const std::size_t next = std::min(strip, end - row - rows.count) * cols;
         const auto next_at = [&](std::size_t t) { return x + count + t * next / tiles.size(); };
-        for (std::size_t t = 0; t < tiles.size(); ++t) {
+        for (std::size_t t = done; t < tiles.size(); ++t) {
             ask_for_y(rows, tiles[t]);
-            std::fill_n(acc, rows.count * tile_.width, 0.0F);
-            for (std::size_t c = 0; c < cols; c += kColumnsInAPass) {
-                tile_.tile_nt(tiles[t].weights + c * tile_.width, x + c, rows.count,
-                              std::min(kColumnsInAPass, cols - c), cols,
-                              {next_at(t), next_at(t + 1), nullptr, nullptr}, acc);
+            if (in_strips) {
+                const GemmPiece<std::uint16_t> piece{tiles[t].weights, x, cols, cols, nullptr};
+                tile_.tile_nt_pieces(&piece, 1, rows.count, true, acc);
+            } else {
+                std::fill_n(acc, rows.count * tile_.width, 0.0F);
+                for (std::size_t c = 0; c < cols; c += kColumnsInAPass) {
+                    tile_.tile_nt(tiles[t].weights + c * tile_.width, x + c, rows.count,
+                                  std::min(kColumnsInAPass, cols - c), cols,
+                                  {next_at(t), next_at(t + 1), nullptr, nullptr}, acc);
+                }
             }
             store(rows, tiles[t], acc);
         }
     }
+}
+
+std::size_t TurnedProduct::multiply_strip(const Rows& rows, std::size_t end,
+                                          std::span<const Columns> tiles,
+                                          std::atomic<bool>& subnormal) const {
+    if (rows.count < kTurnedRows || problem_.activation != Activation::none) return 0;
+    std::size_t full = 0;
+    while (full < tiles.size() && tiles[full].count == tile_.width) ++full;
+    if (full == 0) return 0;
+    const BlockGrid& grid = problem_.grid;
+    const std::size_t column = tiles.front().begin;
+    const std::size_t after = rows.begin + kTurnedRows;
+    const TurnedRows given{x_at(rows.begin),
+                           grid.cols,
+                           grid.cols,
+                           tiles.front().weights,
+                           full,
+                           tile_.width * packed_columns(grid, kernels_),
+                           bias_ == nullptr ? nullptr : bias_ + column,
+                           after + kTurnedRows <= end ? x_at(after) : nullptr};
+    const std::size_t at = rows.begin * grid.rows + column;
+    const bool found = y_ == nullptr ? kernels_.bf16.turned_to_bf16(given, halves_ + at, grid.rows)
+                                     : kernels_.bf16.turned_to_f32(given, y_ + at, grid.rows);
+    if (found) subnormal = true;
+    return full;
 }
 
 std::vector<TurnedProduct::Columns> TurnedProduct::pack(std::span<const BlockView> blocks,
@@ -105,7 +153,7 @@ std::vector<TurnedProduct::Columns> TurnedProduct::pack(std::span<const BlockVie
                                                         Scratch<std::uint16_t>& memory) const {
     const BlockGrid& grid = problem_.grid;
     const auto [first, end] = panels(group);
-    const std::size_t elements = tile_.width * packed_columns(grid);
+    const std::size_t elements = tile_.width * packed_columns(grid, kernels_);
     std::vector<Columns> tiles;
     for (std::size_t p = first; p < end; ++p) {
         const BlockRect rect = block_rect(grid, p * grid.grid_cols());
@@ -116,7 +164,10 @@ std::vector<TurnedProduct::Columns> TurnedProduct::pack(std::span<const BlockVie
     std::uint16_t* to = memory.at_least(tiles.size() * elements);
     for (Columns& tile : tiles) {
         tile.weights = to;
-        if (tile.count < tile_.width) std::fill_n(to, elements, std::uint16_t{0});
+        // Zeros: of a tile that is not full anywhere, else for columns behind the last.
+        const bool is_full = tile.count == tile_.width;
+        const std::size_t used = is_full ? tile_.width * round_up(grid.cols, std::size_t{2}) : 0;
+        std::fill_n(to + used, elements - used, std::uint16_t{0});
         to += elements;
     }
     std::size_t tile0 = 0;  // of the panel

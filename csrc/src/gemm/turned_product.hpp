@@ -61,6 +61,13 @@ class TurnedProduct {
     [[nodiscard]] std::vector<Columns> pack(std::span<const BlockView> blocks, std::size_t group,
                                             WeightReader<float>& reader,
                                             Scratch<std::uint16_t>& memory) const;
+    // By the tiles that the kernel for strips of rows takes, the first ones: how many they are.
+    [[nodiscard]] std::size_t multiply_strip(const Rows& rows, std::size_t end,
+                                             std::span<const Columns> tiles,
+                                             std::atomic<bool>& subnormal) const;
+    [[nodiscard]] const std::uint16_t* x_at(std::size_t row) const noexcept {
+        return reinterpret_cast<const std::uint16_t*>(problem_.x) + row * problem_.grid.cols;
+    }
     void ask_for_y(const Rows& rows, const Columns& columns) const noexcept;
     void store(const Rows& rows, const Columns& columns, float* sums) const noexcept;
 

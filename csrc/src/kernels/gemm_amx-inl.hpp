@@ -247,6 +247,7 @@ void cut(const float* x, std::size_t count, float* high, float* middle, float* l
 #include "kernels/gemm_pairs-inl.hpp"
 // What it has of the file before:
 #include "kernels/gemm_amx_cut-inl.hpp"
+#include "kernels/gemm_amx_turned-inl.hpp"
 
 constexpr Bf16GemmKernels kGemm = {{{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>, tile_nt_cut<2>},
                                     {kSide, tile_nt<1>, 2, 2, tile_pieces<1>, tile_nt_cut<1>}},
@@ -260,7 +261,9 @@ constexpr Bf16GemmKernels kGemm = {{{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>
                                    copy_pairs,
                                    pack_cut,
                                    pair_cut,
-                                   cut_block};
+                                   cut_block,
+                                   turned<std::uint16_t>,
+                                   turned<float>};
 
 }  // namespace
 }  // namespace pydedup::isa_amx

@@ -110,6 +110,19 @@ struct PairRun {
     std::uint32_t has_first, has_second, lanes;
 };
 
+/// kTurnedRows rows of x, bf16 numbers as they lie, by W in `tiles`, each of as many rows of W and
+/// all columns, as pack_pairs leaves them (ld_to = 2 * kTurnedRows), filled up with zeros to a
+/// multiple of kCutColumns columns; `step` elements after one is the next.
+inline constexpr std::size_t kTurnedRows = 32;
+struct TurnedRows {
+    const std::uint16_t* x;
+    std::size_t ldx, cols;
+    const std::uint16_t* w;
+    std::size_t tiles, step;
+    const float* bias;          ///< of each row of W, or nullptr
+    const std::uint16_t* next;  ///< as many rows of x, to be asked for meanwhile, or nullptr
+};
+
 /// Products of bf16 numbers with bf16 numbers. A number below 2^-126 counts as zero.
 struct Bf16GemmKernels {
     GemmTile<std::uint16_t, float> tiles[kMaxGemmTiles];  ///< widest first; may be none
@@ -166,6 +179,12 @@ struct Bf16GemmKernels {
     /// of use, where a row of all of its numbers would not be cut.
     bool (*cut_block)(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
                       std::uint16_t* to) noexcept = nullptr;
+    /// y[i * ld + r] of x's row i by W's row r, plus bias, summed as by tile_nt; in bf16 rounded as
+    /// by f32_to_bf16. Whether any of x is subnormal; then y is of no use. nullptr where tile_nt is
+    /// as fast.
+    bool (*turned_to_bf16)(const TurnedRows& rows, std::uint16_t* y,
+                           std::size_t ld) noexcept = nullptr;
+    bool (*turned_to_f32)(const TurnedRows& rows, float* y, std::size_t ld) noexcept = nullptr;
 };
 
 struct GemmKernels {

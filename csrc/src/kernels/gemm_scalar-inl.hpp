@@ -197,6 +197,32 @@ void rows_to_bf16(const float* src, std::size_t ld_src, std::size_t rows, std::s
     }
 }
 
+template <class Y>
+bool turned(const TurnedRows& rows, Y* y, std::size_t ld) noexcept {
+    bool subnormal = false;
+    for (std::size_t i = 0; i < kTurnedRows; ++i) {
+        const std::uint16_t* const x = rows.x + i * rows.ldx;
+        for (std::size_t c = 0; c < rows.cols; ++c) {
+            subnormal = subnormal || ((x[c] & 0x7F80U) == 0 && (x[c] & 0x7FU) != 0);
+        }
+        for (std::size_t r = 0; r < rows.tiles * kTurnedRows; ++r) {
+            const std::uint16_t* const w =
+                rows.w + r / kTurnedRows * rows.step + r % kTurnedRows * 2;
+            float sum = 0.0F;
+            for (std::size_t c = 0; c < rows.cols; ++c) {
+                sum += widen_bf16(x[c]) * widen_bf16(w[c / 2 * 2 * kTurnedRows + c % 2]);
+            }
+            if (rows.bias != nullptr) sum += rows.bias[r];
+            if constexpr (sizeof(Y) == sizeof(float)) {
+                y[i * ld + r] = sum;
+            } else {
+                f32_to_bf16(&sum, 1, y + i * ld + r);
+            }
+        }
+    }
+    return subnormal;
+}
+
 float nearest_bf16(float value) noexcept {
     return value_of((bits_of(value) + 0x8000U) & 0xFFFF0000U);
 }
@@ -291,7 +317,9 @@ constexpr GemmKernels kGemm = {
      copy_pairs,
      pack_cut,
      pair_cut,
-     cut_block},
+     cut_block,
+     turned<std::uint16_t>,
+     turned<float>},
 };
 
 }  // namespace
