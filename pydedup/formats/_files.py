@@ -21,7 +21,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
@@ -320,8 +320,9 @@ def _folder_beside(target: Path) -> Iterator[Path]:
     Who writes has it locked: so what one left who was killed is known, and goes with the next one.
     """
     hidden = f".{target.name[:50]}."  # of so many characters, the longest have 200 bytes
-    for suffix, remove in ((".tmp", shutil.rmtree), (_UNLOCKED, os.rmdir)):
-        for left in target.parent.glob(f"{glob.escape(hidden)}{'[0-9a-f]' * 12}{suffix}"):
+    removers: dict[str, Callable[[Path], None]] = {".tmp": shutil.rmtree, _UNLOCKED: os.rmdir}
+    for left in target.parent.glob(f"{glob.escape(hidden)}{'[0-9a-f]' * 12}.*"):
+        if remove := removers.get(left.suffix):
             with contextlib.suppress(OSError), _opened(left) as fd:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove(left)
