@@ -9,6 +9,7 @@
 
 #include "dispatch/known_codec.hpp"
 #include "dispatch/known_gemm.hpp"
+#include "dispatch/known_rows.hpp"
 
 namespace pydedup {
 namespace {

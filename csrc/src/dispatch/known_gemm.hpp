@@ -5,7 +5,6 @@
 #include <span>
 
 #include "kernels/gemm_kernels.hpp"
-#include "kernels/rows_kernels.hpp"
 
 namespace pydedup {
 
@@ -13,9 +12,5 @@ namespace pydedup {
 /// bytes. Private to dispatch/.
 [[nodiscard]] bool same_gemm(const GemmKernels& gemm, const GemmKernels& reference,
                              std::span<const std::uint8_t> question) noexcept;
-
-/// Whether both add and pick alike rows of such numbers.
-[[nodiscard]] bool same_rows_summed(const RowsKernels& rows, const RowsKernels& reference,
-                                    std::span<const std::uint8_t> question) noexcept;
 
 }  // namespace pydedup
