@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <random>
 #include <type_traits>
 #include <vector>
@@ -27,6 +28,14 @@ std::vector<T> normal(std::size_t count) {
     std::vector<T> values(count);
     for (T& value : values) value = static_cast<T>(draw(rng()));
     return values;
+}
+
+// Memory that ends where the values end: a read beyond is seen by the address sanitizer.
+template <class T>
+std::unique_ptr<T[]> tight(const std::vector<T>& values) {
+    auto memory = std::make_unique<T[]>(values.size());
+    std::copy(values.begin(), values.end(), memory.get());
+    return memory;
 }
 
 // Of a float what a bf16 number holds, and a bf16 number as a float.

@@ -20,14 +20,6 @@ using namespace pydedup::testing;
 
 namespace {
 
-// Memory that ends where the values end: a read beyond is seen by the address sanitizer.
-template <class T>
-std::unique_ptr<T[]> tight(const std::vector<T>& values) {
-    auto memory = std::make_unique<T[]>(values.size());
-    std::copy(values.begin(), values.end(), memory.get());
-    return memory;
-}
-
 template <class T>
 const GemmKernelsOf<T>& of_type(const KernelTable& table) {
     if constexpr (sizeof(T) == 4) {
@@ -524,56 +516,6 @@ TEST(kernels_move_pairs_as_the_scalar_one) {
                 bf16.rows_to_bf16(held.get(), ld, rows, cols, added, here.data(), cols + 2);
                 CHECK(there == here);
             }
-        }
-    }
-}
-
-// Sums of whole numbers, which are exact in any order.
-TEST(kernels_take_strips_as_the_scalar_one) {
-    const auto& scalar = kernels_named("scalar").gemm.bf16;
-    const auto number = [] {
-        const auto drawn = static_cast<float>(static_cast<int>(rng()() % 127) - 63);
-        return static_cast<Bits>(std::bit_cast<std::uint32_t>(drawn) >> 16);
-    };
-    for (const KernelTable* table : runnable_kernels()) {
-        const auto& bf16 = table->gemm.bf16;
-        if (table->gemm.bf16.turned_to_bf16 == nullptr) continue;
-        const TileRegisters registers(bf16);
-        for (int trial = 0; trial < 200; ++trial) {
-            const std::size_t cols = rng()() % 150 + 1, tiles = rng()() % 4 + 1;
-            const std::size_t ldx = cols + rng()() % 5, ld = tiles * kTurnedRows + rng()() % 5;
-            const std::size_t step = (cols + 31) / 32 * 32 * kTurnedRows;
-            std::vector<Bits> x((kTurnedRows - 1) * ldx + cols);
-            for (Bits& element : x) element = number();
-            const bool subnormal = trial % 3 == 0;
-            const auto small = static_cast<Bits>((rng()() % 127 + 1) | (rng()() % 2 << 15));
-            if (subnormal) x[rng()() % kTurnedRows * ldx + rng()() % cols] = small;
-            std::vector<Bits> w(tiles * step);
-            for (std::size_t i = 0; i < w.size(); ++i) {
-                const std::size_t pair = i % step / (2 * kTurnedRows);
-                if (2 * pair + i % 2 < cols) w[i] = number();
-            }
-            std::vector<float> of_columns(tiles * kTurnedRows);
-            for (float& element : of_columns) element = static_cast<float>(rng()() % 64) * 0.25F;
-            const auto rows_of_x = tight(x);
-            const auto weights = tight(w);
-            const auto added = tight(of_columns);
-            const TurnedRows given{rows_of_x.get(),
-                                   ldx,
-                                   cols,
-                                   weights.get(),
-                                   tiles,
-                                   step,
-                                   trial % 2 == 0 ? nullptr : added.get(),
-                                   trial % 4 < 2 ? nullptr : rows_of_x.get()};
-            std::vector<float> want(kTurnedRows * ld, 7.0F), got = want;
-            CHECK(scalar.turned_to_f32(given, want.data(), ld) == subnormal);
-            CHECK(bf16.turned_to_f32(given, got.data(), ld) == subnormal);
-            CHECK(subnormal || want == got);
-            std::vector<Bits> want_halves(kTurnedRows * ld, 7), got_halves = want_halves;
-            CHECK(scalar.turned_to_bf16(given, want_halves.data(), ld) == subnormal);
-            CHECK(bf16.turned_to_bf16(given, got_halves.data(), ld) == subnormal);
-            CHECK(subnormal || want_halves == got_halves);
         }
     }
 }

@@ -189,6 +189,29 @@ bool blind_strip(const TurnedRows& rows, float* y, std::size_t ld) noexcept {
     return false;
 }
 
+bool wrong_strip_of_parts(const RowsToCut& rows) noexcept {
+    const bool all = kScalarKernels.gemm.bf16.cut_strip(rows);
+    rows.to[2 * kTurnedRows * kCutColumns] ^= 1U;
+    return all;
+}
+
+bool wrong_cut_strip(const TurnedCut& given, float* y, std::size_t ld) noexcept {
+    TurnedCut plain = given;
+    plain.bias = nullptr;
+    return kScalarKernels.gemm.bf16.turned_cut(plain, y, ld);
+}
+
+bool blind_cut_strip(const TurnedCut& given, float* y, std::size_t ld) noexcept {
+    kScalarKernels.gemm.bf16.turned_cut(given, y, ld);
+    return true;
+}
+
+bool wide_cut_strip(const TurnedCut& given, float* y, std::size_t ld) noexcept {
+    const bool all = kScalarKernels.gemm.bf16.turned_cut(given, y, ld);
+    y[given.columns] = 1.0F;
+    return all;
+}
+
 bool wrong_cut(const float* w, std::size_t rows, std::size_t cols, std::size_t ldw,
                std::uint16_t* to) noexcept {
     const bool may = kScalarKernels.gemm.bf16.cut_block(w, rows, cols, ldw, to);
@@ -470,6 +493,10 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_to_f32 = wrong_strip_in_f32; }) ==
           "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_to_f32 = blind_strip; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.cut_strip = wrong_strip_of_parts; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_cut = wrong_cut_strip; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_cut = blind_cut_strip; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_cut = wide_cut_strip; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_f32 = wrong_square; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_bf16 = wrong_columns; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.rows_to_bf16 = wrong_rows_of_sums; }) ==

@@ -167,6 +167,62 @@ bool same_cuts(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
     return true;
 }
 
+// Strips of numbers that are cut: 19 rows by a tile and a part of one, a step of columns and a
+// tail; while others are cut, all or but one.
+bool same_cut_strips(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
+                     Question question) noexcept {
+    constexpr std::size_t kRows = 19;
+    constexpr std::size_t kCols = 41;
+    constexpr std::size_t kColumns = kTurnedRows + 21;
+    constexpr std::size_t kElements = 2 * kTurnedCutStep;
+    constexpr std::size_t kLd = kColumns + 2;
+    if (bf16.turned_cut == nullptr) return true;
+    std::array<float, kRows * kCols> x{};
+    std::array<float, kColumns> bias{};
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        const unsigned drawn = question[i % question.size()];
+        x[i] = static_cast<float>(0x10101U >> drawn % 4) * (drawn / 4 % 2 != 0 ? -1.0F : 1.0F);
+    }
+    for (std::size_t r = 0; r < bias.size(); ++r) bias[r] = static_cast<float>(r);
+    alignas(64) std::array<std::uint16_t, kElements> strip{};
+    alignas(64) std::array<std::uint16_t, kElements> other{};
+    const auto cut = [&](const Bf16GemmKernels& by, auto& to) {
+        return by.cut_strip({x.data(), kCols, kRows, kCols, to.data()});
+    };
+    if (!cut(reference, strip) || !cut(bf16, other) || strip != other) return false;
+    // Ones, of either sign.
+    alignas(64) std::array<std::uint16_t, 2 * kElements> w{};
+    for (std::size_t r = 0; r < kColumns; ++r) {
+        for (std::size_t c = 0; c < kCols; ++c) {
+            const bool negative = question[(r * kCols + c) % question.size()] % 2 != 0;
+            w[r / kTurnedRows * kElements + c / kCutColumns * kTurnedCutStep +
+              c % kCutColumns / 2 * 2 * kTurnedRows + r % kTurnedRows * 2 + c % 2] =
+                negative ? 0xBF80 : 0x3F80;
+        }
+    }
+    const TileRegisters registers(bf16);
+    for (const bool all : {true, false}) {
+        if (!all) x[kCols - 1] = 0x1p60F;
+        const auto multiply = [&](const Bf16GemmKernels& by, auto& next, auto& y) {
+            return by.turned_cut({strip.data(),
+                                  w.data(),
+                                  kRows,
+                                  kColumns,
+                                  all ? bias.data() : nullptr,
+                                  {x.data(), kCols, kRows, kCols, next.data()}},
+                                 y.data(), kLd);
+        };
+        std::array<float, kRows * kLd> want{};
+        std::array<float, kRows * kLd> got{};
+        alignas(64) std::array<std::uint16_t, kElements> next{};
+        if (multiply(reference, other, want) != all || multiply(bf16, next, got) != all ||
+            want != got || (all && next != other)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 // What goes into pairs and comes out of them: 21 rows and 37 columns, a whole square of words and
 // tails of it either way, with and without a subnormal number.
 bool same_moves(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
@@ -244,7 +300,8 @@ bool same_moves(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
 bool same_bf16(const Bf16GemmKernels& bf16, const Bf16GemmKernels& reference,
                std::span<const std::uint8_t> question) noexcept {
     return same_pairs(bf16, question) && same_moves(bf16, reference, question) &&
-           same_strips(bf16, reference, question) && same_cuts(bf16, reference, question);
+           same_strips(bf16, reference, question) && same_cuts(bf16, reference, question) &&
+           same_cut_strips(bf16, reference, question);
 }
 
 }  // namespace pydedup

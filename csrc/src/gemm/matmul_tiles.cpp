@@ -6,7 +6,6 @@
 #include "gemm/activation.hpp"
 #include "gemm/matmul_typed.hpp"
 #include "gemm/transpose.hpp"
-#include "gemm/turned_product.hpp"
 
 namespace pydedup {
 namespace {
@@ -18,36 +17,22 @@ using detail::PackedX;
 
 template <class T>
 template <class E>
+void Matmul::Typed<T>::multiply_panels(const PackedX<E, T>& x, std::span<const BlockView> blocks,
+                                       std::size_t begin, std::size_t end, std::size_t t0,
+                                       std::size_t t1, Worker& worker) const {
+    while (begin < end) {
+        const Rows rows = rows_from(begin, end, blocks.size());
+        multiply_tiles(x, blocks, rows, t0, t1, worker);
+        begin += rows.count;
+    }
+}
+
+template <class T>
+template <class E>
 void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const BlockView> blocks,
                                        std::size_t first, std::size_t panels, unsigned threads) {
-    const auto multiply_panels = [&](const PackedX<E, T>& x, std::size_t begin, std::size_t end,
-                                     std::size_t t0, std::size_t t1, Worker& worker) {
-        while (begin < end) {
-            const Rows rows = rows_from(begin, end, blocks.size());
-            multiply_tiles(x, blocks, rows, t0, t1, worker);
-            begin += rows.count;
-        }
-    };
     if constexpr (!std::is_same_v<E, T>) {
-        const detail::TurnedProduct turned(p_, kernels_, y_, threads);
-        if (turned.gains() && blocks.size() == count()) {
-            const std::size_t chunks = turned.chunks();
-            each_task((chunks + 1) * turned.groups(), threads, [&](std::size_t i, Worker& worker) {
-                const std::size_t group = i / (chunks + 1);
-                const std::size_t chunk = i % (chunks + 1);
-                if (chunk < chunks) {
-                    turned.multiply(chunk, group, blocks, worker.reader, worker.x_pairs,
-                                    worker.sums, subnormal_);
-                } else if (turned.rows() < p_.m) {
-                    // Too few for a tile of that kind: summed up as where all of x is packed.
-                    const auto x = packing.pack(turned.rows(), p_.m - turned.rows(), 1,
-                                                worker.template memory_of_x<E>());
-                    const auto [begin, end] = turned.panels(group);
-                    if (!subnormal_) multiply_panels(x, begin, end, 0, x.n_tiles(), worker);
-                }
-            });
-            return;
-        }
+        if (blocks.size() == count() && multiply_turned(packing, blocks, threads)) return;
     }
     if (const std::size_t chunks = chunks_of(packing, blocks, threads); chunks != 0) {
         const std::size_t tiles = detail::ceil_div(packing.rows, packing.width);
@@ -63,7 +48,8 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
             if (subnormal_) return;  // found here, or by another thread
             const std::size_t together = panels_together(x, panels, p_.grid.block_rows, 1);
             for (std::size_t row = 0; row < panels; row += together) {
-                multiply_panels(x, row, std::min(panels, row + together), 0, x.n_tiles(), worker);
+                multiply_panels(x, blocks, row, std::min(panels, row + together), 0, x.n_tiles(),
+                                worker);
             }
         });
         return;
@@ -82,8 +68,8 @@ void Matmul::Typed<T>::multiply_packed(Packing<E, T>& packing, std::span<const B
     run(detail::ceil_div(panels, together), is_one_task ? 1 : x.n_tiles(), packing.width, threads,
         [&](const Task& task, Worker& worker) {
             const std::size_t row = task.panel * together;
-            multiply_panels(x, first + row, first + std::min(panels, row + together), task.unit0,
-                            is_one_task ? x.n_tiles() : task.unit1, worker);
+            multiply_panels(x, blocks, first + row, first + std::min(panels, row + together),
+                            task.unit0, is_one_task ? x.n_tiles() : task.unit1, worker);
         });
     begun_ = std::move(to_go_on_);
 }
@@ -305,6 +291,10 @@ void Matmul::Typed<T>::store_sums(const Tile& tile, std::size_t columns, const T
     }
 }
 
+template void Matmul::Typed<float>::multiply_panels(const PackedX<std::uint16_t, float>&,
+                                                    std::span<const BlockView>, std::size_t,
+                                                    std::size_t, std::size_t, std::size_t,
+                                                    Worker&) const;
 template void Matmul::Typed<float>::multiply_packed(Packing<float, float>&,
                                                     std::span<const BlockView>, std::size_t,
                                                     std::size_t, unsigned);

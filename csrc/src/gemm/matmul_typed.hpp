@@ -9,8 +9,8 @@
 //
 // matmul.cpp has the frame and what takes few rows of x, matmul_tiles.cpp what takes x in tiles,
 // matmul_cut.cpp what cuts both factors into bf16 numbers, matmul_together.cpp several blocks at
-// once, matmul_members.cpp rows of several variants, matmul_transposed.cpp x @ W. Where W is
-// packed, not x, turned_product.hpp has it.
+// once, matmul_members.cpp rows of several variants, matmul_transposed.cpp x @ W, and
+// matmul_turned.cpp the tasks where W is packed, not x.
 #pragma once
 
 #include <algorithm>
@@ -88,7 +88,7 @@ class Matmul::Typed final : public Matmul::Impl {
         detail::Scratch<T> part_of_y;
         std::vector<Use> alone, dots, tiled;  // two by the variant that has them; one in order
         detail::Scratch<T> x;
-        detail::Scratch<std::uint16_t> x_pairs, cut;
+        detail::Scratch<std::uint16_t> x_pairs, cut, strips;
 
         template <class E>
         [[nodiscard]] detail::Scratch<E>& memory_of_x() noexcept {
@@ -173,7 +173,7 @@ class Matmul::Typed final : public Matmul::Impl {
             count, threads,
             [&] {
                 return Worker{
-                    detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+                    detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
             },
             [](Worker&) {}, body);
     }
@@ -244,6 +244,11 @@ class Matmul::Typed final : public Matmul::Impl {
     };
     [[nodiscard]] Rows rows_from(std::size_t row, std::size_t end,
                                  std::size_t n_blocks) const noexcept;
+    // Rows of blocks [begin, end) by tiles [t0, t1) of x.
+    template <class E>
+    void multiply_panels(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
+                         std::size_t begin, std::size_t end, std::size_t t0, std::size_t t1,
+                         Worker& worker) const;
     template <class E>
     void multiply_tiles(const detail::PackedX<E, T>& x, std::span<const BlockView> blocks,
                         const Rows& rows, std::size_t t0, std::size_t t1, Worker& worker) const;
@@ -276,6 +281,21 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class Tile>
     static void store_sums(const Tile& tile, std::size_t columns, const T* sums, T* to,
                            std::size_t ld) noexcept;
+
+    // ---- W packed, not x: matmul_turned.cpp
+
+    // Whether all of the product was made so.
+    template <class E>
+    [[nodiscard]] bool multiply_turned(const Packing<E, T>& packing,
+                                       std::span<const BlockView> blocks, unsigned threads);
+    template <class E>
+    [[nodiscard]] bool multiply_turned_cut(const Packing<E, T>& packing,
+                                           std::span<const BlockView> blocks, unsigned threads);
+    // Some rows of x, packed, by rows of blocks [begin, end).
+    template <class E>
+    void multiply_rows(const Packing<E, T>& packing, std::span<const BlockView> blocks,
+                       std::size_t row, std::size_t rows, std::size_t begin, std::size_t end,
+                       Worker& worker) const;
 
     // ---- W cut into bf16 numbers: matmul_cut.cpp
 

@@ -248,6 +248,7 @@ void cut(const float* x, std::size_t count, float* high, float* middle, float* l
 // What it has of the file before:
 #include "kernels/gemm_amx_cut-inl.hpp"
 #include "kernels/gemm_amx_turned-inl.hpp"
+#include "kernels/gemm_amx_turned_cut-inl.hpp"
 
 constexpr Bf16GemmKernels kGemm = {{{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>, tile_nt_cut<2>},
                                     {kSide, tile_nt<1>, 2, 2, tile_pieces<1>, tile_nt_cut<1>}},
@@ -263,7 +264,9 @@ constexpr Bf16GemmKernels kGemm = {{{2 * kSide, tile_nt<2>, 2, 2, tile_pieces<2>
                                    pair_cut,
                                    cut_block,
                                    turned<std::uint16_t>,
-                                   turned<float>};
+                                   turned<float>,
+                                   cut_strip,
+                                   turned_cut};
 
 }  // namespace
 }  // namespace pydedup::isa_amx

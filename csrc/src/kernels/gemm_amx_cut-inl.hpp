@@ -87,84 +87,89 @@ bool cut_block(const float* w, std::size_t rows, std::size_t cols, std::size_t l
     return may_be_cut(most);
 }
 
+// Pairs of numbers, each cut: of sixteen lanes, those of `there`. The largest magnitude of each
+// lane, and of `most`.
+inline __m512i cut_pair(__m512 a, __m512 b, __m512i most, Bits* to, std::size_t part,
+                        __mmask16 there) noexcept {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(a), magnitude));
+    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(b), magnitude));
+    const auto store = [=](std::size_t i, __m512 of_a, __m512 of_b) noexcept {
+        const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(of_a), 16),
+                                              _mm512_and_si512(_mm512_castps_si512(of_b), upper));
+        _mm512_mask_storeu_epi32(to + i * part, there, pairs);
+    };
+    for (std::size_t i = 0; i < 2; ++i) {
+        const __m512 high_a = nearest_bf16(a);
+        const __m512 high_b = nearest_bf16(b);
+        store(i, high_a, high_b);
+        a = _mm512_sub_ps(a, high_a);
+        b = _mm512_sub_ps(b, high_b);
+    }
+    store(2, a, b);
+    return most;
+}
+
+// The lanes of sixteen that may not be cut, of which these are the largest magnitudes: they become
+// zeros, in so many pairs.
+inline std::uint32_t clear_uncut(__m512i most, std::size_t pairs, Bits* to, std::size_t part,
+                                 std::size_t ld_to) noexcept {
+    const auto tiny =
+        static_cast<__mmask16>(_mm512_cmplt_epu32_mask(most, _mm512_set1_epi32(kLeastToCut)) &
+                               _mm512_test_epi32_mask(most, most));
+    const auto unfit = static_cast<__mmask16>(
+        tiny | _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(kTooLargeToCut)));
+    for (std::size_t i = 0; unfit != 0 && i < 3; ++i) {
+        for (std::size_t k = 0; k < pairs; ++k) {
+            _mm512_mask_storeu_epi32(to + i * part + k * ld_to, unfit, _mm512_setzero_si512());
+        }
+    }
+    return unfit;
+}
+
 std::uint32_t pack_cut(const float* x, std::size_t ldx, std::size_t rows, std::size_t cols,
                        Bits* to, std::size_t part, std::size_t ld_to) noexcept {
     std::uint32_t uncut = 0;
     for (std::size_t r0 = 0; r0 < rows; r0 += kSide) {
         const std::size_t n_rows = rows - r0 < kSide ? rows - r0 : kSide;
         const auto there = static_cast<__mmask16>((1U << n_rows) - 1U);
-        __m512i most[kSide] = {};
-        for (std::size_t c0 = 0; c0 < cols; c0 += kColumns) {
-            const __mmask32 some = first_columns(cols - c0);
-            const std::size_t left = cols - c0 < kColumns ? cols - c0 : kColumns;
-            __m512i words[3][kSide] = {};
+        Bits* const of_rows = to + 2 * r0;
+        __m512i most = _mm512_setzero_si512();
+        for (std::size_t c0 = 0; c0 < cols; c0 += kSide) {
+            const std::size_t left = cols - c0 < kSide ? cols - c0 : kSide;
+            const auto some = static_cast<__mmask16>((1U << left) - 1U);
+            __m512i words[kSide] = {};
             for (std::size_t r = 0; r < n_rows; ++r) {
-                const CutRow row(x + (r0 + r) * ldx + c0, some, most[r]);
-                most[r] = row.most;
-                for (std::size_t i = 0; i < 3; ++i) words[i][r] = row.parts[i];
+                words[r] = _mm512_maskz_loadu_epi32(some, x + (r0 + r) * ldx + c0);
             }
-            for (std::size_t i = 0; i < 3; ++i) {
-                transpose_words(words[i]);
-                Bits* const at = to + i * part + c0 / 2 * ld_to + 2 * r0;
-                for (std::size_t k = 0; k < (left + 1) / 2; ++k) {
-                    _mm512_mask_storeu_epi32(at + k * ld_to, there, words[i][k]);
-                }
+            transpose_words(words);
+            for (std::size_t k = 0; k < (left + 1) / 2; ++k) {
+                most = cut_pair(_mm512_castsi512_ps(words[2 * k]),
+                                _mm512_castsi512_ps(words[2 * k + 1]), most,
+                                of_rows + (c0 / 2 + k) * ld_to, part, there);
             }
         }
-        for (std::size_t r = 0; r < n_rows; ++r) {
-            if (may_be_cut(most[r])) continue;
-            uncut |= std::uint32_t{1} << (r0 + r);
-            for (std::size_t i = 0; i < 3; ++i) {
-                Bits* const at = to + i * part + 2 * (r0 + r);
-                for (std::size_t c = 0; c < cols; ++c) at[c / 2 * ld_to + c % 2] = 0;
-            }
-        }
+        // Lanes of no row are zeros.
+        uncut |= clear_uncut(most, (cols + 1) / 2, of_rows, part, ld_to) << r0;
     }
     return uncut;
 }
 
 std::uint32_t pair_cut(const float* x, std::size_t cols, Bits* to, std::size_t part) noexcept {
     constexpr std::size_t kLanes = 2 * kSide;
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    const __m512i too_large = _mm512_set1_epi32(kTooLargeToCut);
-    const __m512i least = _mm512_set1_epi32(kLeastToCut);
     std::uint32_t uncut = 0;
     for (std::size_t half = 0; half < 2; ++half) {
         const float* const lanes = x + half * kSide;
         Bits* const of_lanes = to + half * kColumns;
         __m512i most = _mm512_setzero_si512();
         for (std::size_t c = 0; c < cols; c += 2) {
-            __m512 a = _mm512_loadu_ps(lanes + c * kLanes);
-            __m512 b =
+            const __m512 a = _mm512_loadu_ps(lanes + c * kLanes);
+            const __m512 b =
                 c + 1 < cols ? _mm512_loadu_ps(lanes + (c + 1) * kLanes) : _mm512_setzero_ps();
-            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(a), magnitude));
-            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(b), magnitude));
-            const auto store = [=](std::size_t i, __m512 of_a, __m512 of_b) noexcept {
-                _mm512_storeu_si512(
-                    of_lanes + i * part + c / 2 * 2 * kLanes,
-                    _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(of_a), 16),
-                                    _mm512_and_si512(_mm512_castps_si512(of_b), upper)));
-            };
-            for (std::size_t i = 0; i < 2; ++i) {
-                const __m512 high_a = nearest_bf16(a);
-                const __m512 high_b = nearest_bf16(b);
-                store(i, high_a, high_b);
-                a = _mm512_sub_ps(a, high_a);
-                b = _mm512_sub_ps(b, high_b);
-            }
-            store(2, a, b);
+            most = cut_pair(a, b, most, of_lanes + c * kLanes, part, __mmask16{0xFFFF});
         }
-        const auto tiny = static_cast<__mmask16>(_mm512_cmplt_epu32_mask(most, least) &
-                                                 _mm512_test_epi32_mask(most, most));
-        const auto unfit = static_cast<__mmask16>(tiny | _mm512_cmpge_epu32_mask(most, too_large));
-        uncut |= std::uint32_t{unfit} << (half * kSide);
-        for (std::size_t i = 0; unfit != 0 && i < 3; ++i) {
-            for (std::size_t c = 0; c < cols; c += 2) {
-                _mm512_mask_storeu_epi32(of_lanes + i * part + c / 2 * 2 * kLanes, unfit,
-                                         _mm512_setzero_si512());
-            }
-        }
+        uncut |= clear_uncut(most, (cols + 1) / 2, of_lanes, part, 2 * kLanes) << (half * kSide);
     }
     return uncut;
 }

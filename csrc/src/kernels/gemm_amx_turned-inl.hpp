@@ -26,28 +26,45 @@ struct TurnedSums {
     const float* from;
     Y* to;
 
-    void begin(const float* of_columns, Y* y) noexcept {
+    void begin(const float* of_columns, __mmask32 columns, std::size_t rows, Y* y) noexcept {
         has_bias = of_columns != nullptr;
         if (has_bias) {
-            bias[0] = _mm512_loadu_ps(of_columns);
-            bias[1] = _mm512_loadu_ps(of_columns + kSide);
+            bias[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(columns), of_columns);
+            bias[1] =
+                _mm512_maskz_loadu_ps(static_cast<__mmask16>(columns >> kSide), of_columns + kSide);
         }
-        left = kTurnedRows;
+        left = rows;
         from = sums;
         to = y;
     }
 
+    // The next row, with bias.
+    void take(__m512& first, __m512& second) noexcept {
+        first = _mm512_load_ps(from);
+        second = _mm512_load_ps(from + kSide);
+        if (has_bias) {
+            first = _mm512_add_ps(first, bias[0]);
+            second = _mm512_add_ps(second, bias[1]);
+        }
+        from += 2 * kSide;
+        --left;
+    }
+
     void store(std::size_t rows, std::size_t ld) noexcept {
-        for (rows = rows < left ? rows : left; rows > 0; --rows, --left) {
-            __m512 first = _mm512_load_ps(from);
-            __m512 second = _mm512_load_ps(from + kSide);
-            if (has_bias) {
-                first = _mm512_add_ps(first, bias[0]);
-                second = _mm512_add_ps(second, bias[1]);
-            }
+        for (rows = rows < left ? rows : left; rows > 0; --rows, to += ld) {
+            __m512 first, second;
+            take(first, second);
             put(first, second, to);
-            from += 2 * kSide;
-            to += ld;
+        }
+    }
+
+    // All rows that are left, of these columns.
+    void store_some(__mmask32 columns, std::size_t ld) noexcept {
+        for (; left > 0; to += ld) {
+            __m512 first, second;
+            take(first, second);
+            _mm512_mask_storeu_ps(to, static_cast<__mmask16>(columns), first);
+            _mm512_mask_storeu_ps(to + kSide, static_cast<__mmask16>(columns >> kSide), second);
         }
     }
 };
@@ -108,7 +125,7 @@ bool turned(const TurnedRows& rows, Y* y, std::size_t ld) noexcept {
         store_sums<2, 2>(sums[t % 2].sums);
         order_memory();
         sums[t % 2].begin(rows.bias == nullptr ? nullptr : rows.bias + t * kTurnedRows,
-                          y + t * kTurnedRows);
+                          ~__mmask32{0}, kTurnedRows, y + t * kTurnedRows);
     }
     sums[(rows.tiles + 1) % 2].store(kTurnedRows, ld);
     return _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(0x7F)) != 0;

@@ -123,6 +123,27 @@ struct TurnedRows {
     const std::uint16_t* next;  ///< as many rows of x, to be asked for meanwhile, or nullptr
 };
 
+/// f32 numbers cut into bf16 numbers: of each kCutColumns columns, filled up with zeros, the three
+/// parts one after another, so many elements in all. A part of up to kTurnedRows rows of x has all
+/// columns of a row together; one of a tile of as many rows of W is as pack_cut leaves it (ld_to =
+/// 2
+/// * kTurnedRows).
+inline constexpr std::size_t kTurnedCutStep = 3 * kTurnedRows * kCutColumns;
+/// Rows of x to be cut so.
+struct RowsToCut {
+    const float* x;
+    std::size_t ldx, rows, cols;
+    std::uint16_t* to;
+};
+/// Rows of x by tiles of W, both cut so.
+struct TurnedCut {
+    const std::uint16_t* x;
+    const std::uint16_t* w;     ///< one tile after another
+    std::size_t rows, columns;  ///< of y; the latter are rows of W
+    const float* bias;          ///< of each row of W, or nullptr
+    RowsToCut next;             ///< to be cut meanwhile, of as many columns; may be no rows
+};
+
 /// Products of bf16 numbers with bf16 numbers. A number below 2^-126 counts as zero.
 struct Bf16GemmKernels {
     GemmTile<std::uint16_t, float> tiles[kMaxGemmTiles];  ///< widest first; may be none
@@ -185,6 +206,12 @@ struct Bf16GemmKernels {
     bool (*turned_to_bf16)(const TurnedRows& rows, std::uint16_t* y,
                            std::size_t ld) noexcept = nullptr;
     bool (*turned_to_f32)(const TurnedRows& rows, float* y, std::size_t ld) noexcept = nullptr;
+    /// Cuts rows of x, as pack_cut does. False, and nothing of use, where kCutColumns neighbours in
+    /// a row would not be cut.
+    bool (*cut_strip)(const RowsToCut& rows) noexcept = nullptr;
+    /// y[i * ld + r] of x's row i by W's row r, plus bias, summed as by tile_nt_cut. What cut_strip
+    /// gives for the next rows.
+    bool (*turned_cut)(const TurnedCut& given, float* y, std::size_t ld) noexcept = nullptr;
 };
 
 struct GemmKernels {

@@ -295,6 +295,53 @@ bool cut_block(const float* w, std::size_t rows, std::size_t cols, std::size_t l
     return may_be_cut(largest);
 }
 
+bool cut_strip(const RowsToCut& rows) noexcept {
+    constexpr std::size_t kPart = kTurnedRows * kCutColumns;
+    bool all = true;
+    std::uint16_t* to = rows.to;
+    for (std::size_t c0 = 0; c0 < rows.cols; c0 += kCutColumns, to += kTurnedCutStep) {
+        for (std::size_t r = 0; r < kTurnedRows; ++r) {
+            std::uint32_t largest = 0;
+            for (std::size_t c = c0; c < c0 + kCutColumns; ++c) {
+                const bool is_there = r < rows.rows && c < rows.cols;
+                const float value = is_there ? rows.x[r * rows.ldx + c] : 0.0F;
+                largest = larger(largest, value);
+                cut_into(value, to + r * kCutColumns + (c - c0), kPart);
+            }
+            all = all && may_be_cut(largest);
+        }
+    }
+    return all;
+}
+
+bool turned_cut(const TurnedCut& given, float* y, std::size_t ld) noexcept {
+    constexpr std::size_t kPart = kTurnedRows * kCutColumns;
+    constexpr std::size_t kPartsOfX[6] = {0, 0, 1, 1, 2, 0};
+    constexpr std::size_t kPartsOfW[6] = {2, 1, 1, 0, 0, 0};
+    const std::size_t steps = (given.next.cols + kCutColumns - 1) / kCutColumns;
+    for (std::size_t i = 0; i < given.rows; ++i) {
+        for (std::size_t r = 0; r < given.columns; ++r) {
+            const std::uint16_t* x = given.x + i * kCutColumns;
+            const std::uint16_t* w = given.w + r / kTurnedRows * steps * kTurnedCutStep;
+            float sum = 0.0F;
+            for (std::size_t s = 0; s < steps; ++s, x += kTurnedCutStep, w += kTurnedCutStep) {
+                for (std::size_t pair = 0; pair < 6; ++pair) {
+                    const std::size_t part_x = kPartsOfX[pair];
+                    const std::size_t part_w = kPartsOfW[pair];
+                    for (std::size_t c = 0; c < kCutColumns; ++c) {
+                        const std::size_t at =
+                            c / 2 * 2 * kTurnedRows + r % kTurnedRows * 2 + c % 2;
+                        sum +=
+                            widen_bf16(x[part_x * kPart + c]) * widen_bf16(w[part_w * kPart + at]);
+                    }
+                }
+            }
+            y[i * ld + r] = given.bias == nullptr ? sum : sum + given.bias[r];
+        }
+    }
+    return cut_strip(given.next);
+}
+
 template <class T>
 constexpr GemmKernelsOf<T> kGemmOf = {dot_nt<T>, block_nn<T>, {{kWidth, tile_nt<T>}}, 4};
 
@@ -319,7 +366,9 @@ constexpr GemmKernels kGemm = {
      pair_cut,
      cut_block,
      turned<std::uint16_t>,
-     turned<float>},
+     turned<float>,
+     cut_strip,
+     turned_cut},
 };
 
 }  // namespace
