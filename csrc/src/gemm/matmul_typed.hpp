@@ -88,7 +88,7 @@ class Matmul::Typed final : public Matmul::Impl {
         detail::Scratch<T> part_of_y;
         std::vector<Use> alone, dots, tiled;  // two by the variant that has them; one in order
         detail::Scratch<T> x;
-        detail::Scratch<std::uint16_t> x_pairs, cut, strips;
+        detail::Scratch<std::uint16_t> x_pairs, cut, packed_w, strips;
 
         template <class E>
         [[nodiscard]] detail::Scratch<E>& memory_of_x() noexcept {
@@ -173,7 +173,7 @@ class Matmul::Typed final : public Matmul::Impl {
             count, threads,
             [&] {
                 return Worker{
-                    detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+                    detail::WeightReader<T>(kernels_), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
             },
             [](Worker&) {}, body);
     }
@@ -288,14 +288,6 @@ class Matmul::Typed final : public Matmul::Impl {
     template <class E>
     [[nodiscard]] bool multiply_turned(const Packing<E, T>& packing,
                                        std::span<const BlockView> blocks, unsigned threads);
-    template <class E>
-    [[nodiscard]] bool multiply_turned_cut(const Packing<E, T>& packing,
-                                           std::span<const BlockView> blocks, unsigned threads);
-    // Some rows of x, packed, by rows of blocks [begin, end).
-    template <class E>
-    void multiply_rows(const Packing<E, T>& packing, std::span<const BlockView> blocks,
-                       std::size_t row, std::size_t rows, std::size_t begin, std::size_t end,
-                       Worker& worker) const;
 
     // ---- W cut into bf16 numbers: matmul_cut.cpp
 

@@ -2,12 +2,9 @@
 // A product of many rows of x in f32, both factors cut into bf16 numbers (AMX), turned as
 // turned_product.hpp has it: W is packed and cut, rows of x are cut as they are multiplied. What is
 // multiplied with what, and added in which order, is the same as where x is packed, to the bit.
-//
-// W comes in groups of rows of blocks. All threads pack a group, then all multiply with it.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -23,18 +20,21 @@ namespace pydedup::detail {
 
 class TurnedCutProduct {
   public:
-    /// Some rows of x, and of y.
-    struct Rows {
-        std::size_t begin, count;
-    };
+    /// Multiplies rows of x, the first and how many, with a group in the other way.
+    using Otherwise = std::function<void(std::size_t row, std::size_t rows)>;
 
     /// x and y in f32; y is nullptr where it is not.
     TurnedCutProduct(const Matmul::Problem& problem, const GemmKernels& kernels, const float* x,
                      float* y, unsigned threads);
 
     /// Whether it can be, and gains.
-    [[nodiscard]] bool gains() const noexcept { return panels_ != 0; }
+    [[nodiscard]] bool gains() const noexcept { return chunk_ != 0; }
 
+    /// The first rows of x, all that fill tiles of the widest kind. Others are summed up in another
+    /// order.
+    [[nodiscard]] std::size_t rows() const noexcept { return rows_; }
+    /// Those in chunks, by groups of rows of blocks.
+    [[nodiscard]] std::size_t chunks() const noexcept { return ceil_div(rows_, chunk_); }
     [[nodiscard]] std::size_t groups() const noexcept {
         return ceil_div(problem_.grid.grid_rows(), panels_);
     }
@@ -42,29 +42,21 @@ class TurnedCutProduct {
     [[nodiscard]] std::pair<std::size_t, std::size_t> panels(std::size_t group) const noexcept {
         return {group * panels_, std::min((group + 1) * panels_, problem_.grid.grid_rows())};
     }
-    /// Elements of the largest group, packed.
-    [[nodiscard]] std::size_t packed_elements() const noexcept {
-        return panels_ * tiles_of_panel() * elements_of_tile();
-    }
-    /// Cuts and packs a block to where its group begins. False, and nothing of use, where some of
-    /// it cannot be cut.
-    [[nodiscard]] bool pack(const BlockView& block, std::size_t number, std::size_t group,
-                            WeightReader<float>& reader, std::uint16_t* packed) const;
 
-    /// The rows of x, all that fill tiles of the widest kind, in chunks. Others are summed up in
-    /// another order.
-    [[nodiscard]] std::size_t rows() const noexcept { return rows_; }
-    [[nodiscard]] std::size_t chunks() const noexcept { return ceil_div(rows_, chunk_); }
-    [[nodiscard]] Rows rows_of(std::size_t chunk) const noexcept {
-        const std::size_t begin = chunk * chunk_;
-        return {begin, std::min(chunk_, rows_ - begin)};
-    }
-    /// Rows of x by a group that is packed. Rows that cannot be cut are given to `otherwise`.
-    void multiply(const Rows& rows, std::size_t group, const std::uint16_t* packed,
-                  Scratch<std::uint16_t>& strips,
-                  const std::function<void(const Rows&)>& otherwise) const;
+    /// A chunk by a group. Rows of x that cannot be cut are given to `otherwise`, or all, if the
+    /// group cannot be.
+    void multiply(std::size_t chunk, std::size_t group, std::span<const BlockView> blocks,
+                  WeightReader<float>& reader, Scratch<std::uint16_t>& packed,
+                  Scratch<std::uint16_t>& strips, const Otherwise& otherwise) const;
 
   private:
+    // Cuts and packs the group. Whether all of it can be cut.
+    [[nodiscard]] bool pack(std::span<const BlockView> blocks, std::size_t group,
+                            WeightReader<float>& reader, std::uint16_t* to) const;
+    // Rows of x, up to `end`, by a group that is packed.
+    void multiply_packed(std::size_t row, std::size_t end, std::size_t group,
+                         const std::uint16_t* packed, Scratch<std::uint16_t>& strips,
+                         const Otherwise& otherwise) const;
     [[nodiscard]] std::size_t elements_of_tile() const noexcept {
         return ceil_div(problem_.grid.cols, kCutColumns) * kTurnedCutStep;
     }
@@ -78,9 +70,9 @@ class TurnedCutProduct {
     const float* x_;
     const float* bias_;
     float* y_;
-    std::size_t panels_ = 0;  // rows of blocks of a group
     std::size_t rows_ = 0;
-    std::size_t chunk_ = 0;
+    std::size_t panels_ = 0;  // rows of blocks of a group
+    std::size_t chunk_ = 0;   // rows of x of a chunk
 };
 
 }  // namespace pydedup::detail
