@@ -131,6 +131,7 @@ TEST(kernels_take_strips_of_cut_rows_as_the_scalar_one) {
                             of_w.data(),
                             rows,
                             columns,
+                            trial % 7 < 4,
                             trial % 5 == 0 ? nullptr : bias.get(),
                             {next.get(), ldx, of_next, cols, of_others.data()}};
             std::vector<float> want((rows - 1) * ld + columns, 7.0F);
@@ -149,12 +150,13 @@ TEST(kernels_take_strips_of_cut_rows_as_the_scalar_one) {
 // Cut between calls, x is packed. Groups, and blocks, that cannot be cut; rows that cannot, of a
 // strip or in the last one, which may be too short for a tile.
 TEST(many_rows_in_f32_are_the_same_whichever_factor_is_packed) {
-    const BlockGrid grids[] = {{190, 301, 64, 64}, {1000, 700, 64, 96}, {61, 33, 64, 64},
-                               {192, 384, 64, 64}, {96, 130, 96, 130},  {2100, 256, 32, 256}};
+    const BlockGrid grids[] = {{190, 301, 64, 64},  {1000, 700, 64, 96},  {61, 33, 64, 64},
+                               {192, 384, 64, 64},  {96, 130, 96, 130},   {2100, 256, 32, 256},
+                               {150, 1500, 64, 64}, {200, 1000, 64, 1000}};
     for (const BlockGrid& grid : grids) {
         const std::size_t k = grid.cols;
         const auto bias = normal<float>(grid.rows);
-        for (const std::size_t m : {1050, 1072, 1080}) {
+        for (const std::size_t m : {1050, 1072, 2060}) {
             if (!sampled()) continue;
             auto x = normal<float>(m * k);
             auto w = normal<float>(grid.rows * k);

@@ -201,6 +201,12 @@ bool wrong_cut_strip(const TurnedCut& given, float* y, std::size_t ld) noexcept 
     return kScalarKernels.gemm.bf16.turned_cut(plain, y, ld);
 }
 
+bool new_cut_strip(const TurnedCut& given, float* y, std::size_t ld) noexcept {
+    TurnedCut anew = given;
+    anew.anew = true;
+    return kScalarKernels.gemm.bf16.turned_cut(anew, y, ld);
+}
+
 bool blind_cut_strip(const TurnedCut& given, float* y, std::size_t ld) noexcept {
     kScalarKernels.gemm.bf16.turned_cut(given, y, ld);
     return true;
@@ -495,6 +501,7 @@ TEST(a_wrong_answer_of_any_function_is_found) {
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_to_f32 = blind_strip; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.cut_strip = wrong_strip_of_parts; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_cut = wrong_cut_strip; }) == "gemm");
+    CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_cut = new_cut_strip; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_cut = blind_cut_strip; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.turned_cut = wide_cut_strip; }) == "gemm");
     CHECK(group_of([](KernelTable& t) { t.gemm.bf16.columns_to_f32 = wrong_square; }) == "gemm");

@@ -12,8 +12,10 @@ namespace {
 constexpr std::size_t kPackedBytes = std::size_t{1280} << 10;
 // A group has so many columns of y at least: x is cut for each.
 constexpr std::size_t kLeastColumns = 128;
-// Longer rows gain nothing (measured).
-constexpr std::size_t kMostColumnsOfStrip = 768;
+// Longer rows are multiplied so many columns after others, and sums rest in y in between. More of
+// those gain nothing (measured).
+constexpr std::size_t kColumnsOfPass = 768;
+constexpr std::size_t kMostColumns = 2 * kColumnsOfPass;
 // A task has so many rows at least, if there is more than one for each thread: W is packed for
 // each.
 constexpr std::size_t kLeastRowsOfTask = 2048;
@@ -33,12 +35,14 @@ TurnedCutProduct::TurnedCutProduct(const Matmul::Problem& problem, const GemmKer
     const bool fills = (grid.block_cols % kCutColumns == 0 || grid.grid_cols() == 1) &&
                        (grid.block_rows % kTurnedRows == 0 || grid.grid_rows() == 1);
     if (kernels_.turned_cut == nullptr || y == nullptr || problem.transpose || !fills ||
-        problem.variants != nullptr || !problem.places.empty() || grid.cols > kMostColumnsOfStrip) {
+        problem.variants != nullptr || !problem.places.empty() || grid.cols > kMostColumns) {
         return;
     }
     // Packing W is work that packing x is not, and comes out even with a third of these (measured).
     if (problem.m < 3 * grid.rows * grid.cols / (grid.cols + 2 * grid.rows)) return;
-    const std::size_t bytes = tiles_of_panel() * elements_of_tile() * sizeof(std::uint16_t);
+    const std::size_t passes = ceil_div(grid.cols, kColumnsOfPass);
+    pass_ = std::min(round_up(ceil_div(grid.cols, passes), grid.block_cols), grid.cols);
+    const std::size_t bytes = tiles_of_panel() * elements_of_tile(pass_) * sizeof(std::uint16_t);
     const std::size_t fitting = kPackedBytes / bytes;
     if (fitting * tiles_of_panel() * kTurnedRows < kLeastColumns) return;
     const std::size_t rest = problem.m % kTurnedRows;
@@ -62,31 +66,39 @@ void TurnedCutProduct::multiply(std::size_t chunk, std::size_t group,
                                 std::span<const BlockView> blocks, WeightReader<float>& reader,
                                 Scratch<std::uint16_t>& packed, Scratch<std::uint16_t>& strips,
                                 const Otherwise& otherwise) const {
-    const std::size_t begin = chunk * chunk_;
-    const std::size_t end = std::min(rows_, begin + chunk_);
-    std::uint16_t* const w = packed.at_least(panels_ * tiles_of_panel() * elements_of_tile());
-    if (pack(blocks, group, reader, w)) {
-        multiply_packed(begin, end, group, w, strips, otherwise);
-    } else {
-        otherwise(begin, end - begin);
+    const std::size_t cols = problem_.grid.cols;
+    Part part{chunk * chunk_, std::min(rows_, (chunk + 1) * chunk_), 0, 0};
+    std::uint16_t* const w = packed.at_least(panels_ * tiles_of_panel() * elements_of_tile(pass_));
+    std::vector<bool> uncut(ceil_div(part.end - part.row, kTurnedRows));
+    for (; part.column < cols; part.column += part.columns) {
+        part.columns = std::min(pass_, cols - part.column);
+        if (!pack(blocks, group, part, reader, w)) return otherwise(part.row, part.end - part.row);
+        multiply_part(part, group, w, strips, uncut);
+    }
+    for (std::size_t i = 0; i < uncut.size(); ++i) {
+        const std::size_t row = part.row + i * kTurnedRows;
+        if (uncut[i]) otherwise(row, std::min(kTurnedRows, part.end - row));
     }
 }
 
-bool TurnedCutProduct::pack(std::span<const BlockView> blocks, std::size_t group,
+bool TurnedCutProduct::pack(std::span<const BlockView> blocks, std::size_t group, const Part& part,
                             WeightReader<float>& reader, std::uint16_t* to) const {
     constexpr std::size_t kPart = kTurnedRows * kCutColumns;
     const BlockGrid& grid = problem_.grid;
-    const std::size_t steps_of_block = grid.block_cols / kCutColumns;
+    const std::size_t elements = elements_of_tile(part.columns);
+    const std::size_t first_block = part.column / grid.block_cols;
+    const std::size_t blocks_of_part = ceil_div(part.columns, grid.block_cols);
     const auto [first, end] = panels(group);
-    for (std::size_t number = first * grid.grid_cols(); number < end * grid.grid_cols(); ++number) {
-        const BlockView& block = blocks[number];
-        const std::size_t tile0 = (number / grid.grid_cols() - first) * tiles_of_panel();
-        const std::size_t step0 = number % grid.grid_cols() * steps_of_block;
+    for (std::size_t i = 0; i < (end - first) * blocks_of_part; ++i) {
+        const std::size_t panel = i / blocks_of_part;
+        const std::size_t b = i % blocks_of_part;
+        const BlockView& block = blocks[(first + panel) * grid.grid_cols() + first_block + b];
+        const std::size_t step0 = b * (grid.block_cols / kCutColumns);
         const float* const w = reader.read(block);
         for (std::size_t r = 0; r < block.rows; r += kTurnedRows) {
             const std::size_t rows = std::min<std::size_t>(kTurnedRows, block.rows - r);
-            std::uint16_t* step =
-                to + (tile0 + r / kTurnedRows) * elements_of_tile() + step0 * kTurnedCutStep;
+            std::uint16_t* step = to + (panel * tiles_of_panel() + r / kTurnedRows) * elements +
+                                  step0 * kTurnedCutStep;
             for (std::size_t c = 0; c < block.cols; c += kCutColumns, step += kTurnedCutStep) {
                 const std::size_t cols = std::min<std::size_t>(kCutColumns, block.cols - c);
                 if (rows < kTurnedRows || cols < kCutColumns) {
@@ -102,39 +114,39 @@ bool TurnedCutProduct::pack(std::span<const BlockView> blocks, std::size_t group
     return true;
 }
 
-void TurnedCutProduct::multiply_packed(std::size_t row, std::size_t end, std::size_t group,
-                                       const std::uint16_t* packed, Scratch<std::uint16_t>& strips,
-                                       const Otherwise& otherwise) const {
+void TurnedCutProduct::multiply_part(const Part& part, std::size_t group,
+                                     const std::uint16_t* packed, Scratch<std::uint16_t>& strips,
+                                     std::vector<bool>& uncut) const {
     const BlockGrid& grid = problem_.grid;
-    const auto [first_panel, end_panel] = panels(group);
-    const std::size_t column = first_panel * grid.block_rows;
+    const auto [first, end_panel] = panels(group);
+    const std::size_t column = first * grid.block_rows;
     const std::size_t columns = std::min(end_panel * grid.block_rows, grid.rows) - column;
-    std::uint16_t* strip = strips.at_least(2 * elements_of_tile());
-    std::uint16_t* other = strip + elements_of_tile();
-    const auto rows_from = [&](std::size_t from, std::uint16_t* to) {
-        return RowsToCut{x_ + from * grid.cols, grid.cols, std::min(kTurnedRows, end - from),
-                         grid.cols, to};
+    const bool is_last = part.column + part.columns == grid.cols;
+    const float* const bias = bias_ == nullptr || !is_last ? nullptr : bias_ + column;
+    std::uint16_t* strip = strips.at_least(2 * elements_of_tile(part.columns));
+    std::uint16_t* other = strip + elements_of_tile(part.columns);
+    const auto rows_from = [&](std::size_t row, std::uint16_t* to) {
+        return RowsToCut{x_ + row * grid.cols + part.column, grid.cols,
+                         std::min(kTurnedRows, part.end - row), part.columns, to};
     };
-    bool is_cut = kernels_.cut_strip(rows_from(row, strip));
-    while (row < end) {
-        if (!is_cut) {
-            const std::size_t count = std::min(kTurnedRows, end - row);
-            otherwise(row, count);
-            row += count;
-            is_cut = kernels_.cut_strip(rows_from(row, strip));
+    const TileRegisters registers(kernels_);
+    bool is_cut = kernels_.cut_strip(rows_from(part.row, strip));
+    for (std::size_t row = part.row; row < part.end; std::swap(strip, other)) {
+        const std::size_t number = (row - part.row) / kTurnedRows;
+        const std::size_t count = std::min(kTurnedRows, part.end - row);
+        float* const y = y_ + row * grid.rows + column;
+        row += count;
+        const RowsToCut next = rows_from(row, other);
+        if (!is_cut) uncut[number] = true;
+        if (uncut[number]) {
+            is_cut = kernels_.cut_strip(next);
             continue;
         }
-        const TileRegisters registers(kernels_);  // `otherwise` has its own
-        for (; is_cut && row < end; std::swap(strip, other)) {
-            const std::size_t count = std::min(kTurnedRows, end - row);
-            float* const y = y_ + row * grid.rows + column;
-            const float* const bias = bias_ == nullptr ? nullptr : bias_ + column;
-            row += count;
-            is_cut = kernels_.turned_cut(
-                {strip, packed, count, columns, bias, rows_from(row, other)}, y, grid.rows);
-            for (std::size_t i = 0; i < count && problem_.activation != Activation::none; ++i) {
-                finish_row<float>(y + i * grid.rows, columns, nullptr, problem_.activation);
-            }
+        is_cut = kernels_.turned_cut({strip, packed, count, columns, part.column == 0, bias, next},
+                                     y, grid.rows);
+        for (std::size_t i = 0; i < count && is_last; ++i) {
+            if (problem_.activation == Activation::none) break;
+            finish_row<float>(y + i * grid.rows, columns, nullptr, problem_.activation);
         }
     }
 }

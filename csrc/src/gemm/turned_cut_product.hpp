@@ -10,6 +10,7 @@
 #include <functional>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "base/rounding.hpp"
 #include "gemm/aligned_array.hpp"
@@ -50,15 +51,19 @@ class TurnedCutProduct {
                   Scratch<std::uint16_t>& strips, const Otherwise& otherwise) const;
 
   private:
-    // Cuts and packs the group. Whether all of it can be cut.
-    [[nodiscard]] bool pack(std::span<const BlockView> blocks, std::size_t group,
+    // Rows of x, up to `end`, some columns of W and x, and their number.
+    struct Part {
+        std::size_t row, end, column, columns;
+    };
+    // Cuts and packs so many columns of the group. Whether all of it can be cut.
+    [[nodiscard]] bool pack(std::span<const BlockView> blocks, std::size_t group, const Part& part,
                             WeightReader<float>& reader, std::uint16_t* to) const;
-    // Rows of x, up to `end`, by a group that is packed.
-    void multiply_packed(std::size_t row, std::size_t end, std::size_t group,
-                         const std::uint16_t* packed, Scratch<std::uint16_t>& strips,
-                         const Otherwise& otherwise) const;
-    [[nodiscard]] std::size_t elements_of_tile() const noexcept {
-        return ceil_div(problem_.grid.cols, kCutColumns) * kTurnedCutStep;
+    // Adds a part to y, and marks strips of x that cannot be cut; those that are marked do not
+    // count.
+    void multiply_part(const Part& part, std::size_t group, const std::uint16_t* packed,
+                       Scratch<std::uint16_t>& strips, std::vector<bool>& uncut) const;
+    [[nodiscard]] static std::size_t elements_of_tile(std::size_t columns) noexcept {
+        return ceil_div(columns, kCutColumns) * kTurnedCutStep;
     }
     [[nodiscard]] std::size_t tiles_of_panel() const noexcept {
         const BlockGrid& grid = problem_.grid;
@@ -73,6 +78,7 @@ class TurnedCutProduct {
     std::size_t rows_ = 0;
     std::size_t panels_ = 0;  // rows of blocks of a group
     std::size_t chunk_ = 0;   // rows of x of a chunk
+    std::size_t pass_ = 0;    // columns that are multiplied one after another
 };
 
 }  // namespace pydedup::detail

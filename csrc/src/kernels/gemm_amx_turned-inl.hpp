@@ -38,6 +38,18 @@ struct TurnedSums {
         to = y;
     }
 
+    // Sums to begin with: of rows and columns that are not there, whatever.
+    void fetch(const Y* y, __mmask32 columns, std::size_t rows, std::size_t ld) noexcept {
+        for (std::size_t r = 0; r < rows; ++r, y += ld) {
+            const __m512 first = _mm512_maskz_loadu_ps(static_cast<__mmask16>(columns), y);
+            const __m512 second =
+                _mm512_maskz_loadu_ps(static_cast<__mmask16>(columns >> kSide), y + kSide);
+            _mm512_store_ps(sums + r * kTurnedRows, first);
+            _mm512_store_ps(sums + r * kTurnedRows + kSide, second);
+        }
+        order_memory();
+    }
+
     // The next row, with bias.
     void take(__m512& first, __m512& second) noexcept {
         first = _mm512_load_ps(from);

@@ -85,10 +85,11 @@ bool turned_cut(const TurnedCut& given, float* y, std::size_t ld) noexcept {
         const std::size_t cut_from = t * cut_at_once < to_cut ? t * cut_at_once : to_cut;
         const std::size_t cut_end =
             cut_from + cut_at_once < to_cut ? cut_from + cut_at_once : to_cut;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        const std::size_t column = t * kTurnedRows;
+        const __mmask32 columns = first_columns(given.columns - column);
+        TurnedSums<float>& here = sums[t % 2];
+        if (!given.anew) here.fetch(y + column, columns, given.rows, ld);
+        begin_sums<2, 2>(given.anew, here.sums);
         const Bits* x = given.x;
         for (std::size_t s = 0; s < steps; ++s, w += kTurnedCutStep) {
             const Bits* const next_x = s + 1 < steps ? x + kTurnedCutStep : given.x;
@@ -98,11 +99,10 @@ bool turned_cut(const TurnedCut& given, float* y, std::size_t ld) noexcept {
             before.store(stored_at_once, ld);
         }
         order_memory();
-        store_sums<2, 2>(sums[t % 2].sums);
+        store_sums<2, 2>(here.sums);
         order_memory();
-        const std::size_t column = t * kTurnedRows;
-        sums[t % 2].begin(given.bias == nullptr ? nullptr : given.bias + column,
-                          first_columns(given.columns - column), given.rows, y + column);
+        here.begin(given.bias == nullptr ? nullptr : given.bias + column, columns, given.rows,
+                   y + column);
     }
     TurnedSums<float>& last = sums[(tiles + 1) % 2];
     if (given.columns % kTurnedRows == 0) {

@@ -140,6 +140,7 @@ struct TurnedCut {
     const std::uint16_t* x;
     const std::uint16_t* w;     ///< one tile after another
     std::size_t rows, columns;  ///< of y; the latter are rows of W
+    bool anew;                  ///< else sums begin with y
     const float* bias;          ///< of each row of W, or nullptr
     RowsToCut next;             ///< to be cut meanwhile, of as many columns; may be no rows
 };

@@ -323,7 +323,7 @@ bool turned_cut(const TurnedCut& given, float* y, std::size_t ld) noexcept {
         for (std::size_t r = 0; r < given.columns; ++r) {
             const std::uint16_t* x = given.x + i * kCutColumns;
             const std::uint16_t* w = given.w + r / kTurnedRows * steps * kTurnedCutStep;
-            float sum = 0.0F;
+            float sum = given.anew ? 0.0F : y[i * ld + r];
             for (std::size_t s = 0; s < steps; ++s, x += kTurnedCutStep, w += kTurnedCutStep) {
                 for (std::size_t pair = 0; pair < 6; ++pair) {
                     const std::size_t part_x = kPartsOfX[pair];
