@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from pydedup.adapter_options import RowColumn
 from pydedup.errors import ArgumentError
 
-from ._rows import RowCalls, Rows, split_name, words_of
+from ._rows import RowCalls, Rows, plain_key, shown_key, split_name, words_of
 from ._select import as_table
 from ._sessions import Connection
 from ._values import Row
@@ -41,6 +41,8 @@ _NO_KEYS: Final = frozenset((114, 3802, 2249))
 #: Errors of a user's query that would write, or has parameters ($1): elsewhere these SQLSTATEs are
 #: the server's fault.
 _OF_QUERIES: Final = ("25006", "08P01")
+#: The SQLSTATE of two types that are not compared.
+_NO_OPERATOR: Final = "42883"
 #: What columns keep as it is, or refuse.
 _KEEPS: Final[Mapping[str, frozenset[type]]] = MappingProxyType(
     dict.fromkeys(("bigint", "integer", "smallint"), frozenset((int,)))
@@ -154,7 +156,18 @@ class PostgresRows(RowCalls):
         texts = by_type.pop(str, [])
         there: set[object] = set()
         for alike in by_type.values():  # the driver sends a list as values of one type
-            there |= super().present_keys(table, key, alike)
+            try:
+                there |= super().present_keys(table, key, alike)
+            except ArgumentError as error:
+                if getattr(error.__cause__, "sqlstate", None) != _NO_OPERATOR:
+                    raise
+                kind, first = self._types_of(table).get(key), shown_key(plain_key(alike[0]))
+                raise ArgumentError(
+                    f"column {key!r} of table {table} is of type {kind}, which the server does not "
+                    f"compare with the key {first} of the query; have the query "
+                    f"give that type, as in SELECT CAST({key} AS {kind}) AS {key}, ..., or name "
+                    "another table"
+                ) from error.__cause__
         if not texts:
             return there
         name, place = self._quoted(key, "column"), self._table(table)

@@ -36,7 +36,7 @@ from ._sessions import WRITE, Connection
 from ._sql import batches
 from ._values import Row
 
-__all__ = ["RowCalls", "Rows", "split_name", "words_of"]
+__all__ = ["RowCalls", "Rows", "plain_key", "shown_key", "split_name", "words_of"]
 
 #: PostgreSQL takes no longer names, and would cut them.
 NAME_BYTES: Final = 63
@@ -99,7 +99,7 @@ class RowCalls(DbApiBase):
 
     @abc.abstractmethod
     def _indexless(self, schema: str, table: str) -> str:
-        """Return what it is, where nobody can make an index on it: a view, say; else nothing."""
+        """Return what it is, where no index can be made on it: a view, say; else nothing."""
 
     def vector(self, payload: bytes) -> object:
         """Return float32 in little-endian order as a value of kind ``vector``."""
@@ -234,7 +234,7 @@ class RowCalls(DbApiBase):
                 advice = "make it the primary key"
                 if kind := self._indexless(*split_name(table)):
                     said = f"{table} is {kind}, and no index makes its column {key!r} unique"
-                    advice = "name the table that it is of"
+                    advice = "name the table that it is of, if there is one"
                 raise ArgumentError(
                     f"{said}, so that no row is known to be done; {advice}, or name a new table"
                 )
@@ -278,14 +278,14 @@ class RowCalls(DbApiBase):
 
     def present_keys(self, table: str, key: str, keys: Sequence[object]) -> set[object]:
         """Return those of the keys that have a row, as they were asked."""
-        name = self._quoted(key, "column")
         distinct: list[Any] = list(dict.fromkeys(keys))
         if self._sql.dialect.arrays:
             pieces: Iterator[Sequence[Any]] = iter([[distinct]] if distinct else [])
         else:
             pieces = batches(distinct, self.capabilities.max_parameters)
         with self._of_user(f"table {table}"):
-            head = f"SELECT {self._told_key(table, key)} FROM {self._table(table)} WHERE {name} "
+            name, told = self._compared_key(table, key), self._told_key(table, key)
+            head = f"SELECT {told} FROM {self._table(table)} WHERE {name} "
             found = {
                 plain_key(row[0])
                 for piece in pieces
@@ -299,6 +299,10 @@ class RowCalls(DbApiBase):
 
     def _told_key(self, table: str, key: str) -> str:
         """Return the key of a table as a SELECT gives it."""
+        return self._quoted(key, "column")
+
+    def _compared_key(self, table: str, key: str) -> str:
+        """Return the key of a table as it is compared: what is equal, its unique index says."""
         return self._quoted(key, "column")
 
     def _present_one_by_one(self, head: str, keys: Sequence[object]) -> set[object]:
@@ -366,12 +370,11 @@ class RowCalls(DbApiBase):
         there = self.present_keys(table, key, keys)
         lost = next((one for one in map(plain_key, keys) if one not in there), None)
         if lost is not None:
-            shown = repr(lost) if isinstance(lost, str | bytes) else str(lost)
             raise ArgumentError(
-                f"table {table} has no row with the key {shown} that was written to it: the type "
-                f"of its column {key!r} made another key of it, or a trigger, a rule or an ON "
-                "CONFLICT of the table changed or dropped the row, or row-level security hides "
-                "it; have the query give keys that the table takes, or name another table"
+                f"table {table} has no row with the key {shown_key(lost)} that was written to it: "
+                f"the type of its column {key!r} made another key of it, or a trigger, a rule or "
+                "an ON CONFLICT of the table changed or dropped the row, or row-level security "
+                "hides it; have the query give keys that the table takes, or name another table"
             )
 
     def _writing(self) -> AbstractContextManager[None]:
@@ -412,6 +415,11 @@ def plain_key(value: Any) -> Any:
     if isinstance(value, set):  # of a SET of MySQL; what is asked for is its text
         return frozenset(value)
     return bytes(value) if isinstance(value, bytearray | memoryview) else value
+
+
+def shown_key(key: object) -> str:
+    """Return a key as messages have it."""
+    return repr(key) if isinstance(key, str | bytes) else str(key)
 
 
 def words_of(error: BaseException) -> str:

@@ -50,6 +50,10 @@ class SqliteRows(RowCalls):
         dict.fromkeys(("integer", "text", "bytes", "date", "time", "instant"), "")
     )
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._collations: dict[str, dict[str, str]] = {}
+
     @contextlib.contextmanager
     def _stream(self, query: str, batch: int, values: Sequence[object] = ()) -> Iterator[Rows]:
         """Run one SELECT of a user on a connection of its own, and stream it.
@@ -123,7 +127,27 @@ class SqliteRows(RowCalls):
         return table
 
     def _columns_of(self, schema: str, table: str) -> list[str]:
-        return [row[0] for row in self._query("SELECT name FROM pragma_table_info(?)", [table])]
+        self._collations.pop(table, None)
+        # Generated columns are in this list alone; 1 is what a virtual table hides.
+        rows = self._query("SELECT name FROM pragma_table_xinfo(?) WHERE hidden <> 1", [table])
+        return [name for (name,) in rows]
+
+    def _compared_key(self, table: str, key: str) -> str:
+        """Name the collation of the unique index, which may be another than the column's."""
+        if table not in self._collations:
+            # Of several, one by which more keys are the same.
+            rows = self._query(
+                "SELECT c.name, MAX(c.coll) FROM pragma_index_list(?) i, "
+                'pragma_index_xinfo(i.name) c WHERE i."unique" AND NOT i.partial AND c."key" '
+                "GROUP BY i.name HAVING COUNT(*) = 1 ORDER BY upper(MAX(c.coll)) <> 'BINARY'",
+                [table],
+            )
+            self._collations[table] = {name: coll for name, coll in rows if name is not None}
+        name, collation = self._quoted(key, "column"), self._collations[table].get(key)
+        if collation is None:  # the number of a row
+            return name
+        quote = self._sql.dialect.quote
+        return f"{name} COLLATE {quote}{collation.replace(quote, quote * 2)}{quote}"
 
     def _unique_columns(self, schema: str, table: str) -> set[str]:
         keys = self._query("SELECT name FROM pragma_table_info(?) WHERE pk > 0", [table])
@@ -137,9 +161,12 @@ class SqliteRows(RowCalls):
 
     def _indexless(self, schema: str, table: str) -> str:
         found = self._query(
-            "SELECT 1 FROM sqlite_master WHERE type = 'view' AND lower(name) = lower(?)", [table]
+            "SELECT CASE WHEN type = 'view' THEN 'a view' ELSE 'a virtual table' END "
+            "FROM sqlite_master WHERE lower(name) = lower(?) "
+            "AND (type = 'view' OR type = 'table' AND sql LIKE 'CREATE VIRTUAL TABLE%')",
+            [table],
         )
-        return "a view" if found else ""
+        return str(found[0][0]) if found else ""
 
     def insert_predictions(
         self, table: str, columns: Sequence[str], rows: Sequence[Sequence[object]]

@@ -429,3 +429,20 @@ def test_a_schema_may_be_called_otherwise_than_tables(postgres_url: str) -> None
         assert (first.rows, again.rows, again.skipped) == (1, 0, 1)
         assert connection.execute(f'SELECT id FROM "{schema}".predictions').fetchall() == [(1,)]
         connection.execute(f'DROP SCHEMA "{schema}" CASCADE')
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "shown"),
+    [("text", "1", "1"), ("date", "1", "1"), ("text", r"'\x00'::bytea", "b'")],
+)
+def test_a_key_that_the_column_is_not_compared_with_is_told(
+    postgres_url: str, store: pydedup.Store, kind: str, key: str, shown: str
+) -> None:
+    """The server says "operator does not exist: text = bigint", and neither the column nor how."""
+    into = unused_name()
+    said = rf"'id' of table public.{into} is of type {kind}, .* the key {shown}.*CAST\(id AS {kind}"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE TABLE {into} (id {kind} PRIMARY KEY, prediction real)")
+        with pytest.raises(ArgumentError, match=said):
+            store.score(f"SELECT {key} AS id, 1 AS a, 2 AS b, 3 AS c", "m@1", into=into)
+        connection.execute(f"DROP TABLE {into}")

@@ -102,3 +102,40 @@ def test_a_key_that_is_no_whole_number_is_told(tmp_path: Path, key: object) -> N
         assert rows.present_keys("t", "k", [7, 8, 9, 10]) == set()
         assert rows.insert_predictions("t", ["k"], [[7], ["8"], [" 9e0 "], [10.0]])
         assert rows.present_keys("t", "k", [7, 8, 9, 10]) == {7, 8, 9, 10}
+
+
+@pytest.mark.parametrize(
+    ("column", "index", "equal"), [("NOCASE", "BINARY", set()), ("BINARY", "NOCASE", {"A"})]
+)
+def test_what_keys_are_equal_the_unique_index_says(
+    tmp_path: Path, column: str, index: str, equal: set[str]
+) -> None:
+    """The column was asked: rows were left out that the table takes, or it took some for written.
+
+    Texts that look like numbers are found in a column of numbers as before.
+    """
+    table = f"CREATE TABLE t (k TEXT COLLATE {column}, n INTEGER)"
+    unique = f"CREATE UNIQUE INDEX one ON t (k COLLATE {index})"
+    numbers = ("CREATE TABLE u (k INTEGER UNIQUE, n INTEGER)", "INSERT INTO u VALUES (7, 1)")
+    with rows_of(tmp_path, table, unique, "INSERT INTO t VALUES ('a', 1)", *numbers) as rows:
+        assert rows.present_keys("t", "k", ["A", "b"]) == equal
+        assert rows.insert_predictions("t", ["k"], [["A"]]) == (not equal)
+        assert rows.present_keys("u", "k", ["7", "8"]) == {"7"}
+
+
+def test_a_generated_key_is_a_column_that_is_not_written(tmp_path: Path) -> None:
+    """The table was told to have no such column."""
+    table = "CREATE TABLE t (n INTEGER, k INTEGER AS (n * 2) UNIQUE)"
+    with rows_of(tmp_path, table) as rows:
+        assert rows.table_columns("t", "k") == ("n", "k")
+        with pytest.raises(ArgumentError, match='cannot INSERT into generated column "k"'):
+            rows.insert_predictions("t", ["k"], [[1]])
+
+
+def test_no_index_is_made_on_a_virtual_table(tmp_path: Path) -> None:
+    """Its key was to be made its primary key, which nobody can."""
+    with (
+        rows_of(tmp_path, "CREATE VIRTUAL TABLE t USING fts5(k, prediction)") as rows,
+        pytest.raises(ArgumentError, match="t is a virtual table, and no index makes its column"),
+    ):
+        rows.table_columns("t", "k")
