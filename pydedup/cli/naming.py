@@ -59,9 +59,18 @@ def alias(
     type=click.IntRange(min=1),
     help="All versions of NAME but the newest N, and but those that an alias points at.",
 )
+@click.option("--dry-run", is_flag=True, help="Say what would be removed; remove nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @options.json_option
-def rm(url: str, name: str, all_versions: bool, keep: int | None, yes: bool, as_json: bool) -> int:
+def rm(
+    url: str,
+    name: str,
+    all_versions: bool,
+    keep: int | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> int:
     """Remove a version, old versions, or all versions of a model.
 
     `pydedup vacuum` then gives the space back.
@@ -69,19 +78,21 @@ def rm(url: str, name: str, all_versions: bool, keep: int | None, yes: bool, as_
     Less than a quarter of a page that others still use is not given back. Asks first when it is run
     on a terminal.
     """
-    with options.existing_store(url) as store:
-        asks = not yes and sys.stdin is not None and sys.stdin.isatty()
+    with (options.read_store if dry_run else options.existing_store)(url) as store:
+        asks = not (yes or dry_run) and sys.stdin is not None and sys.stdin.isatty()
         if asks and not _agreed(store, name, all_versions, keep):
             warn("nothing was removed")
             return Exit.DIFFERENT
         with Watch(WAITING):
-            removed = store.remove(name, all_versions=all_versions, keep=keep)
+            removed = store.remove(name, all_versions=all_versions, keep=keep, dry_run=dry_run)
     if as_json:
-        output.emit_json({"removed": removed})
+        output.emit_json({"dry_run": dry_run, "removed": removed})
     else:
         for address in removed:
-            output.print_note(f"removed {address}")
-        if removed:
+            output.print_note(f"{'would remove' if dry_run else 'removed'} {address}")
+        if dry_run:
+            output.print_note("dry run: nothing was removed", "yellow")
+        elif removed:
             output.print_note("`pydedup vacuum` gives the space back", "dim")
         else:
             output.print_note(f"{name} has no older versions; nothing was removed")

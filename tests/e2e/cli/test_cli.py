@@ -483,14 +483,20 @@ def test_alias_rm_vacuum_verify(files: Path, tmp_path: Path) -> None:
     kept = succeed("rm", url, "m", "--keep", "1")
     assert kept == "m has no older versions; nothing was removed\n"
     succeed("add", url, "m@3", files / "tuned.safetensors")
-    assert document("rm", url, "m", "--keep", "2") == {"removed": []}
+    assert document("rm", url, "m", "--keep", "2") == {"dry_run": False, "removed": []}
     assert "alone" in fail("rm", url, "m@2", "--keep", "1", status=2)
     assert "alone" in fail("rm", url, "m", "--keep", "1", "--all-versions", status=2)
     assert "--keep" in fail("rm", url, "m", "--keep", "0", status=2)
-    assert document("rm", url, "m", "--keep", "1") == {"removed": ["m@2"]}
+    dry = ("rm", url, "m", "--keep", "1", "--dry-run")
+    assert document(*dry) == {"dry_run": True, "removed": ["m@2"]}
+    assert succeed(*dry) == "would remove m@2\ndry run: nothing was removed\n"
+    assert document("rm", url, "m", "--keep", "1") == {"dry_run": False, "removed": ["m@2"]}
     succeed("add", url, "m@2", files / "base.safetensors")
-    assert document("rm", url, "m@3") == {"removed": ["m@3"]}
-    assert document("rm", url, "m", "--all-versions", "--yes") == {"removed": ["m@2"]}
+    assert document("rm", url, "m@3") == {"dry_run": False, "removed": ["m@3"]}
+    assert document("rm", url, "m", "--all-versions", "--yes") == {
+        "dry_run": False,
+        "removed": ["m@2"],
+    }
     report = document("vacuum", url)
     assert report["amplification_after"] <= 1.1
     said = succeed("vacuum", url, "--grace", "60")
