@@ -29,8 +29,9 @@ from ._sqlite_file import LARGE_PAGE_BYTES
 __all__ = ["meaning"]
 
 _FREE: Final = (
-    "free some space, a few MiB, and run `pydedup vacuum`, which gives back what was written; what "
-    "was complete is there, and nothing of the rest"
+    "free some space, a few MiB, and run a copy or restore again, which goes on; else run "
+    "`pydedup vacuum`, which gives back what was written; what was complete is there, and nothing "
+    "of the rest"
 )
 _FREE_TO_READ: Final = (
     "whoever opens a store, also to read it, needs 64 KiB beside it; free some space, a few MiB, "
