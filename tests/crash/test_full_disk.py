@@ -147,7 +147,8 @@ def test_a_copy_that_fills_the_disk_says_what_is_there(sqlite_place: Place, tmp_
         for name, tensors in models.items():
             source.add(name, tensors, policy=policies.Exact())
         with pytest.raises(
-            StorageFullError, match=r"copy or restore again, .*what was complete is there, and"
+            StorageFullError,
+            match=r"restore again, which .*what was complete is there, and nothing",
         ):
             source.copy_to(url)
         with pydedup.open(url, mode="r") as store:
