@@ -52,7 +52,7 @@ SHAPES: tuple[Shape, ...] = (
     (128, 128),
     (256, 256),
 )
-VECTORS: tuple[Shape, ...] = (None, (32, 128), (16, 150), (16, 300))
+VECTORS: tuple[Shape, ...] = (None, (64, 64), (32, 128), (16, 300))
 POLICIES: tuple[Policy, ...] = (Exact(), Lossless(), Bounded(0.001))
 
 

@@ -35,14 +35,19 @@ __all__ = [
     "row_axes",
 ]
 
-#: Bytes that a default block has at most. 16 KiB keeps rows that a fine-tune did not touch
-#: shareable and fits the first-level cache of the streaming kernels.
+#: Bytes that a default block has at most, unless it is of a table. 16 KiB keeps rows that a
+#: fine-tune did not touch shareable and fits the first-level cache of the streaming kernels.
 DEFAULT_BLOCK_BYTES = 16 * 1024
 # Elements of a block of f32, f16 or bf16: the same, so that variants of different precision are
 # cut alike and a block of one can be the base of the other's.
 _FLOAT_BLOCK_ELEMENTS = DEFAULT_BLOCK_BYTES // 4
 _ALIKE = (DType.F32, DType.F16, DType.BF16)
 _DEFAULT_BLOCK_COLS = 64
+# A table, as of words: this many times as long as it is wide, at least. Its rows are read one by
+# one and trained so, and hardly anything else has its columns. Wider ones may be turned: the output
+# layer of a graph is often the transposed table, and shares only blocks that are square.
+_TABLE_ROWS_PER_COL = 16
+_WIDEST_TABLE = 384
 # Rows and columns of the matrices of a stack, at least.
 _LEAST_STACKED = 128
 
@@ -87,15 +92,21 @@ def matrix_shape(shape: Sequence[int], axes: int | None = None) -> tuple[int, in
     return math.prod(int(n) for n in shape[:axes]), math.prod(int(n) for n in shape[axes:])
 
 
-def default_block_shape(rows: int, cols: int, dtype: DType) -> tuple[int, int]:
+def default_block_shape(
+    rows: int, cols: int, dtype: DType, *, matrices: int = 1
+) -> tuple[int, int]:
     """Return the block shape used when the caller names none.
 
     Near-square blocks of at most `DEFAULT_BLOCK_BYTES`: 64 columns wide, or as wide as a
-    narrow matrix, or wider where there are few rows.
+    narrow matrix, or wider where there are few rows. A table of words has as many rows, whole.
+    ``matrices`` says how many lie in it, one below the other: a stack of them is no table.
     """
     rows, cols = max(rows, 1), max(cols, 1)
     elements = _FLOAT_BLOCK_ELEMENTS if dtype in _ALIKE else DEFAULT_BLOCK_BYTES // dtype.itemsize
     height = min(rows, elements // _DEFAULT_BLOCK_COLS)
+    is_table = rows // max(matrices, 1) >= _TABLE_ROWS_PER_COL * cols
+    if is_table and _DEFAULT_BLOCK_COLS < cols <= _WIDEST_TABLE:
+        return height, cols
     width = elements // height
     if width > _DEFAULT_BLOCK_COLS:
         width -= width % _DEFAULT_BLOCK_COLS
@@ -199,8 +210,9 @@ class MatrixView:
         dtype = DType.of(array.dtype)
         axes = row_axes(array.shape) if axes is None else axes
         rows, cols = matrix_shape(array.shape, axes)
+        matrices = math.prod(array.shape[: axes - 1])
         block = (
-            default_block_shape(rows, cols, dtype)
+            default_block_shape(rows, cols, dtype, matrices=matrices)
             if block_shape is None
             else as_block_shape(block_shape)
         )
@@ -212,7 +224,6 @@ class MatrixView:
             data = np.empty((rows, cols * dtype.itemsize), np.uint8)
         else:
             data = native.view(np.uint8).reshape(rows, cols * dtype.itemsize)
-        matrices = math.prod(array.shape[: axes - 1])
         return cls(data, dtype, BlockGrid(rows, cols, *block), matrices)
 
     @property

@@ -11,7 +11,7 @@ import struct
 import numpy as np
 import pytest
 
-from pydedup.blocks import BlockGrid, BlockMap, _pack_part, default_block_shape
+from pydedup.blocks import BlockGrid, BlockMap, MatrixView, _pack_part, default_block_shape
 from pydedup.errors import CorruptStoreError
 from pydedup.types import DType
 
@@ -152,6 +152,16 @@ def test_a_page_that_no_store_has_is_damage(bit: int) -> None:
         ((3, 100_000), DType.F32, (3, 1344)),
         ((11, 10_000), DType.F32, (11, 320)),
         ((0, 3), DType.F32, (1, 3)),
+        ((60_000, 300), DType.F32, (64, 300)),
+        ((60_000, 300), DType.BF16, (64, 300)),
+        ((60_000, 300), DType.F64, (32, 300)),
+        ((60_000, 300), DType.I8, (256, 300)),
+        ((30_522, 384), DType.F32, (64, 384)),
+        ((30_522, 385), DType.F32, (64, 64)),
+        ((60_000, 64), DType.F32, (64, 64)),
+        ((60_000, 768), DType.F32, (64, 64)),
+        ((4800, 300), DType.F32, (64, 300)),
+        ((4799, 300), DType.F32, (64, 64)),
     ],
 )
 def test_matrices_are_cut_as_they_were(
@@ -159,6 +169,12 @@ def test_matrices_are_cut_as_they_were(
 ) -> None:
     """What is cut otherwise shares nothing with what earlier versions of pydedup stored."""
     assert default_block_shape(*shape, dtype) == block_shape
+
+
+def test_a_stack_is_no_table() -> None:
+    experts = np.zeros((16, 256, 256), np.float32)
+    assert MatrixView.of(experts).grid.block_shape == MatrixView.of(experts[0]).grid.block_shape
+    assert MatrixView.of(experts.reshape(-1, 256)).grid.block_shape == (64, 256)
 
 
 def test_the_number_of_blocks_is_that_of_the_grid() -> None:

@@ -65,11 +65,13 @@ constexpr std::size_t kDotAheadBytes = 8192;
 // MB of them in memory: 10 ms without, 7.8 with it) and an EPYC loses by (a tenth). f32 gains
 // nothing on either.
 constexpr std::size_t kDotSoonBytes = 1024;
+// Rows of w that a single row of x takes two at a time.
+constexpr std::size_t kShortRowBytes = 256;
 
 // M rows of x by R rows of w: M*R running sums of kLanes lanes, folded at the end of the block. A
 // single row of x takes only 2 of w: the more rows are in flight, the sooner the hardware's
 // prefetchers lose track (EPYC, one core, 64 x 64 blocks in memory: 11 GB/s with 8 rows, 15 with 4,
-// 23 with 2).
+// 23 with 2), and where rows are long, 1 (the same, 64 x 128: 14 GB/s with 2 rows, 22 with 1).
 template <class V, class Weight, bool AsksSoon, std::size_t M, std::size_t R>
 void dot_nt_fixed(const typename V::Elem* x, std::size_t ldx, const typename Weight::Elem* w,
                   std::size_t cols, std::size_t ldw, typename V::Elem* y,
@@ -154,7 +156,11 @@ void dot_nt(const typename V::Elem* x, std::size_t ldx, std::size_t m,
             dot_nt_rows<V, Weight, false, 2, 4>(x, ldx, w, rows, cols, ldw, y, ldy);
             break;
         case 1:
-            dot_nt_rows<V, Weight, AsksSoon, 1, 2>(x, ldx, w, rows, cols, ldw, y, ldy);
+            if (cols * sizeof(typename Weight::Elem) <= kShortRowBytes) {
+                dot_nt_rows<V, Weight, AsksSoon, 1, 2>(x, ldx, w, rows, cols, ldw, y, ldy);
+            } else {
+                dot_nt_rows<V, Weight, AsksSoon, 1, 1>(x, ldx, w, rows, cols, ldw, y, ldy);
+            }
             break;
         default:
             break;
