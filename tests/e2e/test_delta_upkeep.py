@@ -351,8 +351,8 @@ def test_full_pages_of_deltas_move_only_with_their_bases(
         "own": own,
         "mixed": np.concatenate([own[:300], rng.random((100, 128), np.float32)]),
     }
-    for name, table in tables.items():
-        store.add(name, {"w": table})
+    for name, table in tables.items():  # cut alike, however long they are
+        store.add(name, {"w": table}, block_shape=(64, 64))
     for name in removed:
         store.remove(name)
     plan = store.vacuum(dry_run=True)
@@ -361,7 +361,7 @@ def test_full_pages_of_deltas_move_only_with_their_bases(
     assert (report.rewritten_pages < report.pages_before) == bool(removed)
     assert store.verify().ok
     for name in removed:  # matches what nobody uses, too
-        store.add(name, {"w": tables[name]})
+        store.add(name, {"w": tables[name]}, block_shape=(64, 64))
     assert store.verify().ok
     for name, table in tables.items():
         np.testing.assert_array_equal(store.load(name)["w"], table)

@@ -54,7 +54,7 @@ def live_pages(store: pydedup.Store) -> set[int]:
 def test_pages_that_bring_nothing_stay(store: pydedup.Store, url: str) -> None:
     rng = np.random.default_rng(0)
     large, small = rng.random((24_000, 256), np.float32), rng.random((600, 128), np.float32)
-    store.add("large", {"w": large}, policy=policies.Exact())
+    store.add("large", {"w": large}, policy=policies.Exact(), block_shape=(64, 64))
     full = live_pages(store)
     store.add("one", {"w": small[:400]}, policy=policies.Exact())
     store.add("two", {"w": small}, policy=policies.Exact())  # on the page of one, and its own
