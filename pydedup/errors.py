@@ -241,13 +241,11 @@ class PageNotFoundError(CorruptStoreError):
     """A page that a block map names does not exist."""
 
     @classmethod
-    def of(cls, page_ids: Sequence[int]) -> Self:
-        """Return the error for pages that do not exist."""
+    def of(cls, page_ids: Sequence[int], more: str = "") -> Self:
+        """Return the error for pages that do not exist; ``more`` is what is known of them."""
         do = "does" if len(page_ids) == 1 else "do"
         ids = listed([str(number) for number in page_ids])
-        error = cls(
-            f"{plural(len(page_ids), 'page')} {do} not exist: {ids}; "
-            "if this stays so after reopening the store, run verify on it"
-        )
+        more = more or "; if this stays so after reopening the store, run verify on it"
+        error = cls(f"{plural(len(page_ids), 'page')} {do} not exist: {ids}{more}")
         error.page_ids = tuple(page_ids)
         return error

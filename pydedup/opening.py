@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pydedup import codec, config, registry
 from pydedup.adapter import SCHEMA_VERSION, Adapter
 from pydedup.adapter_options import ReadIntoAdapter, RowAdapter, only_sound_rows, page_copies
-from pydedup.catalog import page_readers, recorded_pages
+from pydedup.catalog import recorded_pages
 from pydedup.errors import (
     ArgumentError,
     MissingStoreError,
@@ -130,7 +130,7 @@ def pool_of(
     return PagePool(
         recorded_pages(adapter),
         memory_bytes - scratch,
-        lambda page_id: _said_of_damaged(adapter, page_id),
+        lambda page_ids: _said_of_lost(adapter, page_ids),
         policy=replacement,
         readers=adapter.capabilities.page_readers,
         scratch_bytes=scratch // 2,
@@ -191,14 +191,16 @@ def check_writable(adapter: Adapter, what: str) -> None:
         )
 
 
-def _said_of_damaged(adapter: Adapter, page_id: int) -> str:
-    """Say for an error who reads a damaged page, and what to do."""
+def _said_of_lost(adapter: Adapter, page_ids: Sequence[int]) -> tuple[str, str]:
+    """Say for an error who reads pages that are damaged or gone, and what to do."""
+    them = "it" if len(page_ids) == 1 else "them"
     advice = (
-        f"; verify --repair-from restores it in {adapter.url} from another store, a backup or a "
-        "model's file"
+        f"; verify --repair-from restores {them} in {adapter.url} from another store, a backup or "
+        "a model's file"
     )
     try:
-        readers = page_readers(adapter).get(page_id)
+        ids = {model_id for model_id, _ in adapter.readers_of(page_ids)}
+        readers = sorted(row.address for row in adapter.models() if row.id in ids) if ids else []
     except PydedupError:
-        return advice
-    return (f"; read by {listed(readers)}" if readers else "") + advice
+        return "", advice
+    return (f"; read by {listed(readers)}" if readers else ""), advice

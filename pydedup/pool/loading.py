@@ -18,7 +18,7 @@ from pydedup.codec import check_recorded, page_checksum
 from pydedup.errors import CorruptStoreError, PageNotFoundError, SchemaVersionError
 from pydedup.sets import in_parts
 
-__all__ = ["Copies", "Damaged", "Fetch", "Fetched", "PageLoader", "ReadInto"]
+__all__ = ["Copies", "Damaged", "Fetch", "Fetched", "Gone", "PageLoader", "ReadInto"]
 
 #: Reads pages: given ids, gives (id, checksum, payload) for those that exist, in any order. The
 #: checksum is the one that is recorded of the page, None where none is.
@@ -35,6 +35,9 @@ Copies: TypeAlias = Callable[[int], Iterable[bytes]]
 
 #: Makes of a page's damage the error that says who reads it, and what to do.
 Damaged: TypeAlias = Callable[[int, CorruptStoreError], CorruptStoreError]
+
+#: Makes of the ids of pages that are not there the error that says so.
+Gone: TypeAlias = Callable[[Sequence[int]], PageNotFoundError]
 
 # Pages that one of several readers reads at least.
 _PIECE_PAGES = 4
@@ -53,6 +56,8 @@ class PageLoader:
         Reads pages; called by several threads at once.
     damaged
         Makes the error of a damaged page.
+    gone
+        Makes the error of pages that are not there.
     readers
         How many threads may fetch side by side for one call of `load`.
     copies
@@ -68,6 +73,7 @@ class PageLoader:
         core: _core.BufferPool,
         fetch: Fetch,
         damaged: Damaged,
+        gone: Gone,
         readers: int,
         copies: Copies | None,
         read_into: ReadInto | None,
@@ -78,6 +84,7 @@ class PageLoader:
         self._core = core
         self._fetch = fetch
         self._damaged = damaged
+        self._gone = gone
         self._copies = copies
         self._read_into = read_into
         self._is_expected = is_expected
@@ -163,7 +170,7 @@ class PageLoader:
                     raise error
         missing = [number for number in ids if number not in pages]
         if missing:
-            raise PageNotFoundError.of(missing)
+            raise self._gone(missing)
         return pages
 
     def _load_piece(self, ids: Sequence[int], ahead: bool, pages: dict[int, Page]) -> None:

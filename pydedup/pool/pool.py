@@ -26,7 +26,13 @@ from numpy.typing import NDArray
 from pydedup import _core
 from pydedup._core import Page
 from pydedup.arguments import as_count
-from pydedup.errors import ArgumentError, BudgetError, CorruptStoreError, UnavailableError
+from pydedup.errors import (
+    ArgumentError,
+    BudgetError,
+    CorruptStoreError,
+    PageNotFoundError,
+    UnavailableError,
+)
 from pydedup.pool.admission import Held, Reservation, Shares
 from pydedup.pool.loading import Copies, Fetch, PageLoader, ReadInto
 from pydedup.pool.prefetch import Call, Room
@@ -38,10 +44,12 @@ from pydedup.words import Replacement
 
 __all__ = ["Called", "Page", "PagePool"]
 
-#: Says of a damaged page who reads it and what to do.
-Explain: TypeAlias = Callable[[int], str]
+#: Says of pages who reads them, and what to do.
+Explain: TypeAlias = Callable[[Sequence[int]], tuple[str, str]]
 
 _T = TypeVar("_T")
+
+_ADVICE = "; run verify on the store"
 
 # A call within another one.
 _PART: AbstractContextManager[None] = nullcontext()
@@ -87,7 +95,8 @@ class PagePool(Walks):
     memory_bytes
         Bytes of pages to hold at most.
     explain
-        Called with the id of a damaged page; what it returns follows on what the error says.
+        Called with the ids of pages that are damaged or gone; what it returns, who reads them and
+        what to do, follows on what the error says.
     policy
         Which page goes when room is needed: a name of `pydedup.replacement.POLICIES`.
     readers
@@ -148,6 +157,7 @@ class PagePool(Walks):
             self._core,
             self._fetch,
             self.damaged,
+            self._gone,
             self._readers,
             self._copies,
             self._read_into,
@@ -256,10 +266,18 @@ class PagePool(Walks):
 
     def damaged(self, page_id: int, error: CorruptStoreError) -> CorruptStoreError:
         """Return the error that says of a damaged page who reads it, and what to do."""
-        advice = "; run verify on the store" if self._explain is None else self._explain(page_id)
-        told = CorruptStoreError(f"page {page_id}: {error}{advice}")
+        by, advice = self._explain((page_id,)) if self._explain else ("", _ADVICE)
+        told = CorruptStoreError(f"page {page_id}: {error}{by}{advice}")
         told.page_ids = (page_id,)
         return told
+
+    def _gone(self, page_ids: Sequence[int]) -> PageNotFoundError:
+        """Return the error about pages that are not there.
+
+        Where a model reads them they are lost. Else a vacuum took them away, or who removed it.
+        """
+        by, advice = self._explain(page_ids) if self._explain else ("", "")
+        return PageNotFoundError.of(page_ids, by + advice if by else "")
 
     def call(self, *models: Called) -> AbstractContextManager[None]:
         """Make what this thread does one prediction, of one model or of several together.

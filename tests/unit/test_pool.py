@@ -189,6 +189,16 @@ def test_missing_pages_are_listed() -> None:
         pages.pool().pages(list(range(10, 40)))
 
 
+def test_of_missing_pages_it_is_said_who_reads_them() -> None:
+    """Those that nobody reads any more are not lost: a vacuum took them away."""
+    pages, size = pages_of(3)
+    for by, said in (("; read by m@1", "; read by m@1; mend it"), ("", "; if this stays so .*")):
+        pool = PagePool(pages.fetch, size, lambda _ids, by=by: (by, "; mend it"))
+        with pytest.raises(PageNotFoundError, match=f"^2 pages do not exist: 7, 9{said}$") as told:
+            pool.pages([9, 7])
+        assert told.value.page_ids == (7, 9)
+
+
 def test_the_budget_is_never_exceeded() -> None:
     pages, size = pages_of(20)
     pool = pages.pool(3 * size + 10)

@@ -12,7 +12,7 @@ from pydedup.adapters._shards_url import is_same_place
 from pydedup.catalog import page_readers
 from pydedup.cli.app import main
 from pydedup.cli.errors import Exit
-from pydedup.errors import UnavailableError
+from pydedup.errors import PageNotFoundError, UnavailableError
 from pydedup.testing.servers import PostgresServer, unused_name, unused_port
 from pydedup.testing.shards import (
     MODELS,
@@ -21,6 +21,7 @@ from pydedup.testing.shards import (
     ShardedPlace,
     drop,
     fill,
+    ids_on,
     is_sound,
     model_of,
     name_of,
@@ -90,6 +91,21 @@ def test_of_what_was_dropped_with_the_only_copy_the_models_fail(
             with pytest.raises(UnavailableError, match=f"is gone.*read by .*{address}"):
                 store.load(address)
     serves(url, *MODELS.keys() - gone)
+
+
+def test_of_a_shard_from_an_older_backup_the_models_are_named(place: ShardedPlace) -> None:
+    """Of a copy that it lacks it was said that the page does not exist, and not whose it is."""
+    url = place.url(1)
+    fill(url)
+    number = place.fullest()
+    (page, *_) = ids_on(place, number)
+    place.rows(number, "DELETE FROM {}.page_payloads WHERE id = %s", page)
+    with pydedup.open(url, mode="r") as store:
+        (reader,) = page_readers(store._adapter)[page]
+        told = f"1 page does not exist: {page}; read by {reader}; verify --repair-from restores it"
+        with pytest.raises(PageNotFoundError, match=told):
+            store.load(reader)
+    serves(url, *MODELS.keys() - {reader})
 
 
 def test_a_database_that_never_was_the_stores_is_a_slip(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pydedup
-from pydedup.errors import CorruptStoreError
+from pydedup.errors import CorruptStoreError, PageNotFoundError
 from pydedup.testing._contract_base import in_thread
 
 from ..damage import change, flip_last, forget_maps
@@ -77,6 +77,13 @@ def test_a_page_whose_row_is_lost_is_restored(
     change(store_url, "DELETE FROM {pages} WHERE id = ?", page)
     said = f"page {page}: it is missing; read by {name}@1"
     assert [error for error in store.verify().errors if error.startswith("page")] == [said]
+    # It was not said whose page it is, nor that a repair brings it back.
+    told = rf"^1 page does not exist: {page}; read by {name}@1; verify --repair-from restores it in"
+    with (
+        pydedup.open(store_url, mode="r") as afresh,
+        pytest.raises(PageNotFoundError, match=told),
+    ):
+        afresh.load(name)
     report = store.verify(repair_from=healthy)
     assert report.errors == []
     assert report.repair is not None
