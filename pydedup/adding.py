@@ -76,7 +76,8 @@ class StoreAdds:
             Kept with the model; must be representable as JSON.
         block_shape
             (rows, cols) of blocks, each of a page (1 MiB) at most; by default near-square blocks of
-            at most 16 KiB.
+            at most 16 KiB, and whole rows of tables (16 times as long as wide, or more, with 65 to
+            384 columns).
         dry_run
             Report what would be stored, and write nothing.
         progress

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from pydedup import matmul
 from pydedup.adapter import Adapter
 from pydedup.adapter_options import telling_rows, told_damage
-from pydedup.blocks import BlockMap
+from pydedup.blocks import BlockGrid, BlockMap
 from pydedup.catalog import Catalog, ModelsAhead, StoredModel, artifact_digests
 from pydedup.certificates import artifact_digest
 from pydedup.errors import CorruptStoreError
@@ -95,6 +96,7 @@ class TensorDiff:
 
     ``status`` is ``same``, ``changed``, ``reshaped`` (other shape or dtype), ``added`` (only in
     the second) or ``removed`` (only in the first). Differences are over elements, in float64.
+    Blocks are those of the first model, also where the second one has the tensor cut otherwise.
     """
 
     name: str
@@ -257,7 +259,8 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
         return TensorDiff(info.name, "reshaped")
     map_a, map_b = a.block_map(info.name), b.block_map(info.name)
     blocks, changed = map_a.grid.count, 0
-    if map_a.grid == map_b.grid:
+    is_cut_alike = map_a.grid == map_b.grid
+    if is_cut_alike:
         apart = places_of(map_a) != places_of(map_b)
         if not apart.any():
             return TensorDiff(info.name, "same", blocks)
@@ -272,6 +275,8 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
                 places_of(part_a), places_of(part_b)
             ):
                 two = matmul.read(part_b, pool).reshape(-1)
+            if not is_cut_alike:
+                changed += _changed_blocks(part_a.grid, one, two)
             for at in range(0, one.size, _PIECE):
                 piece_a, piece_b = one[at : at + _PIECE], two[at : at + _PIECE]
                 value, delta = buffers[:, : len(piece_a)]
@@ -285,7 +290,19 @@ def _diff_tensor(pool: PagePool, a: StoredModel, b: StoredModel, info: TensorInf
     if same:
         return TensorDiff(info.name, "same", blocks)
     away = distance.over(length)
-    return TensorDiff(info.name, "changed", blocks, changed or blocks, float(largest), away)
+    return TensorDiff(info.name, "changed", blocks, changed, float(largest), away)
+
+
+def _changed_blocks(grid: BlockGrid, one: NDArray[Any], two: NDArray[Any]) -> int:
+    """Return how many blocks of a matrix, which is given as a row, have other bits in another."""
+    a, b = (matrix.reshape(grid.rows, grid.cols).view(np.uint8) for matrix in (one, two))
+    lefts = np.arange(0, grid.cols, grid.block_cols) * one.itemsize
+    changed = 0
+    for top in range(0, grid.rows, grid.block_rows):
+        down = slice(top, top + grid.block_rows)
+        apart = (a[down] != b[down]).any(axis=0)
+        changed += int(np.logical_or.reduceat(apart, lefts).sum())
+    return changed
 
 
 class _Length:

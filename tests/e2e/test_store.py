@@ -422,6 +422,20 @@ def test_diff_names_what_changed(store: pydedup.Store) -> None:
     assert 1 <= by_name["moved"].changed_blocks < by_name["moved"].blocks
 
 
+def test_diff_counts_changed_blocks_of_tensors_that_are_cut_otherwise(store: pydedup.Store) -> None:
+    """All blocks of such a tensor counted as changed."""
+    table = np.random.default_rng(0).standard_normal((2000, 100)).astype(np.float32)
+    stack = np.arange(3 * 128 * 130, dtype=np.float64).reshape(3, 128, 130)
+    store.add("a", {"table": table, "stack": stack}, block_shape=(64, 64))
+    table[700, 3], table[1999, 99] = 1, 2
+    stack[2, 127, 129] = 0
+    store.add("b", {"table": table, "stack": stack}, block_shape=(50, 100))
+    for names in (("a", "b"), ("b", "a")):
+        diffs = store.diff(*names).tensors
+        assert {diff.name: diff.changed_blocks for diff in diffs} == {"table": 2, "stack": 1}
+    assert [diff.blocks for diff in store.diff("a", "b").tensors] == [64, 18]
+
+
 def test_metadata_and_certificate_are_kept(store: pydedup.Store) -> None:
     store.add(
         "m", {"w": np.zeros(3)}, metadata={"tenant": "żółw", "lr": 0.1}, policy=policies.Exact()
