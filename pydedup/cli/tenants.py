@@ -198,8 +198,9 @@ def _print_usage(usage: Usage, held: Sequence[Quota | None]) -> None:
         there = "there is none at all"
         if usage.keys:
             there = f"there are: {', '.join(map(text.clean, usage.keys))}"
+        none = "no model that can be read" if usage.damaged else "no model"
         output.print_note(
-            f"no model has the key {text.clean(key)!r} in its metadata; {there}", "yellow"
+            f"{none} has the key {text.clean(key)!r} in its metadata; {there}", "yellow"
         )
         return
     columns = [

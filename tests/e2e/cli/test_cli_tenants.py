@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,20 @@ def test_a_key_that_no_model_has(folder: Path, tmp_path: Path) -> None:
     found = document("stats", url, "--by", "tennant")
     assert [value["value"] for value in found["values"]] == [None]
     assert found["keys"] == ["team", "tenant"]
+
+
+def test_a_key_that_models_on_a_damaged_page_have(folder: Path, tmp_path: Path) -> None:
+    """No model had it, it was said, though the error behind that names those that were left out."""
+    path = tmp_path / "models.db"
+    succeed("add", path, "base", folder / "base.npz", "-q")
+    succeed("add", path, "a", folder / "a.npz", "--metadata", "tenant=acme", "-q")
+    succeed("add", path, "b", folder / "b.npz", "-q")
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE pydedup_pages SET payload = zeroblob(99) WHERE id = 1")
+    done = run_here("stats", path, "--by", "tenant")
+    assert done.returncode == 4
+    assert "no model that can be read has the key 'tenant' in its metadata" in done.stdout
+    assert "a@1" in done.stderr
 
 
 @pytest.mark.parametrize(
