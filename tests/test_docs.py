@@ -239,6 +239,10 @@ def test_what_howto_says_of_fastapi(store: pydedup.Store) -> None:
             with pytest.raises(fastapi.HTTPException) as caught:
                 predict("nobody", [[1, 2, 3]])
             assert caught.value.status_code == 404
+            for rows in ([[1, 2]], [[1, 2, 3], [1]]):
+                with pytest.raises(fastapi.HTTPException) as caught:
+                    predict("churn", rows)
+                assert caught.value.status_code == 422
 
     asyncio.run(ask())
 
