@@ -13,6 +13,7 @@ from pydedup.errors import (
     MissingStoreError,
     NotAStoreError,
     ReadOnlyError,
+    StorageFullError,
     StoreError,
     UnavailableError,
 )
@@ -201,8 +202,16 @@ class PostgresBase(ReadsAgain, PostgresRows, PostgresFunctions, DbApiAdapter):
         """
         self._refuse_when_read_only()
         self._refuse_inside("compact()")
-        for table in TABLES:
-            self._query(f"VACUUM (ANALYZE) {self._sql.dialect.name(table)}")
+        # Pages first: where a disk is full, they give room for what the others want.
+        tables = sorted(TABLES, key=lambda table: table != "pages")
+        full: list[str] = []
+        for table in map(self._sql.dialect.name, tables):
+            try:
+                self._query(f"VACUUM (ANALYZE) {table}")
+            except StorageFullError:
+                full.append(table)
+        for table in full:  # what the planner is told can wait
+            self._query(f"VACUUM {table}")
 
     def integrity_errors(self) -> list[str]:
         """Return what amcheck finds, and which indexes are not to be used and views missing."""

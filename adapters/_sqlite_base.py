@@ -327,17 +327,25 @@ class SqliteBase(SqliteRows, DbApiAdapter):
         """Shrink the file by its free pages, in steps between which others may write."""
         self._refuse_when_read_only()
         self._refuse_inside("compact()")
+        step = COMPACT_STEP
         while True:
             with self._pool.acquire() as session:
                 self._check_log(session)
                 ((free,),) = self._pragma(session, "freelist_count")
-                self._give_back(session)
+                try:
+                    self._give_back(session, step)
+                except StorageFullError:  # the log wants room for each page that is moved
+                    if step == 1:
+                        raise
+                    step, free = max(step // 16, 1), free + 1
                 ((left,),) = self._pragma(session, "freelist_count")
             if left == 0 or left >= free:
                 break
+            if step < COMPACT_STEP:
+                self.checkpoint()
         self.checkpoint()
 
-    def _give_back(self, session: Session) -> None:
+    def _give_back(self, session: Session, pages: int) -> None:
         cursor = session.connection.cursor()
         try:
             # Pages behind the new end are touched as they are freed. Those in memory at the commit
@@ -345,7 +353,7 @@ class SqliteBase(SqliteRows, DbApiAdapter):
             cursor.execute("PRAGMA cache_spill = OFF")
             cursor.execute(_AUTOCHECKPOINT)
             # One page is freed per step, and only a script is stepped to its end.
-            cursor.executescript(f"PRAGMA incremental_vacuum({COMPACT_STEP})")
+            cursor.executescript(f"PRAGMA incremental_vacuum({pages})")
         except self.driver_error as error:
             raise self._translate(error) from error
         finally:

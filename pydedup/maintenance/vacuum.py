@@ -3,8 +3,9 @@
 
 In order: stagings of dead adds, pages without an owner, a new layout of the pages where that saves
 enough to be worth writing them (deltas whose base is nobody's may be stored without it), retired
-pages whose grace period is over, and space given back to the file system. Every step is a series of
-bounded transactions but the one that publishes a new layout; readers go on throughout.
+pages whose grace period is over, and space given back to the file system. Where files do not
+shrink, or a disk is full, the last two come first as well: the new layout needs room. Every step is
+a series of bounded transactions but the one that publishes a new layout; readers go on throughout.
 `plan_vacuum` says beforehand what that would save, and writes nothing.
 """
 
@@ -22,6 +23,7 @@ from pydedup.errors import (
     CorruptStoreError,
     PageNotFoundError,
     ReadOnlyError,
+    StorageFullError,
     UnavailableError,
 )
 from pydedup.jobs import LEASE_SECONDS, job_is_dead, models_of_job, staging_jobs
@@ -139,7 +141,9 @@ def vacuum_store(
 
     Raises
     ------
-    ReadOnlyError, ConflictError, StorageFullError, UnavailableError
+    ReadOnlyError, ConflictError, UnavailableError
+    StorageFullError
+        Where there is no room for a new layout, when what nobody uses was freed.
     CorruptStoreError
         When a model uses a page that is recorded as unused; no page is deleted then. When one is
         too damaged for a new layout, after what nobody uses was freed.
@@ -148,9 +152,25 @@ def vacuum_store(
     reads_before = read_amplification(adapter)
     live_before = adapter.page_rows(state=LIVE)
     abandoned = _collect_and_retire(adapter, lease_seconds)
-    repacked, not_repacked, damage = Repacked(), None, None
+
+    def free() -> _Freed:
+        freed = _free_retired(adapter, grace_seconds, progress)
+        drop_dead_segments(adapter)
+        adapter.compact()
+        return freed
+
+    repacked, not_repacked = Repacked(), None
+    problem: CorruptStoreError | StorageFullError | None = None
+    # A new layout takes room, which a file that never shrinks then has, and a full disk needs.
+    freed = None if adapter.capabilities.shrinks else free()
     try:
-        made = _repack_in_peace(adapter, catalog, pool, progress)
+        try:
+            made = _repack_in_peace(adapter, catalog, pool, progress)
+        except StorageFullError:
+            if freed is not None:
+                raise
+            freed = free()
+            made = _repack_in_peace(adapter, catalog, pool, progress)
         if made is None:
             not_repacked = (
                 f"others changed the store during each of {_ATTEMPTS} attempts; vacuum when "
@@ -161,20 +181,19 @@ def vacuum_store(
     except (UnavailableError, ReadOnlyError) as error:
         # Of one of several servers, with pages. If it is the only one, what follows says so.
         not_repacked = str(error)
-    except CorruptStoreError as error:
-        damage = error  # all else does without a new layout
-    freed, freed_bytes, waiting = _free_retired(adapter, grace_seconds, progress)
-    drop_dead_segments(adapter)
-    adapter.compact()
-    if damage is not None:
-        raise _not_repacked(adapter, damage, freed) from damage
+    except (CorruptStoreError, StorageFullError) as error:
+        problem = error  # all else does without a new layout
+    if freed is None or repacked.new_pages or not_repacked or problem:
+        freed = free() if freed is None else freed.and_then(free())
+    if problem is not None:
+        raise _not_repacked(adapter, problem, freed.pages) from problem
     live_after = adapter.page_rows(state=LIVE)
     reads_after = read_amplification(adapter)
     return VacuumReport(
         abandoned_adds=abandoned,
-        freed_pages=freed,
-        freed_bytes=freed_bytes,
-        waiting_pages=waiting,
+        freed_pages=freed.pages,
+        freed_bytes=freed.nbytes,
+        waiting_pages=freed.waiting,
         rewritten_pages=repacked.old_pages,
         repacked_pages=repacked.new_pages,
         repacked_bytes=repacked.new_bytes,
@@ -277,16 +296,20 @@ def plan_vacuum(
         )
 
 
-def _not_repacked(adapter: Adapter, damage: CorruptStoreError, freed: int) -> CorruptStoreError:
+def _not_repacked(
+    adapter: Adapter, problem: CorruptStoreError | StorageFullError, freed: int
+) -> CorruptStoreError | StorageFullError:
     """Return the error about what of a vacuum was not done, and what was."""
+    said = f"{plural(freed, 'page')} freed, and none repacked: {problem}"
+    if isinstance(problem, StorageFullError):
+        return StorageFullError(said)
     readers = page_readers(adapter)
-    models = sorted({model for page in damage.page_ids for model in readers.get(page, ())})
-    by = f" (read by {listed(models)})" if models and "read by" not in str(damage) else ""
+    models = sorted({model for page in problem.page_ids for model in readers.get(page, ())})
+    by = f" (read by {listed(models)})" if models and "read by" not in said else ""
     told = CorruptStoreError(
-        f"{plural(freed, 'page')} freed, and none repacked: {damage}{by}; until that is mended, or "
-        "the model removed, vacuum only frees pages"
+        f"{said}{by}; until that is mended, or the model removed, vacuum only frees pages"
     )
-    told.page_ids = damage.page_ids
+    told.page_ids = problem.page_ids
     return told
 
 
@@ -392,14 +415,24 @@ def _wants_repack(
     return is_much_unused(adapter, pool, in_doubt) or may_pay_without(adapter, pool, live)
 
 
-def _free_retired(
-    adapter: Adapter, grace_seconds: float, progress: Progress | None
-) -> tuple[int, int, int]:
-    """Delete retired pages whose grace is over; returns (pages, bytes, pages still waiting)."""
+@dataclass(frozen=True, slots=True)
+class _Freed:
+    """Pages that were deleted, their bytes, and pages that still wait."""
+
+    pages: int
+    nbytes: int
+    waiting: int
+
+    def and_then(self, more: _Freed) -> _Freed:
+        return _Freed(self.pages + more.pages, self.nbytes + more.nbytes, more.waiting)
+
+
+def _free_retired(adapter: Adapter, grace_seconds: float, progress: Progress | None) -> _Freed:
+    """Delete retired pages whose grace is over."""
     retired = adapter.page_rows(state=RETIRED)
     due = [row for row in retired if _is_due(row, grace_seconds)]
     _delete_pages(adapter, [row.id for row in due], progress)
-    return len(due), _bytes_of(due), len(retired) - len(due)
+    return _Freed(len(due), _bytes_of(due), len(retired) - len(due))
 
 
 def _is_due(row: PageRow, grace_seconds: float) -> bool:

@@ -172,6 +172,50 @@ def test_a_little_room_is_enough_for_a_vacuum(sqlite_place: Place, small_disk: P
         assert store.verify().errors == []
 
 
+@pytest.mark.parametrize("back_end", ["sqlite", "postgres"])
+def test_a_vacuum_of_a_full_disk_frees_before_it_repacks(
+    back_end: str, small_disk: Path, request: pytest.FixtureRequest
+) -> None:
+    """There was no room for the new layout, and so what nobody used was never freed."""
+    url, make_room = request.getfixturevalue(f"{back_end}_place")
+    make_room()
+    whole, other = np.random.default_rng(0).standard_normal((2, 1024, 1024))
+    part = np.concatenate([whole[row : row + 64] for row in range(0, 1024, 256)])
+    with pydedup.open(url) as store:
+        for name, weights in {"whole": whole, "other": other, "part": part}.items():
+            added = store.add(name, {"w": weights}, policy=policies.Exact(), block_shape=(64, 64))
+        assert added.stored_bytes == 0
+        store.remove("whole")
+        store.remove("other")
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "ballast").write_bytes(bytes(free - MIB))
+    with pydedup.open(url) as store:
+        report = store.vacuum()
+        assert report.not_repacked is None
+        assert report.repacked_bytes == report.page_bytes_after > MIB
+        assert report.freed_bytes > 15 * MIB
+        assert store.verify().notes == []
+        assert np.array_equal(store.load("part")["w"], part)
+    assert shutil.disk_usage(small_disk).free > 10 * MIB
+
+
+def test_a_vacuum_without_room_for_a_new_layout_frees_all_the_same(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def has_no_room(*_: object, **__: object) -> None:
+        raise StorageFullError("the disk is full")
+
+    with pydedup.open(store_url) as store:
+        store.add("m", {"w": np.ones((64, 64), np.float32)})
+        store.remove("m")
+        monkeypatch.setattr("pydedup.maintenance.vacuum._repack_in_peace", has_no_room)
+        with pytest.raises(
+            StorageFullError, match=r"^1 page freed, and none repacked: the disk is full$"
+        ):
+            store.vacuum()
+        assert store._adapter.page_rows() == []
+
+
 @pytest.mark.parametrize("ballast", [700 * 1024, 1000 * 1024])
 def test_no_room_for_a_new_store(
     ballast: int, new_disk: Callable[[Path, int], SmallDisk], tmp_path: Path

@@ -325,7 +325,8 @@ def test_pages_that_go_while_a_model_is_warmed(store_url: str, is_removed: bool)
 
 def test_a_vacuum_leaves_the_index_of_what_is_added_meanwhile(store_url: str) -> None:
     """The pages were looked at before, so all that it had indexed was on none of them."""
-    arrays = np.random.default_rng(0).standard_normal((2, 64, 64))
+    # Of a full page each: of small ones a vacuum may make one, which the next add indexes.
+    arrays = np.random.default_rng(0).standard_normal((2, 480, 256))
     with pydedup.open(store_url) as store:
         store.add("m@1", {"w": arrays[0]})
 
