@@ -30,12 +30,15 @@ def json_or_text(document: str | bytes) -> Any:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of psycopg is about anything but a COPY of ours.
+    """Whether a line of psycopg is about anything but a COPY of ours, or many rows sent together.
 
     Of one that has failed, and could not be ended either, the error is raised: who sees it on a
     terminal needs no line above it.
     """
     about = record.args[0] if isinstance(record.args, tuple) and record.args else None
+    if isinstance(about, psycopg.Pipeline):
+        connection = getattr(about, "_conn", None)
+        return getattr(connection, "cursor_factory", None) is not BinaryCursor
     return not (isinstance(about, psycopg.Copy) and isinstance(about.cursor, BinaryCursor))
 
 

@@ -259,10 +259,16 @@ class ShardedAdapter(ShardedCopies, PostgresAdapter):
                 dead[shard] = self._without_pages(shard)
         if any(dead.values()) and not self._alone():
             dead = {}
+        failed: list[StoreError] = []
         for shard, ids in dead.items():
-            with contextlib.suppress(ReadOnlyError), self._unless_lost(shard):
-                self._delete_payloads(shard, ids)
-                shard.compact()
+            try:
+                with contextlib.suppress(ReadOnlyError), self._unless_lost(shard):
+                    self._delete_payloads(shard, ids)
+                    shard.compact()
+            except StoreError as error:  # the others are collected all the same
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
     def integrity_errors(self) -> list[str]:
         """Return complaints of the coordinator, and which copies are not where they belong.

@@ -16,12 +16,14 @@ import pytest
 import pydedup
 from pydedup import registry
 from pydedup.adapter import LIVE, RETIRED, Adapter
+from pydedup.adapters._schema import TABLES
 from pydedup.errors import (
     ConflictError,
     CorruptStoreError,
     NotAStoreError,
     NotFoundError,
     ReadOnlyError,
+    StorageFullError,
     StoreError,
     UnavailableError,
 )
@@ -119,6 +121,29 @@ def test_freed_space_is_used_again(adapter: Adapter) -> None:
     assert max(sizes) < sizes[0] + (2 << 20), sizes
     with pytest.raises(StoreError, match="inside of a transaction"), adapter.transaction():
         adapter.compact()
+
+
+def test_where_a_disk_is_full_the_pages_make_room_for_the_rest(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first table that found no room kept the pages from giving theirs."""
+    real: Any = adapter
+    asked: list[str] = []
+
+    def query(sql: str, values: Any = ()) -> Any:
+        asked.append(sql.replace('"', ""))
+        if sql.startswith("VACUUM (ANALYZE)") and "pages" not in sql:
+            raise StorageFullError("could not extend file")
+        return type(real)._query(real, sql, values)
+
+    monkeypatch.setattr(real, "_query", query)
+    adapter.compact()
+    tables = [sql.rpartition(".")[2] for sql in asked]
+    assert tables[0] == "pages"
+    told = [sql for sql in asked if "ANALYZE" not in sql]
+    assert [sql.rpartition(".")[2] for sql in told] == [
+        table for table in tables[: len(TABLES)] if "pages" not in table
+    ]
 
 
 def test_many_retired_pages_are_not_gone_through_for_every_block(

@@ -232,6 +232,22 @@ def test_a_server_that_dies_in_a_copy_is_told_once(
     assert [record.getMessage() for record in caplog.records] == []
 
 
+def test_of_many_rows_one_of_which_is_refused_it_is_told_once(
+    adapter: Adapter, schema: str, sql: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a full disk: psycopg logged that it could not end what it was sending."""
+    sql(f"ALTER TABLE {schema}.model_pages ADD CHECK (blocks <> 1)")
+    rows = [(1, page, page, 100) for page in range(1, 4000)]  # the error comes meanwhile
+    many: Any = adapter
+    with pytest.raises(ArgumentError, match="violates check constraint"), adapter.transaction():
+        many._write_many(
+            f"INSERT INTO {schema}.model_pages (model_id, page_id, blocks, bytes) "  # noqa: S608
+            "VALUES (%b, %b, %b, %b)",
+            rows,
+        )
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 def test_a_stricter_level_of_the_server_makes_no_conflicts(
     adapter: Adapter, schema: str, postgres_url: str, url: str
 ) -> None:

@@ -13,7 +13,8 @@ import pytest
 from pydedup import registry
 from pydedup.adapter import LIVE, Adapter
 from pydedup.adapters._shard import Shard
-from pydedup.errors import ConflictError, StoreError, UnavailableError
+from pydedup.adapters.postgres import PostgresAdapter
+from pydedup.errors import ConflictError, StorageFullError, StoreError, UnavailableError
 from pydedup.testing._contract_base import add_random_pages, open_store, with_option
 from pydedup.testing.servers import as_user, unused_name
 from pydedup.testing.shards import ShardedPlace
@@ -42,16 +43,39 @@ def test_who_may_not_read_on_a_shard_is_told_so(place: ShardedPlace) -> None:
 
 
 def test_what_could_not_be_collected_is_told(place: ShardedPlace) -> None:
+    """The first shard that refused kept the others from being collected."""
     shards = [0, with_option(place.servers[1], "timeout=0.2"), 2]
     with contextlib.closing(open_store(place.url(1, shards=shards))) as store:
-        place.rows(1, "INSERT INTO {}.page_payloads VALUES (1000000, 'left by a killed writer')")
+        for number in range(3):
+            left = "INSERT INTO {}.page_payloads VALUES (%s, 'left by a killed writer')"
+            place.rows(number, left, 1_000_000 + number)
         with psycopg.connect(place.servers[1]) as other:
             other.execute(f"LOCK TABLE {place.schema}.page_payloads IN SHARE MODE")
             with pytest.raises(ConflictError, match="another process or thread is writing"):
                 store.compact()
-        assert place.payloads().keys() == {1000000}
+        assert place.payloads().keys() == {1_000_001}
         store.compact()
         assert place.payloads() == {}
+
+
+def test_of_a_full_shard_the_planner_is_told_later(
+    place: ShardedPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was no room for statistics, and what was deleted kept its room."""
+    asked: list[str] = []
+
+    def query(shard: Shard, sql: str, values: Any = ()) -> Any:
+        asked.append(sql)
+        if sql.startswith("VACUUM (ANALYZE)"):
+            raise StorageFullError("could not extend file")
+        return PostgresAdapter._query(shard, sql, values)
+
+    with contextlib.closing(open_store(place.url(1))) as store:
+        place.rows(1, "INSERT INTO {}.page_payloads VALUES (1000000, 'left by a killed writer')")
+        monkeypatch.setattr(Shard, "_query", query)
+        store.compact()
+        assert place.payloads() == {}
+    assert asked.count(f'VACUUM "{place.schema}".page_payloads') == 3
 
 
 def test_a_shard_that_answers_again_is_down_no_more(store: Adapter) -> None:
