@@ -65,7 +65,9 @@ constexpr std::size_t kDotAheadBytes = 8192;
 // MB of them in memory: 10 ms without, 7.8 with it) and an EPYC loses by (a tenth). f32 gains
 // nothing on either.
 constexpr std::size_t kDotSoonBytes = 1024;
-// Rows of w that a single row of x takes two at a time.
+// Rows of w that a single row of x takes two at a time; and those of 16-bit numbers, however long,
+// which one sum at a time is too slow for: each step waits for a conversion as well (AVX2: half as
+// fast from the second-level cache, no faster from memory).
 constexpr std::size_t kShortRowBytes = 256;
 
 // M rows of x by R rows of w: M*R running sums of kLanes lanes, folded at the end of the block. A
@@ -156,7 +158,8 @@ void dot_nt(const typename V::Elem* x, std::size_t ldx, std::size_t m,
             dot_nt_rows<V, Weight, false, 2, 4>(x, ldx, w, rows, cols, ldw, y, ldy);
             break;
         case 1:
-            if (cols * sizeof(typename Weight::Elem) <= kShortRowBytes) {
+            if (sizeof(typename Weight::Elem) < sizeof(float) ||
+                cols * sizeof(typename Weight::Elem) <= kShortRowBytes) {
                 dot_nt_rows<V, Weight, AsksSoon, 1, 2>(x, ldx, w, rows, cols, ldw, y, ldy);
             } else {
                 dot_nt_rows<V, Weight, AsksSoon, 1, 1>(x, ldx, w, rows, cols, ldw, y, ldy);
