@@ -77,7 +77,8 @@ class StoreAdds:
         block_shape
             (rows, cols) of blocks, each of a page (1 MiB) at most; by default near-square blocks of
             at most 16 KiB, and whole rows of tables (16 times as long as wide, or more, with 65 to
-            384 columns).
+            384 columns). Where the version before is cut otherwise, or all models alike among the
+            newest ones are, so is this one: only blocks of one shape are shared.
         dry_run
             Report what would be stored, and write nothing.
         progress

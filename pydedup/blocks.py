@@ -30,6 +30,7 @@ __all__ = [
     "BlockMap",
     "MatrixView",
     "default_block_shape",
+    "default_grid",
     "matrix_shape",
     "named_pages",
     "row_axes",
@@ -115,6 +116,13 @@ def default_block_shape(
     if height < rows:  # then it is 16 at least
         height -= height % 8
     return height, width
+
+
+def default_grid(shape: Sequence[int], dtype: DType, axes: int) -> BlockGrid:
+    """Return how the matrix of a tensor, its first ``axes`` the rows, is cut by default."""
+    rows, cols = matrix_shape(shape, axes)
+    matrices = math.prod(shape[: axes - 1])
+    return BlockGrid(rows, cols, *default_block_shape(rows, cols, dtype, matrices=matrices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +218,10 @@ class MatrixView:
         dtype = DType.of(array.dtype)
         axes = row_axes(array.shape) if axes is None else axes
         rows, cols = matrix_shape(array.shape, axes)
-        matrices = math.prod(array.shape[: axes - 1])
-        block = (
-            default_block_shape(rows, cols, dtype, matrices=matrices)
-            if block_shape is None
-            else as_block_shape(block_shape)
-        )
+        if block_shape is None:
+            grid = default_grid(array.shape, dtype, axes)
+        else:
+            grid = BlockGrid(rows, cols, *as_block_shape(block_shape))
         try:
             native = np.ascontiguousarray(array, dtype=dtype.numpy).reshape(rows, cols)
         except MemoryError as exc:
@@ -224,7 +230,7 @@ class MatrixView:
             data = np.empty((rows, cols * dtype.itemsize), np.uint8)
         else:
             data = native.view(np.uint8).reshape(rows, cols * dtype.itemsize)
-        return cls(data, dtype, BlockGrid(rows, cols, *block), matrices)
+        return cls(data, dtype, grid, math.prod(array.shape[: axes - 1]))
 
     @property
     def edges(self) -> NDArray[np.int64]:

@@ -95,8 +95,8 @@ _COLUMNS = (
     "--block-shape",
     metavar="ROWSxCOLS",
     callback=lambda _context, _option, value: value and options.parse_block_shape(value),
-    help="Shape of blocks, the unit of sharing.  [default: near-square, at most 16 KiB; whole rows "
-    "of tables, as of words]",
+    help="Shape of blocks, the unit of sharing.  [default: as the version before, else "
+    "near-square, at most 16 KiB; whole rows of tables, as of words]",
 )
 @click.option(
     "--workers",

@@ -3,7 +3,7 @@
 
 add.py does it all, a step after the other:
 
-- plan.py says what is to be added, staged.py what becomes of it;
+- plan.py says what is to be added, cuts.py into which blocks, staged.py what becomes of it;
 - tensors.py reads and matches a model: match.py finds what the store has already (met.py: what
   this add has met), similar.py what a new block is near to (candidates.py, stored_index.py,
   aligned.py, alike.py, pairs.py; seen together, low_rank.py and transposed.py) and how it is kept

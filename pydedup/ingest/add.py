@@ -26,6 +26,7 @@ from pydedup.errors import (
 )
 from pydedup.ingest.ahead import Ahead
 from pydedup.ingest.artifacts import match_artifacts
+from pydedup.ingest.cuts import cut_as_stored
 from pydedup.ingest.match import Hints, Matcher, look_now
 from pydedup.ingest.pages import plan_layout
 from pydedup.ingest.plan import Request
@@ -149,6 +150,7 @@ class _Add:
                 self.kept.models.take(self.adapter, self.pool, epoch),
                 keeps_bases=keeps_bases,
             )
+            cut_as_stored(self.requests, matcher.models)
             try:
                 models = self._match(matcher)
             except CorruptStoreError as exc:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydedup.accuracy import number
 from pydedup.adapter import Adapter
 from pydedup.arguments import as_block_shape
-from pydedup.blocks import MatrixView, matrix_shape
+from pydedup.blocks import MatrixView, matrix_shape, row_axes
 from pydedup.catalog import taken_versions
 from pydedup.certificates import MEASURED
 from pydedup.errors import ArgumentError, ConflictError, DuplicateError
@@ -54,6 +54,8 @@ class Request:
     #: By name, of tensors of which the graph tells more than `blocks.row_axes` can: a kernel of a
     #: convolution is no stack of matrices, as large as it may be.
     row_axes: Mapping[str, int] = field(init=False, repr=False)
+    #: By name, of tensors that are not cut by default; None until that is known (cuts.py).
+    cuts: Mapping[str, tuple[int, int]] | None = field(default=None, init=False, repr=False)
     #: Tensors as they were read before code of the user ran, by name.
     _first_read: dict[str, bytes] = field(default_factory=dict, repr=False)
 
@@ -82,7 +84,12 @@ class Request:
 
     def view_of(self, tensor: str, array: NDArray[np.generic]) -> MatrixView:
         """Return the matrix view of one of its tensors, as it is cut."""
-        return MatrixView.of(array, self.block_shape, self.row_axes.get(tensor))
+        shape = self.block_shape or (self.cuts or {}).get(tensor)
+        return MatrixView.of(array, shape, self.row_axes.get(tensor))
+
+    def axes_of(self, entry: TensorEntry) -> int:
+        """Return how many of a tensor's first axes are the rows of its matrix view."""
+        return self.row_axes.get(entry.name) or row_axes(entry.shape)
 
     def read(self, tensor: str) -> MatrixView:
         """Return the matrix view of one of its tensors, as the source has it."""

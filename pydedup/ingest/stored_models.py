@@ -85,6 +85,11 @@ class StoredModels:
                 self._newest = self._adapter.models(newest=NEWEST)[::-1]
         return self._newest
 
+    def version_before(self, name: str) -> list[ModelRow]:
+        """Return the newest version of the model with that name, if there is one."""
+        with only_sound_rows(self._adapter):
+            return self._adapter.models(name=name, newest=1)
+
     def likeliest(self, name: str) -> list[ModelRow]:
         """Return the newest models, the versions of the one with that name first."""
         return sorted(self.newest(), key=lambda row: row.name != name)
