@@ -76,7 +76,7 @@ def test_a_disk_that_cannot_be_had_is_skipped_unless_it_is_required(
     mount.write_text("#!/bin/sh\necho 'mount: must be superuser to use mount.' >&2; exit 1\n")
     mount.chmod(0o755)
     done = run_tests(
-        ["-k", "sqlite", "crash/test_full_disk.py"],
+        ["-k", "test_a_full_disk and sqlite", "crash/test_full_disk.py"],
         PATH=f"{tmp_path}:{os.environ['PATH']}",
         PYDEDUP_REQUIRE_BACKENDS=required,
     )
